@@ -1,0 +1,289 @@
+"""MLX's teacher and student: the verbs of `backends/protocol.py` in mlx-lm's models, mlx's optimizers and our loss.
+
+numpy comes in and goes out; MLX arrays stay here. Decided here: number formats by device, when lazy work is evaluated, and
+what a checkpoint of the student holds.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
+
+from mlx_distill.backends.mlx import model as models
+from mlx_distill import objective as definition
+from mlx_distill.backends.mlx.loss import Head, MatrixHead, kd_loss, score_rows
+from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory
+from mlx_distill.blas import load_blas
+from mlx_distill.data.batches import Batch
+from mlx_distill.errors import ModelError
+from mlx_distill.objective import Objective
+from mlx_distill.recipe import Recipe
+
+
+class MlxBackend:
+    """MLX on Metal, CUDA or a CPU, whichever the installed wheel runs on."""
+
+    name = "mlx"
+
+    def device(self) -> DeviceInfo:
+        if mx.default_device().type == mx.DeviceType.gpu:
+            kind = "Metal" if mx.metal.is_available() else "CUDA"
+            info = mx.device_info()
+            return DeviceInfo(self.name, f"{kind} ({info.get('device_name', 'GPU')})", "bfloat16", f"MLX sees a {kind} GPU", "")
+        blas = load_blas()
+        return DeviceInfo(
+            self.name, f"CPU ({platform.machine()}, BLAS: {blas.name})", "float32",
+            "MLX sees no GPU; half precision is slow on a CPU", blas.advice,
+        )
+
+    def dtype(self, asked: str) -> mx.Dtype:
+        return getattr(mx, self.device().dtype if asked == "auto" else asked)
+
+    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> "MlxTeacher":
+        split = models.load_teacher(folder, name, quantize_bits)
+        if self.device().dtype == "float32":
+            split.model.update(models.cast(split.model.parameters(), mx.float32))
+            mx.eval(split.model.parameters())
+        return MlxTeacher(split)
+
+    def load_student(self, folder: Path, name: str, recipe: Recipe) -> "MlxStudent":
+        split = models.load_student(folder, name, recipe.student, recipe.run.seed)
+        return MlxStudent(split, folder, recipe, self.dtype(recipe.student.compute_dtype))
+
+    def memory(self) -> Memory:
+        return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
+
+    def reset_peak_memory(self) -> None:
+        mx.reset_peak_memory()
+
+    def loss_error(self) -> float:
+        """Largest relative error of a tiny loss and its gradient against the float64 definition."""
+        return loss_error()
+
+    def matmul_rate(self, size: int = 1024, repeats: int = 8) -> float:
+        """Measured operations a second of `size`³ products in the dtype that "auto" trains in."""
+        left = mx.ones((size, size), self.dtype("auto"))
+        mx.eval(left @ left)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            mx.eval(left @ left)
+        return repeats * 2 * size**3 / (time.perf_counter() - started)
+
+    def release(self) -> None:
+        """Give back the allocator's cache, after a model has gone."""
+        mx.clear_cache()
+
+
+class MlxModel:
+    """What teacher and student share: hidden states, generation, size."""
+
+    def __init__(self, split: models.SplitModel):
+        self.split = split
+
+    @property
+    def parameters(self) -> int:
+        return models.parameter_count(self.split.model)
+
+    @property
+    def vocabulary_rows(self) -> int:
+        return self.split.head_rows()
+
+    def gather(self, tokens: np.ndarray, positions: np.ndarray) -> mx.array:
+        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; positions are checked, MLX does not."""
+        if len(positions) and not (0 <= positions.min() and positions.max() < tokens.size):
+            raise IndexError(f"loss positions {positions.min()}..{positions.max()} outside of 0..{tokens.size - 1}")
+        hidden = self.split.hidden(mx.array(tokens))
+        return hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int,
+        batch_size: int, stop_ids: frozenset[int], progress: Callable[[int], None],
+    ) -> list[list[int]]:
+        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as n more are finished."""
+        from mlx_lm.generate import BatchGenerator
+        from mlx_lm.sample_utils import make_sampler
+
+        mx.random.seed(seed)
+        generator = BatchGenerator(
+            self.split.model, max_tokens=max_new_tokens, stop_tokens=[[i] for i in sorted(stop_ids)],
+            sampler=make_sampler(temperature, top_p=top_p if top_p < 1 else 0.0),
+            completion_batch_size=batch_size, prefill_batch_size=batch_size,
+        )
+        try:
+            ids = generator.insert([list(prompt) for prompt in prompts])
+            tokens: dict[int, list[int]] = {i: [] for i in ids}
+            while responses := generator.next_generated():
+                for response in responses:
+                    tokens[response.uid].append(response.token)
+                progress(sum(response.finish_reason is not None for response in responses))
+        finally:
+            generator.close()
+        return [tokens[i] for i in ids]
+
+
+class MlxTeacher(MlxModel):
+    """A frozen model. Its targets are hidden states [N, D] and its head: [N, V] is never made."""
+
+    def __init__(self, split: models.SplitModel):
+        super().__init__(split)
+        self._head = split.loss_head()
+
+    def targets(self, batch: Batch) -> tuple[mx.array, Head]:
+        return self.gather(batch.tokens, batch.positions), self._head
+
+
+class MlxStudent(MlxModel):
+    """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of the step under way."""
+
+    def __init__(self, split: models.SplitModel, base: Path, recipe: Recipe, dtype: mx.Dtype):
+        super().__init__(split)
+        self.base, self.table, self.dtype = base, recipe.student, dtype
+        self.chunk_tokens, self.max_grad_norm = recipe.objective.chunk_tokens, recipe.optim.max_grad_norm
+        if recipe.student.tuning != "full":
+            models.cast_frozen(split.model, dtype)
+        if recipe.student.gradient_checkpointing:
+            models.checkpoint_layers(split)
+        self.optimizer = make_optimizer(recipe)
+        self.weights = split.model.trainable_parameters()
+        self.optimizer.init(self.weights)
+        self.gradients = None
+        self.vocabulary = 0  # ids the loss compares; 0 = all of the head's rows
+        self._value_and_grad = mx.value_and_grad(self._loss)
+        mx.eval(split.model.parameters(), self.optimizer.state)
+
+    @property
+    def trainable(self) -> int:
+        return sum(array.size for _, array in tree_flatten(self.weights))
+
+    def accumulate(self, batch: Batch, targets, objective: Objective, loss_tokens: float) -> LossSums:
+        """Add the gradients of the batch's share of the step's loss; returns its sums. Evaluates everything before it returns."""
+        (_, rows), gradients = self._value_and_grad(self.weights, batch, targets, objective, loss_tokens)
+        self.split.model.update(self.weights)  # the traced arrays must not stay
+        if self.gradients is not None:
+            gradients = tree_map(mx.add, self.gradients, gradients)
+        mx.eval(rows, gradients)
+        self.gradients = gradients
+        return _sums(batch, rows)
+
+    def score(self, batch: Batch, targets, objective: Objective) -> LossSums:
+        """The same sums without gradients."""
+        hidden, head = self._hidden(self.weights, batch), self._head_matrix(self.weights)
+        teacher_hidden, teacher_head = targets or (None, None)
+        _, *rows = score_rows(
+            hidden, head, teacher_hidden, teacher_head, mx.array(batch.targets), mx.array(batch.weight), objective,
+            self.chunk_tokens, self.vocabulary,
+        )
+        mx.eval(rows)
+        self.split.model.update(self.weights)
+        return _sums(batch, rows)
+
+    def apply(self, learning_rate: float) -> float:
+        """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not finite nothing changes."""
+        gradients, self.gradients = self.gradients, None
+        norm = mx.sqrt(tree_reduce(lambda total, g: total + mx.sum(mx.sum(g.reshape(g.shape[0], -1) ** 2, -1)), gradients, mx.array(0.0)))
+        value = norm.item()
+        if not np.isfinite(value):
+            return value
+        if self.max_grad_norm:
+            scale = min(1.0, self.max_grad_norm / (value + 1e-6))
+            gradients = tree_map(lambda g: g * scale, gradients)
+        self.optimizer.learning_rate = learning_rate
+        self.weights = self.optimizer.apply_gradients(gradients, self.weights)
+        self.split.model.update(self.weights)
+        mx.eval(self.weights, self.optimizer.state)
+        return value
+
+    def save_state(self, folder: Path) -> None:
+        """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`."""
+        mx.save_safetensors(str(folder / "weights.safetensors"), dict(tree_flatten(self.weights)))
+        mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+
+    def restore_state(self, folder: Path, optimizer: bool = True) -> None:
+        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises `ModelError` on other arrays."""
+        weights = mx.load(str(folder / "weights.safetensors"))
+        expected = {key: array.shape for key, array in tree_flatten(self.weights)}
+        if {key: array.shape for key, array in weights.items()} != expected:
+            raise ModelError(f"checkpoint {folder}: its arrays are not those of this student")
+        self.weights = tree_unflatten(list(weights.items()))
+        self.split.model.update(self.weights)
+        if optimizer:
+            self.optimizer.state = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
+        mx.eval(self.weights, self.optimizer.state)
+
+    def state_bytes(self) -> int:
+        """Bytes of one checkpoint."""
+        return sum(array.nbytes for _, array in tree_flatten([self.weights, self.optimizer.state]))
+
+    def export_bytes(self) -> int:
+        return sum(array.nbytes for _, array in tree_flatten(self.split.model.parameters()))
+
+    def export(self, folder: Path, stop_ids: list[int]) -> None:
+        """A Hugging Face folder with adapters fused; the adapters themselves go to `folder/adapters` (mlx-lm's layout)."""
+        dtype = self.split.stored_dtype if self.table.save_dtype == "base" else getattr(mx, self.table.save_dtype)
+        models.save_folder(models.fused_weights(self.split.model), self.base, folder, dtype, stop_ids)
+        if self.table.tuning != "full":
+            models.save_adapters(self.split, self.table, folder / "adapters")
+
+    def _loss(self, weights: dict, batch: Batch, targets, objective: Objective, loss_tokens: float):
+        hidden, head = self._hidden(weights, batch), self._head_matrix(weights)
+        teacher_hidden, teacher_head = targets or (None, None)
+        loss, *rows = kd_loss(
+            hidden, head, teacher_hidden, teacher_head, mx.array(batch.targets), mx.array(batch.weight), objective,
+            loss_tokens, self.chunk_tokens, self.table.tuning == "full", self.vocabulary,
+        )
+        return loss, rows
+
+    def _hidden(self, weights: dict, batch: Batch) -> mx.array:
+        self.split.model.update(models.cast(weights, self.dtype) if self.table.tuning == "full" else weights)
+        return self.gather(batch.tokens, batch.positions)
+
+    def _head_matrix(self, weights: dict) -> mx.array:
+        """[V, D]: the trained float32 matrix, not its cast copy; the frozen one with adapters."""
+        path = self.split.head_path
+        if self.table.tuning != "full":
+            return self.split.head_matrix()
+        for part in path.split("."):
+            weights = weights[part]
+        return weights
+
+
+def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:
+    """The recipe's optimizer: AdamW with bias correction (MLX's default has none), Adafactor with an absolute rate, Lion."""
+    table = recipe.optim
+    if table.optimizer == "adamw":
+        return optimizers.AdamW(
+            table.learning_rate, betas=[table.beta1, table.beta2], eps=table.eps, weight_decay=table.weight_decay, bias_correction=True
+        )
+    if table.optimizer == "lion":
+        return optimizers.Lion(table.learning_rate, betas=[table.beta1, table.beta2], weight_decay=table.weight_decay)
+    return optimizers.Adafactor(table.learning_rate, weight_decay=table.weight_decay, relative_step=False)
+
+
+def loss_error() -> float:
+    """Largest relative error of `kd_loss` and its gradient against `objective.py`, on eleven random positions."""
+    random, objective = np.random.default_rng(0), Objective()
+    student, teacher, matrix = (random.normal(size=shape).astype(np.float32) for shape in ((11, 8), (11, 8), (50, 8)))
+    targets = random.integers(0, 50, 11)
+
+    def total(hidden: mx.array) -> mx.array:
+        head = MatrixHead(mx.array(matrix))
+        return kd_loss(hidden, mx.array(matrix), mx.array(teacher), head, mx.array(targets), mx.ones(11), objective, 11.0, 4, False).loss
+
+    value, gradient = mx.value_and_grad(total)(mx.array(student))
+    logits, teacher_logits = student.astype(np.float64) @ matrix.T, teacher.astype(np.float64) @ matrix.T
+    expected = definition.loss(logits, teacher_logits, targets, objective).mean()
+    expected_gradient = definition.grad(logits, teacher_logits, targets, objective) @ matrix / 11
+    error = np.abs(np.array(gradient) - expected_gradient).max() / np.abs(expected_gradient).max()
+    return float(max(error, abs(value.item() - expected) / expected))
+
+
+def _sums(batch: Batch, rows: Sequence[mx.array]) -> LossSums:
+    """Weighted sums of rows [N] by segment, in float64."""
+    weight = batch.weight.astype(np.float64)
+    kd, ce, agree = (np.bincount(batch.segment, weight * np.array(row, np.float64), 3) for row in rows)
+    return LossSums(kd, ce, agree, np.bincount(batch.segment, weight, 3))

@@ -1,0 +1,321 @@
+"""Models of mlx-lm, split where the loss needs them split: a trunk (tokens → hidden states) and a head (→ logits).
+
+In: a model folder. Out: a `SplitModel` whose head was checked against the whole model, or a `ModelError`. Decided here:
+how the split is made, which models may be students, and what a saved student looks like.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
+from mlx_distill.errors import ModelError
+from mlx_distill.recipe import StudentTable
+
+PROBE = [[1, 5, 2, 7, 3, 1, 4]]
+PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong split is off by orders of magnitude
+
+
+class SplitModel:
+    """An mlx-lm model as trunk and head.
+
+    `hidden(tokens [B, T]) -> [B, T, D]`: the last hidden states, final norm included.
+    `head(hidden [..., D]) -> [..., V]`: logits, by the family's own code (tied or not, quantised or not, soft-capped or
+    scaled): the model is called with its trunk replaced by one that returns its argument.
+    """
+
+    def __init__(self, model: nn.Module, name: str):
+        self.model = model
+        self.name = name
+        self.owner, self.trunk_name = _find_trunk(model, name)
+        self.stored_dtype: mx.Dtype | None = None  # of the weights on disk, where that matters
+        self._head = _with_trunk(self.owner, self.trunk_name, _PassThrough(self.trunk))
+        self._check_split()
+
+    @property
+    def trunk(self) -> nn.Module:
+        return getattr(self.owner, self.trunk_name)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.model.layers
+
+    def hidden(self, tokens: mx.array) -> mx.array:
+        return self.trunk(tokens)
+
+    def head(self, hidden: mx.array) -> mx.array:
+        return self._head(hidden)
+
+    def head_matrix(self) -> mx.array | None:
+        """`[V, D]`, if the head is that matrix and nothing else; None for quantised, biased, capped or scaled heads."""
+        matrix = self._head_module()
+        if matrix is None or set(matrix) != {"weight"}:
+            return None
+        probe = mx.ones((1, matrix.weight.shape[1]), matrix.weight.dtype) * 50
+        return matrix.weight if _close(self.head(probe), probe @ matrix.weight.T) else None
+
+    def head_rows(self) -> int:
+        return self._probe_logits.shape[-1]
+
+    def loss_head(self) -> Head:
+        """The head as the loss walks it: by blocks of the vocabulary where it is a matrix, in one piece otherwise."""
+        module = self._head_module()
+        if (matrix := self.head_matrix()) is not None:
+            return MatrixHead(matrix)
+        if module is not None and "scales" in module and "bias" not in module:
+            head = QuantizedHead(module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode)
+            probe = mx.ones((1, self._probe_width), mx.float32)
+            if _close(head.logits(probe, 0, self.head_rows()), self.head(probe)):
+                return head
+        return CallableHead(self.head)
+
+    @property
+    def head_path(self) -> str:
+        """The path of the head's matrix among a student's parameters (whose head is one plain matrix)."""
+        return "lm_head.weight" if "lm_head" in self.owner else f"{self.trunk_name}.embed_tokens.weight"
+
+    def _head_module(self) -> nn.Module | None:
+        if "lm_head" in self.owner:
+            return self.owner.lm_head
+        return self.trunk.embed_tokens if "embed_tokens" in self.trunk else None
+
+    def _check_split(self) -> None:
+        probe = mx.array(PROBE)
+        hidden, self._probe_logits = self.hidden(probe), self.model(probe)
+        self._probe_width = hidden.shape[-1]
+        if not _close(self.head(hidden), self._probe_logits):
+            raise ModelError(
+                f"{self.name}: head(hidden(x)) differs from model(x), so this family ({type(self.model).__module__}) "
+                "cannot be distilled here yet; please report it with the model's name"
+            )
+
+
+class _PassThrough:
+    """Stands in for a trunk: returns its first argument, and lends the trunk's attributes (a tied embedding)."""
+
+    def __init__(self, trunk: nn.Module):
+        self._trunk = trunk
+
+    def __call__(self, hidden: mx.array, *args, **kwargs) -> mx.array:
+        return hidden
+
+    def __getattr__(self, name: str):
+        return getattr(self._trunk, name)
+
+
+def _find_trunk(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    for owner in (model, getattr(model, "language_model", None)):
+        for trunk in ("model", "transformer", "backbone") if owner is not None else ():
+            if isinstance(getattr(owner, trunk, None), nn.Module):
+                return owner, trunk
+    raise ModelError(f"{name}: no trunk (model, transformer or backbone) in {type(model).__module__}; please report it")
+
+
+def _with_trunk(owner: nn.Module, trunk_name: str, trunk: _PassThrough) -> nn.Module:
+    """A view of `owner` with another trunk; every other part, the head among them, is shared with the original."""
+    view = type(owner).__new__(type(owner))
+    nn.Module.__init__(view)
+    view.__dict__.update(owner.__dict__)
+    dict.update(view, owner)  # Module.update would descend into the shared parts
+    dict.pop(view, trunk_name)
+    object.__setattr__(view, trunk_name, trunk)
+    return view
+
+
+def _close(left: mx.array, right: mx.array) -> bool:
+    left, right = left.astype(mx.float32), right.astype(mx.float32)
+    scale = mx.maximum(mx.abs(right).max(), 1e-6)
+    low_precision = 20 if left.dtype != mx.float32 else 1
+    return left.shape == right.shape and (mx.abs(left - right).max() / scale).item() <= PROBE_TOLERANCE * low_precision
+
+
+def load_teacher(folder: Path, name: str, quantize_bits: int) -> SplitModel:
+    """Any causal LM that mlx-lm loads, frozen; `quantize_bits` (4, 6, 8; 0 = as stored) quantises on load."""
+    model, config = _load(folder, name, lazy=bool(quantize_bits))
+    if quantize_bits:
+        if "quantization" in config:
+            stored = config["quantization"].get("bits")
+            raise ModelError(f"{name}: quantize_bits = {quantize_bits} asked, but it is already stored in {stored} bits: set 0")
+        _quantize(model, name, quantize_bits)
+    model.freeze()
+    return SplitModel(model, name)
+
+
+def _quantize(model: nn.Module, name: str, bits: int, group_size: int = 64) -> None:
+    def fits(path: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
+
+    if not any(fits(path, module) for path, module in model.named_modules()):
+        raise ModelError(f"{name}: no layer is as wide as a multiple of {group_size}, so it cannot be quantised: set quantize_bits = 0")
+    nn.quantize(model, group_size, bits, class_predicate=fits)
+    mx.eval(model.parameters())
+
+
+def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> SplitModel:
+    """A model whose tensors equal Hugging Face's by name and value, in float32 where it trains; others are refused."""
+    model, config = _load(folder, name, lazy=False)
+    if "quantization" in config or "quantization_config" in config:
+        raise ModelError(f"{name}: a student must not be quantised (its export would not open in transformers); name the original")
+    _refuse_rewritten(model, folder, name)
+    stored_dtype = next(p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating))
+    if table.tuning == "full":
+        model.update(cast(model.parameters(), mx.float32))
+        split = SplitModel(model, name)
+    else:
+        split = SplitModel(model, name)
+        add_adapters(split, table, seed)
+    if split.head_matrix() is None:
+        raise ModelError(f"{name}: a student's head must be one plain matrix, this family scales, caps or biases it; choose a Llama or Qwen")
+    split.stored_dtype = stored_dtype
+    return split
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers a model holds; packed quantised weights count as what they stand for."""
+    return mlx_lm.utils.get_total_parameters(model)
+
+
+def cast_frozen(model: nn.Module, dtype: mx.Dtype) -> None:
+    """The frozen arrays as `dtype`, the adapters untouched."""
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    frozen = [(key, array) for key, array in tree_flatten(model.parameters()) if key not in trained]
+    model.update(cast(tree_unflatten(frozen), dtype), strict=False)
+
+
+def cast(parameters: dict, dtype: mx.Dtype) -> dict:
+    """The tree with its floating-point arrays as `dtype`."""
+    return tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, parameters)
+
+
+def _load(folder: Path, name: str, lazy: bool) -> tuple[nn.Module, dict]:
+    try:
+        return mlx_lm.utils.load_model(folder, lazy=lazy)
+    except FileNotFoundError as error:
+        raise ModelError(f"{name}: no weights to load in {folder} ({error}); a model folder holds config.json and model*.safetensors") from None
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{name}: mlx-lm cannot load {folder}: {reason}") from None
+
+
+def _refuse_rewritten(model: nn.Module, folder: Path, name: str) -> None:
+    """Refuse a family whose tensors mlx-lm renames or changes on load: its export would not open in transformers."""
+    loaded = dict(tree_flatten(model.parameters()))
+    stored = {key: value for file in sorted(folder.glob("model*.safetensors")) for key, value in mx.load(str(file)).items()}
+    ignorable = {"lm_head.weight"} if "lm_head.weight" not in loaded else set()
+    stored = {k: v for k, v in stored.items() if k not in ignorable and "rotary_emb.inv_freq" not in k}
+    for key in sorted(stored.keys() ^ loaded.keys()):
+        raise ModelError(
+            f"{name}: tensor {key} is {'renamed' if key in stored else 'made'} by mlx-lm on load, so a student of this family "
+            "would not open in transformers; choose a Llama, Qwen2 or Qwen3 student"
+        )
+    for key, value in stored.items():
+        if value.shape != loaded[key].shape or not mx.array_equal(value, loaded[key], equal_nan=True).item():
+            raise ModelError(
+                f"{name}: tensor {key} is changed by mlx-lm on load, so a student of this family would not open in transformers; "
+                "choose a Llama, Qwen2 or Qwen3 student"
+            )
+
+
+def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
+    """Freeze the model and add LoRA or DoRA to `lora_targets` of the last `lora_layers` blocks (0 = all).
+
+    lora_a is uniform in ±1/sqrt(fan-in) (mlx-lm's rule), drawn in numpy from the seed and the layer's path; lora_b is zero.
+    """
+    model = split.model
+    model.freeze()
+    blocks = split.layers[-table.lora_layers :] if table.lora_layers else split.layers
+    paths = {path for block in blocks for path, module in block.named_modules() if isinstance(module, nn.Linear)}
+    keys = {path for path in paths if path.rpartition(".")[2] in table.lora_targets}
+    unknown = set(table.lora_targets) - {path.rpartition(".")[2] for path in paths}
+    if unknown:
+        choices = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+        raise ModelError(f"{split.name}: lora_targets {', '.join(sorted(unknown))} not found in its blocks; it has {choices}")
+    config = {"rank": table.rank, "scale": table.alpha / table.rank, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, table.lora_layers, config, use_dora=table.tuning == "dora")
+    for path, module in model.named_modules():
+        if "lora_a" in module:
+            module.lora_a = mx.array(_initial_matrix(module.lora_a.shape, path, seed))
+
+
+def _initial_matrix(shape: tuple[int, int], path: str, seed: int) -> np.ndarray:
+    random = np.random.default_rng([seed, *path.encode()])
+    bound = 1 / np.sqrt(shape[0])
+    return random.uniform(-bound, bound, shape).astype(np.float32)
+
+
+def checkpoint_layers(split: SplitModel) -> None:
+    """Recompute each block in the backward pass. The blocks of this model get a class of their own: no other model changes."""
+    for layer in split.layers:
+        plain = type(layer)
+
+        def call(self, *args, _forward=plain.__call__, **kwargs):
+            def run(parameters, *args):
+                self.update(parameters)
+                return _forward(self, *args, **kwargs)
+
+            return mx.checkpoint(run)(self.trainable_parameters(), *args)
+
+        layer.__class__ = type(f"Checkpointed{plain.__name__}", (plain,), {"__call__": call})
+
+
+def adapter_config(table: StudentTable, layers: int) -> dict:
+    """mlx-lm's `adapter_config.json` for these adapters."""
+    parameters = {"rank": table.rank, "scale": table.alpha / table.rank, "dropout": 0.0}
+    return {"fine_tune_type": table.tuning, "num_layers": table.lora_layers or layers, "lora_parameters": parameters}
+
+
+def save_adapters(split: SplitModel, table: StudentTable, folder: Path) -> None:
+    """`adapters.safetensors` and `adapter_config.json`, as mlx-lm reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(split.model.trainable_parameters())))
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(table, len(split.layers)), indent=2))
+
+
+def fused_weights(model: nn.Module) -> dict[str, mx.array]:
+    """Every tensor by its Hugging Face name, adapters fused into the matrices they adapt; the model keeps its adapters."""
+    weights = dict(tree_flatten(model.parameters()))
+    for path, module in model.named_modules():
+        if "lora_a" in module:
+            fused = module.fuse()
+            weights = {key: value for key, value in weights.items() if not key.startswith(f"{path}.")}
+            weights |= {f"{path}.{key}": value for key, value in tree_flatten(fused.parameters())}
+    return weights
+
+
+def save_folder(weights: dict[str, mx.array], base: Path, folder: Path, dtype: mx.Dtype | None, stop_ids: list[int]) -> None:
+    """A Hugging Face folder: safetensors (sharded above 5 GB), and the base model's config and tokenizer files.
+
+    dtype None keeps each tensor's type in the base model. `generation_config.json` stops on every id of `stop_ids`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in base.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.startswith("model.safetensors"):
+            shutil.copy(file, folder)
+    shards = mlx_lm.utils.make_shards({key: value.astype(dtype) if dtype else value for key, value in weights.items()})
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors" for i in range(len(shards))]
+    for shard, file in zip(shards, names, strict=True):
+        mx.save_safetensors(str(folder / file), shard, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(w.nbytes for shard in shards for w in shard.values())},
+                 "weight_map": {key: file for shard, file in zip(shards, names, strict=True) for key in sorted(shard)}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    _write_configs(folder, weights, dtype, stop_ids)
+
+
+def _write_configs(folder: Path, weights: dict[str, mx.array], dtype: mx.Dtype | None, stop_ids: list[int]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).rpartition(".")[2]
+    config["eos_token_id"] = stop_ids
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    path = folder / "generation_config.json"
+    generation = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(generation | {"eos_token_id": stop_ids}, indent=2))

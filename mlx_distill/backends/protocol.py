@@ -1,0 +1,145 @@
+"""The seam between the program and a framework: what a backend's teacher and student can do.
+
+The seam is the training step, not the array: arguments are numpy arrays and frozen dataclasses, results are numbers and
+numpy. A framework's arrays never leave its folder; a teacher's targets are opaque to all but the same backend's student.
+Axes: `B` sequences, `T` tokens, `N` loss positions, `V` vocabulary, `D` width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from mlx_distill.data.batches import Batch
+from mlx_distill.objective import Objective
+from mlx_distill.recipe import Recipe
+
+Targets = Any  # opaque outside of the backend that made it
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the weighted positions of one or more batches, by segment (index `Segment`), as float64[3].
+
+    kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats, agree: positions where student and teacher have
+    the same most likely token, tokens: sum of weights.
+    """
+
+    kd: np.ndarray
+    ce: np.ndarray
+    agree: np.ndarray
+    tokens: np.ndarray
+
+    def __add__(self, other: "LossSums") -> "LossSums":
+        return LossSums(self.kd + other.kd, self.ce + other.ce, self.agree + other.agree, self.tokens + other.tokens)
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """Where a backend runs: `dtype` is what "auto" computes in, `reason` why this device, `advice` how to do better ("" = well)."""
+
+    backend: str
+    device: str
+    dtype: str
+    reason: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The framework's own counters. The allocator's cache is not part of the peak."""
+
+    active_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+
+
+class Model(Protocol):
+    """What teacher and student have in common."""
+
+    parameters: int  # how many numbers it holds
+    vocabulary_rows: int  # rows of its head, padding included
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        batch_size: int,
+        stop_ids: frozenset[int],
+        progress: Callable[[int], None],
+    ) -> list[list[int]]:
+        """New token ids for each prompt, in order, the stop token (if one came) included as the last one.
+
+        `progress(n)` is called as n more prompts are finished. temperature 0 is greedy.
+        """
+
+
+class Teacher(Model, Protocol):
+    """Answers at the supervised positions of a batch."""
+
+    def targets(self, batch: Batch) -> Targets: ...
+
+
+class Student(Model, Protocol):
+    """The model that is trained."""
+
+    trainable: int  # how many numbers train
+
+    def accumulate(self, batch: Batch, targets: Targets, objective: Objective, loss_tokens: float) -> LossSums:
+        """Add the gradient of `loss / loss_tokens` over the batch to the gradients held inside."""
+
+    def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
+        """The same sums without gradients."""
+
+    def apply(self, learning_rate: float) -> float:
+        """One optimizer step from the accumulated gradients, which are then cleared; the gradient norm before clipping.
+
+        A norm that is not finite leaves the weights alone and raises nothing: the caller decides.
+        """
+
+    def save_state(self, folder: Path) -> None:
+        """Weights (or adapters) and optimizer state into an existing folder."""
+
+    def restore_state(self, folder: Path, optimizer: bool = True) -> None:
+        """Load what `save_state` wrote; `optimizer=False` for the weights alone."""
+
+    def state_bytes(self) -> int:
+        """Size of one checkpoint."""
+
+    def export_bytes(self) -> int:
+        """Size of the exported student, at most."""
+
+    def export(self, folder: Path, stop_ids: list[int]) -> None:
+        """Weights and config in Hugging Face layout, adapters fused (and kept beside)."""
+
+
+class Backend(Protocol):
+    """A framework: loads models, counts memory."""
+
+    name: str
+
+    def device(self) -> DeviceInfo: ...
+
+    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> Teacher:
+        """A frozen teacher of `folder`; `name` is what the user called it. Raises `ModelError`."""
+
+    def load_student(self, folder: Path, name: str, recipe: Recipe) -> Student:
+        """A student to train. Raises `ModelError`."""
+
+    def memory(self) -> Memory: ...
+
+    def loss_error(self) -> float:
+        """Largest relative error of a tiny loss and its gradient against the float64 definition."""
+
+    def matmul_rate(self) -> float:
+        """Measured operations a second of a matrix product in the dtype that "auto" trains in."""
+
+    def reset_peak_memory(self) -> None: ...
+
+    def release(self) -> None:
+        """Give unused memory back, after a model has gone."""

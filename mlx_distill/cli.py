@@ -1,0 +1,108 @@
+"""The command line: each command reads its arguments, calls one function and prints. Errors of `DistillError` are one line and exit 2."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mlx_distill import __version__
+from mlx_distill.errors import DistillError
+from mlx_distill.recipe import load_recipe
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    help="Distil reasoning models on a Mac: a recipe in, a smaller model that opens in mlx-lm and transformers out.",
+)
+console = Console()
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/cot50.toml.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.FIELD=VALUE", help="Override one field; may be repeated.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto or mlx.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, backend: BackendOption = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run of this name and start over.")] = False,
+) -> None:
+    """Distil: train, export, score, report. On an unfinished run folder, continue where it stopped."""
+    from mlx_distill import pipeline
+    from mlx_distill.train import Interrupted
+    from mlx_distill.view import View
+
+    loaded = load_recipe(recipe, tuple(set_ or ()))
+    with View(console) as view:
+        try:
+            pipeline.run(loaded, view, backend, fresh)
+        except Interrupted as stop:
+            view.say(f"stopped; {stop}. The same command continues.")
+            raise typer.Exit(130) from None
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument, set_: SetOption = None,
+    example: Annotated[int, typer.Option("--example", help="Which training example, from 1.")] = 1,
+) -> None:
+    """Print an example coloured by segment, what is cut and what is supervised, and token counts. Needs no weights."""
+    from mlx_distill.show import show as print_example
+
+    print_example(load_recipe(recipe, tuple(set_ or ())), console, example)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.")],
+    task: Annotated[str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH or jsonl:PATH.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of [eval], for example examples=100.")] = None,
+    backend: BackendOption = "auto",
+    seed: Annotated[int, typer.Option("--seed", help="Draws problems and samples.")] = 42,
+) -> None:
+    """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens."""
+    from mlx_distill import pipeline
+    from mlx_distill.view import View
+
+    with View(console) as view:
+        pipeline.score_model(model, task, tuple(set_ or ()), view, backend, seed)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.md and report.html; default: the run's own, or `reports`.")] = None,
+) -> None:
+    """Write a Markdown table and one self-contained HTML page about one or several runs."""
+    from mlx_distill.report import report as write_report
+
+    folder = out or (runs[0] if len(runs) == 1 else Path("reports"))
+    console.print(f"report: {write_report(runs, folder)}", markup=False, highlight=False)
+
+
+@app.command()
+def doctor(backend: BackendOption = "auto") -> None:
+    """A self-check to share: versions, device, BLAS, memory, a tiny loss against float64, a measured matmul rate."""
+    from mlx_distill.doctor import check
+
+    if not check(console, backend):
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `mlx-distill` command."""
+    try:
+        app()
+    except DistillError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command continues.", file=sys.stderr)
+        sys.exit(130)

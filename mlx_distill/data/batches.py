@@ -1,0 +1,149 @@
+"""`TokenSequence`s → optimizer `Step`s of padded `Batch`es.
+
+In: cut sequences, the supervised segments, the `[batch]` table. Out: numpy arrays that any backend can train on. Decided
+here: the order in which examples are seen, which share an optimizer step, how they are padded, and which positions
+predict which targets. Shifting happens here, once: `positions` point at the token *before* each supervised token,
+`targets` at the token itself. Indices are checked here too, since MLX does not check them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mlx_distill.data.sequences import TokenSequence
+from mlx_distill.errors import DataError
+from mlx_distill.recipe import BatchTable
+
+ALL_SEGMENTS = ("prompt", "cot", "answer")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch.
+
+    tokens `int32[B, T]` (padded at the right with 0), positions `int32[N]` into the flattened `[B*T]`, targets `int32[N]`,
+    segment `int8[N]` (the `Segment` of the target), weight `float32[N]` (1, or 0 where N itself is padded),
+    lengths `int32[B]` (real tokens), ids `tuple[str, ...]` of length B. Positions with weight 0 point at position 0 and
+    target 0: valid to gather, and never to be counted.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    targets: np.ndarray
+    segment: np.ndarray
+    weight: np.ndarray
+    lengths: np.ndarray
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its micro-batches and the number of tokens that carry loss in all of them."""
+
+    index: int
+    batches: tuple[Batch, ...]
+    loss_tokens: float
+    tokens: int  # real (unpadded) tokens read
+
+
+class Steps(Sequence[Step]):
+    """The optimizer steps of a run, by number: `steps[i]` is a pure function of what the object was made from and i.
+
+    Examples come in one endless stream: a seeded permutation of all of them for each epoch, one after the other. Step i
+    takes exactly `global_batch_size` of them, from `i * global_batch_size` on, so a step may hold the end of one epoch and
+    the start of the next. Without `steps` there are as many as it takes to see every example `epochs` times at least.
+    """
+
+    def __init__(
+        self, sequences: Sequence[TokenSequence], segments: tuple[str, ...], batch: BatchTable, seed: int,
+        epochs: int = 1, steps: int = 0,
+    ):
+        if batch.global_batch_size > len(sequences):
+            raise DataError(f"batch.global_batch_size is {batch.global_batch_size}, but only {len(sequences)} training "
+                            "examples carry loss; lower it or raise data.train_examples")
+        self._sequences, self._segments, self._batch, self._seed = sequences, segments, batch, seed
+        self._count = steps or -(-epochs * len(sequences) // batch.global_batch_size)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Step:
+        if not 0 <= index < self._count:
+            raise IndexError(f"step {index} of {self._count}")
+        size = self._batch.global_batch_size
+        taken = _by_length([self._sequences[row] for row in self.rows(index * size, size)])
+        batches = tuple(
+            make_batch(group, self._segments, self._batch.pad_multiple) for group in _groups(taken, self._batch)
+        )
+        loss_tokens = sum(float(batch.weight.sum(dtype=np.float64)) for batch in batches)
+        return Step(index, batches, loss_tokens, sum(map(len, taken)))
+
+    def __iter__(self) -> Iterator[Step]:
+        return (self[index] for index in range(self._count))
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Places in the stream `[start, start + count)` → rows of `sequences`."""
+        n = len(self._sequences)
+        first, last = start // n, (start + count - 1) // n
+        stream = np.concatenate(
+            [np.random.default_rng([self._seed, epoch]).permutation(n) for epoch in range(first, last + 1)]
+        )
+        return stream[start - first * n : start - first * n + count].tolist()
+
+
+def validation_batches(sequences: Sequence[TokenSequence], batch: BatchTable) -> list[Batch]:
+    """Every sequence once, in micro-batches ordered by length, with all three segments supervised."""
+    return [make_batch(group, ALL_SEGMENTS, batch.pad_multiple) for group in _groups(_by_length(sequences), batch)]
+
+
+def make_batch(sequences: Sequence[TokenSequence], segments: tuple[str, ...], pad_multiple: int = 1) -> Batch:
+    """Pad sequences to one `[B, T]` and shift: target `tokens[b, t]` is predicted at position `b*T + t - 1`.
+
+    T and N are rounded up to `pad_multiple`, to keep shapes few. Raises `ValueError` for indices that do not fit.
+    """
+    if not sequences:
+        raise ValueError("a batch needs at least one sequence")
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    width = _round_up(int(lengths.max()), pad_multiple)
+    if len(sequences) * width > np.iinfo(np.int32).max:
+        raise ValueError(f"a batch of {len(sequences)} × {width} tokens does not fit 32-bit positions")
+    tokens = np.zeros((len(sequences), width), np.int32)
+    carries = np.zeros((len(sequences), width), bool)
+    kinds = np.zeros((len(sequences), width), np.int8)
+    for row, sequence in enumerate(sequences):
+        tokens[row, : lengths[row]] = sequence.tokens
+        carries[row, : lengths[row]] = sequence.supervised(segments)
+        kinds[row, : lengths[row]] = sequence.segments()
+    places = np.flatnonzero(carries)  # row-major: b*T + t of each supervised token
+    _check(tokens, places, width)
+    padding = _round_up(len(places), pad_multiple) - len(places)
+    return Batch(
+        tokens=tokens,
+        positions=np.pad(places - 1, (0, padding)).astype(np.int32),
+        targets=np.pad(tokens.ravel()[places], (0, padding)),
+        segment=np.pad(kinds.ravel()[places], (0, padding)),
+        weight=np.pad(np.ones(len(places), np.float32), (0, padding)),
+        lengths=lengths,
+        ids=tuple(sequence.id for sequence in sequences),
+    )
+
+
+def _check(tokens: np.ndarray, places: np.ndarray, width: int) -> None:
+    if (tokens < 0).any():
+        raise ValueError(f"a token id is negative: {int(tokens.min())}")
+    if (places % width == 0).any():
+        raise ValueError("the first token of a sequence carries loss, but nothing precedes it")
+
+
+def _by_length(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
+    return sorted(sequences, key=len)
+
+
+def _groups(sequences: Sequence[TokenSequence], batch: BatchTable) -> Iterator[Sequence[TokenSequence]]:
+    size = batch.micro_batch_size
+    return (sequences[start : start + size] for start in range(0, len(sequences), size))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,189 @@
+"""`Example` → `TokenSequence`: token ids that know where the prompt and the chain of thought end.
+
+In: an example and a fast tokenizer with a chat template. Out: `int32[T]` and two half-open segment ends. Decided here:
+
+- The layout `{prompt}<think>\\n{cot}\\n</think>\\n\\n{answer}{end of turn}`, where only `{prompt}` goes through the chat
+  template (templates rewrite, move or delete reasoning). `<think>`, `</think>` and the line breaks after each belong to
+  the chain of thought, the end-of-turn token to the answer.
+- A template whose generation prompt already ends in `<think>` and white space gets no second one: the prompt segment
+  ends before that `<think>`, and the token ids are what the template would have made.
+- The whole text is tokenised once and the ends are made there, from the tokenizer's offsets. A token that straddles a
+  boundary belongs to the segment in which its first character lies.
+- Text that would be read as a control token (a literal `</think>` in an answer, `<|im_end|>` in a prompt) is refused
+  with `Skip`, to be counted, never escaped or repaired.
+"""
+
+import re
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_distill.data.examples import Example, Skip, Turns
+from mlx_distill.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+THINK_TAGS = ("<think>", "</think>")
+OPENING = re.compile(r"<think>(\s*)(</think>\s*)?\Z")  # closed again: a template that was told not to think
+SENTINEL = "mlxdistillsentinel"
+
+
+class Segment(IntEnum):
+    """What a token belongs to; the value indexes per-segment sums."""
+
+    PROMPT = 0
+    COT = 1
+    ANSWER = 2
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids `int32[T]` and the two half-open segment ends made when they were rendered.
+
+    prompt = [0, prompt_end), cot = [prompt_end, cot_end), answer = [cot_end, T).
+    `allowed` `bool[T]` says which tokens a truncation lets carry loss; the segments to supervise are chosen later.
+    """
+
+    id: str
+    tokens: np.ndarray
+    prompt_end: int
+    cot_end: int
+    allowed: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def segments(self) -> np.ndarray:
+        """`int8[T]`: the `Segment` of each token."""
+        segment = np.full(len(self.tokens), Segment.ANSWER, np.int8)
+        segment[: self.cot_end] = Segment.COT
+        segment[: self.prompt_end] = Segment.PROMPT
+        return segment
+
+    def supervised(self, segments: tuple[str, ...]) -> np.ndarray:
+        """`bool[T]`: the tokens that carry loss when `segments` (of "prompt", "cot", "answer") are supervised.
+
+        The first token has no predecessor to be predicted from, so it never does.
+        """
+        chosen = np.isin(self.segments(), [Segment[name.upper()] for name in segments])
+        mask = chosen & self.allowed
+        mask[:1] = False
+        return mask
+
+
+def render(example: Example, tokenizer: "PreTrainedTokenizerFast") -> TokenSequence:
+    """The whole example as a `TokenSequence`; every token may carry loss.
+
+    Raises `Skip` for text that the tokenizer would read as control tokens or that its template refuses, `ModelError` for
+    a tokenizer without offsets or chat template.
+    """
+    _refuse_control_text(example, tokenizer)
+    prompt, opening = _opened(_prompt_text(example.history, example.prompt, tokenizer))
+    before_answer = f"{prompt}{opening}{example.cot}\n</think>\n\n"
+    text = f"{before_answer}{example.answer}{end_of_turn(tokenizer)}"
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    begins = _begins(encoded["offset_mapping"])
+    prompt_end, cot_end = np.searchsorted(begins, (len(prompt), len(before_answer)))
+    tokens = np.asarray(encoded["input_ids"], np.int32)
+    return TokenSequence(example.id, tokens, int(prompt_end), int(cot_end), np.ones(len(tokens), bool))
+
+
+def generation_ids(prompt: str, tokenizer: "PreTrainedTokenizerFast", history: Turns = ()) -> list[int]:
+    """The ids from which an answer to a prompt is generated: the chat template's own generation prompt.
+
+    Ends in `<think>` only where the template says so; a student learns to write it where it does not. Raises `Skip` for
+    a prompt that the template refuses.
+    """
+    return list(tokenizer(_prompt_text(history, prompt, tokenizer), add_special_tokens=False)["input_ids"])
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """The text that ends an assistant turn: what the chat template writes after its content, up to and including the
+    first control token (`<|im_end|>`, `<|eot_id|>`, ` </s>`), else the tokenizer's end-of-sequence token.
+    """
+    return _turn_end(tokenizer, chat_template(tokenizer))
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
+    """The ids after which generation stops: end of sequence and end of turn."""
+    ids = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"][-1:]
+    return frozenset(ids) | ({tokenizer.eos_token_id} - {None})
+
+
+def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str:
+    """The tokenizer's default chat template; raises `ModelError` where there is none, since a made-up layout would train
+    (and later prompt) something that the model's users cannot know.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"tokenizer {tokenizer.name_or_path}: it is a slow one ({type(tokenizer).__name__}) that gives "
+                         "no character offsets, needed to find segments; use a model folder with a tokenizer.json")
+    if not tokenizer.chat_template:
+        raise ModelError(f"tokenizer {tokenizer.name_or_path}: no chat template; put the chat_template.jinja of the "
+                         "instruction-tuned model of its family into the folder")
+    return tokenizer.get_chat_template()
+
+
+def _prompt_text(history: Turns, prompt: str, tokenizer: "PreTrainedTokenizerFast") -> str:
+    turns = [{"role": role, "content": content} for role, content in (*history, ("user", prompt))]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+    except Exception as error:  # jinja2's own kinds, and what a template raises about roles
+        if isinstance(error, ModelError):
+            raise
+        raise Skip(f"the chat template refuses it ({' '.join(str(error).split())[:120]})") from None
+
+
+def _opened(prompt: str) -> tuple[str, str]:
+    """(prompt without an opening `<think>` at its end, the opening to write)."""
+    match = OPENING.search(prompt)
+    if not match:
+        return prompt, "<think>\n"
+    return prompt[: match.start()], "<think>" + (match[1] if match[1] and not match[2] else "\n")
+
+
+def _begins(offsets: list[tuple[int, int]]) -> np.ndarray:
+    """`int[T]`: the first character of each token, never decreasing.
+
+    Some tokenizers trim a token's leading space from its offsets; the end of the token before tells where it began.
+    """
+    begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+    before = np.concatenate([[0], end[:-1]])
+    return np.maximum.accumulate(np.minimum(begin, before))
+
+
+def _refuse_control_text(example: Example, tokenizer: "PreTrainedTokenizerFast") -> None:
+    control = _control_texts(tokenizer, len(tokenizer))
+    turns = "\0".join((*(content for _, content in example.history), example.prompt))
+    for name, text, refused in (
+        ("prompt", turns, control),
+        ("reasoning", example.cot, (*THINK_TAGS, *control)),
+        ("answer", example.answer, (*THINK_TAGS, *control)),
+    ):
+        if found := next((tag for tag in refused if tag in text), None):
+            raise Skip(f"literal {found} in its {name}")
+
+
+@lru_cache(maxsize=8)
+def _control_texts(tokenizer: "PreTrainedTokenizerFast", size: int) -> tuple[str, ...]:
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content.strip())
+
+
+@lru_cache(maxsize=8)
+def _turn_end(tokenizer: "PreTrainedTokenizerFast", template: str) -> str:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL, "reasoning_content": "x"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except Exception:  # a template that cannot render a finished turn: the end-of-sequence token is all there is to know
+        text = ""
+    tail = text.rpartition(SENTINEL)[2] if SENTINEL in text else ""
+    ends = [tail.index(token) + len(token) for token in _control_texts(tokenizer, len(tokenizer)) if token in tail]
+    if not ends and not tokenizer.eos_token:
+        raise ModelError(f"tokenizer {tokenizer.name_or_path}: neither its chat template nor an eos_token says how a turn "
+                         "ends; set eos_token in tokenizer_config.json")
+    return tail[: min(ends)] if ends else tokenizer.eos_token

@@ -1,0 +1,53 @@
+"""A self-check that can be pasted into an issue: what is installed, where it runs, whether the loss is right, how fast it is."""
+
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+
+from mlx_distill import objective as definition
+from mlx_distill.backends import choose_backend
+from mlx_distill.manifest import PACKAGES, git_commit, processor_name
+
+OPTIONAL = ("datasets", "pyarrow", "gguf", "math-verify", "torch")
+LOSS_TOLERANCE = 1e-5  # float32 against float64, relative
+
+
+def check(console: Console, backend_name: str) -> bool:
+    """Print the report; True if the loss agrees with its float64 definition."""
+    backend = choose_backend(backend_name)
+    device, memory = backend.device(), total_memory_bytes()
+    error = backend.loss_error()
+    rows = [
+        ("mlx-distill", f"{_version('mlx-distill')} {git_commit()}".strip()),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+        ("processor", processor_name()),
+        ("memory", f"{memory / 1e9:.1f} GB" if memory else "unknown"),
+        ("packages", ", ".join(f"{name} {_version(name)}" for name in (*PACKAGES[1:], *OPTIONAL))),
+        ("backend", f"{device.backend} on {device.device}, {device.dtype}: {device.reason}"),
+        ("loss", f"relative error {error:.1e} against float64: {'ok' if error < LOSS_TOLERANCE else 'WRONG'}"),
+        ("matmul", f"{backend.matmul_rate() / 1e9:,.0f} GFLOP/s in {device.dtype}"),
+        ("disk", f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"),
+    ]
+    for name, text in rows:
+        console.print(f"{name:12} {text}", markup=False, highlight=False, soft_wrap=True)
+    if device.advice:
+        console.print(f"note: {device.advice}", markup=False, highlight=False, soft_wrap=True)
+    return error < LOSS_TOLERANCE
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "-"
+
+
+def total_memory_bytes() -> int:
+    """Physical memory, 0 where it cannot be asked."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0

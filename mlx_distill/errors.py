@@ -1,0 +1,36 @@
+"""What can go wrong by a user's hand.
+
+Every `DistillError` carries one line that says where, what was asked, what was found and what to do; the command line
+prints that line and exits with code 2. Each child is also the standard-library error it resembles, so callers of the
+Python API can catch the usual names. Anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class DistillError(Exception):
+    """A user's mistake or a limit of their machine: one clear line, exit code 2."""
+
+
+class RecipeError(DistillError, ValueError):
+    """A recipe (or a `--set`) that cannot be run as written."""
+
+
+class DataError(DistillError, ValueError):
+    """A row, column or file of data that cannot be used."""
+
+
+class NotFound(DistillError, FileNotFoundError):
+    """A file, folder, dataset, task or model that is not where it was said to be."""
+
+    __str__ = Exception.__str__  # OSError would print an errno
+
+
+class ModelError(DistillError, ValueError):
+    """A model or tokenizer that cannot play the part it was given."""
+
+
+class RunError(DistillError, RuntimeError):
+    """A run folder that cannot be started, resumed or written."""
+
+
+class DivergedError(DistillError, ArithmeticError):
+    """A loss or gradient that is not finite; the weights were not touched by it."""

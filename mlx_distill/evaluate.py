@@ -1,0 +1,227 @@
+"""Scores: a model answers a task's problems, and the share it gets right is stated with its uncertainty.
+
+In: anything that can `generate`, a tokenizer, a `Task`. Out: a `Score`, the `Difference` of two, the `Retention` of a
+student. Decided here: what counts as finished, and every interval. All intervals are 95 % and cover the choice of problems
+(and the sampling of answers), not the choice of a training seed.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from math import sqrt
+from statistics import NormalDist, fmean
+from typing import TYPE_CHECKING, Any
+
+from mlx_distill.errors import DataError
+from mlx_distill.recipe import EvalTable
+from mlx_distill.tasks import THINK_END, Problem, Task
+
+if TYPE_CHECKING:
+    from mlx_distill.backends.protocol import Student
+
+Z = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model did on a task.
+
+    accuracy, low, high: mean over problems of the share of right answers, and its 95 % interval (see `interval`).
+    correct: for each problem id, 1.0 or 0.0 for each sample. unfinished: share of generations without a stop token or
+    without `</think>`; they count as wrong. well_formed: share with exactly one `</think>` and a stop token.
+    mean_tokens: new tokens a generation, stop token included. seconds: the time that generating took.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    problems: int
+    samples: int
+    correct: dict[str, list[float]]
+    unfinished: float
+    well_formed: float
+    mean_tokens: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict that `from_json` turns into an equal `Score`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Score":
+        """The `Score` that `to_json` wrote; raises `TypeError` where a field is missing or unknown."""
+        return cls(**content)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a − b in accuracy over the problems both were given, with its 95 % interval (see `compare`)."""
+
+    mean: float
+    low: float
+    high: float
+    problems: int
+    verdict: str  # "better", "worse" or "no clear difference"
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a student keeps of a full model: `accuracy` = student / full, `gain` = (student − base) / (full − base).
+
+    None where the divisor is not positive, so that there is nothing to keep.
+    """
+
+    accuracy: float | None
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One judged generation."""
+
+    correct: bool
+    finished: bool
+    well_formed: bool
+    tokens: int
+
+
+def score(
+    model: "Student", tokenizer: Any, task: Task, settings: EvalTable, seed: int,
+    progress: Callable[[int], None] = lambda done: None, stop_ids: frozenset[int] = frozenset(),
+) -> Score:
+    """Generate `settings.samples` answers to every problem of `task` and score them.
+
+    `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the tokenizer's own.
+    Raises `DataError` for a task without problems: there is no accuracy of nothing.
+    """
+    if not task.problems:
+        raise DataError(f"task {task.name!r} has no problems to score: check its file, or raise [eval] examples")
+    stops = stop_ids | own_stop_ids(tokenizer)
+    prompts = [_prompt_ids(problem.prompt, tokenizer) for problem in task.problems]
+    repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
+    started = time.perf_counter()
+    generated = model.generate(
+        repeated, settings.max_new_tokens, settings.temperature, settings.top_p, seed, settings.batch_size, stops, progress
+    )
+    seconds = time.perf_counter() - started
+    owners = [problem for problem in task.problems for _ in range(settings.samples)]
+    answers = [judge(ids, problem, task, tokenizer, stops) for problem, ids in zip(owners, generated, strict=True)]
+    return summarize(task.problems, answers, settings.samples, seconds)
+
+
+def judge(ids: list[int], problem: Problem, task: Task, tokenizer: Any, stop_ids: frozenset[int]) -> Answer:
+    """One generation's verdict: it can only be right if it stopped by itself and closed its reasoning with `</think>`."""
+    stopped = bool(ids) and ids[-1] in stop_ids
+    text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
+    ends = text.count(THINK_END)
+    finished = stopped and ends > 0
+    return Answer(finished and task.verify(problem.expected, text), finished, stopped and ends == 1, len(ids))
+
+
+def summarize(problems: list[Problem], answers: list[Answer], samples: int, seconds: float) -> Score:
+    """The `Score` of `samples` answers a problem, in the problems' order."""
+    right = [float(answer.correct) for answer in answers]
+    correct = {problem.id: right[i * samples : (i + 1) * samples] for i, problem in enumerate(problems)}
+    low, high = interval(correct.values())
+    return Score(
+        accuracy=fmean(map(fmean, correct.values())), low=low, high=high,
+        problems=len(problems), samples=samples, correct=correct,
+        unfinished=fmean(not answer.finished for answer in answers),
+        well_formed=fmean(answer.well_formed for answer in answers),
+        mean_tokens=fmean(answer.tokens for answer in answers),
+        seconds=seconds,
+    )
+
+
+def wilson(p: float, n: float, z: float = Z) -> tuple[float, float]:
+    """The score interval of a share `p` seen in `n` independent trials (Wilson 1927).
+
+    (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n). It stays inside [0, 1] and has a width at p = 0 and p = 1.
+    """
+    middle, scale = p + z * z / (2 * n), 1 + z * z / n
+    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return low if p > 0 else 0.0, high if p < 1 else 1.0  # exact where rounding would leave 1e-17
+
+
+def interval(correct: Iterable[list[float]]) -> tuple[float, float]:
+    """The 95 % interval of the mean over n problems of the share p_i of right answers in k samples each.
+
+    One sample a problem: `wilson(p, n)`. More: samples of one problem are not independent, so problems are the clusters:
+    SE² = Σ(p_i − p)² / (n(n−1)), the effective number of trials is n* = p(1−p)/SE² kept within [n, nk], and the interval is
+    `wilson(p, n*)` with Student's t of n−1 degrees of freedom in the place of z. (Effective sample size: Korn and Graubard,
+    Survey Methodology 24, 1998; in Wilson's interval: Franco, Little, Louis and Slud, J. Surv. Stat. Methodol. 7, 2019.)
+    """
+    rows = list(correct)
+    shares = [fmean(samples) for samples in rows]
+    n, k, p = len(rows), len(rows[0]), fmean(shares)
+    if k == 1 or n == 1:
+        return wilson(p, n)
+    squared_error = sum((share - p) ** 2 for share in shares) / (n * (n - 1))
+    spread = p * (1 - p)
+    trials = spread / squared_error if squared_error > 0 else (n * k if spread > 0 else n)
+    return wilson(p, min(max(trials, n), n * k), student_t(n - 1))
+
+
+def student_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t, to 0.01 from 4 degrees of freedom on (Cornish–Fisher; Abramowitz and Stegun 26.7.5)."""
+    z, v = Z, degrees
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / v**power for power, term in enumerate(terms, 1))
+
+
+def compare(a: Score, b: Score) -> Difference:
+    """a − b, paired over the problems that both answered.
+
+    With d_i the difference of the two shares of right answers on problem i, `mean` is the mean of d. The interval is that of
+    d with two pseudo-problems added, one of +1 and one of −1: m ± z·√(v/(n+2)), where m = Σd/(n+2) and
+    v = (Σd² + 2)/(n+2) − m². With one sample a problem this is the interval of Bonett and Price (J. Educ. Behav. Stat. 37,
+    2012) for paired proportions; it keeps a width where the plain paired interval collapses. Raises `DataError` where no
+    problem is shared.
+    """
+    shared = [key for key in a.correct if key in b.correct]
+    if not shared:
+        raise DataError("two scores share no problem, so they cannot be compared: score both on the same task and seed")
+    differences = [fmean(a.correct[key]) - fmean(b.correct[key]) for key in shared]
+    padded = len(shared) + 2
+    middle = sum(differences) / padded
+    variance = (sum(d * d for d in differences) + 2) / padded - middle**2
+    half = Z * sqrt(variance / padded)
+    low, high = max(-1.0, middle - half), min(1.0, middle + half)
+    verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
+    return Difference(fmean(differences), low, high, len(shared), verdict)
+
+
+def retention(student: Score, base: Score, full: Score) -> Retention:
+    """What `student`, which was `base` before, keeps of `full` (its teacher, or the student of whole sequences)."""
+    gain = full.accuracy - base.accuracy
+    return Retention(
+        accuracy=student.accuracy / full.accuracy if full.accuracy > 0 else None,
+        gain=(student.accuracy - base.accuracy) / gain if gain > 0 else None,
+    )
+
+
+def describe(score: Score) -> str:
+    """One line for a terminal: accuracy with its interval, what did not finish, tokens."""
+    return (
+        f"{score.accuracy:.1%} right (95 % interval {score.low:.1%} to {score.high:.1%}, {score.problems} problems"
+        f"{f' × {score.samples} samples' if score.samples > 1 else ''}), "
+        f"{score.unfinished:.1%} unfinished, {score.mean_tokens:.0f} tokens a generation, {score.seconds:.0f} s"
+    )
+
+
+def own_stop_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids with which a tokenizer (of transformers or mlx-lm) says that an answer ends."""
+    plural = getattr(tokenizer, "eos_token_ids", None)
+    found = plural if plural is not None else getattr(tokenizer, "eos_token_id", None)
+    return frozenset([found] if isinstance(found, int) else found or ())
+
+
+def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
+    messages = [{"role": "user", "content": prompt}]
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

@@ -1,0 +1,106 @@
+"""What a run was made from, for whoever reads it later: models, data, packages, machine, commit.
+
+In: a recipe and what was prepared for it. Out: the dictionaries of `manifest.json` and `sample.json`. Everything is asked of
+the machine or computed from the data; nothing is typed in.
+"""
+
+import hashlib
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_distill.backends.protocol import DeviceInfo
+from mlx_distill.data.prepare import Prepared, count_tokens
+from mlx_distill.data.sequences import Segment
+from mlx_distill.hub import model_fingerprint
+from mlx_distill.recipe import Recipe
+from mlx_distill.show import token_runs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PACKAGES = ("mlx-distill", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "pydantic", "safetensors")
+
+
+def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[str, Path]], prepared: Prepared, steps: int) -> dict:
+    """The manifest of a run that begins; `models` maps teacher and student to (name in the recipe, folder)."""
+    return {
+        "name": recipe.run.name,
+        "recipe_digest": recipe.digest(),
+        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "backend": device.backend,
+        "device": device.device,
+        "dtype": device.dtype,
+        "backend_reason": device.reason,
+        "versions": {name: version(name) for name in PACKAGES},
+        "machine": {"system": platform.platform(), "processor": processor_name(), "python": platform.python_version()},
+        "git_commit": git_commit(),
+        "seed": recipe.run.seed,
+        "models": {part: {"name": name, "fingerprint": model_fingerprint(folder)} for part, (name, folder) in models.items()},
+        "data": data_account(prepared, recipe),
+        "data_digest": data_digest(prepared),
+        "steps": steps,
+    }
+
+
+def data_account(prepared: Prepared, recipe: Recipe) -> dict:
+    """Examples read, kept and dropped (by reason), and training tokens by segment: whole, after the cut, with loss."""
+    whole = count_tokens(prepared.train_whole, recipe.objective.segments)
+    cut = count_tokens(prepared.train, recipe.objective.segments)
+    kept = len(prepared.train) + len(prepared.validation)
+    return {
+        "read": len(prepared.train_whole) + len(prepared.validation) + sum(prepared.skipped.values()) - (whole.examples - cut.examples),
+        "kept": kept,
+        "train": len(prepared.train),
+        "validation": len(prepared.validation),
+        "dropped": prepared.skipped,
+        "segments": {
+            s.name.lower(): {"before": int(whole.tokens[s]), "after": int(cut.tokens[s]), "supervised": int(cut.supervised[s])}
+            for s in Segment
+        },
+    }
+
+
+def data_digest(prepared: Prepared) -> str:
+    """16 hex digits over every token, segment end and loss mask of training and validation, in order."""
+    digest = hashlib.sha256()
+    for sequence in (*prepared.train, *prepared.validation):
+        digest.update(f"{sequence.id} {sequence.prompt_end} {sequence.cot_end}".encode())
+        digest.update(sequence.tokens.tobytes() + sequence.allowed.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def sample_pieces(prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", example: int = 0) -> list[dict]:
+    """One training example, token by token: its text, segment, whether the cut keeps it and whether it carries loss."""
+    return [
+        {
+            "text": tokenizer.decode([int(token)], skip_special_tokens=False),
+            "segment": run.segment.name.lower(),
+            "kept": run.kept,
+            "supervised": bool(learned),
+        }
+        for run in token_runs(prepared.train_whole[example], recipe)
+        for token, learned in zip(run.tokens, run.learned, strict=True)
+    ]
+
+
+def git_commit() -> str:
+    """The commit of the program's checkout, with "+changes" where it has some; "" for an installed package."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        status = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "") if commit.returncode == 0 else ""
+
+
+def processor_name() -> str:
+    """What the machine calls its processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,184 @@
+"""What the student is asked to minimise, defined once in float64 numpy.
+
+In: logits of student and teacher at the N loss positions, the target tokens and an `Objective`. Out: one number a row,
+or the gradient of a row's number with respect to the student's logits. These are the definitions, written to be read
+and to be right; every backend computes the same numbers without ever holding [N, V] and is tested against this file.
+Logits of -inf (padding, forbidden tokens) have probability 0 and add nothing; a divergence is infinite only where it
+really is: forward KL where the student forbids what the teacher gives, reverse KL where the teacher forbids what the
+student gives. Axes: `N` loss positions, `V` vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from mlx_distill.recipe import ObjectiveTable
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`kd_weight * divergence + (1 - kd_weight) * cross_entropy`, per position.
+
+    kd_weight 0 needs no teacher; kd_weight 1 leaves the targets without a gradient. `temperature` divides both logits
+    inside the divergence and never those of the cross-entropy; "hinton" multiplies the divergence, value and gradient,
+    by temperature squared.
+    """
+
+    divergence: Divergence = "forward_kl"
+    jsd_beta: float = 0.5
+    kd_weight: float = 0.5
+    temperature: float = 1.0
+    temperature_scaling: Literal["none", "hinton"] = "hinton"
+
+    @classmethod
+    def from_table(cls, table: "ObjectiveTable") -> "Objective":
+        """The objective that a recipe's `[objective]` table asks for."""
+        return cls(table.divergence, table.jsd_beta, table.kd_weight, table.temperature, table.temperature_scaling)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kd_weight > 0
+
+    @property
+    def needs_targets(self) -> bool:
+        return self.kd_weight < 1
+
+    @property
+    def divergence_scale(self) -> float:
+        """What multiplies the divergence: temperature squared under "hinton" (Hinton et al. 2015, §2.1), else 1."""
+        return self.temperature**2 if self.temperature_scaling == "hinton" else 1.0
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 log-probabilities along the last axis; a logit of -inf stays -inf."""
+    logits = np.asarray(logits, dtype=np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """KL(p‖q) in nats of log-probabilities [N, V], as [N]; 0 log 0 is 0."""
+    return (np.exp(log_p) * _log_ratio(log_p, log_q)).sum(axis=-1)
+
+
+def forward_kl(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+    """KL(teacher‖student): the student must cover what the teacher does."""
+    return kl(log_teacher, log_student)
+
+
+def reverse_kl(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+    """KL(student‖teacher): the student must avoid what the teacher does not do."""
+    return kl(log_student, log_teacher)
+
+
+def jsd(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+    """Generalised Jensen-Shannon divergence: β KL(t‖m) + (1-β) KL(s‖m) with m = β t + (1-β) s.
+
+    The convention of GKD (arXiv 2306.13649, §2, with P the teacher): symmetric at β = ½, where it is at most log 2;
+    divided by β it tends to forward KL as β → 0, divided by 1-β to reverse KL as β → 1.
+    """
+    log_mixture = _log_mixture(log_student, log_teacher, beta)
+    return beta * kl(log_teacher, log_mixture) + (1 - beta) * kl(log_student, log_mixture)
+
+
+def forward_kl_grad(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+    """s - t."""
+    return np.exp(log_student) - np.exp(log_teacher)
+
+
+def reverse_kl_grad(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+    """s (log s/t - KL(s‖t))."""
+    return _centred(log_student, _log_ratio(log_student, log_teacher))
+
+
+def jsd_grad(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+    """(1-β) s (log s/m - KL(s‖m)): the terms in which m itself moves cancel, since they sum to m/m."""
+    log_mixture = _log_mixture(log_student, log_teacher, beta)
+    return (1 - beta) * _centred(log_student, _log_ratio(log_student, log_mixture))
+
+
+Rows = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+DIVERGENCES: dict[str, tuple[Rows, Rows]] = {  # name: (value [N], gradient in the student's scaled logits [N, V])
+    "forward_kl": (forward_kl, forward_kl_grad),
+    "reverse_kl": (reverse_kl, reverse_kl_grad),
+    "jsd": (jsd, jsd_grad),
+}
+
+
+def divergence(student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective) -> np.ndarray:
+    """The objective's divergence of logits [N, V], temperature and its scaling included, as float64[N] in nats."""
+    value, _ = DIVERGENCES[objective.divergence]
+    log_student, log_teacher = _at_temperature(student_logits, teacher_logits, objective)
+    return objective.divergence_scale * value(log_student, log_teacher, objective.jsd_beta)
+
+
+def cross_entropy(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log softmax(student_logits)[target] at temperature 1, as float64[N] in nats."""
+    return -log_softmax(student_logits)[np.arange(len(targets)), targets]
+
+
+def loss(
+    student_logits: np.ndarray, teacher_logits: np.ndarray | None, targets: np.ndarray, objective: Objective
+) -> np.ndarray:
+    """`kd_weight * divergence + (1 - kd_weight) * cross_entropy` of logits [N, V] and targets [N], as float64[N]."""
+    rows = np.zeros(len(student_logits))
+    if objective.needs_teacher:
+        rows += objective.kd_weight * divergence(student_logits, teacher_logits, objective)
+    if objective.needs_targets:
+        rows += (1 - objective.kd_weight) * cross_entropy(student_logits, targets)
+    return rows
+
+
+def divergence_grad(student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective) -> np.ndarray:
+    """d divergence[n] / d student_logits[n, v], as float64[N, V]."""
+    _, gradient = DIVERGENCES[objective.divergence]
+    log_student, log_teacher = _at_temperature(student_logits, teacher_logits, objective)
+    scale = objective.divergence_scale / objective.temperature
+    return scale * gradient(log_student, log_teacher, objective.jsd_beta)
+
+
+def cross_entropy_grad(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """d cross_entropy[n] / d student_logits[n, v] = softmax - one-hot, as float64[N, V]."""
+    gradient = np.exp(log_softmax(student_logits))
+    gradient[np.arange(len(targets)), targets] -= 1
+    return gradient
+
+
+def grad(
+    student_logits: np.ndarray, teacher_logits: np.ndarray | None, targets: np.ndarray, objective: Objective
+) -> np.ndarray:
+    """d loss[n] / d student_logits[n, v], as float64[N, V]."""
+    gradient = np.zeros(student_logits.shape)
+    if objective.needs_teacher:
+        gradient += objective.kd_weight * divergence_grad(student_logits, teacher_logits, objective)
+    if objective.needs_targets:
+        gradient += (1 - objective.kd_weight) * cross_entropy_grad(student_logits, targets)
+    return gradient
+
+
+def _at_temperature(
+    student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective
+) -> tuple[np.ndarray, np.ndarray]:
+    student, teacher = np.asarray(student_logits, np.float64), np.asarray(teacher_logits, np.float64)
+    return log_softmax(student / objective.temperature), log_softmax(teacher / objective.temperature)
+
+
+def _log_ratio(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    """log p/q where p > 0, else 0: p log p/q is 0 there whatever q is."""
+    possible = np.isfinite(log_p)
+    return np.where(possible, log_p, 0.0) - np.where(possible, log_q, 0.0)
+
+
+def _log_mixture(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+    return np.logaddexp(np.log(beta) + log_teacher, np.log1p(-beta) + log_student)
+
+
+def _centred(log_student: np.ndarray, advantage: np.ndarray) -> np.ndarray:
+    """The softmax's Jacobian applied to `advantage`: s (a - Σ s a)."""
+    student = np.exp(log_student)
+    return student * (advantage - (student * advantage).sum(axis=-1, keepdims=True))

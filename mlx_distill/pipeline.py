@@ -1,0 +1,221 @@
+"""The straight line: recipe → examples → sequences → steps → training → student → scores → report.
+
+Each stage leaves its result in the run folder and is skipped where that is complete, so the same call also continues a run
+that was stopped anywhere.
+"""
+
+import json
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlx_distill import evaluate
+from mlx_distill.backends import choose_backend
+from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
+from mlx_distill.data.batches import Step, Steps, validation_batches
+from mlx_distill.data.prepare import Prepared, prepare
+from mlx_distill.data.sequences import stop_ids
+from mlx_distill.errors import ModelError, NotFound, RunError
+from mlx_distill.flops import Shape, step_flops, total_flops
+from mlx_distill.hub import load_tokenizer, model_folder
+from mlx_distill.manifest import make_manifest, sample_pieces
+from mlx_distill.recipe import Recipe, eval_table
+from mlx_distill.report import report
+from mlx_distill.run_dir import RunFolder
+from mlx_distill.tasks import Task, load_task
+from mlx_distill.train import Training
+from mlx_distill.view import View
+
+
+def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = False) -> Path:
+    """Run a recipe to its report, or continue it; returns the run folder. Raises `DistillError` or `Interrupted`."""
+    pipeline = Pipeline(recipe, view, choose_backend(backend_name))
+    folder = RunFolder.open(recipe, fresh)
+    with folder.locked():
+        pipeline.run(folder)
+    return folder.path
+
+
+class Pipeline:
+    """One recipe on one backend: the models' folders, the student's tokenizer, and the stages in order."""
+
+    def __init__(self, recipe: Recipe, view: View, backend: Backend):
+        self.recipe, self.view, self.backend = recipe, view, backend
+        self.student_folder = model_folder(recipe.student.model, recipe.student.revision)
+        self.teacher_folder = model_folder(recipe.teacher.model, recipe.teacher.revision) if recipe.teacher.model else None
+        self.tokenizer = load_tokenizer(self.student_folder)
+        self.stop_ids = sorted(stop_ids(self.tokenizer))
+
+    def run(self, folder: RunFolder) -> None:
+        self._announce()
+        task = load_task(self.recipe.eval.task, self.recipe.eval.examples, self.recipe.run.seed) if self.recipe.eval.task else None
+        if not (folder.student / "config.json").exists():
+            self._train_and_export(folder)
+        if task:
+            self._evaluate(folder, task)
+        self._finish(folder)
+
+    def _announce(self) -> None:
+        device = self.backend.device()
+        self.view.say(f"backend {device.backend} on {device.device}, {device.dtype}: {device.reason}")
+        if device.advice:
+            self.view.say(f"note: {device.advice}")
+
+    # training
+
+    def _train_and_export(self, folder: RunFolder) -> None:
+        prepared = prepare(self.recipe, self.tokenizer)
+        recipe = self.recipe
+        steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
+        self._write_manifest(folder, prepared, len(steps))
+        student, teacher = self._load_models()
+        self._check_disk(folder, student, len(steps))
+        training = Training(
+            recipe, self.backend, student, teacher, steps, validation_batches(prepared.validation, self.recipe.batch),
+            folder, self.view, self._flops_counter(),
+        )
+        with _ctrl_c() as asked:
+            training.stop_asked = asked.is_set
+            state = training.train()
+        if self.recipe.run.export == "best" and state.best_step != state.step:
+            student.restore_state(folder.checkpoint(state.best_step), optimizer=False)
+        folder.write_student(lambda path: student.export(path, self.stop_ids))
+        manifest = folder.read_json("manifest.json")
+        exported = state.best_step if self.recipe.run.export == "best" else state.step
+        result = {"exported_step": exported, "elapsed_seconds": state.elapsed_seconds, "flops": total_flops(folder.rows("metrics.jsonl"))}
+        folder.write_json("manifest.json", manifest | result)
+        self.view.say(f"student written to {folder.student} (step {exported})")
+
+    def _load_models(self) -> tuple[Student, Teacher | None]:
+        recipe = self.recipe
+        student = self.backend.load_student(self.student_folder, recipe.student.model, recipe)
+        if not self.teacher_folder:
+            return student, None
+        teacher = self.backend.load_teacher(self.teacher_folder, recipe.teacher.model, recipe.teacher.quantize_bits)
+        student.vocabulary = common_rows(
+            load_tokenizer(self.teacher_folder).get_vocab(), self.tokenizer.get_vocab(), teacher.vocabulary_rows, student.vocabulary_rows
+        )
+        return student, teacher
+
+    def _flops_counter(self) -> Callable[[Step], dict[str, float]]:
+        """What a step costs by part, {} where a model is not a dense decoder of a known kind."""
+        student = Shape.of(read_config(self.student_folder))
+        teaches = self.recipe.objective.kd_weight > 0
+        teacher = Shape.of(read_config(self.teacher_folder)) if teaches else None
+        if student is None or (teaches and teacher is None):
+            return lambda step: {}
+        return lambda step: step_flops(step, teacher, student, self.recipe.student.tuning == "full")
+
+    def _check_disk(self, folder: RunFolder, student: Student, steps: int) -> None:
+        checkpoints = {"last": 2, "last_and_best": 3, "all": 1 + steps // max(1, self.recipe.run.checkpoint_every or steps)}
+        needed = checkpoints[self.recipe.run.keep_checkpoints] * student.state_bytes() + student.export_bytes()
+        needed -= sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
+        free = shutil.disk_usage(folder.path).free
+        if needed > free:
+            raise RunError(
+                f"{folder.path}: checkpoints and student need {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free: free some, "
+                'set run.folder to another disk, or run.keep_checkpoints = "last" with run.export = "last"'
+            )
+
+    def _write_manifest(self, folder: RunFolder, prepared: Prepared, steps: int) -> None:
+        kept = folder.read_json("manifest.json")
+        models = {"student": (self.recipe.student.model, self.student_folder)}
+        if self.teacher_folder:
+            models["teacher"] = (self.recipe.teacher.model, self.teacher_folder)
+        manifest = make_manifest(self.recipe, self.backend.device(), models, prepared, steps)
+        for key, what in (("models", "a model's files"), ("data_digest", "the data")):
+            if kept and kept[key] != manifest[key]:
+                raise RunError(f"{folder.path}: {what} changed since this run began; restore the old ones or start over with --fresh")
+        folder.write_json("manifest.json", kept or manifest)
+        folder.write_json("sample.json", sample_pieces(prepared, self.recipe, self.tokenizer))
+
+    # scoring
+
+    def _evaluate(self, folder: RunFolder, task: Task) -> None:
+        """Score teacher, base and student, each once; a score that is kept is not made again."""
+        kept = folder.read_json("eval.json")
+        scores = kept.get("scores", {})
+        for part, path, bits in self._scored(folder):
+            if part in scores:
+                continue
+            model = self.backend.load_teacher(path, part, bits)
+            scores[part] = self._score(model, task, part).to_json()
+            folder.write_json("eval.json", {"task": task.name, "scores": scores})
+            del model
+            self.backend.release()
+
+    def _scored(self, folder: RunFolder) -> Iterator[tuple[str, Path, int]]:
+        if self.teacher_folder and self.recipe.eval.score_teacher:
+            yield "teacher", self.teacher_folder, self.recipe.teacher.quantize_bits
+        if self.recipe.eval.score_base:
+            yield "base", self.student_folder, 0
+        yield "student", folder.student, 0
+
+    def _score(self, model: Model, task: Task, part: str) -> evaluate.Score:
+        progress = self.view.count(f"scoring {part}", len(task.problems) * self.recipe.eval.samples)
+        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, self.recipe.run.seed, progress, frozenset(self.stop_ids))
+        self.view.say(f"{part}: {evaluate.describe(score)}")
+        return score
+
+    def _finish(self, folder: RunFolder) -> None:
+        manifest = folder.read_json("manifest.json")
+        folder.write_json("manifest.json", manifest | {"finished": True})
+        report([folder.path], folder.path)
+        self.view.say(f"report: {folder.path / 'report.html'}")
+
+
+def score_model(name: str, task_name: str, settings: tuple[str, ...], view: View, backend_name: str = "auto", seed: int = 42) -> evaluate.Score:
+    """Score a model, or the student of a run folder, on a task; `settings` are `field=value` of the `[eval]` table."""
+    path = Path(name)
+    folder = path / "student" if (path / "recipe.toml").exists() else model_folder(name)
+    if not folder.exists():
+        raise NotFound(f"{path} holds a run without a finished student: run its recipe to the end first")
+    settings = eval_table(settings)
+    task = load_task(task_name, settings.examples, seed)
+    tokenizer, backend = load_tokenizer(folder), choose_backend(backend_name)
+    model = backend.load_teacher(folder, name)
+    progress = view.count(f"scoring {name}", len(task.problems) * settings.samples)
+    score = evaluate.score(model, tokenizer, task, settings, seed, progress, stop_ids(tokenizer))
+    view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
+    return score
+
+
+def read_config(folder: Path) -> dict:
+    """A model folder's config.json."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def common_rows(teacher: dict[str, int], student: dict[str, int], teacher_rows: int, student_rows: int) -> int:
+    """Rows of both heads that the loss compares; raises `ModelError` unless both tokenizers map the same text to the same ids."""
+    for token, index in sorted(teacher.items() | student.items(), key=lambda item: item[1]):
+        if teacher.get(token) != student.get(token):
+            raise ModelError(
+                f"teacher and student do not share a vocabulary: token {token!r} is {teacher.get(token, 'absent')} in the teacher's and "
+                f"{student.get(token, 'absent')} in the student's; choose two models of one family"
+            )
+    rows, ids = min(teacher_rows, student_rows), max(student.values()) + 1
+    if rows < ids:
+        raise ModelError(f"a head has {rows} rows for a vocabulary of {ids} ids: the tokenizer does not belong to the model")
+    return rows
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """While open, the first Ctrl-C sets the event and the second one interrupts as usual."""
+    asked = threading.Event()
+
+    def note(*_) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,297 @@
+"""A recipe: every table and field on one page, loaded strictly.
+
+In: a TOML file and `--set table.field=value` overrides. Out: a frozen `Recipe`. Decided here: names, types, defaults and
+which combinations make no sense. Unknown fields are refused with the nearest known name; no default is None.
+`recipes/reference.toml` documents every field and is tested to equal these defaults.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlx_distill.errors import NotFound, RecipeError
+
+Segments = Literal["prompt", "cot", "answer"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Table(BaseModel):
+    """A strict, frozen TOML table: unknown fields and lossy conversions are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class TeacherTable(Table):
+    model: str = "embedded:teacher"  # hub id, local folder, .gguf or embedded:NAME; "" = none (needs kd_weight = 0)
+    revision: str = "main"  # hub branch, tag or commit
+    quantize_bits: Literal[0, 4, 6, 8] = 0  # quantise on load; 0 = as stored
+
+
+class StudentTable(Table):
+    model: str = "embedded:student"
+    revision: str = "main"
+    tuning: Literal["full", "lora", "dora"] = "full"
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    lora_layers: Count = 0  # adapt the last n blocks; 0 = all
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    gradient_checkpointing: bool = False
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
+    save_dtype: Literal["base", "float32", "bfloat16"] = "base"  # of the exported student; base = as the base model's
+
+
+class DataTable(Table):
+    source: str = ""  # file, hub dataset id, or embedded:NAME
+    config: str = ""  # hub dataset configuration
+    split: str = "train"
+    format: Literal["columns", "response", "messages", "conversations", "gsm8k"] = "columns"
+    prompt_column: str = ""  # text, or a list of messages; "" = the format's usual name, here and below
+    cot_column: str = ""  # columns
+    answer_column: str = ""  # columns, gsm8k
+    response_column: str = ""  # response: <think>reasoning</think>answer
+    messages_column: str = ""  # messages, conversations
+    where: dict[str, str] = {}  # keep rows whose column equals the value
+    train_examples: Count = 0  # 0 = all
+    validation_examples: Positive = 64  # held out of the same source before training rows are taken
+    longest_tokens: Positive = 4096  # longer rendered examples are dropped and counted
+
+
+class TruncationTable(Table):
+    keep: Literal["prefix", "suffix", "middle", "cot"] = "prefix"  # cot = everything up to </think>
+    span: Literal["sequence", "cot"] = "sequence"  # what fraction is a fraction of
+    fraction: Fraction = 1.0  # Lead-Span Proportion of the paper
+    max_tokens: Count = 0  # absolute cap on the kept window; 0 = none
+    context: Literal["drop", "keep"] = "drop"  # tokens before the window: removed, or read without loss
+    token_share: Fraction = 1.0  # a seeded random share of the remaining tokens carries loss
+
+
+class ObjectiveTable(Table):
+    segments: Annotated[tuple[Segments, ...], Field(min_length=1)] = ("cot",)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    kd_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # 1 - kd_weight weighs cross-entropy
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature_scaling: Literal["none", "hinton"] = "hinton"  # hinton multiplies the divergence by T^2
+    chunk_tokens: Positive = 128  # positions whose logits exist at once
+
+
+class BatchTable(Table):
+    micro_batch_size: Positive = 4
+    global_batch_size: Positive = 8
+    pad_multiple: Positive = 32  # sequences are padded to a multiple, to keep shapes few
+
+
+class OptimTable(Table):
+    optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
+    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0 = no clipping
+    epochs: Positive = 1
+    steps: Count = 0  # 0 = what epochs ask for
+
+
+class EvalTable(Table):
+    task: str = ""  # embedded:NAME, gsm8k:PATH or jsonl:PATH; "" = no scoring
+    examples: Positive = 500
+    max_new_tokens: Positive = 512
+    batch_size: Positive = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 = greedy
+    top_p: Fraction = 1.0
+    samples: Positive = 1  # generations a problem; accuracy is their mean
+    score_teacher: bool = True
+    score_base: bool = True
+    compare: tuple[str, ...] = ()  # kept run folders that the report sets beside this run; from the recipe or the working folder
+
+
+class RunTable(Table):
+    name: str = ""  # "" = the recipe file's name
+    folder: str = "runs"
+    seed: Count = 42
+    checkpoint_every: Count = 100  # steps; 0 = only at the end
+    validate_every: Count = 100  # steps; 0 = only at the end
+    keep_checkpoints: Literal["last_and_best", "last", "all"] = "last_and_best"
+    export: Literal["best", "last"] = "best"  # which checkpoint becomes the student; best = lowest validation loss
+
+
+class Recipe(Table):
+    teacher: TeacherTable = TeacherTable()
+    student: StudentTable = StudentTable()
+    data: DataTable = DataTable()
+    truncation: TruncationTable = TruncationTable()
+    objective: ObjectiveTable = ObjectiveTable()
+    batch: BatchTable = BatchTable()
+    optim: OptimTable = OptimTable()
+    eval: EvalTable = EvalTable()
+    run: RunTable = RunTable()
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> "Recipe":
+        for found, advice in _contradictions(self):
+            if found:
+                raise ValueError(advice)
+        for table, used, fields in _conditional_fields(self):
+            for field in fields if not used else ():
+                part = getattr(self, table)
+                if getattr(part, field) != type(part).model_fields[field].default:
+                    raise ValueError(f"[{table}] {field} is set but nothing reads it here: {_WHEN_READ[table, field]}")
+        return self
+
+    def digest(self) -> str:
+        """16 hex digits over every field that shapes the result: all but where it is kept and what it is shown beside."""
+        content = self.model_dump(mode="json", exclude={"run": {"name", "folder"}, "eval": {"compare"}})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def toml(self) -> str:
+        """The resolved recipe as TOML: every field, defaults included; loading it gives an equal recipe."""
+        return tomli_w.dumps(self.model_dump(mode="json"))
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """`table.field: ours → theirs`, for every field that differs."""
+        ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        return [
+            f"{table}.{field}: {value!r} → {theirs[table][field]!r}"
+            for table, fields in ours.items()
+            for field, value in fields.items()
+            if value != theirs[table][field]
+        ]
+
+
+def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
+    teacher, objective, truncation = recipe.teacher, recipe.objective, recipe.truncation
+    return [
+        (not recipe.student.model, "[student] model is empty: name a hub id, a folder, a .gguf or embedded:student"),
+        (not recipe.data.source, "[data] source is empty: name a file, a hub dataset or embedded:chain"),
+        (not teacher.model and objective.kd_weight > 0,
+         f"[teacher] model is empty but [objective] kd_weight is {objective.kd_weight}: name a teacher or set kd_weight = 0"),
+        (truncation.keep == "cot" and truncation.fraction != 1,
+         f'[truncation] keep = "cot" cuts after </think> and takes no fraction, found {truncation.fraction}: set fraction = 1.0'),
+        (recipe.batch.micro_batch_size > recipe.batch.global_batch_size,
+         f"[batch] micro_batch_size {recipe.batch.micro_batch_size} exceeds global_batch_size "
+         f"{recipe.batch.global_batch_size}: lower the first or raise the second"),
+        (recipe.run.export == "best" and recipe.run.keep_checkpoints == "last",
+         '[run] export = "best" needs the best checkpoint, but keep_checkpoints = "last" drops it: '
+         'set export = "last" or keep_checkpoints = "last_and_best"'),
+        (recipe.eval.samples > 1 and recipe.eval.temperature == 0,
+         f"[eval] samples = {recipe.eval.samples} at temperature 0 would repeat one greedy answer: raise temperature"),
+    ]
+
+
+_WHEN_READ = {
+    ("objective", "jsd_beta"): 'only divergence = "jsd" does',
+    ("student", "rank"): 'only tuning = "lora" or "dora" does',
+    ("student", "alpha"): 'only tuning = "lora" or "dora" does',
+    ("student", "lora_layers"): 'only tuning = "lora" or "dora" does',
+    ("student", "lora_targets"): 'only tuning = "lora" or "dora" does',
+    ("optim", "beta1"): 'only optimizer = "adamw" or "lion" does',
+    ("optim", "beta2"): 'only optimizer = "adamw" or "lion" does',
+    ("optim", "eps"): 'only optimizer = "adamw" does',
+    ("eval", "top_p"): "only a temperature above 0 does",
+}
+
+
+def _conditional_fields(recipe: Recipe) -> list[tuple[str, bool, tuple[str, ...]]]:
+    return [
+        ("objective", recipe.objective.divergence == "jsd", ("jsd_beta",)),
+        ("student", recipe.student.tuning != "full", ("rank", "alpha", "lora_layers", "lora_targets")),
+        ("optim", recipe.optim.optimizer != "adafactor", ("beta1", "beta2")),
+        ("optim", recipe.optim.optimizer == "adamw", ("eps",)),
+        ("eval", recipe.eval.temperature > 0, ("top_p",)),
+    ]
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a TOML recipe and apply `table.field=value` overrides through the same checks.
+
+    Raises `NotFound` (no such file) or `RecipeError` (file, table, field, what was found and the choices), one line each.
+    """
+    tables = _read_toml(path)
+    for override in overrides:
+        _apply(tables, override)
+    _refuse_unknown(tables, path)
+    try:
+        recipe = Recipe.model_validate(tables)
+    except ValidationError as error:
+        raise RecipeError(f"{path}: {_describe(error)}") from None
+    if not recipe.run.name:
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": path.stem})})
+    return recipe
+
+
+def _read_toml(path: Path) -> dict:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes/ has examples"
+        raise NotFound(f"no recipe at {path}{hint}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+
+
+def _apply(tables: dict, override: str) -> None:
+    name, equals, text = override.partition("=")
+    table, dot, field = name.strip().partition(".")
+    if not (equals and dot and field):
+        raise RecipeError(f"--set {override}: expected table.field=value, for example --set truncation.fraction=0.25")
+    if not isinstance(tables.setdefault(table, {}), dict):
+        raise RecipeError(f"--set {override}: {table} is not a table of the recipe")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    tables[table][field.strip()] = value
+
+
+def _refuse_unknown(tables: dict, path: Path) -> None:
+    for table, fields in tables.items():
+        if table not in Recipe.model_fields:
+            raise RecipeError(f"{path}: no table [{table}] in a recipe{_near(table, Recipe.model_fields)}")
+        if not isinstance(fields, dict):
+            raise RecipeError(f"{path}: [{table}] must be a table, found {fields!r}")
+        known = Recipe.model_fields[table].annotation.model_fields
+        for field in fields:
+            if field not in known:
+                raise RecipeError(f"{path}: [{table}] has no field {field!r}{_near(field, known)}")
+
+
+def _near(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return (f"; did you mean {near[0]!r}?" if near else ";") + f" Choices: {', '.join(known)}"
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    table, field, *rest = (*first["loc"], "")
+    where = f"[{table}] {field}" + "".join(f"[{part}]" for part in rest if part != "")
+    found = first.get("input")
+    expected = first["msg"].removeprefix("Input ").removeprefix("should be ")
+    choices = first.get("ctx", {}).get("expected", "")
+    near = difflib.get_close_matches(str(found), choices.replace("'", "").replace(" or ", ", ").split(", "), 1)
+    return f"{where} should be {expected}, found {found!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def eval_table(settings: tuple[str, ...]) -> EvalTable:
+    """The `[eval]` table with `field=value` settings, checked as in a recipe."""
+    tables: dict = {}
+    for setting in settings:
+        _apply(tables, f"eval.{setting}")
+    _refuse_unknown(tables, Path("--set"))
+    try:
+        return Recipe.model_validate(tables).eval
+    except ValidationError as error:
+        raise RecipeError(f"--set: {_describe(error)}") from None

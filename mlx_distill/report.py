@@ -1,0 +1,662 @@
+"""The report: run folders → a Markdown table and one self-contained HTML page.
+
+In: run folders as `run_dir.py` lays them out. Out: `report.md` and `report.html`. Decided here: what is said in words, every
+such sentence being computed from the runs' files. A part that is missing is named in a line and leaves no number; a file
+that cannot be read counts as missing. The page's look is in `report.html.jinja`, its curves are placed by `charts.py`.
+"""
+
+import json
+import statistics
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_distill import charts
+from mlx_distill.charts import Chart, Series, line_chart, number, smoothed
+from mlx_distill.errors import DataError, NotFound, RunError
+from mlx_distill.evaluate import Difference, Score, compare, retention
+from mlx_distill.recipe import Recipe
+
+TEMPLATE = "report.html.jinja"
+SEGMENTS = ("prompt", "cot", "answer")
+SEGMENT_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
+NOT_THE_METHOD = {("run", "name"), ("run", "folder"), ("run", "checkpoint_every"), ("run", "keep_checkpoints"),
+                  ("eval", "compare"), ("eval", "batch_size"), ("eval", "score_teacher"), ("eval", "score_base")}
+RUN_ROLES = ("run-1", "run-2", "run-3", "run-4", "run-5", "run-6")
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the report was written, and its first sentence."""
+
+    markdown: Path
+    html: Path
+    headline: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; an absent part is empty and has a line in `notes`."""
+
+    folder: Path
+    recipe: dict[str, dict[str, Any]]
+    recipe_text: str
+    manifest: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    task: str
+    scores: dict[str, Score]
+    sample: list[dict[str, Any]]
+    notes: dict[str, str]
+    compared: list["Compared"] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest.get("name") or self.recipe.get("run", {}).get("name") or self.folder.name)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Another run set beside this one: how its recipe differs, its student's score, and this student minus that one."""
+
+    name: str
+    method: str
+    score: Score | None
+    difference: Difference | None
+    sentence: str
+
+
+def report(runs: list[Path], out: Path) -> Report:
+    """Write `report.md` and `report.html` about `runs` into the folder `out`, which is made if need be.
+
+    Each run's `eval.compare` names more run folders to set beside it. Raises `NotFound` where a path is not a run folder and
+    `RunError` where nothing can be written at `out`.
+    """
+    if not runs:
+        raise NotFound("no run to report on: name at least one run folder")
+    read = [read_run(Path(folder)) for folder in runs]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.md").write_text(markdown(read), encoding="utf-8")
+        (out / "report.html").write_text(html(read), encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"report in {out}: cannot be written ({error.strerror}); choose another folder or free some space") from None
+    return Report(out / "report.md", out / "report.html", headline(read))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder and the runs its recipe compares it with; raises `NotFound` where `folder` holds no run."""
+    run = _read_parts(folder)
+    named = run.recipe.get("eval", {}).get("compare", [])
+    return Run(**{**vars(run), "compared": [_compared(run, str(other)) for other in named]})
+
+
+def _read_parts(folder: Path) -> Run:
+    if not any((folder / name).is_file() for name in ("recipe.toml", "manifest.json")):
+        what = "holds neither recipe.toml nor manifest.json" if folder.is_dir() else "does not exist"
+        raise NotFound(f"no run in {folder}: it {what}; name a folder that `mlx-distill run` wrote")
+    notes: dict[str, str] = {}
+    text, recipe = _recipe(folder, notes)
+    evaluation = _json(folder, "eval.json", dict, notes, "this run was not scored")
+    sample = _json(folder, "sample.json", (list, dict), notes, "no example is shown")
+    pieces = sample.get("pieces", []) if isinstance(sample, dict) else sample
+    return Run(
+        folder=folder, recipe=recipe, recipe_text=text,
+        manifest=_json(folder, "manifest.json", dict, notes, "versions, machine, data and cost are not known"),
+        metrics=_json_lines(folder, "metrics.jsonl", notes, "there are no training curves"),
+        validation=_json_lines(folder, "validation.jsonl", notes, "there are no validation curves"),
+        task=str(evaluation.get("task", "")),
+        scores=_scores(evaluation.get("scores"), notes),
+        sample=[piece for piece in pieces if isinstance(piece, dict) and piece.get("segment") in SEGMENTS],
+        notes=notes,
+    )
+
+
+def _recipe(folder: Path, notes: dict[str, str]) -> tuple[str, dict]:
+    try:
+        text = (folder / "recipe.toml").read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except FileNotFoundError:
+        notes["recipe.toml"] = "No recipe.toml: the recipe is not known."
+    except (OSError, ValueError) as error:
+        notes["recipe.toml"] = f"recipe.toml cannot be read ({error}): the recipe is not known."
+    else:
+        return text, {name: table for name, table in tables.items() if isinstance(table, dict)}
+    return "", {}
+
+
+def _json(folder: Path, name: str, kind: type | tuple[type, ...], notes: dict[str, str], otherwise: str) -> Any:
+    empty = {} if kind is dict else []
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes[name] = f"No {name}: {otherwise}."
+        return empty
+    except (OSError, ValueError) as error:
+        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
+        return empty
+    if not isinstance(content, kind):
+        notes[name] = f"{name} holds a {type(content).__name__}: {otherwise}."
+        return empty
+    return content
+
+
+def _json_lines(folder: Path, name: str, notes: dict[str, str], otherwise: str) -> list[dict]:
+    try:
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        notes[name] = f"No {name}: {otherwise}."
+        return []
+    except (OSError, ValueError) as error:
+        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
+        return []
+    rows, torn = [], 0
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            torn += 1
+            continue
+        if isinstance(row, dict) and charts.finite([row.get("step")], [0]):
+            rows.append(row)
+    if torn:
+        notes[name] = f"{name}: {torn} unreadable line{'s' if torn > 1 else ''} left out."
+    elif not rows:
+        notes[name] = f"{name} is empty: {otherwise}."
+    return rows
+
+
+def _scores(content: Any, notes: dict[str, str]) -> dict[str, Score]:
+    scores = {}
+    for model, fields in (content if isinstance(content, dict) else {}).items():
+        try:
+            scores[str(model)] = Score.from_json(fields)
+        except TypeError:
+            notes[f"eval.json {model}"] = f"eval.json: the score of the {model} lacks fields and is left out."
+    if "student" not in scores and "eval.json" not in notes:
+        notes["eval.json"] = "eval.json holds no score of the student."
+    return scores
+
+
+def _compared(run: Run, name: str) -> Compared:
+    folder = next((path for path in _places(run, name) if path.is_dir()), None)
+    if folder is None:
+        return Compared(name, "", None, None, f"{name} is to be compared, but there is no such run folder.")
+    try:
+        other = _read_parts(folder)
+    except NotFound as error:
+        return Compared(name, "", None, None, f"{error}.")
+    theirs, method = other.scores.get("student"), method_of(other.recipe, run.recipe)
+    ours = run.scores.get("student")
+    if ours is None or theirs is None:
+        which = run.name if ours is None else other.name
+        return Compared(other.name, method, theirs, None, f"{which} has no score, so {run.name} and {other.name} are not compared.")
+    try:
+        difference = compare(ours, theirs)
+    except DataError:
+        sentence = f"{other.name} was scored on other problems, so it is not compared with {run.name}."
+        return Compared(other.name, method, theirs, None, sentence)
+    return Compared(other.name, method, theirs, difference, difference_sentence(run.name, f"{other.name} ({method})", difference))
+
+
+def _places(run: Run, name: str) -> list[Path]:
+    """Where a compared run may lie: the recipe's folder when the run kept it, the working folder, the run's own folder."""
+    home = run.manifest.get("recipe_folder")
+    return [*([Path(home) / name] if isinstance(home, str) else []), Path(name), run.folder / name]
+
+
+def method_of(recipe: dict[str, dict], reference: dict[str, dict]) -> str:
+    """A recipe by what sets it apart from another: "same recipe with kd_weight = 0.0"."""
+    if not recipe or not reference:
+        return "its recipe is not known"
+    changes = [
+        f"{table}.{name} = {json.dumps(value)}" if name in ("model", "revision") else f"{name} = {json.dumps(value)}"
+        for table, fields in recipe.items()
+        for name, value in fields.items()
+        if (table, name) not in NOT_THE_METHOD and value != reference.get(table, {}).get(name)
+    ]
+    more = f" and {len(changes) - 4} more changes" if len(changes) > 4 else ""
+    return f"same recipe with {', '.join(changes[:4])}{more}" if changes else "same recipe"
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def headline(runs: Sequence[Run]) -> str:
+    """The first sentence of the report: what came out, in numbers of the runs' files."""
+    if len(runs) == 1:
+        return _headline_of_one(runs[0])
+    scored, tasks = _ranked(runs), {run.task for run in runs if run.task}
+    if not scored:
+        return f"{len(runs)} runs, none of them scored."
+    if len(tasks) > 1:
+        return f"{len(runs)} runs on {len(tasks)} tasks: {', '.join(sorted(tasks))}."
+    return f"{scored[0].name} scores highest of {len(runs)} runs: its student solves {_solved(scored[0])}."
+
+
+def leads(runs: Sequence[Run]) -> list[str]:
+    """What follows the headline: of one run its `subline`, of several how the highest compares with each other run."""
+    if len(runs) == 1:
+        return subline(runs[0])
+    ranked = _ranked(runs)
+    return [
+        difference_sentence(ranked[0].name, other.name, compare(ranked[0].scores["student"], other.scores["student"]))
+        for other in ranked[1:] if _shared(ranked[0].scores["student"], other.scores["student"])
+    ]
+
+
+def _ranked(runs: Sequence[Run]) -> list[Run]:
+    return sorted((run for run in runs if "student" in run.scores), key=lambda run: -run.scores["student"].accuracy)
+
+
+def _shared(a: Score, b: Score) -> bool:
+    return bool(a.correct.keys() & b.correct.keys())
+
+
+def _solved(run: Run) -> str:
+    return f"{percent(run.scores['student'].accuracy)} of {run.scores['student'].problems:,} problems"
+
+
+def _headline_of_one(run: Run) -> str:
+    student, base, teacher = (run.scores.get(model) for model in ("student", "base", "teacher"))
+    if student is None:
+        first, last = _ends(run.validation, "kl")
+        if first is None or last is None:
+            return f"{run.name} has not been scored."
+        return f"{run.name} has not been scored; its validation KL to the teacher went from {number(first)} to {number(last)} nats per token."
+    before = f", {_direction(student, base)} {percent(base.accuracy)} before" if base else ""
+    other = f"; the teacher solves {percent(teacher.accuracy)}" if teacher else ""
+    return f"The student solves {_solved(run)}{before}{other}."
+
+
+def _direction(student: Score, base: Score) -> str:
+    if student.accuracy == base.accuracy:
+        return "as many as the"
+    return "up from" if student.accuracy > base.accuracy else "down from"
+
+
+def subline(run: Run) -> list[str]:
+    """What follows the headline: what is kept of the teacher, and how each compared run did."""
+    student, base, teacher = (run.scores.get(model) for model in ("student", "base", "teacher"))
+    kept = retention(student, base, teacher) if student and base and teacher else None
+    parts = [] if kept is None else [
+        f"{percent(kept.accuracy)} of the teacher's accuracy" if kept.accuracy is not None else "",
+        f"{percent(kept.gain)} of its lead over the student before" if kept.gain is not None else "",
+    ]
+    said = " and ".join(filter(None, parts))
+    return ([f"It reaches {said}."] if said else []) + [other.sentence for other in run.compared]
+
+
+def difference_sentence(a: str, b: str, difference: Difference) -> str:
+    """A `Difference` in words, saying whether its interval excludes zero."""
+    zero = "includes" if difference.low <= 0 <= difference.high else "excludes"
+    facts = (f"{points(difference.mean)} points, 95 % interval {points(difference.low)} to {points(difference.high)}, "
+             f"which {zero} zero ({difference.problems:,} shared problems).")
+    if difference.verdict == "no clear difference":
+        return f"No clear difference between {a} and {b}: {facts}"
+    return f"{a} is {difference.verdict} than {b}: {facts}"
+
+
+def percent(share: float) -> str:
+    """0.7123 → "71.2 %"."""
+    return number(share, percent=True)
+
+
+def points(share: float) -> str:
+    """0.054 → "+5.4"; what rounds to nothing has no sign."""
+    text = f"{100 * share:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as the two largest units."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def amount(value: float, unit: str = "") -> str:
+    """A large count with a decimal prefix: 1.23 GB, 4.5 M, 12.0 TFLOP."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {prefix}{unit}" if value / size < 999.5 else f"{value / size:.0f} {prefix}{unit}"
+    return f"{value:.0f} {unit}".strip()
+
+
+# ---------------------------------------------------------------- markdown
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The report as Markdown: the headline, a table of scores, a table of cost, the comparisons in words."""
+    scores = _table(
+        ["run", "model", "accuracy", "95 % interval", "problems", "unfinished", "well formed", "tokens an answer"],
+        [row for run in runs for row in _score_cells(run)], "llrrrrrr",
+    )
+    cost = _table(
+        ["run", "steps", "tokens", "time", "peak memory", "FLOPs", "KL before", "KL after"],
+        [[run.name, *(facts[key] for key in ("steps", "tokens", "time", "memory", "flops")), *_kl(run)]
+         for run in runs for facts in [cost_of(run)]], "lrrrrrrr",
+    )
+    lines = leads(runs) if len(runs) == 1 else leads(runs) + [sentence for run in runs for sentence in subline(run)]
+    notes = [f"{run.name}: {note}" for run in runs for note in run.notes.values()]
+    blocks = [f"# {headline(runs)}", *lines, "## Scores", scores, "## Cost", cost, *(["## Missing"] if notes else []),
+              *([_bullets(notes)] if notes else []), INTERVALS]
+    return "\n\n".join(block if block.startswith(("|", "#", "-")) else _plain(block) for block in blocks).replace("\u00a0", " ") + "\n"
+
+
+INTERVALS = (
+    "Intervals are 95 % and cover the choice of problems and the sampling of answers, not the choice of a training seed. "
+    "A generation without a stop token or without its </think> is unfinished and counts as wrong."
+)
+
+
+def _plain(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {_plain(line)}" for line in lines)
+
+
+def _table(head: list[str], rows: list[list[str]], align: str) -> str:
+    rule = ["---:" if side == "r" else "---" for side in align]
+    cells = [[_plain(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *cells])
+
+
+def _score_cells(run: Run) -> list[list[str]]:
+    rows = [[run.name, *_score_row(role, score)] for role, _, score in _models(run)]
+    rows += [[run.name, *_score_row(f"{other.name}: {other.method}", other.score)] for other in run.compared if other.score]
+    return rows or [[run.name, "student", *[DASH] * 6]]
+
+
+def _score_row(label: str, score: Score) -> list[str]:
+    return [label, percent(score.accuracy), f"{percent(score.low)} to {percent(score.high)}", f"{score.problems:,}",
+            percent(score.unfinished), percent(score.well_formed), number(score.mean_tokens, places=1)]
+
+
+def _models(run: Run) -> list[tuple[str, str, Score]]:
+    """(words, role, score) of a run's own models, weakest first by what they are."""
+    words = {"base": "student before", "student": "student after", "teacher": "teacher"}
+    return [(label, model, run.scores[model]) for model, label in words.items() if model in run.scores]
+
+
+def _kl(run: Run) -> list[str]:
+    return [number(value) if value is not None else DASH for value in _ends(run.validation, "kl")]
+
+
+# ---------------------------------------------------------------- numbers of a run
+
+
+def _column(rows: Sequence[dict], name: str) -> list[float]:
+    return [value for _, value in charts.finite(range(len(rows)), [row.get(name) for row in rows])]
+
+
+def _ends(rows: Sequence[dict], name: str) -> tuple[float | None, float | None]:
+    values = _column(rows, name)
+    return (values[0], values[-1]) if values else (None, None)
+
+
+def _known(value: Any) -> float | None:
+    return float(value) if charts.finite([0], [value]) else None
+
+
+def cost_of(run: Run) -> dict[str, str]:
+    """Time, memory, tokens and FLOPs as text; what the run did not record is a dash."""
+    elapsed = _known(run.manifest.get("elapsed_seconds"))
+    flops = run.manifest.get("flops")
+    total = _known(flops.get("total")) if isinstance(flops, dict) else None
+    steps, planned = _column(run.metrics, "step"), _known(run.manifest.get("steps"))
+    tokens, rates = _column(run.metrics, "tokens_seen"), _column(run.metrics, "tokens_per_second")
+    loss_tokens, peak = _column(run.metrics, "loss_tokens"), _column(run.metrics, "peak_bytes")
+    done = steps[-1] if steps else planned
+    return {
+        "steps": f"{done:,.0f}" if done is not None else DASH,
+        "planned": f"{planned:,.0f}" if planned is not None else DASH,
+        "tokens": amount(tokens[-1]) if tokens else DASH,
+        "loss_tokens": amount(sum(loss_tokens)) if loss_tokens else DASH,
+        "time": duration(elapsed) if elapsed is not None else DASH,
+        "rate": f"{statistics.median(rates):,.0f}" if rates else DASH,
+        "memory": amount(max(peak), "B") if peak else DASH,
+        "flops": amount(total, "FLOP") if total is not None else DASH,
+    }
+
+
+def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(value, name, remark) for each figure of the cost section."""
+    cost = cost_of(run)
+    table = run.manifest.get("flops")
+    parts = [(part, _known(table.get(part))) for part in ("teacher", "student", "head")] if isinstance(table, dict) else []
+    split = ", ".join(f"{part} {amount(value)}" for part, value in parts if value is not None)
+    memory = [f"{name} {amount(max(used), 'B')}" for name in ("active", "cache") if (used := _column(run.metrics, f"{name}_bytes"))]
+    return [
+        (cost["time"], "elapsed", f"{cost['steps']} of {cost['planned']} steps" if cost["planned"] != DASH else ""),
+        (cost["memory"], "peak memory", ", ".join(memory)),
+        (cost["tokens"], "tokens read", f"{cost['loss_tokens']} carried loss" if cost["loss_tokens"] != DASH else ""),
+        (cost["rate"], "tokens per second", "median over steps" if cost["rate"] != DASH else ""),
+        (cost["flops"], "arithmetic", split or ("" if cost["flops"] != DASH else "not recorded")),
+    ]
+
+
+def charts_of(run: Run) -> list[Chart]:
+    """Training loss and its terms, then KL, cross-entropy and agreement on held-out sequences by segment."""
+    steps = [row["step"] for row in run.metrics]
+
+    def trained(name: str, label: str, role: str) -> list[Series]:
+        values = [row.get(name) for row in run.metrics]
+        return [Series(label, role, steps, values, faint=True), Series(label, role, steps, smoothed(values))]
+
+    training = [*trained("loss", "loss", "accent"), *trained("kd", "divergence", "cot"), *trained("ce", "cross-entropy", "prompt")]
+    found = [line_chart("Training loss", "nats per supervised token, smoothed", training)]
+    for name, title, unit in VALIDATION:
+        found.append(line_chart(title, unit, _by_segment(run, name), percent=name == "agree"))
+    return [chart for chart in found if chart]
+
+
+VALIDATION = (
+    ("kl", "KL to the teacher", "nats per token, held out, whole sequences"),
+    ("ce", "Cross-entropy", "nats per token, held out, whole sequences"),
+    ("agree", "Same first choice as the teacher", "share of tokens, held out"),
+)
+
+
+def _by_segment(run: Run, name: str) -> list[Series]:
+    steps = [row["step"] for row in run.validation]
+    parts = [Series(SEGMENT_NAMES[part], part, steps, [row.get(f"{name}_{part}") for row in run.validation]) for part in SEGMENTS]
+    known = [part for part in parts if charts.finite(part.x, part.y)]
+    whole = Series("all", "accent", steps, [row.get(name) for row in run.validation])
+    return known if len(known) == 1 else [*known, whole]  # of one segment, "all" would be the same curve
+
+
+def _coloured(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    return [(run, RUN_ROLES[i % len(RUN_ROLES)]) for i, run in enumerate(runs)]
+
+
+def overlays(runs: Sequence[Run]) -> list[Chart]:
+    """The curves of several runs, one colour a run."""
+    training = [Series(run.name, role, [row["step"] for row in run.metrics], smoothed([row.get("loss") for row in run.metrics]))
+                for run, role in _coloured(runs)]
+    found = [line_chart("Training loss", "nats per supervised token, smoothed", training)]
+    for name, title, unit in VALIDATION:
+        series = [Series(run.name, role, [row["step"] for row in run.validation], [row.get(name) for row in run.validation])
+                  for run, role in _coloured(runs)]
+        found.append(line_chart(title, unit, series, percent=name == "agree"))
+    return [chart for chart in found if chart]
+
+
+# ---------------------------------------------------------------- page
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One score to draw: `value`, `low` and `high` in per cent of the track."""
+
+    label: str
+    remark: str
+    role: str
+    score: Score
+    value: float
+    low: float
+    high: float
+
+
+def html(runs: Sequence[Run]) -> str:
+    """The report as one page that needs no other file and no network; all text of the runs is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points, "duration": duration, "number": number}
+    several = len(runs) > 1
+    return environment.get_template(TEMPLATE).render(
+        headline=headline(runs), sentences=leads(runs), views=[_view(run) for run in runs], intervals=INTERVALS, several=several,
+        bars=_run_bars(runs) if several else [], overlays=overlays(runs) if several else [],
+        rows=[_summary_row(run) for run in runs] if several else [],
+    )
+
+
+def _view(run: Run) -> dict[str, Any]:
+    """Everything the template draws of one run."""
+    return {
+        "run": run, "sentences": subline(run), "bars": _bars(run), "differences": _differences(run), "charts": charts_of(run),
+        "tiles": cost_tiles(run), "data": _data(run), "pieces": _pieces(run), "recipe": _recipe_tables(run), "facts": _facts(run),
+        "legend": _legend(run), "progress": _progress(run), "headline": _headline_of_one(run),
+    }
+
+
+def _progress(run: Run) -> str:
+    """A line for a run that is not finished; empty for one that is, or that does not say."""
+    if run.manifest.get("finished", True):
+        return ""
+    cost = cost_of(run)
+    of = f" of {cost['planned']}" if cost["planned"] != DASH else ""
+    return f"This run is not finished: it stands at step {cost['steps']}{of}, and what follows describes it so far."
+
+
+def _bars(run: Run) -> list[Bar]:
+    own = [(label, "", role, score) for label, role, score in _models(run)]
+    others = [(other.name, other.method, "compared", other.score) for other in run.compared if other.score]
+    last = [entry for entry in own if entry[2] == "teacher"]
+    return _placed([*[entry for entry in own if entry[2] != "teacher"], *others, *last])
+
+
+def _run_bars(runs: Sequence[Run]) -> list[Bar]:
+    several_tasks = len({run.task for run in runs if "student" in run.scores}) > 1
+
+    def remark(run: Run) -> str:
+        return run.task if several_tasks else "" if run is runs[0] else method_of(run.recipe, runs[0].recipe)
+
+    return _placed([(run.name, remark(run), role, run.scores["student"]) for run, role in _coloured(runs) if "student" in run.scores])
+
+
+def _placed(entries: list[tuple[str, str, str, Score]]) -> list[Bar]:
+    return [Bar(label, remark, role, score, 100 * score.accuracy, 100 * score.low, 100 * score.high)
+            for label, remark, role, score in entries]
+
+
+def _differences(run: Run) -> list[tuple[str, Difference]]:
+    student = run.scores.get("student")
+    named = {"base": "student before", "teacher": "teacher"}
+    found = [(label, compare(student, run.scores[model])) for model, label in named.items()
+             if student and model in run.scores and _shared(student, run.scores[model])]
+    return found + [(other.name, other.difference) for other in run.compared if other.difference]
+
+
+def _summary_row(run: Run) -> dict[str, Any]:
+    scores = run.scores
+    kept = retention(*(scores[model] for model in ("student", "base", "teacher"))) if len(
+        scores.keys() & {"student", "base", "teacher"}) == 3 else None
+    return {"name": run.name, "student": scores.get("student"), "base": scores.get("base"), "teacher": scores.get("teacher"),
+            "kept": kept, "kl": _kl(run), "cost": cost_of(run)}
+
+
+def _data(run: Run) -> dict[str, Any]:
+    """Counts of examples and of tokens by segment; None where they were not recorded."""
+    data = run.manifest.get("data")
+    data = data if isinstance(data, dict) else {}
+    dropped = data.get("dropped") if isinstance(data.get("dropped"), dict) else {}
+    table = data.get("segments") if isinstance(data.get("segments"), dict) else {}
+    rows = [(SEGMENT_NAMES[part], part, *(_known(table[part].get(key)) for key in ("before", "after", "supervised")))
+            for part in SEGMENTS if isinstance(table.get(part), dict)]
+    totals = [sum(values) if rows and None not in (values := [row[i] for row in rows]) else None for i in (2, 3, 4)]
+    return {"read": _known(data.get("read")), "kept": _known(data.get("kept")),
+            "dropped": [(str(reason), _known(count)) for reason, count in dropped.items()],
+            "rows": rows, "totals": totals, "empty": not data}
+
+
+def _pieces(run: Run) -> list[dict[str, Any]]:
+    """The sample's tokens, neighbours of one look joined; `edge` marks where a cut begins or ends."""
+    joined: list[dict[str, Any]] = []
+    for piece in run.sample:
+        kept = bool(piece.get("kept", True))
+        look = (piece["segment"], "cut" if not kept else "loss" if piece.get("supervised") else "read")
+        if joined and joined[-1]["look"] == look:
+            joined[-1]["text"] += str(piece.get("text", ""))
+            joined[-1]["tokens"] += 1
+        else:
+            was_cut = joined[-1]["look"][1] == "cut" if joined else False
+            edge = "" if kept != was_cut else "cut" if not kept else "kept"
+            joined.append({"look": look, "text": str(piece.get("text", "")), "tokens": 1, "edge": edge})
+    return joined
+
+
+def _legend(run: Run) -> list[dict[str, Any]]:
+    rows = []
+    for part in SEGMENTS:
+        mine = [piece for piece in run.sample if piece["segment"] == part]
+        kept = [piece for piece in mine if piece.get("kept", True)]
+        loss = sum(bool(piece.get("supervised")) for piece in kept)
+        if mine:
+            rows.append({"part": part, "name": SEGMENT_NAMES[part], "tokens": len(mine), "kept": len(kept), "loss": loss})
+    return rows
+
+
+def _recipe_tables(run: Run) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+    """(table, [(field, value, whether it differs from the default)])."""
+    defaults = Recipe.model_construct().model_dump(mode="json")
+    return [
+        (table, [(name, json.dumps(value, ensure_ascii=False), defaults.get(table, {}).get(name) != value)
+                 for name, value in fields.items()])
+        for table, fields in run.recipe.items()
+    ]
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """Where the run came from, as far as its manifest says."""
+    manifest = run.manifest
+    rows = [("run", run.name), ("created", manifest.get("created")), ("backend", manifest.get("backend")),
+            ("chosen because", manifest.get("backend_reason")), ("device", manifest.get("device")), ("number format", manifest.get("dtype")),
+            ("seed", manifest.get("seed")), ("recipe digest", manifest.get("recipe_digest")), ("git commit", manifest.get("git_commit"))]
+    rows += [(role, _model_text(model)) for role, model in _items(manifest.get("models"))]
+    rows += [_fact(name, value) for name, value in _items(manifest.get("machine"))]
+    rows += _items(manifest.get("versions"))
+    return [(str(name), str(value)) for name, value in rows if value not in (None, "")]
+
+
+def _fact(name: str, value: Any) -> tuple[str, Any]:
+    """A machine's property in words: a name that ends in _bytes becomes a size."""
+    size = _known(value) if name.endswith("_bytes") else None
+    return name.removesuffix("_bytes").replace("_", " "), value if size is None else amount(size, "B")
+
+
+def _items(content: Any) -> list[tuple[str, Any]]:
+    return list(content.items()) if isinstance(content, dict) else []
+
+
+def _model_text(model: Any) -> str:
+    if not isinstance(model, dict):
+        return str(model)
+    size = _known(model.get("parameters"))
+    parts = [model.get("name"), f"{amount(size)} parameters" if size else "", model.get("fingerprint")]
+    return " · ".join(str(part) for part in parts if part)

@@ -1,0 +1,229 @@
+"""One run = one folder, which at any moment can be killed and opened again.
+
+    runs/NAME/  recipe.toml  manifest.json  metrics.jsonl  validation.jsonl  sample.json  eval.json
+                checkpoints/step-000100/{weights,optimizer}.safetensors + state.json   student/   report.md   report.html
+
+Decided here: what is written where, that every file but the two logs appears whole or not at all, which checkpoints stay,
+and when an existing folder is continued or refused. The logs grow by lines and are cut back to the checkpoint on resume.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_distill.errors import RecipeError, RunError
+from mlx_distill.recipe import Recipe, load_recipe
+
+STEP_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where training stands after `step` optimizer steps. The position in the data is the step number itself."""
+
+    step: int = 0
+    tokens_seen: int = 0
+    loss_tokens_seen: int = 0
+    elapsed_seconds: float = 0.0
+    best_step: int = -1
+    best_loss: float = float("inf")
+
+
+class RunFolder:
+    """Reads and writes one run's files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.student = path / "student"
+
+    # opening
+
+    @classmethod
+    def open(cls, recipe: Recipe, fresh: bool = False) -> "RunFolder":
+        """The folder of this recipe: made if new, continued if its recipe is equal, emptied first with `fresh`.
+
+        Raises `RunError` if the folder holds another recipe's run (the differing fields are shown) or something else.
+        """
+        run = cls(Path(recipe.run.folder) / recipe.run.name)
+        if run.path.is_dir() and any(run.path.iterdir()):
+            run._refuse_foreign()
+            if fresh:
+                shutil.rmtree(run.path)
+            elif (run.path / "recipe.toml").exists():
+                run._refuse_changed(recipe)
+        run._make(recipe)
+        return run
+
+    def _refuse_foreign(self) -> None:
+        known = {"recipe.toml", "run.lock"}
+        if not known & {entry.name for entry in self.path.iterdir()}:
+            raise RunError(f"{self.path} is not empty and holds no run: choose another --set run.name=NAME or move it away")
+
+    def _refuse_changed(self, recipe: Recipe) -> None:
+        kept = self.recipe()
+        if kept.digest() != recipe.digest():
+            changes = "; ".join(kept.differences(recipe))
+            raise RunError(
+                f"{self.path} holds a run of another recipe ({changes}): give this one a name of its own "
+                "(--set run.name=NAME) or start over with --fresh"
+            )
+
+    def _make(self, recipe: Recipe) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not (self.path / "recipe.toml").exists():
+                self.write_text("recipe.toml", recipe.toml())
+        except OSError as error:
+            raise RunError(f"cannot write the run folder {self.path}: {error.strerror}; choose another --set run.folder=…") from None
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe this run was started with."""
+        try:
+            return load_recipe(self.path / "recipe.toml")
+        except RecipeError as error:
+            raise RunError(f"{self.path} was started by another version of mlx-distill ({error}); use --fresh") from None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process; a second one is refused."""
+        with (self.path / "run.lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"{self.path} is in use by another mlx-distill process: wait for it or choose another run.name") from None
+            yield
+
+    # small files
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path / name)
+
+    def write_json(self, name: str, content: dict | list) -> None:
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def read_json(self, name: str) -> dict:
+        """The file's content, {} if there is none."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    # logs
+
+    def append(self, log: str, row: dict) -> None:
+        with (self.path / log).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, log: str) -> list[dict]:
+        """The log's rows; a last line that a kill left incomplete is not one."""
+        path = self.path / log
+        rows = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def cut_logs(self, step: int) -> None:
+        """Drop what was logged after `step`."""
+        for log in ("metrics.jsonl", "validation.jsonl"):
+            kept = [row for row in self.rows(log) if row["step"] <= step]
+            self.write_text(log, "".join(json.dumps(row) + "\n" for row in kept))
+
+    # checkpoints
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, ascending."""
+        found = (STEP_FOLDER.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def last_state(self) -> TrainState:
+        """The newest checkpoint's state, or the state before the first step."""
+        steps = self.steps()
+        if not steps:
+            return TrainState()
+        return TrainState(**json.loads((self.checkpoint(steps[-1]) / "state.json").read_text()))
+
+    def save_checkpoint(self, state: TrainState, write: Callable[[Path], None], keep: str) -> None:
+        """A complete checkpoint appears by one rename; then those that `keep` does not name are removed.
+
+        Raises `RunError` if it cannot be written; earlier checkpoints are then as they were.
+        """
+        final = self.checkpoint(state.step)
+        if not final.exists():
+            temporary = self.checkpoints / f".{final.name}.tmp"
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                write(temporary)
+                (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
+                _flush_to_disk(temporary)
+                os.replace(temporary, final)
+                _flush_folder(self.checkpoints)
+            except (OSError, RuntimeError) as error:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise RunError(self._unsaved(state.step, error)) from error
+        self._prune(state, keep)
+
+    def _unsaved(self, step: int, error: Exception) -> str:
+        steps = self.steps()
+        free = shutil.disk_usage(self.path).free / 1e9
+        good = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+        return (
+            f"{self.checkpoint(step)}: the checkpoint could not be written ({error}; {free:.2f} GB free); {good}; "
+            "free some disk and run the same command again"
+        )
+
+    def _prune(self, state: TrainState, keep: str) -> None:
+        wanted = {"all": set(self.steps()), "last": {state.step}, "last_and_best": {state.step, state.best_step}}[keep]
+        for step in set(self.steps()) - wanted:
+            shutil.rmtree(self.checkpoint(step))
+
+    # the exported student
+
+    def write_student(self, write: Callable[[Path], None]) -> None:
+        """The exported student, whole or not at all."""
+        temporary = self.path / ".student.tmp"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            write(temporary)
+            _flush_to_disk(temporary)
+            os.replace(temporary, self.student)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(
+                f"{self.student}: the student could not be written ({error}); the checkpoints are intact; "
+                "free some disk and run the same command again"
+            ) from error
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,173 @@
+"""What a recipe trains on, for human eyes: one example coloured by segment, and the token counts before and after the cut.
+
+In: a recipe and a Rich console. Out: text on that console. Decided here: the look, and that everything can be read without
+colour: each run of tokens has a heading that says what it is, and learned tokens among others stand in ⟦ ⟧. Needs the
+student's tokenizer and no weights; what it shows comes from `prepare`, the same function that training uses.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from mlx_distill.data.prepare import Prepared, TokenCounts, count_tokens, cut_sequence, prepare
+from mlx_distill.data.sequences import Segment, TokenSequence
+from mlx_distill.errors import DataError
+from mlx_distill.hub import load_tokenizer, model_folder
+from mlx_distill.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+COLOURS = {Segment.PROMPT: "cyan", Segment.COT: "yellow", Segment.ANSWER: "green"}
+CUT = "dim strike"
+LEARNED = "bold underline"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens of one segment that are all kept or all cut; `learned` `bool[n]` says which carry loss."""
+
+    segment: Segment
+    kept: bool
+    tokens: np.ndarray
+    learned: np.ndarray
+
+
+def show(recipe: Recipe, console: Console, example: int = 1) -> None:
+    """Print training example number `example` (from 1, in the run's own shuffled order) and the token counts of all.
+
+    Raises `DataError` for a number that there is not, and whatever `prepare` and the tokenizer raise.
+    """
+    tokenizer = load_tokenizer(model_folder(recipe.student.model, recipe.student.revision, weights=False))
+    prepared = prepare(recipe, tokenizer)
+    print_example(prepared, recipe, tokenizer, console, example)
+    console.print(Text(f"\n{_title(recipe)}", "bold"))
+    console.print(count_table(prepared, recipe))
+    console.print(account(prepared))
+
+
+def print_example(
+    prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", console: Console, example: int
+) -> None:
+    """One example as the recipe trains on it, run by run, under a legend."""
+    if not 1 <= example <= len(prepared.train_whole):
+        raise DataError(f"{recipe.data.source}: no training example {example}; there are 1 to {len(prepared.train_whole)}")
+    whole = prepared.train_whole[example - 1]
+    console.print(Rule(f"example {example} of {len(prepared.train_whole)}  ·  {whole.id}", align="left"))
+    console.print(_legend(console))
+    runs = list(token_runs(whole, recipe))
+    if not any(run.learned.any() for run in runs):
+        console.print(Text("the cut leaves this example no supervised token: it is not trained on", "bold red"))
+    for run in runs:
+        console.print(_heading(run))
+        console.print(_body(run, tokenizer, console), soft_wrap=True)
+
+
+def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[Run]:
+    """A whole sequence as runs that are of one segment and all kept or all cut, in order and without gaps."""
+    cut = cut_sequence(replace(whole, tokens=np.arange(len(whole), dtype=np.int32)), recipe)  # tokens are now places
+    kept, learned = np.zeros(len(whole), bool), np.zeros(len(whole), bool)
+    kept[cut.tokens] = True
+    learned[cut.tokens[cut.supervised(recipe.objective.segments)]] = True
+    segments = whole.segments()
+    changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(kept) != 0)) + 1
+    for places in np.split(np.arange(len(whole)), changes):
+        first = places[0]
+        yield Run(Segment(int(segments[first])), bool(kept[first]), whole.tokens[places], learned[places])
+
+
+def count_table(prepared: Prepared, recipe: Recipe) -> Table:
+    """Tokens by segment of the training examples: whole, after the cut, and those that carry loss."""
+    segments = recipe.objective.segments
+    before, after = count_tokens(prepared.train_whole, segments), count_tokens(prepared.train, segments)
+    table = Table()
+    table.add_column("segment")
+    for column in ("whole", "mean", "kept", "mean", "kept %", "learned", "mean", "learned %"):
+        table.add_column(column, justify="right")
+    for segment in Segment:
+        name = segment.name.lower() + (" *" if segment.name.lower() in segments else "")
+        table.add_row(Text(name, COLOURS[segment]), *_cells(before, after, [segment]))
+    table.add_section()
+    table.add_row("all", *_cells(before, after, list(Segment)), style="bold")
+    table.add_row("examples", str(before.examples), "", str(after.examples), *[""] * 5)
+    table.caption = "* supervised · learned % is of the whole sequences' tokens"
+    table.caption_justify = "left"
+    return table
+
+
+def account(prepared: Prepared) -> Text:
+    """The validation side and the rows that were not used, with reasons."""
+    lengths = [len(sequence) for sequence in prepared.validation]
+    mean = f", {np.mean(lengths):,.0f} tokens each on average" if lengths else ""
+    text = Text(f"validation: {len(lengths)} whole examples{mean}\n")
+    for reason, count in sorted(prepared.skipped.items(), key=lambda item: (-item[1], item[0])):
+        text.append(f"not used: {count:,} × {reason}\n", "magenta")
+    if not prepared.skipped:
+        text.append("not used: none\n")
+    return text
+
+
+def _title(recipe: Recipe) -> str:
+    cut, segments = recipe.truncation, " + ".join(recipe.objective.segments)
+    parts = [f"learns {segments}", f"keeps {cut.keep} {cut.fraction:g} of the {cut.span}"]
+    if cut.max_tokens:
+        parts.append(f"at most {cut.max_tokens:,} tokens")
+    if cut.context == "keep":
+        parts.append("reads what lies before")
+    if cut.token_share < 1:
+        parts.append(f"a random {cut.token_share:.0%} of tokens")
+    return ", ".join(parts)
+
+
+def _cells(before: TokenCounts, after: TokenCounts, segments: list[Segment]) -> list[str]:
+    whole, kept, learned = (int(count[segments].sum()) for count in (before.tokens, after.tokens, after.supervised))
+    return [
+        f"{whole:,}", _mean(whole, before.examples), f"{kept:,}", _mean(kept, after.examples), _percent(kept, whole),
+        f"{learned:,}", _mean(learned, after.examples), _percent(learned, whole),
+    ]
+
+
+def _mean(total: int, examples: int) -> str:
+    return f"{total / examples:,.1f}" if examples else "–"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f}" if whole else "–"
+
+
+def _legend(console: Console) -> Text:
+    text = Text("legend: ")
+    for segment, colour in COLOURS.items():
+        text.append(segment.name.lower(), colour).append("  ")
+    text.append("learned", LEARNED).append("  ")
+    text.append("cut", CUT)
+    return text if console.color_system else text.append("  (without colour: ⟦learned⟧ among others)")
+
+
+def _heading(run: Run) -> Text:
+    learned = int(run.learned.sum())
+    state = "CUT" if not run.kept else "kept, learned" if learned == len(run.tokens) else "kept, not learned"
+    if 0 < learned < len(run.tokens):
+        state = f"kept, {learned:,} learned"
+    return Text(f"▌{run.segment.name.lower()} · {len(run.tokens):,} tokens · {state}", f"{COLOURS[run.segment]} reverse")
+
+
+def _body(run: Run, tokenizer: "PreTrainedTokenizerFast", console: Console) -> Text:
+    colour = COLOURS[run.segment]
+    text = Text()
+    pieces = np.split(np.arange(len(run.tokens)), np.flatnonzero(np.diff(run.learned)) + 1)
+    for piece in pieces:
+        learned = bool(run.learned[piece[0]])
+        mark = learned and len(pieces) > 1 and not console.color_system
+        string = tokenizer.decode(
+            run.tokens[piece].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        style = CUT if not run.kept else f"{colour} {LEARNED}" if learned else colour
+        text.append(f"⟦{string}⟧" if mark else string, style)
+    return text[:-1] if len(text) > 1 and text.plain.endswith("\n") else text

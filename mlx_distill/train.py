@@ -1,0 +1,178 @@
+"""The training loop: steps, validation, when to save, how to stop and start again.
+
+In: a student, a teacher (or none), steps and validation batches, a run folder. Out: the run folder's logs and checkpoints.
+Everything random was decided before: a step is a function of its number, so a resumed run repeats the run it continues.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import add
+
+import numpy as np
+
+from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
+from mlx_distill.data.batches import Batch, Step
+from mlx_distill.data.sequences import Segment
+from mlx_distill.errors import DivergedError
+from mlx_distill.objective import Objective
+from mlx_distill.recipe import Recipe
+from mlx_distill.run_dir import RunFolder, TrainState
+from mlx_distill.schedule import learning_rate
+from mlx_distill.view import View
+
+
+class Interrupted(Exception):
+    """Ctrl-C was pressed; the run was saved at a step."""
+
+
+@dataclasses.dataclass
+class Training:
+    """Everything one run trains with. `stop_asked` is polled between steps (Ctrl-C)."""
+
+    recipe: Recipe
+    backend: Backend
+    student: Student
+    teacher: Teacher | None
+    steps: Sequence[Step]
+    validation: Sequence[Batch]
+    run: RunFolder
+    view: View
+    flops: Callable[[Step], dict[str, float]]
+    stop_asked: Callable[[], bool] = lambda: False
+
+    def __post_init__(self):
+        self.objective = Objective.from_table(self.recipe.objective)
+        # one yardstick for every recipe: forward KL at temperature 1, weighed as the recipe weighs its divergence
+        self.yardstick = Objective(kd_weight=self.objective.kd_weight)
+        self.state = TrainState()
+
+    def train(self) -> TrainState:
+        """Train from the newest checkpoint to the last step; raises `DivergedError`, `RunError` or `Interrupted`."""
+        self._resume()
+        self.view.start(len(self.steps), self.state.step)
+        while self.state.step < len(self.steps):
+            self._step(self.steps[self.state.step])
+            done = self.state.step == len(self.steps)
+            improved = self._due(self.recipe.run.validate_every, done) and self._validate()
+            stop = self.stop_asked() and not done
+            if improved or stop or self._due(self.recipe.run.checkpoint_every, done):
+                self._save()
+            if stop:
+                raise Interrupted(f"saved at step {self.state.step}")
+        return self.state
+
+    def _resume(self) -> None:
+        self.state = self.run.last_state()
+        self.run.cut_logs(self.state.step if self.state.step else -1)
+        if self.state.step:
+            self.student.restore_state(self.run.checkpoint(self.state.step))
+            self.view.say(f"continuing after step {self.state.step}, the newest checkpoint")
+        else:
+            self._validate()
+
+    def _step(self, step: Step) -> None:
+        started = time.perf_counter()
+        self.backend.reset_peak_memory()
+        sums = reduce(add, (self._accumulate(batch, step) for batch in step.batches))
+        rate = learning_rate(step.index, len(self.steps), self.recipe.optim)
+        norm = self.student.apply(rate)
+        if not math.isfinite(norm):
+            raise self._diverged(step.index, "the gradient norm", norm, [i for batch in step.batches for i in batch.ids])
+        seconds = time.perf_counter() - started
+        self.state = dataclasses.replace(
+            self.state,
+            step=self.state.step + 1,
+            tokens_seen=self.state.tokens_seen + step.tokens,
+            loss_tokens_seen=self.state.loss_tokens_seen + int(step.loss_tokens),
+            elapsed_seconds=self.state.elapsed_seconds + seconds,
+        )
+        self._log(step, sums, rate, norm, seconds)
+
+    def _accumulate(self, batch: Batch, step: Step) -> LossSums:
+        targets = self.teacher.targets(batch) if self.teacher and self.objective.needs_teacher else None
+        sums = self.student.accumulate(batch, targets, self.objective, step.loss_tokens)
+        total = (sums.kd + sums.ce).sum()
+        if not math.isfinite(total):
+            raise self._diverged(step.index, "the loss", total, batch.ids)
+        return sums
+
+    def _diverged(self, index: int, what: str, value: float, ids: Sequence[str]) -> DivergedError:
+        steps = self.run.steps()
+        saved = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written yet"
+        return DivergedError(
+            f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were not touched and {saved}; "
+            "look at these examples, or lower optim.learning_rate"
+        )
+
+    def _log(self, step: Step, sums: LossSums, rate: float, norm: float, seconds: float) -> None:
+        row = {
+            "step": self.state.step,
+            **loss_terms(sums, self.objective),
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens": step.tokens,
+            "tokens_seen": self.state.tokens_seen,
+            "loss_tokens": int(step.loss_tokens),
+            "seconds": seconds,
+            "tokens_per_second": step.tokens / seconds,
+            "flops": self.flops(step),
+            **dataclasses.asdict(self.backend.memory()),
+        }
+        self.run.append("metrics.jsonl", row)
+        self.view.step(row)
+
+    def _validate(self) -> bool:
+        """Score the whole held-out sequences; True if the loss of the supervised segments is the lowest so far."""
+        started = time.perf_counter()
+        sums = reduce(add, map(self._score, self.validation))
+        supervised = [Segment[name.upper()] for name in self.recipe.objective.segments]
+        row = {"step": self.state.step, **validation_terms(sums, self.yardstick, supervised, self.teacher is not None)}
+        self.run.append("validation.jsonl", row | {"seconds": time.perf_counter() - started})
+        self.view.validation(row)
+        if not math.isfinite(row["loss"]):
+            raise DivergedError(f"validation after step {self.state.step}: the loss is {row['loss']}; lower optim.learning_rate")
+        self.state = dataclasses.replace(self.state, elapsed_seconds=self.state.elapsed_seconds + time.perf_counter() - started)
+        if self.state.step == 0 or row["loss"] >= self.state.best_loss:
+            return False
+        self.state = dataclasses.replace(self.state, best_step=self.state.step, best_loss=row["loss"])
+        return True
+
+    def _score(self, batch: Batch) -> LossSums:
+        return self.student.score(batch, self.teacher.targets(batch) if self.teacher else None, self.yardstick)
+
+    def _due(self, every: int, done: bool) -> bool:
+        return done or bool(every and self.state.step % every == 0)
+
+    def _save(self) -> None:
+        self.run.save_checkpoint(self.state, self.student.save_state, self.recipe.run.keep_checkpoints)
+
+
+def loss_terms(sums: LossSums, objective: Objective) -> dict[str, float]:
+    """Means over loss tokens: the loss and its terms, and the divergence of each segment that carries loss."""
+    tokens = sums.tokens.sum()
+    kd, ce = sums.kd.sum() / tokens, sums.ce.sum() / tokens
+    terms = {"loss": objective.kd_weight * kd + (1 - objective.kd_weight) * ce, "ce": ce}
+    if objective.needs_teacher:
+        terms["kd"] = kd
+        terms |= {f"kd_{s.name.lower()}": sums.kd[s] / sums.tokens[s] for s in Segment if sums.tokens[s]}
+    return {name: float(value) for name, value in terms.items()}
+
+
+def validation_terms(sums: LossSums, objective: Objective, supervised: list[Segment], teacher: bool) -> dict[str, float]:
+    """Per segment of whole held-out sequences: `kl_`, `ce_`, `agree_` (share) and `tokens_`; `loss` over the supervised ones."""
+    chosen = np.array(supervised)
+    tokens = sums.tokens[chosen].sum()
+    kd, ce = sums.kd[chosen].sum() / tokens, sums.ce[chosen].sum() / tokens
+    terms = {"loss": objective.kd_weight * kd + (1 - objective.kd_weight) * ce, "ce": sums.ce.sum() / sums.tokens.sum()}
+    measures = {"ce": sums.ce} | ({"kl": sums.kd, "agree": sums.agree} if teacher else {})
+    if teacher:
+        terms |= {name: measures[name].sum() / sums.tokens.sum() for name in ("kl", "agree")}
+    for segment in Segment:
+        if sums.tokens[segment]:
+            name = segment.name.lower()
+            terms |= {f"{measure}_{name}": values[segment] / sums.tokens[segment] for measure, values in measures.items()}
+            terms[f"tokens_{name}"] = sums.tokens[segment]
+    return {name: float(value) for name, value in terms.items()}

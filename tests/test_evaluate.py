@@ -1,0 +1,206 @@
+"""Scores: intervals against numbers worked out by hand or published, and what counts as finished."""
+
+import json
+import math
+
+import pytest
+
+from mlx_distill.errors import DataError
+from mlx_distill.evaluate import Score, compare, interval, own_stop_ids, retention, score, student_t, wilson
+from mlx_distill.recipe import EvalTable
+from mlx_distill.tasks import Problem, Task, answer_text
+
+STOP = 0
+
+
+class Words:
+    """A tokenizer of whole words; id 0 ends a turn."""
+
+    eos_token_id = STOP
+
+    def __init__(self):
+        self.words = ["<|end|>"]
+
+    def encode(self, text):
+        for word in text.split():
+            if word not in self.words:
+                self.words.append(word)
+        return [self.words.index(word) for word in text.split()]
+
+    def decode(self, ids, skip_special_tokens):
+        assert not skip_special_tokens, "</think> may be a special token"
+        return " ".join(self.words[i] for i in ids)
+
+    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+        assert add_generation_prompt and not return_dict
+        return self.encode(f"user: {messages[-1]['content']}")
+
+
+class Scripted:
+    """A model that says, for the i-th prompt, the i-th of its lines."""
+
+    def __init__(self, tokenizer, lines):
+        self.tokenizer, self.lines, self.asked = tokenizer, lines, None
+
+    def generate(self, prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids, progress):
+        self.asked = (prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids)
+        progress(len(prompts))
+        return [self.tokenizer.encode(line) for line in self.lines]
+
+
+def exact(expected, generated):
+    return answer_text(generated).strip() == expected
+
+
+def scored(correct, samples=1):
+    low, high = interval(correct.values())
+    accuracy = sum(map(sum, correct.values())) / len(correct) / samples
+    return Score(accuracy, low, high, len(correct), samples, correct, 0.0, 1.0, 10.0, 1.0)
+
+
+def marks(text):
+    return {str(i): [float(mark)] for i, mark in enumerate(text)}
+
+
+def test_wilson_against_published_values():
+    # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+    assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert wilson(15 / 148, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
+    assert wilson(0 / 20, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(1 / 29, 29) == pytest.approx((0.0061, 0.1718), abs=5e-5)
+    assert wilson(1.0, 20)[1] == 1.0 and wilson(0.0, 20)[0] == 0.0
+
+
+def test_students_t_against_the_table():
+    for degrees, value in [(4, 2.776), (9, 2.262), (29, 2.045), (99, 1.984)]:
+        assert student_t(degrees) == pytest.approx(value, abs=2e-3)
+
+
+def test_one_sample_a_problem_is_wilson():
+    assert interval([[1.0], [0.0], [1.0], [1.0]]) == wilson(0.75, 4)
+
+
+def test_samples_of_a_problem_are_a_cluster():
+    # shares 1, 1, 0, 0, .5: p = .5, SE² = 1 / (5·4) = .05, n* = .25 / .05 = 5, t(4) = 2.776
+    rows = [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+    t = 2.7764
+    half = t * math.sqrt(0.25 / 5 + t * t / 100) / (1 + t * t / 5)
+    assert interval(rows) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-3)
+
+
+def test_sixty_four_copies_of_an_answer_are_no_more_than_one():
+    once, often = interval([[1.0]] * 15 + [[0.0]] * 15), interval([[1.0] * 64] * 15 + [[0.0] * 64] * 15)
+    assert often[0] <= once[0] + 1e-3 and often[1] >= once[1] - 1e-3
+
+
+def test_steady_problems_are_worth_all_of_their_samples():
+    assert interval([[1.0, 0.0]] * 10) == wilson(0.5, 20, student_t(9))
+    assert interval([[1.0, 1.0]] * 10) == wilson(1.0, 10, student_t(9))
+
+
+def test_a_score_counts_what_was_generated():
+    tokenizer = Words()
+    lines = [
+        "<think> a </think> 1 <|end|>",  # right
+        "<think> a </think> 9 <|end|>",  # wrong, finished
+        "<think> a </think> 3",  # no stop: unfinished, so wrong
+        "4 <|end|>",  # no </think>: unfinished, so wrong
+        "</think> 5 </think> <|end|>",  # two ends: finished, not well formed; verified from the first end on
+        "",  # nothing at all
+    ]
+    task = Task("t", [Problem(f"id{i}", f"q{i}", str(i)) for i in range(1, 7)], exact)
+    model, seen = Scripted(tokenizer, lines), []
+    result = score(model, tokenizer, task, EvalTable(max_new_tokens=9), seed=5, progress=seen.append)
+    assert result.correct == {"id1": [1.0], "id2": [0.0], "id3": [0.0], "id4": [0.0], "id5": [0.0], "id6": [0.0]}
+    assert result.accuracy == 1 / 6 and (result.low, result.high) == wilson(1 / 6, 6)
+    assert result.unfinished == 3 / 6
+    assert result.well_formed == 2 / 6
+    assert result.mean_tokens == (5 + 5 + 4 + 2 + 4 + 0) / 6
+    assert (result.problems, result.samples) == (6, 1) and result.seconds >= 0
+    assert seen == [6]
+    prompts, *settings = model.asked
+    assert prompts[0] == tokenizer.encode("user: q1")
+    assert settings == [9, 0.0, 1.0, 5, 64, frozenset([STOP])]
+
+
+def test_samples_of_a_problem_stand_together():
+    tokenizer = Words()
+    right, wrong = "</think> 1 <|end|>", "</think> 2 <|end|>"
+    model = Scripted(tokenizer, [right, right, wrong, wrong])
+    task = Task("t", [Problem("a", "q", "1"), Problem("b", "r", "1")], exact)
+    result = score(model, tokenizer, task, EvalTable(samples=2, temperature=0.6), 0)
+    assert result.correct == {"a": [1.0, 1.0], "b": [0.0, 0.0]}
+    assert result.accuracy == 0.5
+
+
+def test_other_stop_ids_may_be_named():
+    tokenizer = Words()
+    line = "</think> 1 <|im_end|>"
+    other = tokenizer.encode(line)[-1]
+    task = Task("t", [Problem("a", "q", "1")], exact)
+    assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable(), 0).accuracy == 0
+    assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable(), 0, stop_ids=frozenset([other])).accuracy == 1
+
+
+def test_an_empty_task_has_no_score():
+    with pytest.raises(DataError, match="task 'none' has no problems to score"):
+        score(Scripted(Words(), []), Words(), Task("none", [], exact), EvalTable(), 0)
+
+
+def test_stop_ids_of_both_kinds_of_tokenizer():
+    class Several:
+        eos_token_ids = {7, 8}
+        eos_token_id = 7
+
+    class Without:
+        eos_token_id = None
+
+    assert own_stop_ids(Words()) == {STOP}
+    assert own_stop_ids(Several()) == {7, 8}
+    assert own_stop_ids(Without()) == frozenset()
+
+
+def test_a_score_survives_json():
+    before = scored(marks("1101"))
+    assert Score.from_json(json.loads(json.dumps(before.to_json()))) == before
+
+
+def test_compare_by_hand():
+    # 3 problems only a solves, 1 only b: Σd = 2, Σd² = 4, n + 2 = 12
+    a, b = scored(marks("1111100000")), scored(marks("0011000001"))
+    difference = compare(a, b)
+    middle, variance = 2 / 12, 6 / 12 - (2 / 12) ** 2
+    half = 1.959964 * math.sqrt(variance / 12)
+    assert difference.mean == pytest.approx(0.2)
+    assert (difference.low, difference.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert (difference.problems, difference.verdict) == (10, "no clear difference")
+
+
+def test_compare_says_which_is_better():
+    strong, weak = scored(marks("1" * 40 + "0" * 10)), scored(marks("1" * 20 + "0" * 30))
+    assert compare(strong, weak).verdict == "better" and compare(strong, weak).low > 0
+    assert compare(weak, strong).verdict == "worse" and compare(weak, strong).high < 0
+    same = compare(weak, weak)
+    assert same.mean == 0 and same.low == -same.high < 0 and same.verdict == "no clear difference"
+
+
+def test_compare_pairs_the_shared_problems():
+    a = scored({"x": [1.0], "y": [1.0], "only a": [0.0]})
+    b = scored({"y": [0.0], "x": [1.0], "only b": [1.0]})
+    assert compare(a, b).mean == 0.5 and compare(a, b).problems == 2
+    with pytest.raises(DataError, match="share no problem"):
+        compare(a, scored({"z": [1.0]}))
+
+
+def test_retention_of_accuracy_and_of_gain():
+    student, base, teacher = scored(marks("1110000000")), scored(marks("1" + "0" * 9)), scored(marks("11111" + "0" * 5))
+    kept = retention(student, base, teacher)
+    assert kept.accuracy == pytest.approx(0.6)
+    assert kept.gain == pytest.approx(0.5)
+
+
+def test_nothing_to_keep_is_not_a_number():
+    none, some = scored(marks("0000")), scored(marks("1000"))
+    assert retention(some, none, none).accuracy is None
+    assert retention(some, none, none).gain is None
+    assert retention(some, some, some).gain is None
