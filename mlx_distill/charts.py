@@ -123,7 +123,7 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Round values (steps of 1, 2 or 5 times a power of ten) that cover [low, high] with about `most` intervals at most."""
     span = (high - low) or abs(high) or 1.0
-    power = 10 ** math.floor(math.log10(span / most))
+    power = 10.0 ** math.floor(math.log10(span / most))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= span * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]

@@ -176,12 +176,23 @@ def _scores(content: Any, notes: dict[str, str]) -> dict[str, Score]:
     scores = {}
     for model, fields in (content if isinstance(content, dict) else {}).items():
         try:
-            scores[str(model)] = Score.from_json(fields)
-        except TypeError:
-            notes[f"eval.json {model}"] = f"eval.json: the score of the {model} lacks fields and is left out."
+            scores[str(model)] = _score(fields)
+        except (TypeError, ValueError):
+            notes[f"eval.json {model}"] = f"eval.json: the score of the {model} is incomplete and is left out."
     if "student" not in scores and "eval.json" not in notes:
         notes["eval.json"] = "eval.json holds no score of the student."
     return scores
+
+
+def _score(fields: Any) -> Score:
+    score = Score.from_json(fields)
+    numbers = [value for name, value in vars(score).items() if name != "correct"]
+    marks = [mark for marks in dict(score.correct).values() for mark in marks]
+    if not score.correct or not all(score.correct.values()) or len(charts.finite(numbers, numbers)) < len(numbers):
+        raise ValueError("no problems, or a field that is not a number")
+    if len(charts.finite(marks, marks)) < len(marks):
+        raise ValueError("a mark that is not a number")
+    return score
 
 
 def _compared(run: Run, name: str) -> Compared:
@@ -290,7 +301,7 @@ def subline(run: Run) -> list[str]:
         f"{percent(kept.gain)} of its lead over the student before" if kept.gain is not None else "",
     ]
     said = " and ".join(filter(None, parts))
-    return ([f"It reaches {said}."] if said else []) + [other.sentence for other in run.compared]
+    return ([f"{run.name} reaches {said}."] if said else []) + [other.sentence for other in run.compared]
 
 
 def difference_sentence(a: str, b: str, difference: Difference) -> str:
@@ -342,7 +353,7 @@ def markdown(runs: Sequence[Run]) -> str:
         [row for run in runs for row in _score_cells(run)], "llrrrrrr",
     )
     cost = _table(
-        ["run", "steps", "tokens", "time", "peak memory", "FLOPs", "KL before", "KL after"],
+        ["run", "steps", "tokens", "time", "peak memory", "FLOPs", "KL at step 0", "KL at the end"],
         [[run.name, *(facts[key] for key in ("steps", "tokens", "time", "memory", "flops")), *_kl(run)]
          for run in runs for facts in [cost_of(run)]], "lrrrrrrr",
     )
@@ -402,8 +413,9 @@ def _column(rows: Sequence[dict], name: str) -> list[float]:
 
 
 def _ends(rows: Sequence[dict], name: str) -> tuple[float | None, float | None]:
-    values = _column(rows, name)
-    return (values[0], values[-1]) if values else (None, None)
+    """The value at step 0 (before training) and the last one."""
+    known = charts.finite([row["step"] for row in rows], [row.get(name) for row in rows])
+    return (known[0][1] if known and known[0][0] == 0 else None, known[-1][1] if known else None)
 
 
 def _known(value: Any) -> float | None:
@@ -438,13 +450,14 @@ def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
     parts = [(part, _known(table.get(part))) for part in ("teacher", "student", "head")] if isinstance(table, dict) else []
     split = ", ".join(f"{part} {amount(value)}" for part, value in parts if value is not None)
     memory = [f"{name} {amount(max(used), 'B')}" for name in ("active", "cache") if (used := _column(run.metrics, f"{name}_bytes"))]
-    return [
+    tiles = [
         (cost["time"], "elapsed", f"{cost['steps']} of {cost['planned']} steps" if cost["planned"] != DASH else ""),
         (cost["memory"], "peak memory", ", ".join(memory)),
         (cost["tokens"], "tokens read", f"{cost['loss_tokens']} carried loss" if cost["loss_tokens"] != DASH else ""),
-        (cost["rate"], "tokens per second", "median over steps" if cost["rate"] != DASH else ""),
-        (cost["flops"], "arithmetic", split or ("" if cost["flops"] != DASH else "not recorded")),
+        (cost["rate"], "tokens per second", "median over steps"),
+        (cost["flops"], "arithmetic", split),
     ]
+    return [(value, name, remark if value != DASH else "not recorded") for value, name, remark in tiles]
 
 
 def charts_of(run: Run) -> list[Chart]:

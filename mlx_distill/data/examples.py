@@ -1,11 +1,11 @@
 """Rows of a dataset → `Example`s, and `Example`s → a training and a validation side.
 
-In: the `[data]` table of a recipe. Out: plain text split into prompt, reasoning and answer. Decided here: where rows come
-from (`SOURCES` by file ending, a hub dataset, `embedded:NAME`), how a row is read (`FORMATS`, one function each), what is
-skipped, and which rows are held out.
+In: the `[data]` table of a recipe. Out: plain text split into prompt, reasoning and answer. Decided here: where rows
+come from (`SOURCES` by file ending, a hub dataset, `embedded:NAME`), how a row is read (`FORMATS`, one function each),
+what is skipped, and which rows are held out.
 
-A row that cannot be *understood* (bad JSON, no such column) stops the run with its file, line and remedy. A row that has
-nothing to *learn from* (no reasoning, no answer) raises `Skip`; whoever walks the rows counts its reason.
+A row that cannot be *understood* (bad JSON, no such column) stops the run with its file, line and remedy. A row that
+has nothing to *learn from* (no reasoning, no answer) raises `Skip`; whoever walks the rows counts its reason.
 
 Column settings left empty take the format's usual names (`COLUMNS`). Public datasets and how to name them:
 
@@ -55,7 +55,8 @@ class Example:
 
 
 class Skip(Exception):
-    """A row with nothing to learn from; its only argument is the reason under which it is counted. Never leaves data/."""
+    """A row with nothing to learn from; its only argument is the reason under which it is counted. Never leaves
+    data/."""
 
 
 def example_id(prompt: str, cot: str, answer: str, history: Turns = ()) -> str:
@@ -80,7 +81,8 @@ def read_examples(data: DataTable, seed: int = 0, skipped: Counter[str] | None =
     """Every usable example of `data.source`, in its order, each id once; reasons for the others are added to `skipped`.
 
     `seed` matters to `embedded:NAME` alone, which writes `validation_examples + train_examples` problems of its own.
-    Raises `NotFound` for a source that is not there, `DataError` for a row that cannot be read and when nothing is left.
+    Raises `NotFound` for a source that is not there, `DataError` for a row that cannot be read and when nothing is
+    left.
     """
     skipped = Counter() if skipped is None else skipped
     found: set[str] = set()

@@ -27,8 +27,8 @@ class Prepared:
 
     `train` are cut and thinned, each with at least one supervised token. `train_whole` are the chosen training examples
     uncut, those that the cut left without a supervised token included, in the same order. `validation` are whole.
-    `examples` has the text of all of them by id. `skipped` has the rows not used by reason; rows that were not needed are
-    in none of these.
+    `examples` has the text of all of them by id. `skipped` has the rows not used by reason; rows that were not needed
+    are in none of these.
     """
 
     train: tuple[TokenSequence, ...]
@@ -50,7 +50,8 @@ class TokenCounts:
 def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast") -> Prepared:
     """Read, choose, render, cut and thin the examples of a recipe with the student's tokenizer.
 
-    Raises `NotFound` or `DataError` where there is no data, not enough of it, or nothing supervised is left after the cut.
+    Raises `NotFound` or `DataError` where there is no data, not enough of it, or nothing supervised is left after the
+    cut.
     """
     skipped: Counter[str] = Counter()
     seed, longest = recipe.run.seed, recipe.data.longest_tokens

@@ -2,9 +2,9 @@
 
 In: an example and a fast tokenizer with a chat template. Out: `int32[T]` and two half-open segment ends. Decided here:
 
-- The layout `{prompt}<think>\\n{cot}\\n</think>\\n\\n{answer}{end of turn}`, where only `{prompt}` goes through the chat
-  template (templates rewrite, move or delete reasoning). `<think>`, `</think>` and the line breaks after each belong to
-  the chain of thought, the end-of-turn token to the answer.
+- The layout `{prompt}<think>\\n{cot}\\n</think>\\n\\n{answer}{end of turn}`, where only `{prompt}` goes through the
+  chat template (templates rewrite, move or delete reasoning). `<think>`, `</think>` and the line breaks after each
+  belong to the chain of thought, the end-of-turn token to the answer.
 - A template whose generation prompt already ends in `<think>` and white space gets no second one: the prompt segment
   ends before that `<think>`, and the token ids are what the template would have made.
 - The whole text is tokenised once and the ends are made there, from the tokenizer's offsets. A token that straddles a
@@ -78,14 +78,14 @@ class TokenSequence:
 def render(example: Example, tokenizer: "PreTrainedTokenizerFast") -> TokenSequence:
     """The whole example as a `TokenSequence`; every token may carry loss.
 
-    Raises `Skip` for text that the tokenizer would read as control tokens or that its template refuses, `ModelError` for
-    a tokenizer without offsets or chat template.
+    Raises `Skip` for text that the tokenizer would read as control tokens or that its template refuses, `ModelError`
+    for a tokenizer without offsets or chat template.
     """
     _refuse_control_text(example, tokenizer)
     prompt, opening = _opened(_prompt_text(example.history, example.prompt, tokenizer))
     before_answer = f"{prompt}{opening}{example.cot}\n</think>\n\n"
     text = f"{before_answer}{example.answer}{end_of_turn(tokenizer)}"
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins = _begins(encoded["offset_mapping"])
     prompt_end, cot_end = np.searchsorted(begins, (len(prompt), len(before_answer)))
     tokens = np.asarray(encoded["input_ids"], np.int32)
@@ -98,7 +98,7 @@ def generation_ids(prompt: str, tokenizer: "PreTrainedTokenizerFast", history: T
     Ends in `<think>` only where the template says so; a student learns to write it where it does not. Raises `Skip` for
     a prompt that the template refuses.
     """
-    return list(tokenizer(_prompt_text(history, prompt, tokenizer), add_special_tokens=False)["input_ids"])
+    return list(tokenizer(_prompt_text(history, prompt, tokenizer), add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -115,8 +115,8 @@ def stop_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The tokenizer's default chat template; raises `ModelError` where there is none, since a made-up layout would train
-    (and later prompt) something that the model's users cannot know.
+    """The tokenizer's default chat template; raises `ModelError` where there is none, since a made-up layout would
+    train (and later prompt) something that the model's users cannot know.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"tokenizer {tokenizer.name_or_path}: it is a slow one ({type(tokenizer).__name__}) that gives "
@@ -131,7 +131,8 @@ def _prompt_text(history: Turns, prompt: str, tokenizer: "PreTrainedTokenizerFas
     turns = [{"role": role, "content": content} for role, content in (*history, ("user", prompt))]
     try:
         return tokenizer.apply_chat_template(
-            turns, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=True, enable_thinking=True
+            turns, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=True,
+            enable_thinking=True,
         )
     except Exception as error:  # jinja2's own kinds, and what a template raises about roles
         if isinstance(error, ModelError):
@@ -171,7 +172,8 @@ def _refuse_control_text(example: Example, tokenizer: "PreTrainedTokenizerFast")
 
 @lru_cache(maxsize=8)
 def _control_texts(tokenizer: "PreTrainedTokenizerFast", size: int) -> tuple[str, ...]:
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content.strip())
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(token.content for token in added if token.special and token.content.strip())
 
 
 @lru_cache(maxsize=8)
@@ -179,11 +181,11 @@ def _turn_end(tokenizer: "PreTrainedTokenizerFast", template: str) -> str:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL, "reasoning_content": "x"}]
     try:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except Exception:  # a template that cannot render a finished turn: the end-of-sequence token is all there is to know
+    except Exception:  # it cannot render a finished turn: the end-of-sequence token is all there is to know
         text = ""
     tail = text.rpartition(SENTINEL)[2] if SENTINEL in text else ""
     ends = [tail.index(token) + len(token) for token in _control_texts(tokenizer, len(tokenizer)) if token in tail]
     if not ends and not tokenizer.eos_token:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: neither its chat template nor an eos_token says how a turn "
-                         "ends; set eos_token in tokenizer_config.json")
+        raise ModelError(f"tokenizer {tokenizer.name_or_path}: neither its chat template nor an eos_token says how a "
+                         "turn ends; set eos_token in tokenizer_config.json")
     return tail[: min(ends)] if ends else tokenizer.eos_token

@@ -25,8 +25,8 @@ def truncate(sequence: TokenSequence, truncation: TruncationTable) -> TokenSeque
     of Distilling the Essence (arXiv 2512.21002). `span = "cot"`: L is the length of the chain of thought and the window
     lies in it; the prompt is kept whole, and the answer only where the window reaches the end of the chain of thought.
 
-    `context = "drop"` removes the tokens before the window (not the prompt under `span = "cot"`), `"keep"` leaves them to
-    be read and takes their loss away. The result may have no supervised token; the caller drops such sequences.
+    `context = "drop"` removes the tokens before the window (not the prompt under `span = "cot"`), `"keep"` leaves them
+    to be read and takes their loss away. The result may have no supervised token; the caller drops such sequences.
     """
     first = sequence.prompt_end if truncation.span == "cot" else 0
     last = sequence.cot_end if truncation.span == "cot" else len(sequence)

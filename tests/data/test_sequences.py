@@ -26,7 +26,28 @@ def pieces(sequence, tokenizer):
 @pytest.mark.network
 def test_qwen3_ids_and_ends(qwen3_tokenizer):
     sequence = render(EXAMPLE, qwen3_tokenizer)
-    prompt = [151644, 8948, 198, 3430, 9814, 13, 151645, 198, 151644, 872, 198, 17, 10, 18, 30, 151645, 198, 151644, 77091, 198]
+    prompt = [
+        151644,
+        8948,
+        198,
+        3430,
+        9814,
+        13,
+        151645,
+        198,
+        151644,
+        872,
+        198,
+        17,
+        10,
+        18,
+        30,
+        151645,
+        198,
+        151644,
+        77091,
+        198,
+    ]
     cot = [151667, 198, 17, 10, 18, 28, 20, 624, 151668, 271]  # 624 is ".\n" and 271 "\n\n"
     assert sequence.tokens.tolist() == [*prompt, *cot, 20, 151645]
     assert (sequence.prompt_end, sequence.cot_end) == (20, 30)
@@ -39,7 +60,9 @@ def test_qwen3_ids_and_ends(qwen3_tokenizer):
 def test_qwen3_keeps_what_its_template_would_alter(qwen3_tokenizer):
     example = make_example("hi", "a\n\n\n\nb", "one\n\ntwo", (("user", "x"), ("assistant", "y")))
     prompt, cot, answer = pieces(render(example, qwen3_tokenizer), qwen3_tokenizer)
-    assert prompt.endswith("<|im_start|>assistant\ny<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.endswith(
+        "<|im_start|>assistant\ny<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert (cot, answer) == ("<think>\na\n\n\n\nb\n</think>\n\n", "one\n\ntwo<|im_end|>")
 
 
@@ -59,7 +82,8 @@ def test_real_tokenizers_cut_between_segments(name, answer, request):
     tokenizer = request.getfixturevalue(name)
     example = make_example("é?", "think 🤔 twice:", answer)
     assert pieces(render(example, tokenizer), tokenizer)[1:] == [
-        "<think>\nthink 🤔 twice:\n</think>\n\n", f"{answer}<|im_end|>",
+        "<think>\nthink 🤔 twice:\n</think>\n\n",
+        f"{answer}<|im_end|>",
     ]
 
 
@@ -91,9 +115,15 @@ def test_generation_prompt_that_opens_think_is_a_prefix_of_training(family, byte
     assert render(EXAMPLE, tokenizer).tokens[: len(ids)].tolist() == ids
 
 
-@pytest.mark.parametrize(("ending", "cot_start"), [
-    ("<think>", "<think>\n2"), ("<think>\n\n", "<think>\n\n2"), ("<think>\n\n</think>\n\n", "<think>\n2"), ("", "<think>\n2"),
-])
+@pytest.mark.parametrize(
+    ("ending", "cot_start"),
+    [
+        ("<think>", "<think>\n2"),
+        ("<think>\n\n", "<think>\n\n2"),
+        ("<think>\n\n</think>\n\n", "<think>\n2"),
+        ("", "<think>\n2"),
+    ],
+)
 def test_generation_prompt_endings(ending, cot_start, bytes_tokenizer):
     tokenizer = bytes_tokenizer()
     tokenizer.chat_template = "{{ messages[-1].content }}<|im_start|>{{ " + repr(ending) + " }}"
@@ -104,7 +134,8 @@ def test_generation_prompt_endings(ending, cot_start, bytes_tokenizer):
 def test_template_that_thinks_only_when_told(bytes_tokenizer):
     tokenizer = bytes_tokenizer("qwen3_5")
     tokenizer.chat_template = tokenizer.chat_template.replace("enable_thinking is false", "true").replace(
-        "enable_thinking is defined and true", "not enable_thinking")
+        "enable_thinking is defined and true", "not enable_thinking"
+    )
     ids = generation_ids("q", tokenizer)
     assert tokenizer.decode(ids).endswith("assistant\n<think>\n")
 
@@ -113,7 +144,10 @@ def test_token_over_a_boundary_belongs_to_where_it_begins(bytes_tokenizer):
     tokenizer = bytes_tokenizer(think_tokens=False, merges=((":", "<"), ("Ċ", "5")))
     tokenizer.chat_template = "{{ messages[-1].content }} Assistant:"
     assert pieces(render(make_example("q", "2", "5"), tokenizer), tokenizer) == [
-        "q Assistant:<", "think>\n2\n</think>\n\n5", "<|im_end|>"]
+        "q Assistant:<",
+        "think>\n2\n</think>\n\n5",
+        "<|im_end|>",
+    ]
 
 
 def test_trimmed_offsets_do_not_move_a_boundary(bytes_tokenizer):
@@ -128,13 +162,16 @@ def test_trimmed_offsets_do_not_move_a_boundary(bytes_tokenizer):
 # --- ends of turns ---
 
 
-@pytest.mark.parametrize(("template", "eos", "end", "stops"), [
-    ("{{ messages[-1].content }}<|im_end|>\n", "<|endoftext|>", "<|im_end|>", {1, 2}),
-    ("{{ messages[-1].content }} <|endoftext|>", "<|endoftext|>", " <|endoftext|>", {2}),
-    ("{{ messages[-1].content }}\nUser:", "<|endoftext|>", "<|endoftext|>", {2}),
-    ("{{ messages[0].content }}", "<|endoftext|>", "<|endoftext|>", {2}),
-    ("{{ raise_exception('no') }}", "<|endoftext|>", "<|endoftext|>", {2}),
-])
+@pytest.mark.parametrize(
+    ("template", "eos", "end", "stops"),
+    [
+        ("{{ messages[-1].content }}<|im_end|>\n", "<|endoftext|>", "<|im_end|>", {1, 2}),
+        ("{{ messages[-1].content }} <|endoftext|>", "<|endoftext|>", " <|endoftext|>", {2}),
+        ("{{ messages[-1].content }}\nUser:", "<|endoftext|>", "<|endoftext|>", {2}),
+        ("{{ messages[0].content }}", "<|endoftext|>", "<|endoftext|>", {2}),
+        ("{{ raise_exception('no') }}", "<|endoftext|>", "<|endoftext|>", {2}),
+    ],
+)
 def test_end_of_turn(template, eos, end, stops, bytes_tokenizer):
     tokenizer = bytes_tokenizer(eos=eos)
     tokenizer.chat_template = template
@@ -152,12 +189,15 @@ def test_no_end_of_turn_is_refused(bytes_tokenizer):
 # --- refusals ---
 
 
-@pytest.mark.parametrize(("parts", "reason"), [
-    (("q", "a</think>b", "c"), "literal </think> in its reasoning"),
-    (("q", "a", "b<think>c"), "literal <think> in its answer"),
-    (("q", "a", "b<|im_end|>"), "literal <|im_end|> in its answer"),
-    (("q<|im_start|>system", "a", "b"), r"literal <|im_start|> in its prompt"),
-])
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (("q", "a</think>b", "c"), "literal </think> in its reasoning"),
+        (("q", "a", "b<think>c"), "literal <think> in its answer"),
+        (("q", "a", "b<|im_end|>"), "literal <|im_end|> in its answer"),
+        (("q<|im_start|>system", "a", "b"), r"literal <|im_start|> in its prompt"),
+    ],
+)
 @pytest.mark.parametrize("think_tokens", [True, False])
 def test_control_text_in_a_row_is_skipped(parts, reason, think_tokens, bytes_tokenizer):
     with pytest.raises(Skip) as skip:
@@ -168,7 +208,9 @@ def test_control_text_in_a_row_is_skipped(parts, reason, think_tokens, bytes_tok
 def test_tags_in_a_prompt_are_only_text(bytes_tokenizer):
     tokenizer = bytes_tokenizer("qwen3_5")
     prompt, cot, _ = pieces(render(make_example("what is <think>?</think>", "a", "b"), tokenizer), tokenizer)
-    assert prompt.endswith("what is <think>?</think><|im_end|>\n<|im_start|>assistant\n") and cot.startswith("<think>\na")
+    assert prompt.endswith("what is <think>?</think><|im_end|>\n<|im_start|>assistant\n") and cot.startswith(
+        "<think>\na"
+    )
 
 
 def test_template_that_refuses_a_role_skips_the_row(bytes_tokenizer):
@@ -194,15 +236,18 @@ def test_slow_tokenizer_is_refused():
 # --- what is supervised ---
 
 
-@pytest.mark.parametrize(("segments", "learned"), [
-    (("prompt",), CHATML[len("<|im_start|>"):]),  # the first token has nothing before it
-    (("cot",), COT),
-    (("answer",), "5<|im_end|>"),
-    (("prompt", "cot"), CHATML[len("<|im_start|>"):] + COT),
-    (("prompt", "answer"), CHATML[len("<|im_start|>"):] + "5<|im_end|>"),
-    (("cot", "answer"), COT + "5<|im_end|>"),
-    (("prompt", "cot", "answer"), CHATML[len("<|im_start|>"):] + COT + "5<|im_end|>"),
-])
+@pytest.mark.parametrize(
+    ("segments", "learned"),
+    [
+        (("prompt",), CHATML[len("<|im_start|>") :]),  # the first token has nothing before it
+        (("cot",), COT),
+        (("answer",), "5<|im_end|>"),
+        (("prompt", "cot"), CHATML[len("<|im_start|>") :] + COT),
+        (("prompt", "answer"), CHATML[len("<|im_start|>") :] + "5<|im_end|>"),
+        (("cot", "answer"), COT + "5<|im_end|>"),
+        (("prompt", "cot", "answer"), CHATML[len("<|im_start|>") :] + COT + "5<|im_end|>"),
+    ],
+)
 def test_supervised_tokens_are_exactly_the_segments(segments, learned, bytes_tokenizer):
     tokenizer = bytes_tokenizer("qwen2_5", False)
     sequence = render(EXAMPLE, tokenizer)

@@ -1,0 +1,192 @@
+"""Shift, padding, order and the count of loss tokens, against plain loops over the sequences."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_distill.data.batches import Steps, make_batch, validation_batches
+from mlx_distill.data.sequences import TokenSequence
+from mlx_distill.errors import DataError
+from mlx_distill.recipe import BatchTable
+
+ALL = ("prompt", "cot", "answer")
+SETS = [("prompt",), ("cot",), ("answer",), ("prompt", "cot"), ("cot", "answer"), ("prompt", "answer"), ALL]
+
+
+def sequence(number, prompt, cot, answer):
+    """Tokens that tell sequence and place: 1000 * number + t + 1 (never the padding's 0)."""
+    total = prompt + cot + answer
+    tokens = np.arange(total, dtype=np.int32) + 1000 * number + 1
+    return TokenSequence(f"s{number}", tokens, prompt, prompt + cot, np.ones(total, bool))
+
+
+def corpus(count, seed=0):
+    random = np.random.default_rng(seed)
+    return [sequence(i, *random.integers(1, 12, 3).tolist()) for i in range(count)]
+
+
+# --- one batch ---
+
+
+def test_shift_by_hand():
+    batch = make_batch([sequence(0, 2, 2, 1), sequence(1, 1, 3, 2)], ("cot",))
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 0], [1001, 1002, 1003, 1004, 1005, 1006]]
+    assert batch.positions.tolist() == [1, 2, 6, 7, 8]  # of [B*T], each before its target
+    assert batch.targets.tolist() == [3, 4, 1002, 1003, 1004]
+    assert batch.segment.tolist() == [1] * 5 and batch.weight.tolist() == [1.0] * 5
+    assert batch.lengths.tolist() == [5, 6] and batch.ids == ("s0", "s1")
+
+
+@pytest.mark.parametrize("segments", SETS)
+@pytest.mark.parametrize("multiple", [1, 7, 32])
+def test_every_target_follows_its_position(segments, multiple):
+    sequences = corpus(5)
+    batch = make_batch(sequences, segments, multiple)
+    width = batch.tokens.shape[1]
+    real = batch.weight > 0
+    found = []
+    for position, target, kind in zip(batch.positions[real], batch.targets[real], batch.segment[real], strict=True):
+        row, place = divmod(int(position), width)
+        assert place + 1 < batch.lengths[row]
+        assert batch.tokens[row, place + 1] == target
+        found.append((int(target), int(kind)))
+    expected = [
+        (int(token), int(kind))
+        for sequence in sequences
+        for place, (token, kind) in enumerate(zip(sequence.tokens, sequence.segments(), strict=True))
+        if place > 0 and ALL[kind] in segments
+    ]
+    assert found == expected
+
+
+@given(multiple=st.integers(1, 40), count=st.integers(1, 6), seed=st.integers(0, 20))
+def test_padding(multiple, count, seed):
+    sequences = corpus(count, seed)
+    batch = make_batch(sequences, ("cot",), multiple)
+    longest = max(map(len, sequences))
+    assert batch.tokens.shape[1] % multiple == 0 and longest <= batch.tokens.shape[1] < longest + multiple
+    assert len(batch.positions) == len(batch.targets) == len(batch.segment) == len(batch.weight)
+    assert len(batch.positions) % multiple == 0
+    for row, sequence in enumerate(sequences):
+        assert batch.tokens[row, : len(sequence)].tolist() == sequence.tokens.tolist()
+        assert not batch.tokens[row, len(sequence) :].any()
+    padding = batch.weight == 0
+    assert not batch.positions[padding].any() and not batch.targets[padding].any()
+    assert (batch.positions >= 0).all() and (batch.positions < batch.tokens.size).all()
+
+
+def test_tokens_without_leave_carry_no_loss():
+    whole = sequence(0, 2, 6, 2)
+    allowed = whole.allowed.copy()
+    allowed[[3, 5]] = False
+    masked = TokenSequence(whole.id, whole.tokens, whole.prompt_end, whole.cot_end, allowed)
+    assert make_batch([masked], ("cot",)).targets.tolist() == [3, 5, 7, 8]
+
+
+def test_dtypes():
+    batch = make_batch(corpus(3), ALL, 4)
+    assert [
+        array.dtype
+        for array in (batch.tokens, batch.positions, batch.targets, batch.segment, batch.weight, batch.lengths)
+    ] == [np.int32, np.int32, np.int32, np.int8, np.float32, np.int32]
+
+
+def test_impossible_batches_are_refused():
+    with pytest.raises(ValueError, match="at least one sequence"):
+        make_batch([], ALL)
+    negative = TokenSequence("n", np.array([1, -2, 3], np.int32), 1, 2, np.ones(3, bool))
+    with pytest.raises(ValueError, match="negative: -2"):
+        make_batch([negative], ALL)
+
+
+# --- steps ---
+
+
+def table(micro=2, total=4, multiple=1):
+    return BatchTable(micro_batch_size=micro, global_batch_size=total, pad_multiple=multiple)
+
+
+def ids_of(step):
+    return [name for batch in step.batches for name in batch.ids]
+
+
+@pytest.mark.parametrize(("micro", "total"), [(1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (2, 5), (10, 10)])
+def test_global_batch_size_is_exact(micro, total):
+    steps = Steps(corpus(10), ("cot",), table(micro, total), seed=1, epochs=3)
+    for step in steps:
+        assert len(ids_of(step)) == total
+        assert all(len(batch.ids) <= micro for batch in step.batches)
+        lengths = np.concatenate([batch.lengths for batch in step.batches])
+        assert (np.diff(lengths) >= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "epochs", "steps"), [(8, 4, 1, 2), (9, 4, 1, 3), (10, 4, 3, 8), (4, 4, 2, 2)]
+)
+def test_epochs_see_every_example_so_often_at_least(count, total, epochs, steps):
+    sequences = corpus(count)
+    run = Steps(sequences, ("cot",), table(2, total), seed=1, epochs=epochs)
+    assert len(run) == steps
+    stream = [name for step in run for name in ids_of_stream(run, step)]
+    for epoch in range(epochs):
+        part = stream[epoch * count : (epoch + 1) * count]
+        assert sorted(part) == sorted(sequence.id for sequence in sequences)
+
+
+def ids_of_stream(run, step):
+    size = sum(len(batch.ids) for batch in step.batches)
+    names = [f"s{row}" for row in run.rows(step.index * size, size)]
+    assert sorted(names) == sorted(ids_of(step))
+    return names
+
+
+def test_a_step_is_a_function_of_its_number():
+    sequences = corpus(30)
+    first, second = (Steps(sequences, ("cot",), table(), seed=5, epochs=4) for _ in range(2))
+    later = second[17]  # without having made the ones before
+    assert ids_of(list(first)[17]) == ids_of(later)
+    assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(first[17].batches, later.batches, strict=True))
+
+
+def test_seed_and_epoch_change_the_order():
+    sequences = corpus(40)
+    one, other = (Steps(sequences, ("cot",), table(4, 40), seed=seed, epochs=2) for seed in (1, 2))
+    assert one.rows(0, 40) != other.rows(0, 40)
+    assert one.rows(0, 40) != one.rows(40, 40)
+
+
+def test_steps_may_be_asked_for_by_number():
+    run = Steps(corpus(8), ("cot",), table(), seed=1, epochs=1, steps=7)
+    assert len(run) == 7 and len(list(run)) == 7
+    for index in (-1, 7):
+        with pytest.raises(IndexError):
+            run[index]
+
+
+@pytest.mark.parametrize("segments", SETS)
+def test_loss_tokens_do_not_depend_on_micro_batching(segments):
+    sequences = corpus(12)
+    for micro, multiple in [(1, 1), (2, 8), (3, 32), (6, 5)]:
+        for step in Steps(sequences, segments, table(micro, 6, multiple), seed=3, epochs=2):
+            members = [sequences[int(name[1:])] for name in ids_of(step)]
+            assert step.loss_tokens == sum(int(member.supervised(segments).sum()) for member in members)
+            assert step.loss_tokens == sum(batch.weight.sum() for batch in step.batches)
+            assert step.tokens == sum(map(len, members))
+
+
+def test_too_few_examples_for_one_step():
+    with pytest.raises(DataError, match="batch.global_batch_size is 4, but only 3 training examples carry loss"):
+        Steps(corpus(3), ("cot",), table(), seed=0)
+
+
+# --- validation ---
+
+
+def test_validation_batches_hold_each_whole_sequence_once():
+    sequences = corpus(7)
+    batches = validation_batches(sequences, table(3, 3, 8))
+    assert sorted(name for batch in batches for name in batch.ids) == sorted(s.id for s in sequences)
+    assert (np.diff(np.concatenate([batch.lengths for batch in batches])) >= 0).all()
+    assert sum(batch.weight.sum() for batch in batches) == sum(len(s) - 1 for s in sequences)
+    assert {int(kind) for batch in batches for kind in batch.segment[batch.weight > 0]} == {0, 1, 2}

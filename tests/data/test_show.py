@@ -1,0 +1,188 @@
+"""What `show` prints, and `prepare`, the function that it shares with training."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mlx_distill.data.prepare import count_tokens, prepare
+from mlx_distill.data.sequences import Segment
+from mlx_distill.errors import DataError
+from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable
+from mlx_distill.show import show, token_runs
+
+ROWS = [{"prompt": f"{i}+1?", "cot": f"One more than {i}.\nSo {i + 1}.", "answer": str(i + 1)} for i in range(20)]
+
+
+@pytest.fixture
+def recipe(tmp_path, bytes_tokenizer):
+    """Twenty rows and a student that is a tokenizer and nothing else."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    student = tmp_path / "student"
+    bytes_tokenizer("qwen2_5").save_pretrained(student)
+    (student / "config.json").write_text('{"model_type": "llama"}')
+    data = DataTable(source=str(tmp_path / "rows.jsonl"), validation_examples=4)
+    return Recipe(
+        student=StudentTable(model=str(student)), data=data, truncation=TruncationTable(span="cot", fraction=0.5)
+    )
+
+
+def changed(recipe, **tables):
+    """The recipe with fields of its tables replaced: `changed(recipe, data={...})`."""
+    return recipe.model_copy(
+        update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in tables.items()}
+    )
+
+
+def printed(recipe, colour=False, example=1):
+    file = io.StringIO()
+    show(
+        recipe,
+        Console(file=file, width=120, force_terminal=colour, color_system="truecolor" if colour else None),
+        example,
+    )
+    return file.getvalue()
+
+
+# --- prepare ---
+
+
+def test_prepare_accounts_for_every_row(recipe, bytes_tokenizer):
+    prepared = prepare(recipe, bytes_tokenizer("qwen2_5"))
+    assert (len(prepared.train), len(prepared.train_whole), len(prepared.validation)) == (16, 16, 4)
+    assert prepared.skipped == {}
+    assert set(prepared.examples) == {s.id for s in prepared.train + prepared.validation}
+    for cut, whole in zip(prepared.train, prepared.train_whole, strict=True):
+        assert cut.id == whole.id and cut.tokens.tolist() == whole.tokens[: len(cut)].tolist()
+        assert cut.cot_end - cut.prompt_end == (whole.cot_end - whole.prompt_end) // 2
+
+
+def test_rows_are_the_same_at_every_fraction(recipe, bytes_tokenizer):
+    found = [prepare(changed(recipe, truncation={"fraction": f}), bytes_tokenizer("qwen2_5")) for f in (0.25, 0.5, 1.0)]
+    assert len({tuple(s.id for s in prepared.train) for prepared in found}) == 1
+    assert len({tuple(tuple(s.tokens) for s in prepared.validation) for prepared in found}) == 1
+
+
+def test_examples_without_a_supervised_token_are_dropped_and_counted(recipe, bytes_tokenizer):
+    """62 tokens hold a prompt of one digit and one token more, or a prompt of two digits and nothing else."""
+    cut = changed(recipe, truncation={"span": "sequence", "fraction": 1.0, "max_tokens": 62})
+    prepared = prepare(cut, bytes_tokenizer("qwen2_5"))
+    dropped = {s.id for s in prepared.train_whole} - {s.id for s in prepared.train}
+    assert dropped == {s.id for s in prepared.train_whole if len(prepared.examples[s.id].prompt) == len("10+1?")}
+    assert prepared.skipped == {"no supervised token left after the cut": len(dropped)} and len(dropped) == 7
+    assert all(s.supervised(("cot",)).sum() == 1 for s in prepared.train)
+
+
+def test_nothing_supervised_is_an_error(recipe, bytes_tokenizer):
+    with pytest.raises(DataError, match="none of 16 training examples has a token of answer left after the cut"):
+        prepare(changed(recipe, objective={"segments": ("answer",)}), bytes_tokenizer("qwen2_5"))
+
+
+def test_long_and_unrenderable_rows_are_counted(recipe, tmp_path, bytes_tokenizer):
+    rows = [
+        *ROWS,
+        {"prompt": "q", "cot": "x" * 500, "answer": "1"},
+        {"prompt": "q", "cot": "a</think>", "answer": "1"},
+        {"prompt": "q", "cot": "", "answer": "1"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepared = prepare(changed(recipe, data={"longest_tokens": 400}), bytes_tokenizer("qwen2_5"))
+    assert prepared.skipped == {
+        "longer than data.longest_tokens = 400": 1,
+        "literal </think> in its reasoning": 1,
+        "no reasoning": 1,
+    }
+    assert len(prepared.train) + len(prepared.validation) == 20
+
+
+def test_counts(recipe, bytes_tokenizer):
+    prepared = prepare(recipe, bytes_tokenizer("qwen2_5"))
+    counts = count_tokens(prepared.train, ("cot", "answer"))
+    assert counts.examples == 16
+    assert counts.tokens.sum() == sum(map(len, prepared.train))
+    assert (
+        counts.tokens[Segment.COT]
+        == counts.supervised[Segment.COT]
+        == sum(s.cot_end - s.prompt_end for s in prepared.train)
+    )
+    assert counts.supervised[Segment.PROMPT] == 0
+
+
+# --- runs of tokens ---
+
+
+@pytest.mark.parametrize(
+    "truncation",
+    [
+        {},
+        {"keep": "suffix", "fraction": 0.3},
+        {"keep": "middle", "span": "cot", "fraction": 0.4},
+        {"keep": "middle", "fraction": 0.4, "context": "keep"},
+        {"token_share": 0.3},
+        {"keep": "cot"},
+    ],
+)
+def test_runs_tile_the_sequence_and_agree_with_training(truncation, recipe, bytes_tokenizer):
+    recipe = recipe.model_copy(update={"truncation": TruncationTable(**truncation)})
+    prepared = prepare(recipe, bytes_tokenizer("qwen2_5"))
+    for cut, whole in zip(prepared.train, prepared.train_whole, strict=True):
+        runs = list(token_runs(whole, recipe))
+        assert np.concatenate([run.tokens for run in runs]).tolist() == whole.tokens.tolist()
+        assert np.concatenate([run.tokens for run in runs if run.kept]).tolist() == cut.tokens.tolist()
+        learned = np.concatenate([run.tokens[run.learned] for run in runs])
+        assert learned.tolist() == cut.tokens[cut.supervised(("cot",))].tolist()
+        assert not any(run.learned.any() for run in runs if not run.kept)
+
+
+# --- the page ---
+
+
+def test_page_without_colour(recipe):
+    page = printed(recipe)
+    assert "\x1b" not in page
+    for line in (
+        "example 1 of 16",
+        "▌prompt · 62 tokens · kept, not learned",
+        "▌cot · 15 tokens · kept, learned",
+        "▌cot · 15 tokens · CUT",
+        "▌answer · 3 tokens · CUT",
+        "learns cot, keeps prefix 0.5 of the cot",
+        "validation: 4 whole examples",
+        "not used: none",
+    ):
+        assert line in page
+    assert "│ cot *    │   463 │ 28.9 │   231 │ 14.4 │   49.9 │     231 │ 14.4 │      49.9 │" in page
+
+
+def test_page_in_colour(recipe):
+    page = printed(recipe, colour=True)
+    assert "\x1b[1;4;33m" in page  # learned reasoning: bold, underlined, yellow
+    assert "\x1b[2;9m" in page  # the cut: dim, struck
+    assert "⟦" not in page
+
+
+def test_learned_tokens_among_others_are_marked_without_colour(recipe):
+    page = printed(changed(recipe, truncation={"token_share": 0.4}))
+    assert "tokens · kept, 6 learned" in page and page.count("⟦") > 1
+
+
+def test_reasons_and_dropped_examples_are_shown(recipe):
+    cut = changed(recipe, truncation={"span": "sequence", "fraction": 1.0, "max_tokens": 62})
+    pages = [printed(cut, example=number) for number in range(1, 17)]
+    assert all("not used: 7 × no supervised token left after the cut" in page for page in pages)
+    assert sum("it is not trained on" in page for page in pages) == 7
+
+
+@pytest.mark.parametrize("number", [0, 17, -1])
+def test_no_such_example(number, recipe):
+    with pytest.raises(DataError, match=f"no training example {number}; there are 1 to 16"):
+        printed(recipe, example=number)
+
+
+def test_show_loads_no_framework():
+    code = "import sys, mlx_distill.show; sys.exit(any(name in sys.modules for name in ('mlx', 'mlx.core', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
