@@ -46,7 +46,7 @@ def load_blas() -> Blas:
                 return Blas(name)
         except OSError:
             continue
-    return Blas("bundled", f"MLX_DISTILL_BLAS={asked} could not be loaded; {ADVICE}" if asked else ADVICE)
+    return Blas("bundled", f"MLX_DISTILL_BLAS={asked} could not be loaded or has no sgemm_; {ADVICE}" if asked else ADVICE)
 
 
 def _candidates() -> list[tuple[str, str]]:

@@ -39,6 +39,9 @@ def run(
         except Interrupted as stop:
             view.say(f"stopped; {stop}. The same command continues.")
             raise typer.Exit(130) from None
+        except KeyboardInterrupt:
+            view.say("stopped. The same command continues from what was saved last.")
+            raise typer.Exit(130) from None
 
 
 @app.command()
@@ -103,6 +106,3 @@ def main() -> None:
     except DistillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command continues.", file=sys.stderr)
-        sys.exit(130)

@@ -12,12 +12,15 @@ from math import sqrt
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any
 
+from mlx_distill.data.examples import Skip
+from mlx_distill.data.sequences import generation_ids
+from mlx_distill.data.sequences import stop_ids as ends_of_answers
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import EvalTable
 from mlx_distill.tasks import THINK_END, Problem, Task
 
 if TYPE_CHECKING:
-    from mlx_distill.backends.protocol import Student
+    from mlx_distill.backends.protocol import Model
 
 Z = NormalDist().inv_cdf(0.975)
 
@@ -86,18 +89,18 @@ class Answer:
 
 
 def score(
-    model: "Student", tokenizer: Any, task: Task, settings: EvalTable, seed: int,
+    model: "Model", tokenizer: Any, task: Task, settings: EvalTable, seed: int,
     progress: Callable[[int], None] = lambda done: None, stop_ids: frozenset[int] = frozenset(),
 ) -> Score:
     """Generate `settings.samples` answers to every problem of `task` and score them.
 
-    `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the tokenizer's own.
-    Raises `DataError` for a task without problems: there is no accuracy of nothing.
+    `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the tokenizer's own. Raises
+    `DataError` for a task without problems (there is no accuracy of nothing) or with one that the chat template refuses.
     """
     if not task.problems:
         raise DataError(f"task {task.name!r} has no problems to score: check its file, or raise [eval] examples")
-    stops = stop_ids | own_stop_ids(tokenizer)
-    prompts = [_prompt_ids(problem.prompt, tokenizer) for problem in task.problems]
+    stops = stop_ids | ends_of_answers(tokenizer)
+    prompts = [_prompt_ids(problem, task, tokenizer) for problem in task.problems]
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     started = time.perf_counter()
     generated = model.generate(
@@ -215,13 +218,8 @@ def describe(score: Score) -> str:
     )
 
 
-def own_stop_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids with which a tokenizer (of transformers or mlx-lm) says that an answer ends."""
-    plural = getattr(tokenizer, "eos_token_ids", None)
-    found = plural if plural is not None else getattr(tokenizer, "eos_token_id", None)
-    return frozenset([found] if isinstance(found, int) else found or ())
-
-
-def _prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    messages = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+def _prompt_ids(problem: Problem, task: Task, tokenizer: Any) -> list[int]:
+    try:
+        return generation_ids(problem.prompt, tokenizer)
+    except Skip as skip:
+        raise DataError(f"task {task.name!r}: problem {problem.prompt[:60]!r} cannot be asked: {skip}; remove it") from None

@@ -1,7 +1,8 @@
 """What a training step costs, counted from two configs before any weight is loaded.
 
 A multiply-add is two operations. Forward: 2 per weight of every matrix a token passes, plus attention's 2 · 2 · T²/2 · heads ·
-head_dim a layer (causal). Backward: twice the forward; with frozen matrices (LoRA) once, for the gradient that passes through.
+head_dim a layer (causal). Backward: twice the forward; once for frozen matrices (LoRA), where only the gradient that passes
+through is computed. Attention has no weights: both of its factors pass gradients on, frozen or not.
 The head is counted at the loss positions only. Norms, activations and the optimizer are left out (below 1 %).
 """
 
@@ -34,11 +35,12 @@ class Shape:
             config.get("head_dim") or width // heads, config["intermediate_size"], config["vocab_size"],
         )
 
-    def trunk(self, lengths: list[int]) -> float:
-        """Forward operations of the trunk over sequences of these lengths."""
-        attention = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        matrices = self.layers * (attention + 3 * self.width * self.ffn)
-        return sum(2 * matrices * t + self.layers * 2 * t * t * self.heads * self.head_dim for t in lengths)
+    def trunk(self, lengths: list[int], matrix_passes: int = 1, attention_passes: int = 1) -> float:
+        """Operations of the trunk over sequences of these lengths; a pass is worth one forward (the default)."""
+        projections = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        matrices = self.layers * (projections + 3 * self.width * self.ffn)
+        attention = self.layers * 2 * self.heads * self.head_dim
+        return sum(matrix_passes * 2 * matrices * t + attention_passes * attention * t * t for t in lengths)
 
     def head(self, positions: float) -> float:
         """Forward operations of the head at so many positions."""
@@ -49,8 +51,8 @@ def step_flops(step: Step, teacher: Shape | None, student: Shape, full: bool) ->
     """Operations of one optimizer step by part (teacher's trunk, student's trunk, both heads); padding is not counted."""
     lengths = [int(t) for batch in step.batches for t in batch.lengths]
     positions = sum(float(batch.weight.sum()) for batch in step.batches)
-    head_passes, trunk_passes = (3, 3) if full else (2, 2)  # the gradient of frozen matrices is not computed
-    parts = {"student": trunk_passes * student.trunk(lengths), "head": head_passes * student.head(positions)}
+    passes = 3 if full else 2  # the gradient of frozen matrices is not computed
+    parts = {"student": student.trunk(lengths, passes, 3), "head": passes * student.head(positions)}
     if teacher:
         parts = {"teacher": teacher.trunk(lengths), "student": parts["student"], "head": parts["head"] + teacher.head(positions)}
     return parts

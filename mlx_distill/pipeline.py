@@ -82,11 +82,11 @@ class Pipeline:
             state = training.train()
         if self.recipe.run.export == "best" and state.best_step != state.step:
             student.restore_state(folder.checkpoint(state.best_step), optimizer=False)
-        folder.write_student(lambda path: student.export(path, self.stop_ids))
         manifest = folder.read_json("manifest.json")
         exported = state.best_step if self.recipe.run.export == "best" else state.step
         result = {"exported_step": exported, "elapsed_seconds": state.elapsed_seconds, "flops": total_flops(folder.rows("metrics.jsonl"))}
         folder.write_json("manifest.json", manifest | result)
+        folder.write_student(lambda path: student.export(path, self.stop_ids))  # last: where it lies, training is complete
         self.view.say(f"student written to {folder.student} (step {exported})")
 
     def _load_models(self) -> tuple[Student, Teacher | None]:
@@ -110,8 +110,10 @@ class Pipeline:
         return lambda step: step_flops(step, teacher, student, self.recipe.student.tuning == "full")
 
     def _check_disk(self, folder: RunFolder, student: Student, steps: int) -> None:
-        checkpoints = {"last": 2, "last_and_best": 3, "all": 1 + steps // max(1, self.recipe.run.checkpoint_every or steps)}
-        needed = checkpoints[self.recipe.run.keep_checkpoints] * student.state_bytes() + student.export_bytes()
+        table = self.recipe.run
+        every = sum(steps // cadence for cadence in (table.checkpoint_every, table.validate_every) if cadence)
+        checkpoints = {"last": 2, "last_and_best": 3, "all": min(steps, 1 + every)}
+        needed = checkpoints[table.keep_checkpoints] * student.state_bytes() + student.export_bytes()
         needed -= sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
         free = shutil.disk_usage(folder.path).free
         if needed > free:

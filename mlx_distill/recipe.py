@@ -18,15 +18,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from mlx_distill.errors import NotFound, RecipeError
 
 Segments = Literal["prompt", "cot", "answer"]
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tuples
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+OUTSIDE_DIGEST = {"run": {"name", "folder"}, "eval": {"compare"}}  # where a run is kept and what it is shown beside
 
 
 class Table(BaseModel):
     """A strict, frozen TOML table: unknown fields and lossy conversions are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class TeacherTable(Table):
@@ -42,7 +44,7 @@ class StudentTable(Table):
     rank: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     lora_layers: Count = 0  # adapt the last n blocks; 0 = all
-    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora_targets: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     gradient_checkpointing: bool = False
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
     save_dtype: Literal["base", "float32", "bfloat16"] = "base"  # of the exported student; base = as the base model's
@@ -74,7 +76,7 @@ class TruncationTable(Table):
 
 
 class ObjectiveTable(Table):
-    segments: Annotated[tuple[Segments, ...], Field(min_length=1)] = ("cot",)
+    segments: Annotated[tuple[Segments, ...], Field(min_length=1, strict=False)] = ("cot",)
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     kd_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # 1 - kd_weight weighs cross-entropy
@@ -113,7 +115,7 @@ class EvalTable(Table):
     samples: Positive = 1  # generations a problem; accuracy is their mean
     score_teacher: bool = True
     score_base: bool = True
-    compare: tuple[str, ...] = ()  # kept run folders that the report sets beside this run; from the recipe or the working folder
+    compare: Names = ()  # kept run folders that the report sets beside this run; from the recipe or the working folder
 
 
 class RunTable(Table):
@@ -151,7 +153,7 @@ class Recipe(Table):
 
     def digest(self) -> str:
         """16 hex digits over every field that shapes the result: all but where it is kept and what it is shown beside."""
-        content = self.model_dump(mode="json", exclude={"run": {"name", "folder"}, "eval": {"compare"}})
+        content = self.model_dump(mode="json", exclude=OUTSIDE_DIGEST)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def toml(self) -> str:
@@ -159,8 +161,8 @@ class Recipe(Table):
         return tomli_w.dumps(self.model_dump(mode="json"))
 
     def differences(self, other: "Recipe") -> list[str]:
-        """`table.field: ours → theirs`, for every field that differs."""
-        ours, theirs = self.model_dump(mode="json"), other.model_dump(mode="json")
+        """`table.field: ours → theirs`, for every field in the digest that differs."""
+        ours, theirs = (recipe.model_dump(mode="json", exclude=OUTSIDE_DIGEST) for recipe in (self, other))
         return [
             f"{table}.{field}: {value!r} → {theirs[table][field]!r}"
             for table, fields in ours.items()
@@ -199,6 +201,12 @@ _WHEN_READ = {
     ("optim", "beta2"): 'only optimizer = "adamw" or "lion" does',
     ("optim", "eps"): 'only optimizer = "adamw" does',
     ("eval", "top_p"): "only a temperature above 0 does",
+    ("data", "prompt_column"): 'only format = "columns", "response" or "gsm8k" does',
+    ("data", "cot_column"): 'only format = "columns" does',
+    ("data", "answer_column"): 'only format = "columns" or "gsm8k" does',
+    ("data", "response_column"): 'only format = "response" does',
+    ("data", "messages_column"): 'only format = "messages" or "conversations" does',
+    ("teacher", "quantize_bits"): "there is no teacher",
 }
 
 
@@ -209,6 +217,12 @@ def _conditional_fields(recipe: Recipe) -> list[tuple[str, bool, tuple[str, ...]
         ("optim", recipe.optim.optimizer != "adafactor", ("beta1", "beta2")),
         ("optim", recipe.optim.optimizer == "adamw", ("eps",)),
         ("eval", recipe.eval.temperature > 0, ("top_p",)),
+        ("data", recipe.data.format in ("columns", "response", "gsm8k"), ("prompt_column",)),
+        ("data", recipe.data.format == "columns", ("cot_column",)),
+        ("data", recipe.data.format in ("columns", "gsm8k"), ("answer_column",)),
+        ("data", recipe.data.format == "response", ("response_column",)),
+        ("data", recipe.data.format in ("messages", "conversations"), ("messages_column",)),
+        ("teacher", bool(recipe.teacher.model), ("quantize_bits",)),
     ]
 
 
@@ -279,7 +293,9 @@ def _describe(error: ValidationError) -> str:
     table, field, *rest = (*first["loc"], "")
     where = f"[{table}] {field}" + "".join(f"[{part}]" for part in rest if part != "")
     found = first.get("input")
-    expected = first["msg"].removeprefix("Input ").removeprefix("should be ")
+    expected = first["msg"].removeprefix("Input ").removeprefix("should be ").replace("a valid tuple", "a list")
+    if first["type"] == "too_short":
+        expected = f"a list of at least {first['ctx']['min_length']}"
     choices = first.get("ctx", {}).get("expected", "")
     near = difflib.get_close_matches(str(found), choices.replace("'", "").replace(" or ", ", ").split(", "), 1)
     return f"{where} should be {expected}, found {found!r}" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -1,30 +1,32 @@
 """The report: run folders → a Markdown table and one self-contained HTML page.
 
-In: run folders as `run_dir.py` lays them out. Out: `report.md` and `report.html`. Decided here: what is said in words, every
-such sentence being computed from the runs' files. A part that is missing is named in a line and leaves no number; a file
-that cannot be read counts as missing. The page's look is in `report.html.jinja`, its curves are placed by `charts.py`.
+In: run folders, which `kept_run.py` reads. Out: `report.md` and `report.html`. Decided here: what is said in words, every
+such sentence being computed from the runs' files. A part that is missing is named in a line and leaves no number. The page's
+look is in `report.html.jinja`; its curves are placed by `charts.py`.
 """
 
 import json
 import statistics
-import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_distill import charts
 from mlx_distill.charts import Chart, Series, line_chart, number, smoothed
-from mlx_distill.errors import DataError, NotFound, RunError
+from mlx_distill.errors import NotFound, RunError
 from mlx_distill.evaluate import Difference, Score, compare, retention
+from mlx_distill.kept_run import SEGMENTS, Compared, Run, method_of, read_run
 from mlx_distill.recipe import Recipe
 
 TEMPLATE = "report.html.jinja"
-SEGMENTS = ("prompt", "cot", "answer")
 SEGMENT_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
-NOT_THE_METHOD = {("run", "name"), ("run", "folder"), ("run", "checkpoint_every"), ("run", "keep_checkpoints"),
-                  ("eval", "compare"), ("eval", "batch_size"), ("eval", "score_teacher"), ("eval", "score_base")}
 RUN_ROLES = ("run-1", "run-2", "run-3", "run-4", "run-5", "run-6")
+FACTS = {
+    "created": "created", "backend": "backend", "backend_reason": "chosen because", "device": "device",
+    "dtype": "number format", "seed": "seed", "recipe_digest": "recipe digest", "git_commit": "git commit",
+    "exported_step": "student's step",
+}
 DASH = "–"
 
 
@@ -36,37 +38,8 @@ class Report:
     html: Path
     headline: str
 
-
-@dataclass(frozen=True)
-class Run:
-    """What a run folder holds; an absent part is empty and has a line in `notes`."""
-
-    folder: Path
-    recipe: dict[str, dict[str, Any]]
-    recipe_text: str
-    manifest: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    validation: list[dict[str, Any]]
-    task: str
-    scores: dict[str, Score]
-    sample: list[dict[str, Any]]
-    notes: dict[str, str]
-    compared: list["Compared"] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return str(self.manifest.get("name") or self.recipe.get("run", {}).get("name") or self.folder.name)
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Another run set beside this one: how its recipe differs, its student's score, and this student minus that one."""
-
-    name: str
-    method: str
-    score: Score | None
-    difference: Difference | None
-    sentence: str
+    def __str__(self) -> str:
+        return str(self.html)
 
 
 def report(runs: list[Path], out: Path) -> Report:
@@ -87,156 +60,7 @@ def report(runs: list[Path], out: Path) -> Report:
     return Report(out / "report.md", out / "report.html", headline(read))
 
 
-# ---------------------------------------------------------------- reading
-
-
-def read_run(folder: Path) -> Run:
-    """A run folder and the runs its recipe compares it with; raises `NotFound` where `folder` holds no run."""
-    run = _read_parts(folder)
-    named = run.recipe.get("eval", {}).get("compare", [])
-    return Run(**{**vars(run), "compared": [_compared(run, str(other)) for other in named]})
-
-
-def _read_parts(folder: Path) -> Run:
-    if not any((folder / name).is_file() for name in ("recipe.toml", "manifest.json")):
-        what = "holds neither recipe.toml nor manifest.json" if folder.is_dir() else "does not exist"
-        raise NotFound(f"no run in {folder}: it {what}; name a folder that `mlx-distill run` wrote")
-    notes: dict[str, str] = {}
-    text, recipe = _recipe(folder, notes)
-    evaluation = _json(folder, "eval.json", dict, notes, "this run was not scored")
-    sample = _json(folder, "sample.json", (list, dict), notes, "no example is shown")
-    pieces = sample.get("pieces", []) if isinstance(sample, dict) else sample
-    return Run(
-        folder=folder, recipe=recipe, recipe_text=text,
-        manifest=_json(folder, "manifest.json", dict, notes, "versions, machine, data and cost are not known"),
-        metrics=_json_lines(folder, "metrics.jsonl", notes, "there are no training curves"),
-        validation=_json_lines(folder, "validation.jsonl", notes, "there are no validation curves"),
-        task=str(evaluation.get("task", "")),
-        scores=_scores(evaluation.get("scores"), notes),
-        sample=[piece for piece in pieces if isinstance(piece, dict) and piece.get("segment") in SEGMENTS],
-        notes=notes,
-    )
-
-
-def _recipe(folder: Path, notes: dict[str, str]) -> tuple[str, dict]:
-    try:
-        text = (folder / "recipe.toml").read_text(encoding="utf-8")
-        tables = tomllib.loads(text)
-    except FileNotFoundError:
-        notes["recipe.toml"] = "No recipe.toml: the recipe is not known."
-    except (OSError, ValueError) as error:
-        notes["recipe.toml"] = f"recipe.toml cannot be read ({error}): the recipe is not known."
-    else:
-        return text, {name: table for name, table in tables.items() if isinstance(table, dict)}
-    return "", {}
-
-
-def _json(folder: Path, name: str, kind: type | tuple[type, ...], notes: dict[str, str], otherwise: str) -> Any:
-    empty = {} if kind is dict else []
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        notes[name] = f"No {name}: {otherwise}."
-        return empty
-    except (OSError, ValueError) as error:
-        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
-        return empty
-    if not isinstance(content, kind):
-        notes[name] = f"{name} holds a {type(content).__name__}: {otherwise}."
-        return empty
-    return content
-
-
-def _json_lines(folder: Path, name: str, notes: dict[str, str], otherwise: str) -> list[dict]:
-    try:
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        notes[name] = f"No {name}: {otherwise}."
-        return []
-    except (OSError, ValueError) as error:
-        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
-        return []
-    rows, torn = [], 0
-    for line in filter(str.strip, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            torn += 1
-            continue
-        if isinstance(row, dict) and charts.finite([row.get("step")], [0]):
-            rows.append(row)
-    if torn:
-        notes[name] = f"{name}: {torn} unreadable line{'s' if torn > 1 else ''} left out."
-    elif not rows:
-        notes[name] = f"{name} is empty: {otherwise}."
-    return rows
-
-
-def _scores(content: Any, notes: dict[str, str]) -> dict[str, Score]:
-    scores = {}
-    for model, fields in (content if isinstance(content, dict) else {}).items():
-        try:
-            scores[str(model)] = _score(fields)
-        except (TypeError, ValueError):
-            notes[f"eval.json {model}"] = f"eval.json: the score of the {model} is incomplete and is left out."
-    if "student" not in scores and "eval.json" not in notes:
-        notes["eval.json"] = "eval.json holds no score of the student."
-    return scores
-
-
-def _score(fields: Any) -> Score:
-    score = Score.from_json(fields)
-    numbers = [value for name, value in vars(score).items() if name != "correct"]
-    marks = [mark for marks in dict(score.correct).values() for mark in marks]
-    if not score.correct or not all(score.correct.values()) or len(charts.finite(numbers, numbers)) < len(numbers):
-        raise ValueError("no problems, or a field that is not a number")
-    if len(charts.finite(marks, marks)) < len(marks):
-        raise ValueError("a mark that is not a number")
-    return score
-
-
-def _compared(run: Run, name: str) -> Compared:
-    folder = next((path for path in _places(run, name) if path.is_dir()), None)
-    if folder is None:
-        return Compared(name, "", None, None, f"{name} is to be compared, but there is no such run folder.")
-    try:
-        other = _read_parts(folder)
-    except NotFound as error:
-        return Compared(name, "", None, None, f"{error}.")
-    theirs, method = other.scores.get("student"), method_of(other.recipe, run.recipe)
-    ours = run.scores.get("student")
-    if ours is None or theirs is None:
-        which = run.name if ours is None else other.name
-        return Compared(other.name, method, theirs, None, f"{which} has no score, so {run.name} and {other.name} are not compared.")
-    try:
-        difference = compare(ours, theirs)
-    except DataError:
-        sentence = f"{other.name} was scored on other problems, so it is not compared with {run.name}."
-        return Compared(other.name, method, theirs, None, sentence)
-    return Compared(other.name, method, theirs, difference, difference_sentence(run.name, f"{other.name} ({method})", difference))
-
-
-def _places(run: Run, name: str) -> list[Path]:
-    """Where a compared run may lie: the recipe's folder when the run kept it, the working folder, the run's own folder."""
-    home = run.manifest.get("recipe_folder")
-    return [*([Path(home) / name] if isinstance(home, str) else []), Path(name), run.folder / name]
-
-
-def method_of(recipe: dict[str, dict], reference: dict[str, dict]) -> str:
-    """A recipe by what sets it apart from another: "same recipe with kd_weight = 0.0"."""
-    if not recipe or not reference:
-        return "its recipe is not known"
-    changes = [
-        f"{table}.{name} = {json.dumps(value)}" if name in ("model", "revision") else f"{name} = {json.dumps(value)}"
-        for table, fields in recipe.items()
-        for name, value in fields.items()
-        if (table, name) not in NOT_THE_METHOD and value != reference.get(table, {}).get(name)
-    ]
-    more = f" and {len(changes) - 4} more changes" if len(changes) > 4 else ""
-    return f"same recipe with {', '.join(changes[:4])}{more}" if changes else "same recipe"
-
-
-# ---------------------------------------------------------------- sentences
+# sentences
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -248,6 +72,9 @@ def headline(runs: Sequence[Run]) -> str:
         return f"{len(runs)} runs, none of them scored."
     if len(tasks) > 1:
         return f"{len(runs)} runs on {len(tasks)} tasks: {', '.join(sorted(tasks))}."
+    tied = [run.name for run in scored if run.scores["student"].accuracy == scored[0].scores["student"].accuracy]
+    if len(tied) > 1:
+        return f"{' and '.join(tied)} share the highest score of {len(runs)} runs: their students solve {_solved(scored[0])}."
     return f"{scored[0].name} scores highest of {len(runs)} runs: its student solves {_solved(scored[0])}."
 
 
@@ -277,10 +104,11 @@ def _solved(run: Run) -> str:
 def _headline_of_one(run: Run) -> str:
     student, base, teacher = (run.scores.get(model) for model in ("student", "base", "teacher"))
     if student is None:
-        first, last = _ends(run.validation, "kl")
+        first, last = _before_after(run, "kl")
         if first is None or last is None:
             return f"{run.name} has not been scored."
-        return f"{run.name} has not been scored; its validation KL to the teacher went from {number(first)} to {number(last)} nats per token."
+        return (f"{run.name} has not been scored; its validation KL to the teacher went from "
+                f"{number(first)} to {number(last)} nats per token.")
     before = f", {_direction(student, base)} {percent(base.accuracy)} before" if base else ""
     other = f"; the teacher solves {percent(teacher.accuracy)}" if teacher else ""
     return f"The student solves {_solved(run)}{before}{other}."
@@ -301,13 +129,19 @@ def subline(run: Run) -> list[str]:
         f"{percent(kept.gain)} of its lead over the student before" if kept.gain is not None else "",
     ]
     said = " and ".join(filter(None, parts))
-    return ([f"{run.name} reaches {said}."] if said else []) + [other.sentence for other in run.compared]
+    return ([f"{run.name} reaches {said}."] if said else []) + [_compared_sentence(run, other) for other in run.compared]
+
+
+def _compared_sentence(run: Run, other: Compared) -> str:
+    if other.difference is None:
+        return other.obstacle
+    return difference_sentence(run.name, f"{other.name} ({other.method})", other.difference)
 
 
 def difference_sentence(a: str, b: str, difference: Difference) -> str:
     """A `Difference` in words, saying whether its interval excludes zero."""
     zero = "includes" if difference.low <= 0 <= difference.high else "excludes"
-    facts = (f"{points(difference.mean)} points, 95 % interval {points(difference.low)} to {points(difference.high)}, "
+    facts = (f"{points(difference.mean)} points, 95\u00a0% interval {points(difference.low)} to {points(difference.high)}, "
              f"which {zero} zero ({difference.problems:,} shared problems).")
     if difference.verdict == "no clear difference":
         return f"No clear difference between {a} and {b}: {facts}"
@@ -338,12 +172,12 @@ def duration(seconds: float) -> str:
 def amount(value: float, unit: str = "") -> str:
     """A large count with a decimal prefix: 1.23 GB, 4.5 M, 12.0 TFLOP."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g} {prefix}{unit}" if value / size < 999.5 else f"{value / size:.0f} {prefix}{unit}"
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g} {prefix}{unit}"
     return f"{value:.0f} {unit}".strip()
 
 
-# ---------------------------------------------------------------- markdown
+# markdown
 
 
 def markdown(runs: Sequence[Run]) -> str:
@@ -353,7 +187,7 @@ def markdown(runs: Sequence[Run]) -> str:
         [row for run in runs for row in _score_cells(run)], "llrrrrrr",
     )
     cost = _table(
-        ["run", "steps", "tokens", "time", "peak memory", "FLOPs", "KL at step 0", "KL at the end"],
+        ["run", "steps", "tokens", "time", "peak memory", "FLOPs", "KL before", "KL after"],
         [[run.name, *(facts[key] for key in ("steps", "tokens", "time", "memory", "flops")), *_kl(run)]
          for run in runs for facts in [cost_of(run)]], "lrrrrrrr",
     )
@@ -365,7 +199,7 @@ def markdown(runs: Sequence[Run]) -> str:
 
 
 INTERVALS = (
-    "Intervals are 95 % and cover the choice of problems and the sampling of answers, not the choice of a training seed. "
+    "Intervals are 95\u00a0% and cover the choice of problems and the sampling of answers, not the choice of a training seed. "
     "A generation without a stop token or without its </think> is unfinished and counts as wrong."
 )
 
@@ -402,20 +236,22 @@ def _models(run: Run) -> list[tuple[str, str, Score]]:
 
 
 def _kl(run: Run) -> list[str]:
-    return [number(value) if value is not None else DASH for value in _ends(run.validation, "kl")]
+    return [number(value) if value is not None else DASH for value in _before_after(run, "kl")]
 
 
-# ---------------------------------------------------------------- numbers of a run
+# numbers of a run
 
 
 def _column(rows: Sequence[dict], name: str) -> list[float]:
     return [value for _, value in charts.finite(range(len(rows)), [row.get(name) for row in rows])]
 
 
-def _ends(rows: Sequence[dict], name: str) -> tuple[float | None, float | None]:
-    """The value at step 0 (before training) and the last one."""
-    known = charts.finite([row["step"] for row in rows], [row.get(name) for row in rows])
-    return (known[0][1] if known and known[0][0] == 0 else None, known[-1][1] if known else None)
+def _before_after(run: Run, name: str) -> tuple[float | None, float | None]:
+    """A validation value before training (step 0) and at the step whose weights became the student (else the last)."""
+    known = dict(charts.finite([row["step"] for row in run.validation], [row.get(name) for row in run.validation]))
+    exported = _known(run.manifest.get("exported_step"))
+    last = known[max(known)] if known else None
+    return known.get(0.0), last if exported is None else known.get(exported)
 
 
 def _known(value: Any) -> float | None:
@@ -447,11 +283,11 @@ def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
     """(value, name, remark) for each figure of the cost section."""
     cost = cost_of(run)
     table = run.manifest.get("flops")
-    parts = [(part, _known(table.get(part))) for part in ("teacher", "student", "head")] if isinstance(table, dict) else []
+    parts = [(part, _known(value)) for part, value in _items(table) if part != "total"]
     split = ", ".join(f"{part} {amount(value)}" for part, value in parts if value is not None)
     memory = [f"{name} {amount(max(used), 'B')}" for name in ("active", "cache") if (used := _column(run.metrics, f"{name}_bytes"))]
     tiles = [
-        (cost["time"], "elapsed", f"{cost['steps']} of {cost['planned']} steps" if cost["planned"] != DASH else ""),
+        (cost["time"], "training time", f"{cost['steps']} of {cost['planned']} steps" if cost["planned"] != DASH else ""),
         (cost["memory"], "peak memory", ", ".join(memory)),
         (cost["tokens"], "tokens read", f"{cost['loss_tokens']} carried loss" if cost["loss_tokens"] != DASH else ""),
         (cost["rate"], "tokens per second", "median over steps"),
@@ -506,7 +342,7 @@ def overlays(runs: Sequence[Run]) -> list[Chart]:
     return [chart for chart in found if chart]
 
 
-# ---------------------------------------------------------------- page
+# page
 
 
 @dataclass(frozen=True)
@@ -550,7 +386,7 @@ def _view(run: Run) -> dict[str, Any]:
 
 def _progress(run: Run) -> str:
     """A line for a run that is not finished; empty for one that is, or that does not say."""
-    if run.manifest.get("finished", True):
+    if not run.manifest or run.manifest.get("finished"):
         return ""
     cost = cost_of(run)
     of = f" of {cost['planned']}" if cost["planned"] != DASH else ""
@@ -604,6 +440,7 @@ def _data(run: Run) -> dict[str, Any]:
             for part in SEGMENTS if isinstance(table.get(part), dict)]
     totals = [sum(values) if rows and None not in (values := [row[i] for row in rows]) else None for i in (2, 3, 4)]
     return {"read": _known(data.get("read")), "kept": _known(data.get("kept")),
+            "split": [(name, count) for name in ("train", "validation") if (count := _known(data.get(name))) is not None],
             "dropped": [(str(reason), _known(count)) for reason, count in dropped.items()],
             "rows": rows, "totals": totals, "empty": not data}
 
@@ -648,9 +485,7 @@ def _recipe_tables(run: Run) -> list[tuple[str, list[tuple[str, str, bool]]]]:
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Where the run came from, as far as its manifest says."""
     manifest = run.manifest
-    rows = [("run", run.name), ("created", manifest.get("created")), ("backend", manifest.get("backend")),
-            ("chosen because", manifest.get("backend_reason")), ("device", manifest.get("device")), ("number format", manifest.get("dtype")),
-            ("seed", manifest.get("seed")), ("recipe digest", manifest.get("recipe_digest")), ("git commit", manifest.get("git_commit"))]
+    rows = [("run", run.name), *((words, manifest.get(key)) for key, words in FACTS.items())]
     rows += [(role, _model_text(model)) for role, model in _items(manifest.get("models"))]
     rows += [_fact(name, value) for name, value in _items(manifest.get("machine"))]
     rows += _items(manifest.get("versions"))

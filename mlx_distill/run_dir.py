@@ -34,6 +34,7 @@ class TrainState:
     elapsed_seconds: float = 0.0
     best_step: int = -1
     best_loss: float = float("inf")
+    recipe_digest: str = ""
 
 
 class RunFolder:
@@ -50,22 +51,32 @@ class RunFolder:
     def open(cls, recipe: Recipe, fresh: bool = False) -> "RunFolder":
         """The folder of this recipe: made if new, continued if its recipe is equal, emptied first with `fresh`.
 
-        Raises `RunError` if the folder holds another recipe's run (the differing fields are shown) or something else.
+        Raises `RunError` if the folder holds another recipe's run (the differing fields are shown) or something else, and
+        with `fresh` if another process works in it.
         """
         run = cls(Path(recipe.run.folder) / recipe.run.name)
         if run.path.is_dir() and any(run.path.iterdir()):
             run._refuse_foreign()
             if fresh:
-                shutil.rmtree(run.path)
+                run._remove()
             elif (run.path / "recipe.toml").exists():
                 run._refuse_changed(recipe)
         run._make(recipe)
         return run
 
     def _refuse_foreign(self) -> None:
-        known = {"recipe.toml", "run.lock"}
-        if not known & {entry.name for entry in self.path.iterdir()}:
+        names = {entry.name for entry in self.path.iterdir()}
+        if not (self.checkpoints.is_dir() and names & {"recipe.toml", "run.lock", ".recipe.toml.tmp"} or names == {"checkpoints"}):
             raise RunError(f"{self.path} is not empty and holds no run: choose another --set run.name=NAME or move it away")
+
+    def _remove(self) -> None:
+        """The whole run goes by one rename, so that a kill leaves no half of it to be continued."""
+        with self.locked(), _written(self.path):
+            path = self.path.resolve()
+            removed = path.with_name(f".{path.name}.removed")
+            shutil.rmtree(removed, ignore_errors=True)
+            os.replace(path, removed)
+            shutil.rmtree(removed)
 
     def _refuse_changed(self, recipe: Recipe) -> None:
         kept = self.recipe()
@@ -77,12 +88,13 @@ class RunFolder:
             )
 
     def _make(self, recipe: Recipe) -> None:
+        kept, text = self.path / "recipe.toml", recipe.toml()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            if not (self.path / "recipe.toml").exists():
-                self.write_text("recipe.toml", recipe.toml())
         except OSError as error:
             raise RunError(f"cannot write the run folder {self.path}: {error.strerror}; choose another --set run.folder=…") from None
+        if not kept.exists() or kept.read_text(encoding="utf-8") != text:  # fields outside of the digest may change
+            self.write_text("recipe.toml", text)
 
     def recipe(self) -> Recipe:
         """The resolved recipe this run was started with."""
@@ -94,7 +106,9 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for this process; a second one is refused."""
-        with (self.path / "run.lock").open("a+") as lock:
+        with _written(self.path / "run.lock"):
+            lock = (self.path / "run.lock").open("a+")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -104,13 +118,14 @@ class RunFolder:
     # small files
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file whole or not at all."""
+        """Write a file whole or not at all; raises `RunError` where it cannot be written."""
         temporary = self.path / f".{name}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        with _written(self.path / name, temporary):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
 
     def write_json(self, name: str, content: dict | list) -> None:
         self.write_text(name, json.dumps(content, indent=2) + "\n")
@@ -123,7 +138,7 @@ class RunFolder:
     # logs
 
     def append(self, log: str, row: dict) -> None:
-        with (self.path / log).open("a", encoding="utf-8") as file:
+        with _written(self.path / log), (self.path / log).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def rows(self, log: str) -> list[dict]:
@@ -158,7 +173,18 @@ class RunFolder:
         steps = self.steps()
         if not steps:
             return TrainState()
-        return TrainState(**json.loads((self.checkpoint(steps[-1]) / "state.json").read_text()))
+        path = self.checkpoint(steps[-1]) / "state.json"
+        try:
+            return TrainState(**json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(f"{path} cannot be read ({error}): delete that checkpoint's folder, or start over with --fresh") from None
+
+    def tidy(self, state: TrainState, keep: str) -> None:
+        """Remove what a kill left behind: half-written checkpoints, and those that `keep` does not name."""
+        for entry in self.checkpoints.glob(".*.tmp"):
+            shutil.rmtree(entry)
+        if state.step:
+            self._prune(state, keep)
 
     def save_checkpoint(self, state: TrainState, write: Callable[[Path], None], keep: str) -> None:
         """A complete checkpoint appears by one rename; then those that `keep` does not name are removed.
@@ -206,6 +232,7 @@ class RunFolder:
             write(temporary)
             _flush_to_disk(temporary)
             os.replace(temporary, self.student)
+            _flush_folder(self.path)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
@@ -214,11 +241,26 @@ class RunFolder:
             ) from error
 
 
+@contextmanager
+def _written(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn a failure to write `path` into a `RunError`, and leave nothing half written at `temporary`."""
+    try:
+        yield
+    except OSError as error:
+        if temporary:
+            temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror}); the checkpoints are intact; free some disk and run the same command again"
+        ) from error
+
+
 def _flush_to_disk(folder: Path) -> None:
-    for path in folder.rglob("*"):
+    for path in (*folder.rglob("*"), folder):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        else:
+            _flush_folder(path)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -29,11 +29,13 @@ def learning_rate(step: int, total_steps: int, optim: OptimTable) -> float:
 
 
 def _one_cycle(step: int, total_steps: int, peak: float, warmup_fraction: float) -> float:
+    if total_steps == 1:
+        return peak  # OneCycleLR's only rate would be its last one, which is next to nothing
     start, end = peak / START_DIVISOR, peak / START_DIVISOR / END_DIVISOR
-    top = max(0.0, warmup_fraction * total_steps - 1)
+    top = warmup_fraction * total_steps - 1  # the step at the peak, below 0 where the warm-up is shorter than a step
     if step <= top and top > 0:
         return _cosine(start, peak, step / top)
-    return _cosine(peak, end, (step - top) / max(1e-9, total_steps - 1 - top) if total_steps > 1 else 0.0)
+    return _cosine(peak, end, (step - top) / (total_steps - 1 - top))
 
 
 def _cosine(start: float, end: float, progress: float) -> float:

@@ -57,10 +57,11 @@ def print_example(
     prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", console: Console, example: int
 ) -> None:
     """One example as the recipe trains on it, run by run, under a legend."""
-    if not 1 <= example <= len(prepared.train_whole):
-        raise DataError(f"{recipe.data.source}: no training example {example}; there are 1 to {len(prepared.train_whole)}")
+    count = len(prepared.train_whole)
+    if not 1 <= example <= count:
+        raise DataError(f"{recipe.data.source}: no training example {example}; there are 1 to {count}")
     whole = prepared.train_whole[example - 1]
-    console.print(Rule(f"example {example} of {len(prepared.train_whole)}  ·  {whole.id}", align="left"))
+    console.print(Rule(f"example {example} of {count}  ·  {whole.id}", align="left"))
     console.print(_legend(console))
     runs = list(token_runs(whole, recipe))
     if not any(run.learned.any() for run in runs):
@@ -156,7 +157,8 @@ def _heading(run: Run) -> Text:
     state = "CUT" if not run.kept else "kept, learned" if learned == len(run.tokens) else "kept, not learned"
     if 0 < learned < len(run.tokens):
         state = f"kept, {learned:,} learned"
-    return Text(f"▌{run.segment.name.lower()} · {len(run.tokens):,} tokens · {state}", f"{COLOURS[run.segment]} reverse")
+    text = f"▌{run.segment.name.lower()} · {len(run.tokens):,} tokens · {state}"
+    return Text(text, f"{COLOURS[run.segment]} {'reverse' if run.kept else 'dim'}")
 
 
 def _body(run: Run, tokenizer: "PreTrainedTokenizerFast", console: Console) -> Text:

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
 from mlx_distill.data.batches import Batch, Step
 from mlx_distill.data.sequences import Segment
-from mlx_distill.errors import DivergedError
+from mlx_distill.errors import DivergedError, RunError
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
 from mlx_distill.run_dir import RunFolder, TrainState
@@ -47,7 +47,7 @@ class Training:
         self.objective = Objective.from_table(self.recipe.objective)
         # one yardstick for every recipe: forward KL at temperature 1, weighed as the recipe weighs its divergence
         self.yardstick = Objective(kd_weight=self.objective.kd_weight)
-        self.state = TrainState()
+        self.state = TrainState(recipe_digest=self.recipe.digest())
 
     def train(self) -> TrainState:
         """Train from the newest checkpoint to the last step; raises `DivergedError`, `RunError` or `Interrupted`."""
@@ -57,17 +57,21 @@ class Training:
             self._step(self.steps[self.state.step])
             done = self.state.step == len(self.steps)
             improved = self._due(self.recipe.run.validate_every, done) and self._validate()
-            stop = self.stop_asked() and not done
+            stop = self.stop_asked()
             if improved or stop or self._due(self.recipe.run.checkpoint_every, done):
                 self._save()
             if stop:
-                raise Interrupted(f"saved at step {self.state.step}")
+                raise Interrupted(f"saved at step {self.state.step} in {self.run.path}")
         return self.state
 
     def _resume(self) -> None:
-        self.state = self.run.last_state()
-        self.run.cut_logs(self.state.step if self.state.step else -1)
-        if self.state.step:
+        last = self.run.last_state()
+        self.run.tidy(last, self.recipe.run.keep_checkpoints)
+        self.run.cut_logs(last.step or -1)
+        if last.step:
+            if last.recipe_digest != self.state.recipe_digest:
+                raise RunError(f"{self.run.checkpoint(last.step)} was written for another recipe; start over with --fresh")
+            self.state = last
             self.student.restore_state(self.run.checkpoint(self.state.step))
             self.view.say(f"continuing after step {self.state.step}, the newest checkpoint")
         else:
@@ -100,12 +104,18 @@ class Training:
         return sums
 
     def _diverged(self, index: int, what: str, value: float, ids: Sequence[str]) -> DivergedError:
-        steps = self.run.steps()
-        saved = f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written yet"
         return DivergedError(
-            f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were not touched and {saved}; "
+            f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were not touched and {self._saved()}; "
             "look at these examples, or lower optim.learning_rate"
         )
+
+    def _diverged_in_validation(self, value: float) -> DivergedError:
+        advice = "lower optim.learning_rate" if self.state.step else "the student's or the teacher's own weights do that: name others"
+        return DivergedError(f"validation after step {self.state.step}: the loss is {value}; {self._saved()}; {advice}")
+
+    def _saved(self) -> str:
+        steps = self.run.steps()
+        return f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written yet"
 
     def _log(self, step: Step, sums: LossSums, rate: float, norm: float, seconds: float) -> None:
         row = {
@@ -133,7 +143,7 @@ class Training:
         self.run.append("validation.jsonl", row | {"seconds": time.perf_counter() - started})
         self.view.validation(row)
         if not math.isfinite(row["loss"]):
-            raise DivergedError(f"validation after step {self.state.step}: the loss is {row['loss']}; lower optim.learning_rate")
+            raise self._diverged_in_validation(row["loss"])
         self.state = dataclasses.replace(self.state, elapsed_seconds=self.state.elapsed_seconds + time.perf_counter() - started)
         if self.state.step == 0 or row["loss"] >= self.state.best_loss:
             return False

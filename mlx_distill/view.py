@@ -32,8 +32,9 @@ class View:
 
     def step(self, row: dict) -> None:
         """A row of metrics.jsonl."""
-        terms = "  ".join(f"{name} {row[name]:.4f}" for name in ("loss", "kd", "ce") if name in row)
-        text = f"{terms}  {row['tokens_per_second']:,.0f} tok/s  peak {row['peak_bytes'] / 1e9:.2f} GB"
+        names = ("loss",) if self._bar else ("loss", "kd", "ce")  # a live bar has to fit 80 columns
+        text = "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row) + f"  {row['tokens_per_second']:,.0f} tok/s"
+        text += "" if self._bar else f"  peak {row['peak_bytes'] / 1e9:.2f} GB"
         self._advance(1, row["step"], text)
 
     def validation(self, row: dict) -> None:
@@ -51,8 +52,10 @@ class View:
     def _open(self, label: str, total: int, done: int) -> None:
         self._label, self._total, self._done, self._started = label, total, done, time.perf_counter()
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-                       TextColumn("{task.fields[text]}"))
+            columns = (
+                TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
+                TextColumn("left"), TimeRemainingColumn(compact=True), TextColumn("{task.fields[text]}"),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()
             self._task = self._bar.add_task(label, total=total, completed=done, text="")

@@ -4,6 +4,7 @@ committed.
 `network` tests need a package registry once (then the cache serves); they skip where it is out of reach.
 """
 
+import json
 import os
 import re
 import shutil
@@ -14,12 +15,18 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import PIPE
+from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_distill.hub import load_tokenizer, model_folder
+
+settings.register_profile("steady", deadline=None, derandomize=True, database=None)  # no clocks, no luck, no folder
+settings.load_profile("steady")
 
 TEMPLATES = Path(__file__).parent / "fixtures" / "templates"
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -163,3 +170,46 @@ def _ask(command: list[str]) -> None:
     answer = subprocess.run(command, capture_output=True, text=True, timeout=600)
     if answer.returncode:
         pytest.skip(f"{command[0]} cannot fetch {command[-1]}: {answer.stderr.strip().splitlines()[-1:]}")
+
+
+MAY_SKIP = {"cuda", "metal", "network"}
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember skipped tests that no marker of `MAY_SKIP` excuses."""
+    if report.skipped and not hasattr(report, "wasxfail") and not MAY_SKIP & set(report.keywords):
+        _UNEXCUSED.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI (`MLX_DISTILL_STRICT_SKIPS`), an unexcused skip fails the run."""
+    if os.environ.get("MLX_DISTILL_STRICT_SKIPS") and _UNEXCUSED and session.exitstatus == 0:
+        session.exitstatus = 1
+        print(f"\nskipped without a marker of {sorted(MAY_SKIP)}: {', '.join(_UNEXCUSED)}")
+
+
+_UNEXCUSED: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory) -> Path:
+    """`tiny.toml` in a folder with all it needs: teacher, student, rows. To be read only: give every run a folder of its own."""
+    from tiny import recipe_file
+
+    return recipe_file(tmp_path_factory.mktemp("tiny"), byte_tokenizer("qwen2_5"))
+
+
+@pytest.fixture(scope="session")
+def command_line() -> Callable[..., SimpleNamespace]:
+    """`mlx-distill ARGUMENTS` in a process of its own: code, out, err. Keywords go to `kill_at.py`, which can stop it anywhere."""
+    with tempfile.TemporaryFile() as errors:
+        server = subprocess.Popen([sys.executable, Path(__file__).parent / "kill_at.py"], text=True, stdin=PIPE, stdout=PIPE, stderr=errors)
+
+        def command(*arguments: str | Path, **job) -> SimpleNamespace:
+            server.stdin.write(json.dumps({"arguments": list(map(str, arguments)), **job}) + "\n")
+            server.stdin.flush()
+            return SimpleNamespace(**json.loads(server.stdout.readline()))
+
+        yield command
+        server.stdin.close()
+        server.wait()

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mlx_distill.errors import DataError
-from mlx_distill.evaluate import Score, compare, interval, own_stop_ids, retention, score, student_t, wilson
+from mlx_distill.evaluate import Score, compare, describe, interval, retention, score, student_t, wilson
 from mlx_distill.recipe import EvalTable
 from mlx_distill.tasks import Problem, Task, answer_text
 
@@ -16,7 +16,8 @@ STOP = 0
 class Words:
     """A tokenizer of whole words; id 0 ends a turn."""
 
-    eos_token_id = STOP
+    eos_token_id, name_or_path = STOP, "words"
+    is_fast, chat_template = True, "words"
 
     def __init__(self):
         self.words = ["<|end|>"]
@@ -31,9 +32,16 @@ class Words:
         assert not skip_special_tokens, "</think> may be a special token"
         return " ".join(self.words[i] for i in ids)
 
-    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
-        assert add_generation_prompt and not return_dict
-        return self.encode(f"user: {messages[-1]['content']}")
+    def get_chat_template(self):
+        return self.chat_template
+
+    def apply_chat_template(self, turns, add_generation_prompt, **_):
+        if turns[-1]["content"] == "refused":
+            raise ValueError("roles must alternate")
+        return "user: " + " ".join(turn["content"] for turn in turns)
+
+    def __call__(self, text, **_):
+        return {"input_ids": self.encode(text)}
 
 
 class Scripted:
@@ -46,6 +54,11 @@ class Scripted:
         self.asked = (prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids)
         progress(len(prompts))
         return [self.tokenizer.encode(line) for line in self.lines]
+
+
+@pytest.fixture(autouse=True)
+def end_of_turn(monkeypatch):
+    monkeypatch.setattr("mlx_distill.data.sequences.end_of_turn", lambda tokenizer: "<|end|>")
 
 
 def exact(expected, generated):
@@ -147,17 +160,16 @@ def test_an_empty_task_has_no_score():
         score(Scripted(Words(), []), Words(), Task("none", [], exact), EvalTable(), 0)
 
 
-def test_stop_ids_of_both_kinds_of_tokenizer():
-    class Several:
-        eos_token_ids = {7, 8}
-        eos_token_id = 7
+def test_a_problem_that_the_template_refuses_is_named():
+    task = Task("t", [Problem("a", "refused", "1")], exact)
+    with pytest.raises(DataError, match=r"task 't': problem 'refused' cannot be asked: .*roles must alternate"):
+        score(Scripted(Words(), []), Words(), task, EvalTable(), 0)
 
-    class Without:
-        eos_token_id = None
 
-    assert own_stop_ids(Words()) == {STOP}
-    assert own_stop_ids(Several()) == {7, 8}
-    assert own_stop_ids(Without()) == frozenset()
+def test_a_score_in_one_line():
+    line = describe(scored(marks("1" * 15 + "0" * 5)))
+    for part in ("75.0%", "53.1% to 88.8%", "20 problems", "0.0% unfinished", "10 tokens", "1 s"):
+        assert part in line
 
 
 def test_a_score_survives_json():

@@ -4,13 +4,14 @@ import json
 import math
 import random
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
 
-from mlx_distill.charts import line_chart, log_ticks, number, smoothed, thinned, ticks, Series
 from mlx_distill.errors import NotFound, RunError
 from mlx_distill.evaluate import Score, interval
+from mlx_distill.kept_run import method_of
 from mlx_distill.recipe import Recipe
 from mlx_distill.report import amount, duration, points, report
 
@@ -77,11 +78,13 @@ def write_run(folder: Path, kd_weight=0.5, student=356, compare=(), seed=0, step
         "git_commit": "a1b2c3d", "seed": 42, "created": "2025-11-23 02:40", "elapsed_seconds": 252.4, "finished": True,
         "models": {"teacher": {"name": "embedded:teacher", "fingerprint": "9f2c41d07ab3", "parameters": 864_512},
                    "student": {"name": "embedded:student", "fingerprint": "17be0c55d2f1", "parameters": 433_152}},
-        "data": {"read": 2064, "kept": 1987, "dropped": {"no supervised token": 13, "longer than longest_tokens": 64},
+        "data": {"read": 2064, "kept": 1987, "train": 1923, "validation": 64,
+                 "dropped": {"no supervised token": 13, "longer than longest_tokens": 64},
                  "segments": {"prompt": {"before": 180_112, "after": 180_112, "supervised": 0},
                               "cot": {"before": 402_340, "after": 124_113, "supervised": 124_113},
                               "answer": {"before": 25_998, "after": 0, "supervised": 0}}},
-        "steps": steps, "flops": {"teacher": 1.8e12, "student": 2.7e12, "head": 0.4e12, "total": 4.9e12},
+        "steps": steps, "exported_step": steps - 50,
+        "flops": {"teacher": 1.8e12, "student": 2.7e12, "head": 0.4e12, "total": 4.9e12},
     }
     scores = {"teacher": make_score(487), "base": make_score(119, unfinished=0.036), "student": make_score(student)}
     write_lines(folder / "metrics.jsonl", metrics)
@@ -98,3 +101,255 @@ def write_json(path, content):
 
 def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def change_json(path, change):
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    write_json(path, content)
+
+
+def page_of(*runs, out):
+    """The HTML page, and its text as a reader sees it."""
+    html = report(list(runs), out).html.read_text(encoding="utf-8")
+    body = re.sub(r"<style>.*?</style>", "", html, flags=re.S)
+    return html, " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    plain = write_run(root / "cot50-ce", kd_weight=0.0, student=311, seed=1)
+    return {"plain": plain, "main": write_run(root / "cot50", compare=(str(plain),)), "out": root / "out"}
+
+
+def test_the_numbers_on_the_page_are_those_of_the_files(runs):
+    _, text = page_of(runs["main"], out=runs["out"])
+    validation = [json.loads(line) for line in (runs["main"] / "validation.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (runs["main"] / "metrics.jsonl").read_text().splitlines()]
+    for expected in (
+        "The student solves 71.2 % of 500 problems, up from 23.8 % before; the teacher solves 97.4 %.",
+        "73.1 % of the teacher's accuracy and 64.4 % of its lead",  # 356/487 and 237/368
+        "student after 71.2 % 67.1 % to 75.0 %",
+        "student before better +47.4",
+        "teacher worse −26.2",
+        "cot50-ce better +9.0",
+        f"chain of thought {validation[0]['kl_cot']:.2f} → {validation[-1]['kl_cot']:.3f}",
+        f"answer {100 * validation[0]['agree_answer']:.1f} % → {100 * validation[-1]['agree_answer']:.1f} %",
+        "training time 4 min 12 s 500 of 500 steps",
+        "peak memory 412 MB active 61.4 MB, cache 120 MB",
+        f"tokens read {metrics[-1]['tokens_seen'] / 1e6:.2f} M",
+        "arithmetic 4.9 TFLOP teacher 1.8 T, student 2.7 T, head 400 G",
+        "read 2,064 dropped: no supervised token 13 dropped: longer than longest_tokens 64 kept 1,987 for training 1,923",
+        "chain of thought 402,340 124,113 30.8 % 124,113",
+        "all 608,450 304,225 50.0 % 124,113",
+        "student's step 450",
+        "embedded:teacher · 865 k parameters · 9f2c41d07ab3",
+    ):
+        assert expected in text, expected
+
+
+def test_bars_and_error_bars_are_as_long_as_the_scores(runs):
+    html, _ = page_of(runs["main"], out=runs["out"])
+    scores = json.loads((runs["main"] / "eval.json").read_text())["scores"]
+    for model, score in scores.items():
+        bar = re.search(rf'<div class="bar {model}".*?width:([\d.]+)%.*?left:([\d.]+)%;width:([\d.]+)%', html, re.S)
+        value, low, width = map(float, bar.groups())
+        assert (value, low, low + width) == pytest.approx([100 * score[key] for key in ("accuracy", "low", "high")], abs=2e-3)
+
+
+def test_the_page_needs_nothing_but_itself(runs):
+    html, _ = page_of(runs["main"], runs["plain"], out=runs["out"])
+    assert not re.search(r"<(script|link|img|iframe|object|embed|base)\b", html)
+    assert not re.search(r"(?:src|href|action)\s*=|url\(|@import|https?:", html)
+
+
+def test_a_compared_run_is_named_by_what_sets_it_apart(runs):
+    _, text = page_of(runs["main"], out=runs["out"])
+    assert ("cot50 is better than cot50-ce (same recipe with kd_weight = 0.0): +9.0 points, "
+            "95 % interval +6.4 to +11.5, which excludes zero (500 shared problems).") in text
+    markdown = (runs["out"] / "report.md").read_text(encoding="utf-8")
+    assert "cot50 is better than cot50-ce" in markdown
+    assert "| cot50 | cot50-ce: same recipe with kd\\_weight = 0.0 | 62.2 % | 57.9 % to 66.3 % | 500 | 1.0 % | 98.8 % | 143.2 |" in markdown
+
+
+@pytest.mark.parametrize(
+    ("student", "sentence"),
+    [
+        (300, "new is worse than old"),
+        (356, "No clear difference between new and old (same recipe with kd_weight = 0.0): 0.0 points, "
+              "95 % interval −0.6 to +0.6, which includes zero"),
+        (380, "new is better than old"),
+    ],
+)
+def test_the_verdict_is_computed(tmp_path, student, sentence):
+    old = write_run(tmp_path / "old", kd_weight=0.0, student=356, steps=50)
+    new = write_run(tmp_path / "new", student=student, compare=(str(old),), steps=50)
+    assert sentence in page_of(new, out=tmp_path)[1]
+
+
+def test_what_cannot_be_compared_is_said(tmp_path):
+    other = write_run(tmp_path / "other", steps=50)
+    change_json(other / "eval.json", lambda content: content["scores"]["student"].update(correct={"elsewhere": [1.0]}))
+    unscored = write_run(tmp_path / "unscored", steps=50)
+    (unscored / "eval.json").unlink()
+    run = write_run(tmp_path / "run", compare=(str(other), str(unscored), "no/such/run", str(tmp_path)), steps=50)
+    _, text = page_of(run, out=tmp_path)
+    assert "other was scored on other problems, so it is not compared with run." in text
+    assert "unscored has no score, so run and unscored are not compared." in text
+    assert "no/such/run is to be compared, but there is no such run folder." in text
+    assert f"no run in {tmp_path}: it holds neither recipe.toml nor manifest.json" in text
+
+
+def test_a_compared_run_is_found_from_the_recipes_folder_and_the_working_folder(tmp_path, monkeypatch):
+    write_run(tmp_path / "recipes" / "kept", kd_weight=0.0, student=311, steps=50)
+    run = write_run(tmp_path / "runs" / "run", compare=("kept",), steps=50)
+    assert "there is no such run folder" in page_of(run, out=tmp_path)[1]
+    change_json(run / "manifest.json", lambda manifest: manifest.update(recipe_folder=str(tmp_path / "recipes")))
+    assert "run is better than kept" in page_of(run, out=tmp_path)[1]
+    change_json(run / "manifest.json", lambda manifest: manifest.pop("recipe_folder"))
+    monkeypatch.chdir(tmp_path / "recipes")
+    assert "run is better than kept" in page_of(run, out=tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("part", "line"),
+    [
+        ("recipe.toml", "No recipe.toml: the recipe is not known."),
+        ("manifest.json", "No manifest.json: versions, machine, data and cost are not known."),
+        ("metrics.jsonl", "No metrics.jsonl: there are no training curves."),
+        ("validation.jsonl", "No validation.jsonl: there are no validation curves."),
+        ("eval.json", "No eval.json: this run was not scored."),
+        ("sample.json", "No sample.json: no example is shown."),
+    ],
+)
+def test_a_missing_part_is_one_line(tmp_path, part, line):
+    run = write_run(tmp_path / "run", steps=50)
+    (run / part).unlink()
+    assert line in page_of(run, out=tmp_path)[1]
+    assert line in (tmp_path / "report.md").read_text(encoding="utf-8").replace("\\", "")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", "[[1]]", '{"scores": {"student": {"accuracy": 1}}}', "\udcff"])
+def test_a_broken_part_is_no_crash(tmp_path, part, content):
+    run = write_run(tmp_path / "run", steps=20)
+    (run / part).write_bytes(content.encode("utf-8", "surrogateescape"))
+    page_of(run, out=tmp_path)
+
+
+def test_nothing_known_is_nothing_invented(tmp_path):
+    run = tmp_path / "bare"
+    run.mkdir()
+    write_json(run / "manifest.json", {})
+    _, text = page_of(run, out=tmp_path)
+    before_footer = text.partition("Intervals are")[0]
+    assert not re.search(r"\d", before_footer), before_footer
+    assert text.count("not recorded") == 5
+    assert report([run], tmp_path).headline == "bare has not been scored."
+
+
+def test_the_kl_after_is_that_of_the_exported_step(tmp_path):
+    run = write_run(tmp_path / "run", steps=100)
+    write_lines(run / "validation.jsonl", [{"step": 0, "kl": 2.0}, {"step": 50, "kl": 0.25}, {"step": 100, "kl": 0.5}])
+    (run / "eval.json").unlink()
+    headline = "run has not been scored; its validation KL to the teacher went from 2.00 to {} nats per token."
+    assert report([run], tmp_path).headline == headline.format("0.250")
+    change_json(run / "manifest.json", lambda manifest: manifest.pop("exported_step"))
+    assert report([run], tmp_path).headline == headline.format("0.500")
+    write_lines(run / "validation.jsonl", [{"step": 50, "kl": 0.25}])
+    assert report([run], tmp_path).headline == "run has not been scored."
+
+
+def test_an_unfinished_run_says_so(tmp_path):
+    run = write_run(tmp_path / "run", steps=50)
+    assert "not finished" not in page_of(run, out=tmp_path)[1]
+    change_json(run / "manifest.json", lambda manifest: (manifest.pop("finished"), manifest.update(steps=400)))
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 51, "lo')
+    _, text = page_of(run, out=tmp_path)
+    assert "This run is not finished: it stands at step 50 of 400" in text
+    assert "metrics.jsonl: 1 unreadable line left out." in text
+
+
+def test_text_of_the_run_is_escaped(tmp_path):
+    run = write_run(tmp_path / "run", steps=20)
+    evil = "<script>alert('1')</script>\"><b>"
+    change_json(run / "manifest.json", lambda manifest: (
+        manifest.update(name=evil, device=evil), manifest["data"]["dropped"].update({evil: 1}), manifest["machine"].update({evil: evil})))
+    change_json(run / "eval.json", lambda content: content.update(task=evil))
+    change_json(run / "sample.json", lambda sample: sample.insert(1, {"text": evil, "segment": "cot", "kept": True, "supervised": True}))
+    change_json(run / "sample.json", lambda sample: sample.insert(1, {"text": "x", "segment": evil}))
+    html, text = page_of(run, out=tmp_path)
+    assert "<script" not in html and "<b>tell" not in html
+    assert text.count(" ".join(evil.split())) >= 6
+    assert "<script" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_example_shows_segments_cut_and_loss(runs):
+    html, text = page_of(runs["main"], out=runs["out"])
+    card = html.partition('<div class="card text">')[2].partition("</div>")[0]
+    looks = re.findall(r'<span class="([a-z ]+)">', card)
+    assert looks == ["prompt read", "cot loss", "cot cut", "answer cut"]
+    assert card.count('<b class="edge">cut</b>') == 1
+    sample = make_sample()
+    assert unescape(re.sub(r'<b class="edge">cut</b>|</?span[^>]*>', "", card)) == "".join(piece["text"] for piece in sample)
+    tokens = [sum(piece["segment"] == "cot" and piece[key] for piece in sample) for key in ("kept", "supervised")]
+    assert f"chain of thought {sum(p['segment'] == 'cot' for p in sample)} tokens, {tokens[0]} kept, {tokens[1]} with loss" in text
+
+
+def test_several_runs_have_a_row_and_a_curve_each(runs):
+    html, text = page_of(runs["main"], runs["plain"], out=runs["out"])
+    assert report([runs["main"], runs["plain"]], runs["out"]).headline == (
+        "cot50 scores highest of 2 runs: its student solves 71.2\u00a0% of 500 problems.")
+    assert "cot50 is better than cot50-ce: +9.0 points" in text
+    overlay = html.partition("<h2>Training</h2>")[2].partition("</figure>")[0]
+    assert re.findall(r'<polyline class="([^"]+)"', overlay) == ["run-1", "run-2"]
+    assert html.count("<details>") == 2
+    markdown = (runs["out"] / "report.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| cot50 \| 500 \| .* \| 4 min 12 s \| 412 MB \| 4.9 TFLOP \|", markdown, re.M)
+
+
+def test_a_tie_has_no_winner(tmp_path):
+    first, second = write_run(tmp_path / "first", steps=20), write_run(tmp_path / "second", steps=20)
+    headline = report([first, second], tmp_path).headline
+    assert headline.startswith("first and second share the highest score of 2 runs: their students solve 71.2")
+
+
+def test_runs_on_different_tasks_are_not_ranked(tmp_path):
+    first, second = write_run(tmp_path / "first", steps=20), write_run(tmp_path / "second", steps=20)
+    change_json(second / "eval.json", lambda content: content.update(task="gsm8k:x"))
+    assert report([first, second], tmp_path).headline == "2 runs on 2 tasks: embedded:chain, gsm8k:x."
+
+
+def test_recipes_are_told_apart_by_method_alone():
+    one = make_recipe("one").model_dump(mode="json")
+    same = make_recipe("two", compare=("x",)).model_dump(mode="json")
+    other = make_recipe("two", kd_weight=0.0, fraction=0.25).model_dump(mode="json")
+    assert method_of(same, one) == "same recipe"
+    assert method_of(other, one) == "same recipe with fraction = 0.25, kd_weight = 0.0"
+    assert method_of({}, one) == "its recipe is not known"
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(NotFound, match=r"no run in .*empty: it holds neither recipe.toml nor manifest.json"):
+        (tmp_path / "empty").mkdir()
+        report([tmp_path / "empty"], tmp_path)
+    with pytest.raises(NotFound, match=r"no run in .*absent: it does not exist"):
+        report([tmp_path / "absent"], tmp_path)
+    with pytest.raises(NotFound, match="no run to report on"):
+        report([], tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    run = write_run(tmp_path / "run", steps=20)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"report in .*file/x: cannot be written"):
+        report([run], tmp_path / "file" / "x")
+
+
+def test_numbers_in_words():
+    spans = [duration(seconds) for seconds in (0.04, 59.4, 252.4, 3600, 7300)]
+    assert spans == ["0.0 s", "59 s", "4 min 12 s", "1 h 00 min", "2 h 01 min"]
+    assert [amount(value, "B") for value in (0, 999, 61_400_000, 999_700_000)] == ["0 B", "999 B", "61.4 MB", "1 GB"]
+    assert [points(share) for share in (0.054, -0.0004, 0.0, -0.262)] == ["+5.4", "0.0", "0.0", "−26.2"]

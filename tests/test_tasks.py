@@ -1,12 +1,11 @@
 """Tasks: which problems are drawn, what is read as the answer, and what a wrong name or row is told."""
 
 import json
-import sys
 import threading
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from mlx_distill.embedded import task as embedded
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.tasks import answer_text, load_task, math_equal
 
@@ -81,24 +80,15 @@ def test_verifying_works_outside_of_the_main_thread():
     assert found == [True]
 
 
-def test_the_embedded_task_is_asked_for_its_held_out_problems(monkeypatch):
-    asked = []
-
-    def generate(partition, count, seed):
-        asked.append((partition, count, seed))
-        return [SimpleNamespace(id=str(i), prompt=f"p{i}", cot="", answer=f"a{i}") for i in range(count)]
-
-    module = ModuleType("mlx_distill.embedded.task")
-    module.NAME, module.generate, module.verify = "chain", generate, lambda expected, text: expected == text.strip()
-    package = ModuleType("mlx_distill.embedded")
-    package.task = module
-    monkeypatch.setitem(sys.modules, "mlx_distill.embedded", package)
-    monkeypatch.setitem(sys.modules, "mlx_distill.embedded.task", module)
-    task = load_task("embedded:chain", 3, 7)
-    assert asked == [("held_out", 3, 7)]
-    assert [problem.prompt for problem in task.problems] == ["p0", "p1", "p2"]
-    assert task.verify("a0", "steps</think>\na0") and not task.verify("a0", "a0")
-    with pytest.raises(NotFound, match="no embedded task 'chian'; did you mean embedded:chain"):
+def test_the_embedded_task_is_asked_for_its_held_out_problems():
+    task = load_task(f"embedded:{embedded.NAME}", 20, 7)
+    examples = embedded.generate("held_out", 20, 7)
+    assert [problem.prompt for problem in task.problems] == [example.prompt for example in examples]
+    for problem, example in zip(task.problems, examples, strict=True):
+        assert task.verify(problem.expected, f"<think>\n{example.cot}\n</think>\n\n{example.answer}")
+        assert not task.verify(problem.expected, example.answer), "without </think> there is no answer"
+        assert not task.verify(problem.expected, f"</think>{example.answer}9")
+    with pytest.raises(NotFound, match=f"no embedded task 'chian'; did you mean embedded:{embedded.NAME}"):
         load_task("embedded:chian", 3, 7)
 
 
@@ -117,7 +107,7 @@ def test_an_unknown_task_is_told_the_choices(name, message):
 
 
 def test_a_missing_file_is_told_the_nearest_name(gsm8k):
-    with pytest.raises(NotFound, match="did you mean .*test.jsonl"):
+    with pytest.raises(NotFound, match=r"did you mean .*test.jsonl"):
         load_task(f"gsm8k:{gsm8k.parent / 'tset.jsonl'}", 1, 0)
 
 

@@ -103,3 +103,22 @@ def recipe_file(root: Path, tokenizer: PreTrainedTokenizerFast, **student) -> Pa
     path = root / "tiny.toml"
     path.write_text(RECIPE.format(root=root))
     return path
+
+
+def family_folder(folder: Path, config: dict, seed: int = 0, dtype: str = "float32", tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    """A model folder of any family that mlx-lm knows: its own class, random weights by its own names."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import _get_classes
+
+    model_class, arguments = _get_classes(config)
+    random, weights = np.random.default_rng(seed), {}
+    for name, array in tree_flatten(model_class(arguments.from_dict(config)).parameters()):
+        drawn = 0.1 * random.normal(size=array.shape) + (array.ndim == 1)
+        weights[name] = mx.array(drawn.astype(np.float32)).astype(getattr(mx, dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
+    return folder

@@ -13,7 +13,8 @@ Column settings left empty take the format's usual names (`COLUMNS`). Public dat
 |---|---|---|
 | bespokelabs/Bespoke-Stratos-17k, open-thoughts/OpenThoughts-114k, NovaSky-AI/Sky-T1_data_17k | conversations | – |
 | PrimeIntellect/SYNTHETIC-1 | response | response_column = "llm_response", where = {task_type = "verifiable_math"} |
-| nvidia/Llama-Nemotron-Post-Training-Dataset | response | config = "SFT", split = "math", prompt_column = "input", response_column = "output" |
+| nvidia/Llama-Nemotron-Post-Training-Dataset (config = "SFT", split = "math") | response | prompt_column = "input", \
+response_column = "output" |
 | openai/gsm8k (config = "main") or its .jsonl files | gsm8k | – |
 """
 
@@ -188,8 +189,10 @@ class Place:
         if not isinstance(value, list) or not all(isinstance(turn, dict) and who in turn for turn in value):
             raise DataError(f"{self.where}: column {column!r} is no list of objects with {who!r} and {what!r}; "
                             "set data.format to what it holds")
-        return [(ROLES.get(turn[who], str(turn[who])), _content(turn.get(what)), _text(turn.get("reasoning_content")))
-                for turn in value]
+        return [
+            (ROLES.get(str(turn[who]), str(turn[who])), _content(turn.get(what)), _text(turn.get("reasoning_content")))
+            for turn in value
+        ]
 
 
 def _columns(row: Row, place: Place) -> Example:
@@ -236,7 +239,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     "gsm8k": {"prompt": "question", "answer": "answer"},
 }
 
-ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system", "tool": "tool"}
+ROLES = {"human": "user", "gpt": "assistant"}  # others are their own names
 
 MARKED = (
     re.compile(r"\s*(?:<think>)?(?P<cot>.*?)</think>(?P<answer>.*)", re.DOTALL),
@@ -382,7 +385,7 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not UTF-8 ({error}); save it as UTF-8") from None
     if not isinstance(rows, list):
-        raise DataError(f"{name}: a JSON {type(rows).__name__}, expected a list of objects; write one row per list item")
+        raise DataError(f"{name}: a JSON {type(rows).__name__}, expected a list of objects; put the rows into a list")
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise DataError(f"{name}, row {number}: a JSON {type(row).__name__}, expected an object; correct the row")
@@ -415,7 +418,8 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
                 number += 1
                 yield f"row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}, after row {number}: not readable as Parquet ({_line(error)}); fetch it again") from None
+        reason = f"not readable as Parquet ({_line(error)})"
+        raise DataError(f"{name}, after row {number}: {reason}; fetch it again") from None
 
 
 SOURCES: dict[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {

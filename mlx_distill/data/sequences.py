@@ -98,7 +98,8 @@ def generation_ids(prompt: str, tokenizer: "PreTrainedTokenizerFast", history: T
     Ends in `<think>` only where the template says so; a student learns to write it where it does not. Raises `Skip` for
     a prompt that the template refuses.
     """
-    return list(tokenizer(_prompt_text(history, prompt, tokenizer), add_special_tokens=False, verbose=False)["input_ids"])
+    text = _prompt_text(history, prompt, tokenizer)
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> str:
@@ -119,8 +120,8 @@ def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str:
     train (and later prompt) something that the model's users cannot know.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: it is a slow one ({type(tokenizer).__name__}) that gives "
-                         "no character offsets, needed to find segments; use a model folder with a tokenizer.json")
+        raise ModelError(f"tokenizer {tokenizer.name_or_path}: it is a slow one ({type(tokenizer).__name__}) that "
+                         "gives no character offsets, needed to find segments; use a folder with a tokenizer.json")
     if not tokenizer.chat_template:
         raise ModelError(f"tokenizer {tokenizer.name_or_path}: no chat template; put the chat_template.jinja of the "
                          "instruction-tuned model of its family into the folder")

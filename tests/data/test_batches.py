@@ -176,7 +176,7 @@ def test_loss_tokens_do_not_depend_on_micro_batching(segments):
 
 
 def test_too_few_examples_for_one_step():
-    with pytest.raises(DataError, match="batch.global_batch_size is 4, but only 3 training examples carry loss"):
+    with pytest.raises(DataError, match=r"batch\.global_batch_size is 4, but only 3 training examples carry loss"):
         Steps(corpus(3), ("cot",), table(), seed=0)
 
 

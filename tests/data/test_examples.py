@@ -109,6 +109,31 @@ def test_layout(layout, tmp_path, bytes_tokenizer, bytes_ids):
     assert (sequence.prompt_end, sequence.cot_end) == (len(prompt), len(prompt) + len(cot))
 
 
+# fmt: off
+GOLDEN = {
+    "qwen3_tokenizer": (
+        [151644, 872, 198, 17, 10, 18, 30, 151645, 198, 151644, 77091, 198,
+         151667, 198, 11613, 323, 2326, 624, 151668, 271,
+         20, 151645], 12, 20),
+    "smollm2_tokenizer": (
+        [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28, 7018, 411, 407, 19712, 8182, 2,
+         198, 1, 4093, 198, 34, 27, 35, 47, 2, 198, 1, 520, 9531, 198,
+         44, 17400, 46, 198, 10345, 284, 1296, 30, 198, 9617, 17400, 46, 1116,
+         37, 2], 34, 47),
+}
+# fmt: on
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_on_real_tokenizers(layout, name, tmp_path, request):
+    row, settings = LAYOUTS[layout]
+    (example,), _ = read(tmp_path, [row], **settings)
+    sequence = render(example, request.getfixturevalue(name))
+    assert (sequence.tokens.tolist(), sequence.prompt_end, sequence.cot_end) == GOLDEN[name]
+
+
 def test_history_is_kept_and_loses_its_reasoning(tmp_path):
     system, second = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And 4+4?"}
     last = {"role": "assistant", "content": "<think>Four twice.</think>8"}
@@ -203,12 +228,13 @@ def test_wrong_column_names_everything(tmp_path):
     with pytest.raises(DataError) as error:
         list(read_examples(DataTable(source=source)))
     assert str(error.value) == (
-        f"{source}, line 1: no column 'answer', found prompt, cot, answers; did you mean 'answers'? Set data.answer_column"
+        f"{source}, line 1: no column 'answer', found prompt, cot, answers; "
+        "did you mean 'answers'? Set data.answer_column"
     )
 
 
 def test_wrong_where_column(tmp_path):
-    with pytest.raises(DataError, match="no column 'kind', found prompt; set data.where"):
+    with pytest.raises(DataError, match=r"no column 'kind', found prompt; set data\.where"):
         read(tmp_path, [{"prompt": "q"}], where={"kind": "x"})
 
 
@@ -356,7 +382,7 @@ def test_embedded_source(monkeypatch):
     assert asked == [("train", 7, 3)]
     with pytest.raises(NotFound, match="no embedded task 'sum'; there are: sums"):
         list(read_examples(DataTable(source="embedded:sum", train_examples=5)))
-    with pytest.raises(DataError, match="set data.train_examples"):
+    with pytest.raises(DataError, match=r"set data\.train_examples"):
         list(read_examples(DataTable(source="embedded:sums")))
 
 

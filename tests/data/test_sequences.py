@@ -1,5 +1,7 @@
 """Rendered examples against token ids and segment ends written down by hand, for each template family."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from tokenizers import processors
@@ -17,7 +19,7 @@ COT = "<think>\n2+3=5.\n</think>\n\n"
 def pieces(sequence, tokenizer):
     """The text of the three segments."""
     ends = [0, sequence.prompt_end, sequence.cot_end, len(sequence)]
-    return [tokenizer.decode(sequence.tokens[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [tokenizer.decode(sequence.tokens[a:b]) for a, b in pairwise(ends)]
 
 
 # --- golden: real tokenizers ---
@@ -103,7 +105,7 @@ def test_family_ids_and_ends(family, think_tokens, bytes_tokenizer, bytes_ids):
     prompt, end = FAMILIES[family]
     sequence = render(EXAMPLE, bytes_tokenizer(family, think_tokens))
     expected = [bytes_ids(text, think_tokens) for text in (prompt, COT, f"5{end}")]
-    assert sequence.tokens.tolist() == sum(expected, [])
+    assert sequence.tokens.tolist() == [token for part in expected for token in part]
     assert (sequence.prompt_end, sequence.cot_end) == (len(expected[0]), len(expected[0]) + len(expected[1]))
 
 
@@ -157,6 +159,23 @@ def test_trimmed_offsets_do_not_move_a_boundary(bytes_tokenizer):
     begin = tokenizer("a <", return_offsets_mapping=True)["offset_mapping"][1][0]
     assert begin == 2  # the space is trimmed from " <"
     assert pieces(render(make_example("q", "2", "5"), tokenizer), tokenizer)[:2] == ["q: <", "think>\n2\n</think>\n\n"]
+
+
+def test_bytes_of_one_character_stay_together(bytes_tokenizer):
+    tokenizer = bytes_tokenizer("", think_tokens=False)
+    tokenizer.chat_template = "{{ messages[-1].content }}漢"
+    assert pieces(render(make_example("é", "2", "5"), tokenizer), tokenizer)[:2] == ["é漢", "<think>\n2\n</think>\n\n"]
+
+
+def test_the_tokenizer_adds_nothing_to_what_the_template_wrote(bytes_tokenizer, bytes_ids):
+    tokenizer = bytes_tokenizer("deepseek_r1_distill")
+    begin = "<｜begin▁of▁sentence｜>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, 3)]
+    )
+    assert tokenizer("a")["input_ids"][0] == 3
+    assert render(EXAMPLE, tokenizer).tokens.tolist() == bytes_ids(DEEPSEEK + COT + "5<｜end▁of▁sentence｜>")
+    assert generation_ids("2+3?", tokenizer, EXAMPLE.history) == bytes_ids(DEEPSEEK + "<think>\n")
 
 
 # --- ends of turns ---
@@ -221,7 +240,7 @@ def test_template_that_refuses_a_role_skips_the_row(bytes_tokenizer):
 
 
 def test_no_template_is_refused(bytes_tokenizer):
-    with pytest.raises(ModelError, match="no chat template; put the chat_template.jinja"):
+    with pytest.raises(ModelError, match=r"no chat template; put the chat_template\.jinja"):
         render(EXAMPLE, bytes_tokenizer())
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from mlx_distill.data.prepare import count_tokens, prepare
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable
+from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable, load_recipe
 from mlx_distill.show import show, token_runs
 
 ROWS = [{"prompt": f"{i}+1?", "cot": f"One more than {i}.\nSo {i + 1}.", "answer": str(i + 1)} for i in range(20)]
@@ -99,6 +100,16 @@ def test_long_and_unrenderable_rows_are_counted(recipe, tmp_path, bytes_tokenize
     assert len(prepared.train) + len(prepared.validation) == 20
 
 
+def test_a_random_share_is_drawn_from_the_seed_of_the_run(recipe, bytes_tokenizer):
+    def allowed(seed):
+        shared = changed(recipe, truncation={"token_share": 0.5}, run={"seed": seed})
+        return {s.id: s.allowed.tolist() for s in prepare(shared, bytes_tokenizer("qwen2_5")).train}
+
+    one, other = allowed(1), allowed(2)
+    assert one == allowed(1)
+    assert all(one[name] != other[name] for name in one.keys() & other.keys())
+
+
 def test_counts(recipe, bytes_tokenizer):
     prepared = prepare(recipe, bytes_tokenizer("qwen2_5"))
     counts = count_tokens(prepared.train, ("cot", "answer"))
@@ -175,6 +186,38 @@ def test_reasons_and_dropped_examples_are_shown(recipe):
     pages = [printed(cut, example=number) for number in range(1, 17)]
     assert all("not used: 7 × no supervised token left after the cut" in page for page in pages)
     assert sum("it is not trained on" in page for page in pages) == 7
+
+
+@pytest.mark.network
+def test_the_mac_recipe_shows_on_local_rows(tmp_path, qwen3_tokenizer):
+    """Its rows come from a file and its tokenizer from a folder without weights; all else is as written."""
+    begin, middle, end = "<|begin_of_thought|>", "<|end_of_thought|>\n\n<|begin_of_solution|>", "<|end_of_solution|>"
+    rows = [
+        {
+            "system": "Use the markers.",
+            "conversations": [
+                {"from": "user", "value": f"What is {i}+1?"},
+                {
+                    "from": "assistant",
+                    "value": f"{begin}\n\n{'Let me see. ' * 30}\n\n{middle}\n\n\\boxed{{{i + 1}}}\n\n{end}",
+                },
+            ],
+        }
+        for i in range(120)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    qwen3_tokenizer.save_pretrained(tmp_path / "student")
+    (tmp_path / "student" / "config.json").write_text('{"model_type": "qwen3"}')
+    path = Path(__file__).parents[2] / "recipes" / "qwen3-8b-to-0.6b-cot50.toml"
+    settings = (
+        f"student.model={tmp_path / 'student'}",
+        f"data.source={tmp_path / 'rows.jsonl'}",
+        "data.train_examples=20",
+    )
+    page = printed(load_recipe(path, settings))
+    assert "begin_of" not in page and "Use the markers" not in page
+    assert "example 1 of 20" in page and "<|im_start|>user\nWhat is " in page and "validation: 100 whole" in page
+    assert "▌cot · 59 tokens · kept, learned\n<think>\nLet me see." in page and "CUT" in page
 
 
 @pytest.mark.parametrize("number", [0, 17, -1])

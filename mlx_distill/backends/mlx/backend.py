@@ -14,8 +14,8 @@ import mlx.optimizers as optimizers
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
-from mlx_distill.backends.mlx import model as models
 from mlx_distill import objective as definition
+from mlx_distill.backends.mlx import model as models
 from mlx_distill.backends.mlx.loss import Head, MatrixHead, kd_loss, score_rows
 from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory
 from mlx_distill.blas import load_blas
@@ -94,9 +94,9 @@ class MlxModel:
         return self.split.head_rows()
 
     def gather(self, tokens: np.ndarray, positions: np.ndarray) -> mx.array:
-        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; positions are checked, MLX does not."""
-        if len(positions) and not (0 <= positions.min() and positions.max() < tokens.size):
-            raise IndexError(f"loss positions {positions.min()}..{positions.max()} outside of 0..{tokens.size - 1}")
+        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are checked, MLX does not."""
+        _check_indices("tokens", tokens, self.vocabulary_rows)
+        _check_indices("loss positions", positions, tokens.size)
         hidden = self.split.hidden(mx.array(tokens))
         return hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]
 
@@ -106,12 +106,11 @@ class MlxModel:
     ) -> list[list[int]]:
         """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as n more are finished."""
         from mlx_lm.generate import BatchGenerator
-        from mlx_lm.sample_utils import make_sampler
 
         mx.random.seed(seed)
         generator = BatchGenerator(
             self.split.model, max_tokens=max_new_tokens, stop_tokens=[[i] for i in sorted(stop_ids)],
-            sampler=make_sampler(temperature, top_p=top_p if top_p < 1 else 0.0),
+            sampler=_sampler(temperature, top_p),
             completion_batch_size=batch_size, prefill_batch_size=batch_size,
         )
         try:
@@ -162,8 +161,10 @@ class MlxStudent(MlxModel):
 
     def accumulate(self, batch: Batch, targets, objective: Objective, loss_tokens: float) -> LossSums:
         """Add the gradients of the batch's share of the step's loss; returns its sums. Evaluates everything before it returns."""
-        (_, rows), gradients = self._value_and_grad(self.weights, batch, targets, objective, loss_tokens)
-        self.split.model.update(self.weights)  # the traced arrays must not stay
+        try:
+            (_, rows), gradients = self._value_and_grad(self.weights, batch, targets, objective, loss_tokens)
+        finally:
+            self.split.model.update(self.weights)  # the traced arrays must not stay
         if self.gradients is not None:
             gradients = tree_map(mx.add, self.gradients, gradients)
         mx.eval(rows, gradients)
@@ -172,14 +173,16 @@ class MlxStudent(MlxModel):
 
     def score(self, batch: Batch, targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
-        hidden, head = self._hidden(self.weights, batch), self._head_matrix(self.weights)
+        try:
+            hidden, head = self._hidden(self.weights, batch), self._head_matrix(self.weights)
+        finally:
+            self.split.model.update(self.weights)
         teacher_hidden, teacher_head = targets or (None, None)
         _, *rows = score_rows(
             hidden, head, teacher_hidden, teacher_head, mx.array(batch.targets), mx.array(batch.weight), objective,
             self.chunk_tokens, self.vocabulary,
         )
         mx.eval(rows)
-        self.split.model.update(self.weights)
         return _sums(batch, rows)
 
     def apply(self, learning_rate: float) -> float:
@@ -209,8 +212,9 @@ class MlxStudent(MlxModel):
         expected = {key: array.shape for key, array in tree_flatten(self.weights)}
         if {key: array.shape for key, array in weights.items()} != expected:
             raise ModelError(f"checkpoint {folder}: its arrays are not those of this student")
-        self.weights = tree_unflatten(list(weights.items()))
+        self.weights = tree_unflatten([(key, weights[key]) for key in expected])  # in the model's order, in which norms are summed
         self.split.model.update(self.weights)
+        self.gradients = None
         if optimizer:
             self.optimizer.state = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
         mx.eval(self.weights, self.optimizer.state)
@@ -220,14 +224,18 @@ class MlxStudent(MlxModel):
         return sum(array.nbytes for _, array in tree_flatten([self.weights, self.optimizer.state]))
 
     def export_bytes(self) -> int:
-        return sum(array.nbytes for _, array in tree_flatten(self.split.model.parameters()))
+        """Bytes of the exported weights, and of the float32 adapters beside them, at most."""
+        return self.parameters * self._save_dtype.size + (4 * self.trainable if self.table.tuning != "full" else 0)
 
     def export(self, folder: Path, stop_ids: list[int]) -> None:
         """A Hugging Face folder with adapters fused; the adapters themselves go to `folder/adapters` (mlx-lm's layout)."""
-        dtype = self.split.stored_dtype if self.table.save_dtype == "base" else getattr(mx, self.table.save_dtype)
-        models.save_folder(models.fused_weights(self.split.model), self.base, folder, dtype, stop_ids)
+        models.save_folder(models.fused_weights(self.split.model), self.base, folder, self._save_dtype, stop_ids)
         if self.table.tuning != "full":
             models.save_adapters(self.split, self.table, folder / "adapters")
+
+    @property
+    def _save_dtype(self) -> mx.Dtype:
+        return self.split.stored_dtype if self.table.save_dtype == "base" else getattr(mx, self.table.save_dtype)
 
     def _loss(self, weights: dict, batch: Batch, targets, objective: Objective, loss_tokens: float):
         hidden, head = self._hidden(weights, batch), self._head_matrix(weights)
@@ -239,6 +247,7 @@ class MlxStudent(MlxModel):
         return loss, rows
 
     def _hidden(self, weights: dict, batch: Batch) -> mx.array:
+        _check_indices("targets", batch.targets, self.vocabulary or self.vocabulary_rows)
         self.split.model.update(models.cast(weights, self.dtype) if self.table.tuning == "full" else weights)
         return self.gather(batch.tokens, batch.positions)
 
@@ -280,6 +289,21 @@ def loss_error() -> float:
     expected_gradient = definition.grad(logits, teacher_logits, targets, objective) @ matrix / 11
     error = np.abs(np.array(gradient) - expected_gradient).max() / np.abs(expected_gradient).max()
     return float(max(error, abs(value.item() - expected) / expected))
+
+
+def _sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
+    """Log-probabilities → token. The temperature comes before the cut to `top_p`, as in transformers (mlx-lm has it after)."""
+    from mlx_lm.sample_utils import make_sampler
+
+    if not temperature:
+        return make_sampler(0.0)
+    sample = make_sampler(1.0, top_p=top_p if top_p < 1 else 0.0)
+    return lambda logprobs: sample((logprobs - logprobs.max(axis=-1, keepdims=True)) / temperature)
+
+
+def _check_indices(name: str, indices: np.ndarray, stop: int) -> None:
+    if indices.size and not (0 <= indices.min() and indices.max() < stop):
+        raise IndexError(f"{name} {indices.min()}..{indices.max()} outside of 0..{stop - 1}")
 
 
 def _sums(batch: Batch, rows: Sequence[mx.array]) -> LossSums:

@@ -114,7 +114,8 @@ def kd_loss(
     heads are cut to their first `vocab` ids (0: all of the student's). Without a teacher kd and agree are 0, and
     the objective's kd_weight must be 0. Targets must be below `vocab`: MLX does not check indices.
     """
-    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, loss_tokens, chunk_tokens, train_head, vocab)
+    divisor = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
+    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, divisor, chunk_tokens, train_head, vocab)
     if train_head:
         return LossRows(*_with_saved_gradients(walk)(student_hidden, student_weight)[:4])
     return LossRows(*_with_saved_gradients(lambda hidden: walk(hidden, student_weight))(student_hidden)[:4])
@@ -135,7 +136,7 @@ def _with_saved_gradients(walk: Callable[..., tuple[mx.array, ...]]) -> Callable
 
     @function.vjp
     def saved(primals, cotangents, outputs):  # noqa: ANN001, ANN202 - shapes follow the number of arguments
-        gradients = [cotangents[0] * gradient for gradient in outputs[4:]]
+        gradients = [(cotangents[0] * gradient).astype(gradient.dtype) for gradient in outputs[4:]]
         return gradients[0] if len(gradients) == 1 else tuple(gradients)
 
     return function

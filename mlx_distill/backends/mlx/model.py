@@ -4,8 +4,11 @@ In: a model folder. Out: a `SplitModel` whose head was checked against the whole
 how the split is made, which models may be students, and what a saved student looks like.
 """
 
+import inspect
 import json
 import shutil
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,7 +23,10 @@ from mlx_distill.errors import ModelError
 from mlx_distill.recipe import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
+PROBE_LOGIT = 100.0  # the largest one when a head is probed: far into any cap
 PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong split is off by orders of magnitude
+HALF_TOLERANCE = 2e-2  # the same in bfloat16 or float16: a few units in the last place
+EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "tok_embeddings", "word_embeddings")  # names of a trunk's tied matrix
 
 
 class SplitModel:
@@ -36,7 +42,8 @@ class SplitModel:
         self.name = name
         self.owner, self.trunk_name = _find_trunk(model, name)
         self.stored_dtype: mx.Dtype | None = None  # of the weights on disk, where that matters
-        self._head = _with_trunk(self.owner, self.trunk_name, _PassThrough(self.trunk))
+        self._trunk_extras = [None] * (_required_arguments(self.trunk) - 1)  # a few families insist on a cache
+        self._head = _with_parts(self.owner, {self.trunk_name: _PassThrough(self.trunk)})
         self._check_split()
 
     @property
@@ -48,66 +55,106 @@ class SplitModel:
         return self.model.layers
 
     def hidden(self, tokens: mx.array) -> mx.array:
-        return self.trunk(tokens)
+        return self.trunk(tokens, *self._trunk_extras)
 
     def head(self, hidden: mx.array) -> mx.array:
         return self._head(hidden)
 
     def head_matrix(self) -> mx.array | None:
         """`[V, D]`, if the head is that matrix and nothing else; None for quantised, biased, capped or scaled heads."""
-        matrix = self._head_module()
-        if matrix is None or set(matrix) != {"weight"}:
-            return None
-        probe = mx.ones((1, matrix.weight.shape[1]), matrix.weight.dtype) * 50
-        return matrix.weight if _close(self.head(probe), probe @ matrix.weight.T) else None
+        return self._head_module.weight if self._head_is_matrix else None
 
     def head_rows(self) -> int:
         return self._probe_logits.shape[-1]
 
     def loss_head(self) -> Head:
-        """The head as the loss walks it: by blocks of the vocabulary where it is a matrix, in one piece otherwise."""
-        module = self._head_module()
-        if (matrix := self.head_matrix()) is not None:
-            return MatrixHead(matrix)
-        if module is not None and "scales" in module and "bias" not in module:
-            head = QuantizedHead(module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode)
-            probe = mx.ones((1, self._probe_width), mx.float32)
-            if _close(head.logits(probe, 0, self.head_rows()), self.head(probe)):
+        """The head as the loss walks it: by blocks of the vocabulary where it is a matrix and what an element needs after it
+        (bias, cap, scale), in one piece otherwise."""
+        for finish in (None, self._finish()):
+            head = self._head_by_blocks(finish)
+            if head is not None and self._equals_head(head):
                 return head
         return CallableHead(self.head)
 
-    @property
+    @cached_property
     def head_path(self) -> str:
         """The path of the head's matrix among a student's parameters (whose head is one plain matrix)."""
-        return "lm_head.weight" if "lm_head" in self.owner else f"{self.trunk_name}.embed_tokens.weight"
+        return next(path for path, module in self.model.named_modules() if module is self._head_module) + ".weight"
 
-    def _head_module(self) -> nn.Module | None:
+    @cached_property
+    def _head_is_matrix(self) -> bool:
+        module = self._head_module
+        return module is not None and set(module) == {"weight"} and self._equals_head(MatrixHead(module.weight))
+
+    @property
+    def _head_name(self) -> str | None:
+        """The name of the projection in its owner, or of the tied embedding in the trunk."""
         if "lm_head" in self.owner:
-            return self.owner.lm_head
-        return self.trunk.embed_tokens if "embed_tokens" in self.trunk else None
+            return "lm_head"
+        return next((name for name in EMBEDDINGS if name in self.trunk), None)
+
+    @property
+    def _head_module(self) -> nn.Module | None:
+        name = self._head_name
+        return None if name is None else (self.owner if name == "lm_head" else self.trunk)[name]
+
+    def _head_by_blocks(self, finish: Callable[[mx.array], mx.array] | None) -> Head | None:
+        module = self._head_module
+        if module is None:
+            return None
+        if "scales" not in module:
+            return MatrixHead(module.weight, module.get("bias"), finish)
+        quantised = (module.weight, module.scales, module.get("biases"), module.group_size, module.bits, module.mode)
+        return QuantizedHead(*quantised, module.get("bias"), finish)
+
+    def _finish(self) -> Callable[[mx.array], mx.array]:
+        """What the family's own code does to logits after the projection: the model with trunk and projection replaced."""
+        name, skipped = self._head_name, _PassThrough(self._head_module)
+        if name == "lm_head":
+            return _with_parts(self.owner, {self.trunk_name: _PassThrough(self.trunk), name: skipped})
+        return _with_parts(self.owner, {self.trunk_name: _PassThrough(self.trunk, {name: skipped} if name else {})})
+
+    def _equals_head(self, head: Head) -> bool:
+        """Whether `head`, met in two blocks, gives the family's logits for large random hidden states."""
+        rows, middle = self.head_rows(), self.head_rows() // 3
+        probe = mx.array(np.random.default_rng(0).normal(size=(3, self._probe_width)).astype(np.float32))
+        try:
+            probe = probe * (PROBE_LOGIT / mx.abs(self._head_by_blocks(None).logits(probe, 0, rows)).max())
+            blocks = mx.concatenate([head.logits(probe, 0, middle), head.logits(probe, middle, rows)], axis=-1)
+            return _close(blocks, self.head(probe))
+        except Exception:  # a family's code run on parts it was not written for: any failure says that it is not this head
+            return False
 
     def _check_split(self) -> None:
         probe = mx.array(PROBE)
         hidden, self._probe_logits = self.hidden(probe), self.model(probe)
         self._probe_width = hidden.shape[-1]
-        if not _close(self.head(hidden), self._probe_logits):
+        try:
+            equal, how = _close(self.head(hidden), self._probe_logits), "differs from"
+        except Exception as error:  # as above
+            equal, how = False, f"fails ({' '.join(str(error).split())[:100]}) instead of giving"
+        if not equal:
             raise ModelError(
-                f"{self.name}: head(hidden(x)) differs from model(x), so this family ({type(self.model).__module__}) "
+                f"{self.name}: head(hidden(x)) {how} model(x), so this family ({type(self.model).__module__}) "
                 "cannot be distilled here yet; please report it with the model's name"
             )
 
 
 class _PassThrough:
-    """Stands in for a trunk: returns its first argument, and lends the trunk's attributes (a tied embedding)."""
+    """Stands in for a trunk or a projection: returns its first argument, and lends the original's attributes (a tied
+    embedding) but for `parts`."""
 
-    def __init__(self, trunk: nn.Module):
-        self._trunk = trunk
+    def __init__(self, original: nn.Module | None, parts: dict[str, "_PassThrough"] | None = None):
+        self._original = original
+        self.__dict__.update(parts or {})
 
-    def __call__(self, hidden: mx.array, *args, **kwargs) -> mx.array:
-        return hidden
+    def __call__(self, given: mx.array, *args, **kwargs) -> mx.array:
+        return given
+
+    as_linear = __call__
 
     def __getattr__(self, name: str):
-        return getattr(self._trunk, name)
+        return getattr(self._original, name)
 
 
 def _find_trunk(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -118,22 +165,28 @@ def _find_trunk(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     raise ModelError(f"{name}: no trunk (model, transformer or backbone) in {type(model).__module__}; please report it")
 
 
-def _with_trunk(owner: nn.Module, trunk_name: str, trunk: _PassThrough) -> nn.Module:
-    """A view of `owner` with another trunk; every other part, the head among them, is shared with the original."""
+def _required_arguments(trunk: nn.Module) -> int:
+    parameters = inspect.signature(trunk.__call__).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+
+
+def _with_parts(owner: nn.Module, parts: dict[str, _PassThrough]) -> nn.Module:
+    """A view of `owner` with other parts; every remaining one is shared with the original."""
     view = type(owner).__new__(type(owner))
     nn.Module.__init__(view)
     view.__dict__.update(owner.__dict__)
     dict.update(view, owner)  # Module.update would descend into the shared parts
-    dict.pop(view, trunk_name)
-    object.__setattr__(view, trunk_name, trunk)
+    for name, part in parts.items():
+        dict.pop(view, name)
+        object.__setattr__(view, name, part)
     return view
 
 
 def _close(left: mx.array, right: mx.array) -> bool:
+    tolerance = PROBE_TOLERANCE if left.dtype == right.dtype == mx.float32 else HALF_TOLERANCE
     left, right = left.astype(mx.float32), right.astype(mx.float32)
     scale = mx.maximum(mx.abs(right).max(), 1e-6)
-    low_precision = 20 if left.dtype != mx.float32 else 1
-    return left.shape == right.shape and (mx.abs(left - right).max() / scale).item() <= PROBE_TOLERANCE * low_precision
+    return left.shape == right.shape and (mx.abs(left - right).max() / scale).item() <= tolerance
 
 
 def load_teacher(folder: Path, name: str, quantize_bits: int) -> SplitModel:
@@ -208,8 +261,9 @@ def _refuse_rewritten(model: nn.Module, folder: Path, name: str) -> None:
     """Refuse a family whose tensors mlx-lm renames or changes on load: its export would not open in transformers."""
     loaded = dict(tree_flatten(model.parameters()))
     stored = {key: value for file in sorted(folder.glob("model*.safetensors")) for key, value in mx.load(str(file)).items()}
-    ignorable = {"lm_head.weight"} if "lm_head.weight" not in loaded else set()
-    stored = {k: v for k, v in stored.items() if k not in ignorable and "rotary_emb.inv_freq" not in k}
+    stored = {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
+    if "lm_head.weight" not in loaded and "lm_head.weight" in stored:  # a tied head that is stored all the same, or is it one?
+        loaded["lm_head.weight"] = loaded.get("model.embed_tokens.weight", mx.array(0.0))
     for key in sorted(stored.keys() ^ loaded.keys()):
         raise ModelError(
             f"{name}: tensor {key} is {'renamed' if key in stored else 'made'} by mlx-lm on load, so a student of this family "
@@ -265,17 +319,18 @@ def checkpoint_layers(split: SplitModel) -> None:
         layer.__class__ = type(f"Checkpointed{plain.__name__}", (plain,), {"__call__": call})
 
 
-def adapter_config(table: StudentTable, layers: int) -> dict:
+def adapter_config(split: SplitModel, table: StudentTable) -> dict:
     """mlx-lm's `adapter_config.json` for these adapters."""
-    parameters = {"rank": table.rank, "scale": table.alpha / table.rank, "dropout": 0.0}
-    return {"fine_tune_type": table.tuning, "num_layers": table.lora_layers or layers, "lora_parameters": parameters}
+    keys = {path for block in split.layers for path, module in block.named_modules() if "lora_a" in module}
+    parameters = {"rank": table.rank, "scale": table.alpha / table.rank, "dropout": 0.0, "keys": sorted(keys)}
+    return {"fine_tune_type": table.tuning, "num_layers": table.lora_layers or len(split.layers), "lora_parameters": parameters}
 
 
 def save_adapters(split: SplitModel, table: StudentTable, folder: Path) -> None:
     """`adapters.safetensors` and `adapter_config.json`, as mlx-lm reads them."""
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(split.model.trainable_parameters())))
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(table, len(split.layers)), indent=2))
+    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(split, table), indent=2))
 
 
 def fused_weights(model: nn.Module) -> dict[str, mx.array]:
@@ -283,10 +338,18 @@ def fused_weights(model: nn.Module) -> dict[str, mx.array]:
     weights = dict(tree_flatten(model.parameters()))
     for path, module in model.named_modules():
         if "lora_a" in module:
-            fused = module.fuse()
             weights = {key: value for key, value in weights.items() if not key.startswith(f"{path}.")}
-            weights |= {f"{path}.{key}": value for key, value in tree_flatten(fused.parameters())}
+            weights |= {f"{path}.{key}": value for key, value in _fused(module).items()}
     return weights
+
+
+def _fused(module: nn.Module) -> dict[str, mx.array]:
+    """The weight (and bias) that does what a LoRA or DoRA layer does, in float32: mlx-lm's `fuse` adds in the frozen matrix's type."""
+    frozen = module.linear.weight
+    module.linear.weight = frozen.astype(mx.float32)
+    fused = module.fuse()
+    module.linear.weight = frozen
+    return dict(tree_flatten(fused.parameters()))
 
 
 def save_folder(weights: dict[str, mx.array], base: Path, folder: Path, dtype: mx.Dtype | None, stop_ids: list[int]) -> None:

@@ -1,0 +1,155 @@
+"""Makes the embedded teacher and student base with this program itself: `python -m mlx_distill.embedded.make`.
+
+Each starts as a folder with random weights drawn in numpy, is fine-tuned by an ordinary recipe (kd_weight = 0 needs no
+teacher), scored on the held-out partition, and copied to `weights/NAME`; what the run logged stays in `weights/NAME/log`.
+Decided here: how big they are and how long each one learns. The base stops early, when it knows the format and solves few.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from safetensors.numpy import save_file
+
+from mlx_distill import pipeline
+from mlx_distill.embedded import task
+from mlx_distill.embedded.tokenizer import END_OF_TURN, PAD, build_tokenizer, write_tokenizer
+from mlx_distill.recipe import Recipe
+from mlx_distill.view import View
+
+WEIGHTS = Path(__file__).parent / "weights"
+LOGS = ("recipe.toml", "manifest.json", "metrics.jsonl", "validation.jsonl", "eval.json")
+INITIAL_STD = 0.02  # as Llama and Qwen initialise
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model: its size and its training. `partition` is the task's, so that no two models learn from a common problem."""
+
+    partition: str
+    layers: int
+    width: int
+    heads: int
+    ffn: int
+    examples: int
+    steps: int
+    batch: int
+    learning_rate: float
+
+
+PLANS = {
+    "teacher": Plan("teacher", layers=4, width=128, heads=4, ffn=384, examples=6400, steps=400, batch=16, learning_rate=3e-3),
+    "student": Plan("base", layers=2, width=96, heads=4, ffn=288, examples=3200, steps=200, batch=16, learning_rate=3e-3),
+}
+
+
+def config(plan: Plan, vocabulary: int, ids: dict[str, int]) -> dict:
+    """A Llama-family config of the plan's size."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": plan.width,
+        "intermediate_size": plan.ffn,
+        "num_hidden_layers": plan.layers,
+        "num_attention_heads": plan.heads,
+        "num_key_value_heads": plan.heads,
+        "head_dim": plan.width // plan.heads,
+        "hidden_act": "silu",
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": ids[END_OF_TURN],
+        "pad_token_id": ids[PAD],
+        "dtype": "float32",
+    }
+
+
+def random_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
+    """Matrices from N(0, 0.02²), those that write into the residual stream divided by √(2 · layers); norms 1. By Hugging Face names."""
+    random = np.random.default_rng(seed)
+    width, ffn, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+
+    def matrix(rows: int, columns: int, divisor: float = 1.0) -> np.ndarray:
+        return (random.standard_normal((rows, columns)) * INITIAL_STD / divisor).astype(np.float32)
+
+    def ones() -> np.ndarray:
+        return np.ones(width, np.float32)
+
+    weights = {"model.embed_tokens.weight": matrix(config["vocab_size"], width), "model.norm.weight": ones()}
+    into_residual = np.sqrt(2 * layers)
+    for layer in range(layers):
+        path = f"model.layers.{layer}"
+        weights |= {f"{path}.self_attn.{name}_proj.weight": matrix(width, width) for name in "qkv"}
+        weights |= {f"{path}.mlp.{name}_proj.weight": matrix(ffn, width) for name in ("gate", "up")}
+        weights[f"{path}.self_attn.o_proj.weight"] = matrix(width, width, into_residual)
+        weights[f"{path}.mlp.down_proj.weight"] = matrix(width, ffn, into_residual)
+        weights |= {f"{path}.{name}_layernorm.weight": ones() for name in ("input", "post_attention")}
+    return weights
+
+
+def write_untrained(plan: Plan, folder: Path, seed: int) -> None:
+    """An ordinary model folder with random weights."""
+    write_tokenizer(folder)
+    tokenizer = build_tokenizer()
+    described = config(plan, len(tokenizer), tokenizer.get_vocab())
+    (folder / "config.json").write_text(json.dumps(described, indent=2))
+    save_file(random_weights(described, seed), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def recipe(name: str, plan: Plan, work: Path) -> Recipe:
+    """The fine-tuning of one model on its partition: every segment carries loss, nothing is cut."""
+    return Recipe.model_validate(
+        {
+            "teacher": {"model": ""},
+            "student": {"model": str(work / f"{name}-untrained")},
+            "data": {
+                "source": f"embedded:{task.NAME}", "split": plan.partition, "train_examples": plan.examples, "validation_examples": 64,
+            },
+            "objective": {"segments": ["cot", "answer"], "kd_weight": 0.0},
+            "batch": {"micro_batch_size": plan.batch, "global_batch_size": plan.batch, "pad_multiple": 16},
+            "optim": {
+                "learning_rate": plan.learning_rate, "schedule": "one_cycle", "weight_decay": 0.01, "beta2": 0.99, "steps": plan.steps,
+            },
+            "eval": {"task": f"embedded:{task.NAME}", "examples": 500, "max_new_tokens": 256, "batch_size": 125, "score_base": False},
+            "run": {"name": name, "folder": str(work / "runs"), "seed": SEED, "checkpoint_every": 100, "validate_every": 0, "export": "last"},
+        }
+    )
+
+
+def make(name: str, work: Path) -> None:
+    """Train one model in `work` (an unfinished training continues) and put it where the package finds it."""
+    plan, console = PLANS[name], Console()
+    untrained = work / f"{name}-untrained"
+    if not (untrained / "model.safetensors").exists():
+        write_untrained(plan, untrained, SEED)
+    with View(console) as view:
+        run = pipeline.run(recipe(name, plan, work), view)
+    target = WEIGHTS / name
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(run / "student", target)
+    (target / "log").mkdir()
+    for log in LOGS:
+        shutil.copy(run / log, target / "log" / log)
+
+
+def main() -> None:
+    """`python -m mlx_distill.embedded.make [teacher] [student]`; a folder to work in may be given as work=FOLDER."""
+    names = [word for word in sys.argv[1:] if word in PLANS] or list(PLANS)
+    asked = [word.removeprefix("work=") for word in sys.argv[1:] if word.startswith("work=")]
+    work = Path(asked[0]) if asked else Path(tempfile.mkdtemp(prefix="mlx-distill-make-"))
+    for name in names:
+        make(name, work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The embedded task `dial`: pull every lever as often as its counter says, in any order; where does the dial stop?
+
+In: a partition, a count and a seed. Out: `Example`s that never repeat. Decided here: the rules, how hard a problem is,
+which problems belong to which partition, and how reliable the writer of each partition's reasoning is.
+
+A prompt is a dial (a letter) and four counters (digits): `K3705`. Pulling lever a, b, c or d takes one from its counter
+and turns the dial 1, 5, 8 or 11 letters on, past Z to A. A step of the reasoning names the lever and writes the dial and
+the counters after it:
+
+    K3705 -> cS3605 -> aT2605 -> ... -> dV0000, answer V
+
+Every order ends on the same letter, since turns commute; so up to four next steps are right and a teacher trained on all
+orders is uncertain by nature. Each step needs only the line before it, and there are 16 to 20 of them, so small errors
+compound: 96 % right steps give half the answers, 90 % one in seven.
+
+Partitions (`teacher`, `base`, `train`, `held_out`) share no prompt, whatever the seeds and counts: a hash of the prompt
+says to which one it belongs. `train`, for the student, is written by an unreliable hand: each turn of the dial ends on a
+wrong letter with probability `SLIP_RATE["train"]`, uniformly among the 25, and the writer goes on from there; its answer
+is where its own dial stopped. Levers and counters are always right. The other partitions are free of slips.
+"""
+
+import hashlib
+import random
+from string import ascii_uppercase
+
+from mlx_distill.data.examples import Example, make_example
+from mlx_distill.errors import DataError
+
+NAME = "dial"
+LEVERS = "abcd"
+TURNS = (1, 5, 8, 11)
+DIAL = ascii_uppercase
+SHORTEST, LONGEST = 16, 20  # pulls
+SHARES = {"teacher": 128, "base": 48, "train": 32, "held_out": 48}  # of 256
+MOST = 9_000  # the smallest partition, train, holds 10,709 prompts
+SLIP_RATE = {"teacher": 0.0, "base": 0.0, "train": 0.25, "held_out": 0.0}
+
+
+def generate(partition: str, count: int, seed: int) -> list[Example]:
+    """`count` examples of a partition, no prompt twice; the same arguments give the same examples.
+
+    Raises `KeyError` for an unknown partition, `DataError` where more than `MOST` examples are asked for.
+    """
+    if count > MOST:
+        raise DataError(f"embedded:{NAME}: {count:,} examples asked for; ask for at most {MOST:,}, its prompts are finite")
+    slip_rate = SLIP_RATE[partition]
+    writer = random.Random(f"{NAME}/{partition}/{seed}")
+    examples: dict[str, Example] = {}
+    while len(examples) < count:
+        dial, counters = draw(writer)
+        prompt = line(dial, counters)
+        if partition_of(prompt) == partition and prompt not in examples:
+            examples[prompt] = work(dial, counters, slip_rate, writer)
+    return list(examples.values())
+
+
+def verify(expected: str, text_after_think: str) -> bool:
+    """Whether the text after `</think>` is the expected letter and nothing else, white space and a turn's end aside."""
+    return text_after_think.removesuffix("<|im_end|>").strip() == expected
+
+
+def partition_of(prompt: str) -> str:
+    """The one partition to which a prompt belongs, by its hash."""
+    byte = hashlib.sha256(prompt.encode()).digest()[0]
+    for partition, share in SHARES.items():
+        if byte < share:
+            return partition
+        byte -= share
+    raise AssertionError("the shares add up to 256")
+
+
+def draw(writer: random.Random) -> tuple[int, list[int]]:
+    """(dial, counters) of a problem of 16 to 20 pulls, uniformly among all such problems."""
+    while True:
+        counters = [writer.randrange(10) for _ in LEVERS]
+        if SHORTEST <= sum(counters) <= LONGEST:
+            return writer.randrange(len(DIAL)), counters
+
+
+def work(dial: int, counters: list[int], slip_rate: float, writer: random.Random) -> Example:
+    """One example: the levers pulled in random order, uniformly among those left, by a writer who slips at `slip_rate`."""
+    prompt, left, steps = line(dial, counters), list(counters), []
+    while any(left):
+        lever = writer.choice([index for index, pulls in enumerate(left) if pulls])
+        left[lever] -= 1
+        dial = pull(dial, lever)
+        if writer.random() < slip_rate:
+            dial = (dial + writer.randrange(1, len(DIAL))) % len(DIAL)
+        steps.append(LEVERS[lever] + line(dial, left))
+    return make_example(prompt, "\n".join(steps), DIAL[dial])
+
+
+def pull(dial: int, lever: int) -> int:
+    """Where the dial stands after a lever is pulled once."""
+    return (dial + TURNS[lever]) % len(DIAL)
+
+
+def line(dial: int, counters: list[int]) -> str:
+    """A state as it is written: the dial's letter and the four counters."""
+    return DIAL[dial] + "".join(map(str, counters))

@@ -1,0 +1,200 @@
+"""A kept run: what a run folder holds, read for the report.
+
+In: a run folder as `run_dir.py` lays it out, finished or not. Out: a `Run` whose absent or unreadable parts are empty, each
+with a line in `notes` that says so. Decided here: which files count as broken, and where a run to compare with is looked for.
+"""
+
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.charts import finite
+from mlx_distill.errors import DataError, NotFound
+from mlx_distill.evaluate import Difference, Score, compare
+
+SEGMENTS = ("prompt", "cot", "answer")
+NOT_THE_METHOD = {("run", "name"), ("run", "folder"), ("run", "checkpoint_every"), ("run", "keep_checkpoints"),
+                  ("eval", "compare"), ("eval", "batch_size"), ("eval", "score_teacher"), ("eval", "score_base")}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder holds; an absent part is empty and has a line in `notes`."""
+
+    folder: Path
+    recipe: dict[str, dict[str, Any]]
+    recipe_text: str
+    manifest: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    task: str
+    scores: dict[str, Score]
+    sample: list[dict[str, Any]]
+    notes: dict[str, str]
+    compared: list["Compared"] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest.get("name") or self.recipe.get("run", {}).get("name") or self.folder.name)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Another run set beside this one.
+
+    method: how its recipe differs; score: its student's; difference: this run's student minus that one; obstacle: a sentence
+    that says why there is no difference, empty where there is one.
+    """
+
+    name: str
+    method: str
+    score: Score | None
+    difference: Difference | None
+    obstacle: str
+
+
+def read_run(folder: Path) -> Run:
+    """A run folder and the runs its recipe compares it with; raises `NotFound` where `folder` holds no run."""
+    run = _read_parts(folder)
+    named = run.recipe.get("eval", {}).get("compare", [])
+    return Run(**{**vars(run), "compared": [_compared(run, str(other)) for other in named]})
+
+
+def _read_parts(folder: Path) -> Run:
+    if not any((folder / name).is_file() for name in ("recipe.toml", "manifest.json")):
+        what = "holds neither recipe.toml nor manifest.json" if folder.is_dir() else "does not exist"
+        raise NotFound(f"no run in {folder}: it {what}; name a folder that `mlx-distill run` wrote")
+    notes: dict[str, str] = {}
+    text, recipe = _recipe(folder, notes)
+    evaluation = _json(folder, "eval.json", dict, notes, "this run was not scored")
+    sample = _json(folder, "sample.json", (list, dict), notes, "no example is shown")
+    pieces = sample.get("pieces", []) if isinstance(sample, dict) else sample
+    return Run(
+        folder=folder, recipe=recipe, recipe_text=text,
+        manifest=_json(folder, "manifest.json", dict, notes, "versions, machine, data and cost are not known"),
+        metrics=_json_lines(folder, "metrics.jsonl", notes, "there are no training curves"),
+        validation=_json_lines(folder, "validation.jsonl", notes, "there are no validation curves"),
+        task=str(evaluation.get("task", "")),
+        scores=_scores(evaluation.get("scores"), notes),
+        sample=[piece for piece in pieces if isinstance(piece, dict) and piece.get("segment") in SEGMENTS],
+        notes=notes,
+    )
+
+
+def _recipe(folder: Path, notes: dict[str, str]) -> tuple[str, dict]:
+    try:
+        text = (folder / "recipe.toml").read_text(encoding="utf-8")
+        tables = tomllib.loads(text)
+    except FileNotFoundError:
+        notes["recipe.toml"] = "No recipe.toml: the recipe is not known."
+    except (OSError, ValueError) as error:
+        notes["recipe.toml"] = f"recipe.toml cannot be read ({error}): the recipe is not known."
+    else:
+        return text, {name: table for name, table in tables.items() if isinstance(table, dict)}
+    return "", {}
+
+
+def _json(folder: Path, name: str, kind: type | tuple[type, ...], notes: dict[str, str], otherwise: str) -> Any:
+    empty = {} if kind is dict else []
+    try:
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        notes[name] = f"No {name}: {otherwise}."
+        return empty
+    except (OSError, ValueError) as error:
+        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
+        return empty
+    if not isinstance(content, kind):
+        notes[name] = f"{name} holds a {type(content).__name__}: {otherwise}."
+        return empty
+    return content
+
+
+def _json_lines(folder: Path, name: str, notes: dict[str, str], otherwise: str) -> list[dict]:
+    try:
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        notes[name] = f"No {name}: {otherwise}."
+        return []
+    except (OSError, ValueError) as error:
+        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
+        return []
+    rows, torn = [], 0
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            torn += 1
+            continue
+        if isinstance(row, dict) and finite([row.get("step")], [0]):
+            rows.append(row)
+    if torn:
+        notes[name] = f"{name}: {torn} unreadable line{'s' if torn > 1 else ''} left out."
+    elif not rows:
+        notes[name] = f"{name} is empty: {otherwise}."
+    return rows
+
+
+def _scores(content: Any, notes: dict[str, str]) -> dict[str, Score]:
+    scores = {}
+    for model, fields in (content if isinstance(content, dict) else {}).items():
+        try:
+            scores[str(model)] = _score(fields)
+        except (TypeError, ValueError):
+            notes[f"eval.json {model}"] = f"eval.json: the score of the {model} is incomplete and is left out."
+    if "student" not in scores and "eval.json" not in notes:
+        notes["eval.json"] = "eval.json holds no score of the student."
+    return scores
+
+
+def _score(fields: Any) -> Score:
+    score = Score.from_json(fields)
+    numbers = [value for name, value in vars(score).items() if name != "correct"]
+    marks = [mark for marks in dict(score.correct).values() for mark in marks]
+    if not score.correct or not all(score.correct.values()) or len(finite(numbers, numbers)) < len(numbers):
+        raise ValueError("no problems, or a field that is not a number")
+    if len(finite(marks, marks)) < len(marks):
+        raise ValueError("a mark that is not a number")
+    return score
+
+
+def _compared(run: Run, name: str) -> Compared:
+    folder = next((path for path in _places(run, name) if path.is_dir()), None)
+    if folder is None:
+        return Compared(name, "", None, None, f"{name} is to be compared, but there is no such run folder.")
+    try:
+        other = _read_parts(folder)
+    except NotFound as error:
+        return Compared(name, "", None, None, f"{error}.")
+    theirs, method = other.scores.get("student"), method_of(other.recipe, run.recipe)
+    ours = run.scores.get("student")
+    if ours is None or theirs is None:
+        which = run.name if ours is None else other.name
+        return Compared(other.name, method, theirs, None, f"{which} has no score, so {run.name} and {other.name} are not compared.")
+    try:
+        return Compared(other.name, method, theirs, compare(ours, theirs), "")
+    except DataError:
+        obstacle = f"{other.name} was scored on other problems, so it is not compared with {run.name}."
+        return Compared(other.name, method, theirs, None, obstacle)
+
+
+def _places(run: Run, name: str) -> list[Path]:
+    """Where a compared run may lie: the recipe's folder when the run kept it, the working folder, the run's own folder."""
+    home = run.manifest.get("recipe_folder")
+    return [*([Path(home) / name] if isinstance(home, str) else []), Path(name), run.folder / name]
+
+
+def method_of(recipe: dict[str, dict], reference: dict[str, dict]) -> str:
+    """A recipe by what sets it apart from another: "same recipe with kd_weight = 0.0"."""
+    if not recipe or not reference:
+        return "its recipe is not known"
+    changes = [
+        f"{table}.{name} = {json.dumps(value)}" if name in ("model", "revision") else f"{name} = {json.dumps(value)}"
+        for table, fields in recipe.items()
+        for name, value in fields.items()
+        if (table, name) not in NOT_THE_METHOD and value != reference.get(table, {}).get(name)
+    ]
+    more = f" and {len(changes) - 4} more changes" if len(changes) > 4 else ""
+    return f"same recipe with {', '.join(changes[:4])}{more}" if changes else "same recipe"

@@ -1,0 +1,97 @@
+"""Runs the command line and stops it at a chosen place: a helper of tests/test_resume.py, a program of its own.
+
+It imports everything once, and then forks a child for each job that stands as one JSON line on stdin, so that a run costs a
+second and not the start of an interpreter. A job is {"arguments": […], "at": "module:Class.function", "call": n, "when":
+"before" | "after", "signals": ["KILL"], "file_limit": bytes}: before (or after) the n-th call of that function the process sends
+itself the signals. The answer is one JSON line: {"code": exit code or -signal, "out": …, "err": …}. With a job as its argument
+the program is that job and nothing else.
+"""
+
+import functools
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+
+
+def send_at(place: str, call: int, when: str, signals: list[str]) -> None:
+    """Replace the function by one that sends `signals` to this process at its `call`-th call."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    function, calls = getattr(owner, name), iter(range(1, 10**9))
+
+    def watched(*args, **kwargs):
+        here = next(calls) == call
+        for which in signals if here and when == "before" else ():
+            os.kill(os.getpid(), getattr(signal, f"SIG{which}"))
+        result = function(*args, **kwargs)
+        for which in signals if here and when == "after" else ():
+            os.kill(os.getpid(), getattr(signal, f"SIG{which}"))
+        return result
+
+    setattr(owner, name, watched)
+
+
+def run(job: dict) -> None:
+    """Run the job in this process, which ends with it."""
+    sys.argv = ["mlx-distill", *job["arguments"]]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if job.get("file_limit"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
+    if job.get("at"):
+        send_at(job["at"], job.get("call", 1), job.get("when", "before"), job.get("signals", ["KILL"]))
+    from mlx_distill.cli import main
+
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def in_child(job: dict, out: int, err: int) -> int:
+    """The exit code of the job, run in a fork; in a new process where forking is not safe after imports (macOS)."""
+    if sys.platform != "linux":
+        return subprocess.run([sys.executable, __file__, json.dumps(job)], stdout=out, stderr=err, stdin=subprocess.DEVNULL).returncode
+    process = os.fork()
+    if not process:
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        run(job)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def serve() -> None:
+    """Answer jobs until stdin ends."""
+    import mlx_lm.generate
+
+    import mlx_distill.backends.mlx.backend
+    import mlx_distill.pipeline  # noqa: F401
+
+    for line in sys.stdin:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            code = in_child(json.loads(line), out.fileno(), err.fileno())
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode())
+        print(json.dumps({"code": code, "out": texts[0], "err": texts[1]}), flush=True)
+
+
+if __name__ == "__main__":
+    run(json.loads(sys.argv[1])) if len(sys.argv) > 1 else serve()

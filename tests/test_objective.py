@@ -1,0 +1,131 @@
+"""The definitions: hand numbers, signs, directions, temperature, and gradients against finite differences."""
+
+from math import log
+
+import numpy as np
+import pytest
+
+from mlx_distill import objective as definition
+from mlx_distill.objective import DIVERGENCES, Objective
+from mlx_distill.recipe import ObjectiveTable
+
+ONE_HALF = np.log([[0.5, 0.5]])
+ONE_QUARTER = np.log([[0.25, 0.75]])
+
+
+def random_logits(seed: int, rows: int = 6, vocab: int = 9, scale: float = 2.0) -> tuple[np.ndarray, ...]:
+    rng = np.random.default_rng(seed)
+    student, teacher = rng.normal(size=(2, rows, vocab)) * scale
+    return student, teacher, rng.integers(0, vocab, rows)
+
+
+def finite_differences(function, logits: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    """d function(logits)[n] / d logits[n, v], central."""
+    slope = np.zeros_like(logits)
+    for v in range(logits.shape[1]):
+        nudge = np.zeros_like(logits)
+        nudge[:, v] = step
+        slope[:, v] = (function(logits + nudge) - function(logits - nudge)) / (2 * step)
+    return slope
+
+
+def test_hand_numbers_and_directions():
+    student, teacher = ONE_QUARTER, ONE_HALF
+    forward = definition.divergence(student, teacher, Objective("forward_kl"))
+    reverse = definition.divergence(student, teacher, Objective("reverse_kl"))
+    assert forward == pytest.approx(0.5 * log(2) + 0.5 * log(2 / 3))  # KL(teacher‖student) = 0.1438
+    assert reverse == pytest.approx(0.25 * log(1 / 2) + 0.75 * log(3 / 2))  # KL(student‖teacher) = 0.1308
+    mixture = np.array([0.25 * 0.5 + 0.75 * 0.25, 0.25 * 0.5 + 0.75 * 0.75])  # β = ¼ weighs the teacher
+    by_hand = 0.25 * (0.5 * np.log(0.5 / mixture)).sum() + 0.75 * ([0.25, 0.75] * np.log([0.25, 0.75] / mixture)).sum()
+    assert definition.divergence(student, teacher, Objective("jsd", jsd_beta=0.25)) == pytest.approx(by_hand)
+
+
+def test_forward_kl_is_infinite_where_the_student_forbids_and_reverse_where_the_teacher_does():
+    narrow, wide = np.array([[0.0, 0.0, -np.inf]]), np.array([[0.0, 0.0, 0.0]])
+    with np.errstate(divide="ignore"):
+        assert definition.divergence(narrow, wide, Objective("forward_kl")) == np.inf
+        assert definition.divergence(wide, narrow, Objective("reverse_kl")) == np.inf
+    assert definition.divergence(wide, narrow, Objective("forward_kl")) == pytest.approx(log(3 / 2))
+    assert definition.divergence(narrow, wide, Objective("reverse_kl")) == pytest.approx(log(3 / 2))
+
+
+def test_jsd_is_bounded_symmetric_at_one_half_and_tends_to_both_kls():
+    student, teacher, _ = random_logits(0)
+    value = definition.divergence(student, teacher, Objective("jsd"))
+    assert value == pytest.approx(definition.divergence(teacher, student, Objective("jsd")))
+    far = np.array([[0.0, -np.inf]])
+    assert definition.divergence(far, far[:, ::-1], Objective("jsd")) == pytest.approx(log(2))
+    small = 1e-6
+    for beta, limit in ((small, "forward_kl"), (1 - small, "reverse_kl")):
+        ratio = definition.divergence(student, teacher, Objective("jsd", jsd_beta=beta)) / small
+        assert ratio == pytest.approx(definition.divergence(student, teacher, Objective(limit)), rel=1e-4)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_zero_for_equal_models_positive_otherwise(divergence: str, temperature: float):
+    student, teacher, _ = random_logits(1, scale=5)
+    objective = Objective(divergence, 0.3, 1.0, temperature)
+    assert definition.divergence(student, student + 7, objective) == pytest.approx(0, abs=1e-13)
+    assert definition.divergence_grad(student, student + 7, objective) == pytest.approx(0, abs=1e-13)
+    assert (definition.divergence(student, teacher, objective) > 0).all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("scaling", ["none", "hinton"])
+@pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])
+def test_gradients_are_finite_differences(divergence: str, temperature: float, scaling: str, kd_weight: float):
+    student, teacher, targets = random_logits(2)
+    objective = Objective(divergence, 0.3, kd_weight, temperature, scaling)
+    slope = finite_differences(lambda logits: definition.loss(logits, teacher, targets, objective), student)
+    assert definition.grad(student, teacher, targets, objective) == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_hinton_scales_value_and_gradient_by_temperature_squared(divergence: str):
+    student, teacher, _ = random_logits(3)
+    plain, hinton = (Objective(divergence, 0.3, 1.0, 3.0, scaling) for scaling in ("none", "hinton"))
+    for function in (definition.divergence, definition.divergence_grad):
+        assert function(student, teacher, hinton) == pytest.approx(9 * function(student, teacher, plain))
+
+
+def test_temperature_scales_both_logits_and_leaves_cross_entropy_alone():
+    student, teacher, targets = random_logits(4)
+    cold = definition.divergence(student / 3, teacher / 3, Objective())
+    assert definition.divergence(student, teacher, Objective(temperature=3.0, temperature_scaling="none")) == (
+        pytest.approx(cold)
+    )
+    warm = definition.loss(student, teacher, targets, Objective(kd_weight=0.0, temperature=3.0))
+    assert warm == pytest.approx(definition.cross_entropy(student, targets))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_padding_of_minus_infinity_changes_nothing(divergence: str):
+    student, teacher, targets = random_logits(5)
+    objective = Objective(divergence, 0.3, 0.4, 2.0)
+    padded = [np.pad(x, ((0, 0), (0, 3)), constant_values=-np.inf) for x in (student, teacher)]
+    assert definition.loss(*padded, targets, objective) == pytest.approx(
+        definition.loss(student, teacher, targets, objective)
+    )
+    slope = definition.grad(*padded, targets, objective)
+    assert slope[:, :-3] == pytest.approx(definition.grad(student, teacher, targets, objective))
+    assert not slope[:, -3:].any()
+
+
+def test_the_ends_of_kd_weight_ignore_what_they_do_not_need():
+    student, teacher, targets = random_logits(6)
+    plain = Objective(kd_weight=0.0)
+    assert not plain.needs_teacher and plain.needs_targets
+    assert definition.loss(student, None, targets, plain) == pytest.approx(definition.cross_entropy(student, targets))
+    pure = Objective(kd_weight=1.0)
+    assert pure.needs_teacher and not pure.needs_targets
+    forbidden = np.where(np.arange(student.shape[1]) == targets[:, None], -np.inf, student)  # CE is infinite
+    assert np.isfinite(definition.loss(teacher * 0, forbidden, targets, pure)).all()
+    assert np.isfinite(definition.grad(forbidden, teacher, targets, pure)).all()
+
+
+def test_a_table_becomes_an_objective():
+    table = ObjectiveTable(divergence="jsd", jsd_beta=0.2, kd_weight=0.7, temperature=2.0, temperature_scaling="none")
+    assert Objective.from_table(table) == Objective("jsd", 0.2, 0.7, 2.0, "none")
+    assert Objective.from_table(ObjectiveTable()) == Objective()
