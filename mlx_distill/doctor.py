@@ -7,7 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 from rich.console import Console
 
-from mlx_distill import objective as definition
 from mlx_distill.backends import choose_backend
 from mlx_distill.manifest import PACKAGES, git_commit, processor_name
 

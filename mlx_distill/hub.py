@@ -54,7 +54,6 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
     Raises `ModelError` where the folder has no tokenizer that `transformers` reads as a fast (Rust) one.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():

@@ -308,6 +308,6 @@ def eval_table(settings: tuple[str, ...]) -> EvalTable:
         _apply(tables, f"eval.{setting}")
     _refuse_unknown(tables, Path("--set"))
     try:
-        return Recipe.model_validate(tables).eval
+        return Recipe.model_validate(tables | {"data": {"source": "none"}}).eval
     except ValidationError as error:
         raise RecipeError(f"--set: {_describe(error)}") from None

@@ -17,6 +17,10 @@ import subprocess
 import sys
 import tempfile
 
+import mlx_distill.backends.mlx.backend  # before anything else of MLX: it loads the BLAS
+import mlx_distill.pipeline
+from mlx_distill.cli import main
+
 
 def send_at(place: str, call: int, when: str, signals: list[str]) -> None:
     """Replace the function by one that sends `signals` to this process at its `call`-th call."""
@@ -46,8 +50,6 @@ def run(job: dict) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
     if job.get("at"):
         send_at(job["at"], job.get("call", 1), job.get("when", "before"), job.get("signals", ["KILL"]))
-    from mlx_distill.cli import main
-
     code = 0
     try:
         main()
@@ -78,11 +80,6 @@ def in_child(job: dict, out: int, err: int) -> int:
 
 def serve() -> None:
     """Answer jobs until stdin ends."""
-    import mlx_lm.generate
-
-    import mlx_distill.backends.mlx.backend
-    import mlx_distill.pipeline  # noqa: F401
-
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             code = in_child(json.loads(line), out.fileno(), err.fileno())

@@ -15,7 +15,7 @@ MODES = {
     "full": SHORT,
     "lora": (*SHORT, "student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5"),
 }
-TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created"}
+TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created", "git_commit"}
 
 STUDENT = "mlx_distill.backends.mlx.backend:MlxStudent"
 RUN = "mlx_distill.run_dir:RunFolder"
@@ -41,7 +41,7 @@ KILLS = {
 
 
 def timeless(content):
-    """Without what differs from run to run by nature: times and memory."""
+    """Without what differs from run to run by nature: times, memory, the checkout's commit."""
     if isinstance(content, dict):
         return {key: timeless(value) for key, value in content.items() if key not in TIMES}
     return [timeless(value) for value in content] if isinstance(content, list) else content
@@ -76,7 +76,7 @@ def arguments(recipe: Path, folder: Path, mode: str = "full") -> list[str]:
     return ["run", str(recipe), *(word for item in sets for word in ("--set", item))]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def never_stopped(tiny_recipe, command_line, tmp_path_factory):
     """mode → how a run ends that nothing stopped, made once."""
     kept = {}

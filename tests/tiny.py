@@ -30,7 +30,9 @@ def random_weights(config: dict, seed: int, scale: float = 0.1) -> dict[str, np.
     weights = {"model.embed_tokens.weight": draw(config["vocab_size"], width), "model.norm.weight": 1 + draw(width)}
     for layer in range(config["num_hidden_layers"]):
         path = f"model.layers.{layer}."
-        for name, rows, columns in (("q", heads * size, width), ("k", kv * size, width), ("v", kv * size, width), ("o", width, heads * size)):
+        for name, rows, columns in (
+            ("q", heads * size, width), ("k", kv * size, width), ("v", kv * size, width), ("o", width, heads * size)
+        ):
             weights[f"{path}self_attn.{name}_proj.weight"] = draw(rows, columns)
             if family == "qwen2" and name != "o":
                 weights[f"{path}self_attn.{name}_proj.bias"] = draw(rows)
@@ -105,7 +107,9 @@ def recipe_file(root: Path, tokenizer: PreTrainedTokenizerFast, **student) -> Pa
     return path
 
 
-def family_folder(folder: Path, config: dict, seed: int = 0, dtype: str = "float32", tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+def family_folder(
+    folder: Path, config: dict, seed: int = 0, dtype: str = "float32", tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
     """A model folder of any family that mlx-lm knows: its own class, random weights by its own names."""
     import mlx.core as mx
     from mlx.utils import tree_flatten

@@ -3,20 +3,25 @@
 In: a partition, a count and a seed. Out: `Example`s that never repeat. Decided here: the rules, how hard a problem is,
 which problems belong to which partition, and how reliable the writer of each partition's reasoning is.
 
-A prompt is a dial (a letter) and four counters (digits): `K3705`. Pulling lever a, b, c or d takes one from its counter
+A prompt is a dial (a letter) and four counters (digits): `K3725`. Pulling lever a, b, c or d takes one from its counter
 and turns the dial 1, 5, 8 or 11 letters on, past Z to A. A step of the reasoning names the lever and writes the dial and
 the counters after it:
 
-    K3705 -> cS3605 -> aT2605 -> ... -> dV0000, answer V
+    K3725 -> cS3715 -> aT2715 -> ... -> dP0000, answer P
 
 Every order ends on the same letter, since turns commute; so up to four next steps are right and a teacher trained on all
 orders is uncertain by nature. Each step needs only the line before it, and there are 16 to 20 of them, so small errors
 compound: 96 % right steps give half the answers, 90 % one in seven.
 
 Partitions (`teacher`, `base`, `train`, `held_out`) share no prompt, whatever the seeds and counts: a hash of the prompt
-says to which one it belongs. `train`, for the student, is written by an unreliable hand: each turn of the dial ends on a
-wrong letter with probability `SLIP_RATE["train"]`, uniformly among the 25, and the writer goes on from there; its answer
-is where its own dial stopped. Levers and counters are always right. The other partitions are free of slips.
+says to which one it belongs. They differ in the hand that writes the reasoning:
+
+- `held_out` is right in every step.
+- `teacher` and `train` slip: with probability `SLIP_RATE[partition]` a turn ends on a wrong letter, uniformly among the 25,
+  and the writer goes on from there; the answer is where that writer's dial stopped. Levers and counters are always right.
+  `teacher` slips seldom and has many traces, `train`, which the student learns from, slips often and has few.
+- `base` never slips but learned on a worn dial: from the letters of `WORN` the levers named there turn one letter too
+  few. So a student base that has learned it well knows the format and every counter, and believes something wrong.
 """
 
 import hashlib
@@ -33,7 +38,8 @@ DIAL = ascii_uppercase
 SHORTEST, LONGEST = 16, 20  # pulls
 SHARES = {"teacher": 128, "base": 48, "train": 32, "held_out": 48}  # of 256
 MOST = 9_000  # the smallest partition, train, holds 10,709 prompts
-SLIP_RATE = {"teacher": 0.0, "base": 0.0, "train": 0.25, "held_out": 0.0}
+SLIP_RATE = {"teacher": 0.1, "base": 0.0, "train": 0.3, "held_out": 0.0}
+WORN = {"base": {"c": "AEIO", "d": "AEIO"}}  # {partition: {lever: letters}}
 
 
 def generate(partition: str, count: int, seed: int) -> list[Example]:
@@ -50,7 +56,7 @@ def generate(partition: str, count: int, seed: int) -> list[Example]:
         dial, counters = draw(writer)
         prompt = line(dial, counters)
         if partition_of(prompt) == partition and prompt not in examples:
-            examples[prompt] = work(dial, counters, slip_rate, writer)
+            examples[prompt] = work(dial, counters, slip_rate, WORN.get(partition, {}), writer)
     return list(examples.values())
 
 
@@ -77,13 +83,14 @@ def draw(writer: random.Random) -> tuple[int, list[int]]:
             return writer.randrange(len(DIAL)), counters
 
 
-def work(dial: int, counters: list[int], slip_rate: float, writer: random.Random) -> Example:
-    """One example: the levers pulled in random order, uniformly among those left, by a writer who slips at `slip_rate`."""
+def work(dial: int, counters: list[int], slip_rate: float, worn: dict[str, str], writer: random.Random) -> Example:
+    """One example: levers pulled in random order, uniformly among those left, by a writer who slips, on a dial that may be worn."""
     prompt, left, steps = line(dial, counters), list(counters), []
     while any(left):
         lever = writer.choice([index for index, pulls in enumerate(left) if pulls])
         left[lever] -= 1
-        dial = pull(dial, lever)
+        is_worn = DIAL[dial] in worn.get(LEVERS[lever], "")
+        dial = (pull(dial, lever) - is_worn) % len(DIAL)
         if writer.random() < slip_rate:
             dial = (dial + writer.randrange(1, len(DIAL))) % len(DIAL)
         steps.append(LEVERS[lever] + line(dial, left))

@@ -217,7 +217,8 @@ def test_the_mac_recipe_shows_on_local_rows(tmp_path, qwen3_tokenizer):
     page = printed(load_recipe(path, settings))
     assert "begin_of" not in page and "Use the markers" not in page
     assert "example 1 of 20" in page and "<|im_start|>user\nWhat is " in page and "validation: 100 whole" in page
-    assert "▌cot · 59 tokens · kept, learned\n<think>\nLet me see." in page and "CUT" in page
+    assert "▌cot · 57 tokens · kept, learned\n<think>\nLet me see." in page  # 16 of the prompt + 57 = int(147 / 2)
+    assert "▌cot · 67 tokens · CUT" in page and "▌answer · 7 tokens · CUT" in page
 
 
 @pytest.mark.parametrize("number", [0, 17, -1])

@@ -288,7 +288,7 @@ def loss_error() -> float:
     expected = definition.loss(logits, teacher_logits, targets, objective).mean()
     expected_gradient = definition.grad(logits, teacher_logits, targets, objective) @ matrix / 11
     error = np.abs(np.array(gradient) - expected_gradient).max() / np.abs(expected_gradient).max()
-    return float(max(error, abs(value.item() - expected) / expected))
+    return float(np.max([error, abs(value.item() - expected) / expected]))  # a NaN wins
 
 
 def _sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
@@ -302,7 +302,7 @@ def _sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]
 
 
 def _check_indices(name: str, indices: np.ndarray, stop: int) -> None:
-    if indices.size and not (0 <= indices.min() and indices.max() < stop):
+    if indices.size and not (indices.min() >= 0 and indices.max() < stop):
         raise IndexError(f"{name} {indices.min()}..{indices.max()} outside of 0..{stop - 1}")
 
 

@@ -34,7 +34,7 @@ class SplitModel:
 
     `hidden(tokens [B, T]) -> [B, T, D]`: the last hidden states, final norm included.
     `head(hidden [..., D]) -> [..., V]`: logits, by the family's own code (tied or not, quantised or not, soft-capped or
-    scaled): the model is called with its trunk replaced by one that returns its argument.
+    scaled): the model is called with its trunk replaced by one that answers `hidden`.
     """
 
     def __init__(self, model: nn.Module, name: str):
@@ -43,7 +43,7 @@ class SplitModel:
         self.owner, self.trunk_name = _find_trunk(model, name)
         self.stored_dtype: mx.Dtype | None = None  # of the weights on disk, where that matters
         self._trunk_extras = [None] * (_required_arguments(self.trunk) - 1)  # a few families insist on a cache
-        self._head = _with_parts(self.owner, {self.trunk_name: _PassThrough(self.trunk)})
+        self._head = _AfterTrunk(self.owner, self.trunk_name)
         self._check_split()
 
     @property
@@ -108,11 +108,8 @@ class SplitModel:
         return QuantizedHead(*quantised, module.get("bias"), finish)
 
     def _finish(self) -> Callable[[mx.array], mx.array]:
-        """What the family's own code does to logits after the projection: the model with trunk and projection replaced."""
-        name, skipped = self._head_name, _PassThrough(self._head_module)
-        if name == "lm_head":
-            return _with_parts(self.owner, {self.trunk_name: _PassThrough(self.trunk), name: skipped})
-        return _with_parts(self.owner, {self.trunk_name: _PassThrough(self.trunk, {name: skipped} if name else {})})
+        """What the family's own code does to logits after the projection, as a function of logits [..., any number]."""
+        return _AfterTrunk(self.owner, self.trunk_name, skipped=self._head_name)
 
     def _equals_head(self, head: Head) -> bool:
         """Whether `head`, met in two blocks, gives the family's logits for large random hidden states."""
@@ -140,21 +137,45 @@ class SplitModel:
             )
 
 
-class _PassThrough:
-    """Stands in for a trunk or a projection: returns its first argument, and lends the original's attributes (a tied
-    embedding) but for `parts`."""
+class _AfterTrunk:
+    """What a family's own code does after its trunk, as a function of the trunk's output [..., D].
 
-    def __init__(self, original: nn.Module | None, parts: dict[str, "_PassThrough"] | None = None):
-        self._original = original
-        self.__dict__.update(parts or {})
+    The projection called `skipped`, the owner's or the trunk's, then returns what it is given.
+    """
 
-    def __call__(self, given: mx.array, *args, **kwargs) -> mx.array:
+    def __init__(self, owner: nn.Module, trunk_name: str, skipped: str | None = None):
+        passing = {skipped: _PassOn()} if skipped else {}
+        self._trunk = _StandIn(getattr(owner, trunk_name), passing)
+        self._owner = _with_parts(owner, {trunk_name: self._trunk} | (passing if skipped in owner else {}))
+
+    def __call__(self, output: mx.array) -> mx.array:
+        self._trunk.output = output.reshape(1, -1, output.shape[-1])
+        logits = self._owner(mx.zeros(self._trunk.output.shape[:2], mx.int32))  # tokens that nobody reads
+        self._trunk.output = None
+        return logits.reshape(*output.shape[:-1], -1)
+
+
+class _StandIn:
+    """Answers `output` in the place of a trunk, and lends the trunk's attributes (a tied embedding) but for `parts`."""
+
+    def __init__(self, trunk: nn.Module, parts: dict[str, "_PassOn"]):
+        self._trunk, self.output = trunk, None
+        self.__dict__.update(parts)
+
+    def __call__(self, *args, **kwargs) -> mx.array:
+        return self.output
+
+    def __getattr__(self, name: str):
+        return getattr(self._trunk, name)
+
+
+class _PassOn:
+    """A projection that returns what it is given."""
+
+    def __call__(self, given: mx.array) -> mx.array:
         return given
 
     as_linear = __call__
-
-    def __getattr__(self, name: str):
-        return getattr(self._original, name)
 
 
 def _find_trunk(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -170,7 +191,7 @@ def _required_arguments(trunk: nn.Module) -> int:
     return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
 
-def _with_parts(owner: nn.Module, parts: dict[str, _PassThrough]) -> nn.Module:
+def _with_parts(owner: nn.Module, parts: dict[str, _StandIn | _PassOn]) -> nn.Module:
     """A view of `owner` with other parts; every remaining one is shared with the original."""
     view = type(owner).__new__(type(owner))
     nn.Module.__init__(view)
@@ -225,7 +246,9 @@ def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> Spl
         split = SplitModel(model, name)
         add_adapters(split, table, seed)
     if split.head_matrix() is None:
-        raise ModelError(f"{name}: a student's head must be one plain matrix, this family scales, caps or biases it; choose a Llama or Qwen")
+        raise ModelError(
+            f"{name}: a student's head must be one plain matrix, this family scales, caps or biases it; choose a Llama or Qwen"
+        )
     split.stored_dtype = stored_dtype
     return split
 
@@ -251,7 +274,9 @@ def _load(folder: Path, name: str, lazy: bool) -> tuple[nn.Module, dict]:
     try:
         return mlx_lm.utils.load_model(folder, lazy=lazy)
     except FileNotFoundError as error:
-        raise ModelError(f"{name}: no weights to load in {folder} ({error}); a model folder holds config.json and model*.safetensors") from None
+        raise ModelError(
+            f"{name}: no weights to load in {folder} ({error}); a model folder holds config.json and model*.safetensors"
+        ) from None
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{name}: mlx-lm cannot load {folder}: {reason}") from None

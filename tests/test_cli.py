@@ -1,0 +1,178 @@
+"""What a person reads who made a mistake: one line that says where, what was asked, what was found and what to do. Exit code 2."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("run", "show", "eval", "report", "doctor")
+
+
+@pytest.fixture(scope="module")
+def world(tiny_recipe, tmp_path_factory) -> Path:
+    """Wrong data and wrong models beside the tiny world."""
+    from conftest import byte_tokenizer
+    from tiny import model_folder
+
+    root = tmp_path_factory.mktemp("wrong")
+    lines = (tiny_recipe.parent / "rows.jsonl").read_text().splitlines()
+    (root / "torn.jsonl").write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
+    (root / "columns.jsonl").write_text("".join(json.dumps({"question": "a", "cot": "b", "answer": "c"}) + "\n" for _ in lines))
+    (root / "plain.jsonl").write_text("".join(json.dumps(json.loads(line) | {"cot": ""}) + "\n" for line in lines))
+    (root / "empty").mkdir()
+    model_folder(root / "foreign", byte_tokenizer("qwen2_5", merges=(("a", "b"),)), layers=1)
+    (root / "typo.toml").write_text(tiny_recipe.read_text().replace("fraction = 0.5", "fracton = 0.5"))
+    (root / "broken.toml").write_text("[data\n")
+    shutil.copytree(tiny_recipe.parent / "teacher", root / "torn-model")
+    (root / "torn-model" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    shutil.copytree(tiny_recipe.parent / "teacher", root / "no-tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (root / "no-tokenizer" / name).unlink()
+    return root
+
+
+@pytest.fixture
+def error_of(tiny_recipe, world, command_line, tmp_path, monkeypatch):
+    """The one line that a command ends with; `{tiny}`, `{wrong}`, `{out}` stand for folders and `RECIPE` for the tiny recipe."""
+
+    def error_of(*words: str) -> str:
+        places = {"tiny": tiny_recipe.parent, "wrong": world, "out": tmp_path}
+        filled = [str(tiny_recipe) if word == "RECIPE" else word.format(**places) for word in words]
+        result = command_line(*filled, *(["--set", f"run.folder={tmp_path}"] if filled[0] == "run" else []))
+        assert "Traceback" not in result.out + result.err, result.err
+        lines = result.err.strip().splitlines()
+        assert (result.code, len(lines)) == (2, 1), (result.code, result.out, result.err)
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return error_of
+
+
+ERRORS = {
+    "missing recipe": (("run", "{tiny}/tinny.toml"), ("no recipe at {tiny}/tinny.toml", "did you mean {tiny}/tiny.toml?")),
+    "recipe typo": (("run", "{wrong}/typo.toml"), ("{wrong}/typo.toml: [truncation]", "'fracton'", "did you mean 'fraction'?", "Choices: keep")),
+    "not a recipe": (("run", "{wrong}/broken.toml"), ("{wrong}/broken.toml: not valid TOML",)),
+    "wrong --set": (("run", "RECIPE", "--set", "optim.steps=few"), ("[optim] steps", "a valid integer", "found 'few'")),
+    "missing data file": (("run", "RECIPE", "--set", "data.source={tiny}/row.jsonl"),
+                          ("data.source: {tiny}/row.jsonl is not there", "rows.jsonl", "name a .jsonl")),
+    "wrong column": (("run", "RECIPE", "--set", "data.source={wrong}/columns.jsonl"),
+                     ("columns.jsonl, line 1", "no column 'prompt'", "found question, cot, answer", "data.prompt_column")),
+    "unreadable row": (("run", "RECIPE", "--set", "data.source={wrong}/torn.jsonl"),
+                       ("torn.jsonl, line 4", "not readable as JSON", "correct or delete the line")),
+    "no reasoning in any row": (("run", "RECIPE", "--set", "data.source={wrong}/plain.jsonl"),
+                                ("plain.jsonl: no usable example", "24 × no reasoning", "check data.format")),
+    "too few rows": (("run", "RECIPE", "--set", "data.validation_examples=100"),
+                     ("asked for 100 validation", "lower data.validation_examples")),
+    "model folder not found": (("run", "RECIPE", "--set", "student.model={tiny}/nobody"),
+                               ("model '{tiny}/nobody'", "no such file or folder", "check the path")),
+    "not a model": (("run", "RECIPE", "--set", "student.model={wrong}/empty"),
+                    ("model '{wrong}/empty'", "no config.json", "name a folder in Hugging Face layout")),
+    "a model without tokenizer": (("run", "RECIPE", "--set", "student.model={wrong}/no-tokenizer"),
+                                  ("tokenizer in {wrong}/no-tokenizer", "no tokenizer.json", "copy it")),
+    "a model that does not load": (("run", "RECIPE", "--set", "student.model={wrong}/torn-model"), ("{wrong}/torn-model",)),
+    "hub id offline": (("run", "RECIPE", "--set", "teacher.model=nobody/nothing"),
+                       ("model 'nobody/nothing'", "cannot be fetched", "go online once, or give a local folder")),
+    "hub data offline": (("run", "RECIPE", "--set", "data.source=nobody/nothing"), ("data.source: nobody/nothing", "could not be loaded from the hub", "name a local .jsonl")),
+    "vocabulary mismatch": (("run", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
+                            ("teacher and student do not share a vocabulary: token ", "in the teacher's", "in the student's", "one family")),
+    "unknown task": (("run", "RECIPE", "--set", "eval.task=gsm9k:x.jsonl"), ("no task 'gsm9k:x.jsonl'", "did you mean gsm8k:PATH", "Choices")),
+    "missing task file": (("run", "RECIPE", "--set", "eval.task=jsonl:{tiny}/row.jsonl"),
+                          ("no task file at {tiny}/row.jsonl", "did you mean {tiny}/rows.jsonl?")),
+    "report on a missing run": (("report", "{out}/none"), ("no run in {out}/none", "does not exist", "name a folder that `mlx-distill run` wrote")),
+    "unknown backend": (("run", "RECIPE", "--backend", "jax"), ("--backend jax", "auto, mlx")),
+    "eval of nothing": (("eval", "{out}/none", "--task", "jsonl:{tiny}/rows.jsonl"), ("model '{out}/none'", "check the path")),
+    "eval with a wrong setting": (("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"), ("did you mean 'examples'?",)),
+    "eval of an unknown task": (("eval", "{tiny}/teacher", "--task", "embedded:none"), ("no embedded task 'none'", "did you mean")),
+    "show beyond the last": (("show", "RECIPE", "--example", "99"), ("no training example 99; there are 1 to 20",)),
+    "show of a missing recipe": (("show", "{tiny}/none.toml"), ("no recipe at",)),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_mistake_is_one_line_and_exit_code_2(case, error_of, tiny_recipe, world, tmp_path):
+    words, parts = ERRORS[case]
+    message = error_of(*words)
+    for part in parts:
+        assert part.format(tiny=tiny_recipe.parent, wrong=world, out=tmp_path) in message, message
+
+
+def test_an_unfinished_run_has_no_student_to_score(error_of, tiny_recipe, command_line, tmp_path):
+    command_line("run", tiny_recipe, "--set", f"run.folder={tmp_path}", at="mlx_distill.pipeline:prepare")
+    message = error_of("eval", "{out}/tiny", "--task", "jsonl:{tiny}/rows.jsonl")
+    assert f"{tmp_path}/tiny holds a run without a finished student" in message
+
+
+def test_a_mistake_in_a_second_run_leaves_the_finished_one(error_of, tiny_recipe, command_line, tmp_path):
+    assert command_line("run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task=").code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert "optim.steps: 6 → 5" in error_of("run", "RECIPE", "--set", "eval.task=", "--set", "optim.steps=5")
+    error_of("run", "RECIPE", "--set", "eval.task=", "--fresh", "--set", "student.model=nobody/nothing")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_student_and_a_run_are_scored(tiny_recipe, command_line, tmp_path):
+    assert command_line("run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task=").code == 0
+    words = ("--task", f"jsonl:{tiny_recipe.parent}/rows.jsonl", "--set", "examples=2", "--set", "max_new_tokens=3")
+    results = [command_line("eval", name, *words) for name in (tmp_path / "tiny", tmp_path / "tiny" / "student")]
+    assert [result.code for result in results] == [0, 0], results[0].err
+    for result in results:
+        assert "2 problems" in result.out and "95 % interval" in result.out and "unfinished" in result.out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, command_line):
+    result = command_line(command, "--help")
+    assert result.code == 0 and "Usage" in result.out and "--help" in result.out
+
+
+def test_help_names_every_command(command_line):
+    result = command_line("--help")
+    assert result.code == 0 and all(command in result.out for command in COMMANDS)
+    assert command_line("--version").out.strip().count(".") == 2
+
+
+# what is imported when
+
+WATCHED = """
+import sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("mlx", "torch", "transformers"):
+            frame = sys._getframe(1)
+            while "importlib" in frame.f_code.co_filename:
+                frame = frame.f_back
+            asked.append((name, "mlx_distill" in frame.f_globals.get("__name__", "")))
+asked = []
+sys.meta_path.insert(0, Watch())
+sys.argv = ["mlx-distill", {words}]
+try:
+    {code}
+except SystemExit:
+    pass
+print("IMPORTED", sorted({{name for name in ("mlx", "torch", "transformers") if name in sys.modules}}))
+print("OURS", sorted({{name for name, ours in asked if ours}}))
+"""
+MAIN = "from mlx_distill.cli import main; main()"
+
+
+def imported(words: str, code: str) -> tuple[str, str]:
+    """(of mlx, torch and transformers those imported, those imported by a module of ours)."""
+    result = subprocess.run([sys.executable, "-c", WATCHED.format(words=words, code=code)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    return lines[-2].removeprefix("IMPORTED "), lines[-1].removeprefix("OURS ")
+
+
+def test_help_and_recipes_import_no_framework(tiny_recipe):
+    assert imported("'--help'", MAIN) == ("[]", "[]")
+    assert imported("", f"from pathlib import Path; from mlx_distill.recipe import load_recipe; load_recipe(Path({str(tiny_recipe)!r}))") == ("[]", "[]")
+
+
+def test_show_imports_no_framework_itself(tiny_recipe):
+    """transformers reads the tokenizer, and may itself look at torch where that is installed."""
+    found, ours = imported(f"'show', {str(tiny_recipe)!r}", MAIN)
+    assert ours == "['transformers']"
+    assert "mlx" not in found

@@ -1,0 +1,78 @@
+"""Operations of a step, against counts done by hand."""
+
+import numpy as np
+import pytest
+from tiny import llama_config
+
+from mlx_distill.data.batches import Step, make_batch
+from mlx_distill.data.sequences import TokenSequence
+from mlx_distill.flops import Shape, step_flops, total_flops
+
+CONFIG = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 5,
+          "intermediate_size": 16, "vocab_size": 50}
+SHAPE = Shape(8, 3, 4, 2, 5, 16, 50)
+MATRICES = 3 * (2 * 8 * 20 + 2 * 8 * 10 + 3 * 8 * 16)  # q and o, k and v, the three of the MLP: 2,592 weights
+ATTENTION = 3 * 4 * 5 * 2  # a layer's heads · head_dim · (QKᵀ and PV), times 2 · T²/2
+
+
+def step(lengths: list[int]) -> Step:
+    """Every token but the first carries loss; two micro-batches."""
+    sequences = [TokenSequence(str(n), np.ones(n, np.int32), 0, n, np.ones(n, bool)) for n in lengths]
+    batches = make_batch(sequences[:1], ("cot",), 8), make_batch(sequences[1:], ("cot",), 8)
+    return Step(0, batches, float(sum(lengths) - len(lengths)), sum(lengths))
+
+
+def test_shape_of_a_config():
+    assert Shape.of(CONFIG) == SHAPE
+    plain = {key: value for key, value in CONFIG.items() if key not in ("num_key_value_heads", "head_dim")}
+    assert Shape.of(plain) == Shape(8, 3, 4, 4, 2, 16, 50)
+    assert Shape.of(CONFIG | {"num_experts": 8}) is None and Shape.of(CONFIG | {"num_local_experts": 8}) is None
+    for key in plain:
+        assert Shape.of({name: value for name, value in CONFIG.items() if name != key}) is None
+
+
+def test_a_full_step_by_hand():
+    trunk = 2 * MATRICES * (6 + 4 + 10) + ATTENTION * (36 + 16 + 100)
+    head = 2 * 8 * 50 * (5 + 3 + 9)
+    assert step_flops(step([6, 4, 10]), None, SHAPE, full=True) == {"student": 3 * trunk, "head": 3 * head}
+    teacher = Shape(16, 1, 2, 2, 8, 32, 50)
+    teacher_trunk = 2 * (4 * 16 * 16 + 3 * 16 * 32) * 20 + 1 * 2 * 8 * 2 * 152
+    assert step_flops(step([6, 4, 10]), teacher, SHAPE, full=True) == {
+        "teacher": teacher_trunk, "student": 3 * trunk, "head": 3 * head + 2 * 16 * 50 * 17,
+    }
+
+
+def test_frozen_matrices_have_no_gradient_of_their_own_but_attention_has():
+    matrices, attention, head = 2 * MATRICES * 20, ATTENTION * 152, 2 * 8 * 50 * 17
+    full, lora = (step_flops(step([6, 4, 10]), None, SHAPE, full=on) for on in (True, False))
+    assert lora == {"student": 2 * matrices + 3 * attention, "head": 2 * head}
+    assert 2 / 3 < lora["student"] / full["student"] < 1 and lora["head"] / full["head"] == pytest.approx(2 / 3)
+
+
+def test_six_n_d():
+    """A real shape at a short length costs about 6 operations per weight and token."""
+    shape = Shape(1024, 28, 16, 8, 128, 3072, 151_936)
+    weights = 28 * (1024 * 128 * (2 * 16 + 2 * 8) + 3 * 1024 * 3072) + 1024 * 151_936
+    parts = step_flops(step([256, 256]), None, shape, full=True)
+    assert sum(parts.values()) == pytest.approx(6 * weights * 512, rel=0.05)
+
+
+def test_half_the_length_costs_a_little_less_than_half():
+    """The paper counts 0.47 to 0.48 at 4k tokens for an 8B teacher and a 4B student."""
+    teacher, student = Shape(4096, 36, 32, 8, 128, 12288, 151_936), Shape(2560, 36, 32, 8, 128, 9728, 151_936)
+    whole, half = (sum(step_flops(step([n, n]), teacher, student, full=True).values()) for n in (4096, 2048))
+    assert 0.46 < half / whole < 0.49
+
+
+def test_padding_is_not_counted():
+    assert step([6, 4, 10]).batches[1].tokens.shape == (2, 16)
+    shape = Shape.of(llama_config())
+    assert shape == Shape(32, 2, 4, 2, 8, 64, 288)
+    alone = step_flops(step([5, 3]), None, shape, full=True)
+    assert alone["student"] == 3 * (shape.trunk([5]) + shape.trunk([3]))
+
+
+def test_totals():
+    rows = [{"flops": {"student": 1.0, "head": 2.0}}, {"loss": 1}, {"flops": {"student": 3.0, "teacher": 4.0}}]
+    assert total_flops(rows) == {"student": 4.0, "head": 2.0, "teacher": 4.0, "total": 10.0}
+    assert total_flops([{"loss": 1}, {"flops": {}}]) == {}

@@ -1,0 +1,262 @@
+"""Recipes are loaded strictly: what cannot be run as written is refused in one line that says where and what to do."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mlx_distill.embedded import task
+from mlx_distill.errors import NotFound, RecipeError
+from mlx_distill.recipe import OUTSIDE_DIGEST, Recipe, eval_table, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+FIELDS = [(table, field) for table, part in Recipe.model_fields.items() for field in part.annotation.model_fields]
+MINIMAL = '[data]\nsource = "rows.jsonl"\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "mine.toml") -> Path:
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def load(write, text: str = "", *overrides: str) -> Recipe:
+    return load_recipe(write(MINIMAL + text), overrides)
+
+
+def refused(write, text: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        load(write, text, *overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+# unknown names
+
+
+def test_an_unknown_field_is_refused_with_table_field_nearest_name_and_choices(write):
+    message = refused(write, "[truncation]\nfracton = 0.5\n")
+    assert message.startswith(f"{write('x').parent / 'mine.toml'}: [truncation] has no field 'fracton'; did you mean 'fraction'? ")
+    assert message.endswith("Choices: keep, span, fraction, max_tokens, context, token_share")
+
+
+def test_an_unknown_table_is_refused_likewise(write):
+    message = refused(write, "[optimizer]\nsteps = 5\n")
+    assert "no table [optimizer] in a recipe; did you mean 'optim'? Choices: teacher, student, data," in message
+    assert "no table [steps]" in refused(write, "", "steps.x=1")
+
+
+def test_a_name_unlike_any_gets_the_choices_alone(write):
+    assert "has no field 'zzzz'; Choices: name, folder" in refused(write, "[run]\nzzzz = 1\n")
+
+
+def test_a_field_outside_of_its_table_is_refused(write, tmp_path):
+    (tmp_path / "mine.toml").write_text("teacher = 3\n" + MINIMAL)
+    with pytest.raises(RecipeError, match=r"\[teacher\] must be a table, found 3"):
+        load_recipe(tmp_path / "mine.toml")
+
+
+# values
+
+
+@pytest.mark.parametrize(("text", "where", "expected", "found"), [
+    ("[optim]\nsteps = 6.5\n", "[optim] steps", "a valid integer", "6.5"),
+    ("[optim]\nsteps = 6.0\n", "[optim] steps", "a valid integer", "6.0"),
+    ('[optim]\nsteps = "6"\n', "[optim] steps", "a valid integer", "'6'"),
+    ("[optim]\nsteps = true\n", "[optim] steps", "a valid integer", "True"),
+    ('[optim]\nlearning_rate = "1e-3"\n', "[optim] learning_rate", "a valid number", "'1e-3'"),
+    ("[student]\ngradient_checkpointing = 1\n", "[student] gradient_checkpointing", "a valid boolean", "1"),
+    ('[eval]\nscore_base = "no"\n', "[eval] score_base", "a valid boolean", "'no'"),
+    ("[run]\nname = 3\n", "[run] name", "a valid string", "3"),
+    ('[objective]\nsegments = "cot"\n', "[objective] segments", "a list", "'cot'"),
+    ("[objective]\nsegments = []\n", "[objective] segments", "a list of at least 1", "[]"),
+    ("[student]\ntuning='lora'\nlora_targets = [1]\n", "[student] lora_targets[0]", "a valid string", "1"),
+    ("where = {level = 3}\n", "[data] where[level]", "a valid string", "3"),
+    ("[truncation]\nfraction = 0.0\n", "[truncation] fraction", "greater than 0", "0.0"),
+    ("[truncation]\nfraction = 1.01\n", "[truncation] fraction", "less than or equal to 1", "1.01"),
+    ("[batch]\nmicro_batch_size = 0\n", "[batch] micro_batch_size", "greater than or equal to 1", "0"),
+    ("[optim]\nlearning_rate = nan\n", "[optim] learning_rate", "a finite number", "nan"),
+    ("[objective]\nkd_weight = -0.1\n", "[objective] kd_weight", "greater than or equal to 0", "-0.1"),
+    ("[teacher]\nquantize_bits = 5\n", "[teacher] quantize_bits", "0, 4, 6 or 8", "5"),
+    ('[optim]\noptimizer = "sgd"\n', "[optim] optimizer", "'adamw', 'adafactor' or 'lion'", "'sgd'"),
+])
+def test_a_value_that_does_not_fit_is_refused_with_what_was_expected(write, text, where, expected, found):
+    assert f"mine.toml: {where} should be {expected}" in refused(write, text)
+    assert f", found {found}" in refused(write, text)
+
+
+def test_a_wrong_choice_gets_the_nearest(write):
+    assert refused(write, '[objective]\ndivergence = "foward_kl"\n').endswith("; did you mean 'forward_kl'?")
+    assert "[objective] segments[1] should be 'prompt', 'cot' or 'answer', found 'answr'; did you mean 'answer'?" in refused(
+        write, '[objective]\nsegments = ["cot", "answr"]\n')
+
+
+def test_a_whole_number_is_a_number(write):
+    assert load(write, "[objective]\ntemperature = 2\n").objective.temperature == 2.0
+
+
+# contradictions
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('[student]\nmodel = ""\n', "[student] model is empty"),
+    ('[teacher]\nmodel = ""\n', "name a teacher or set kd_weight = 0"),
+    ('[truncation]\nkeep = "cot"\nfraction = 0.5\n', "set fraction = 1.0"),
+    ("[batch]\nmicro_batch_size = 16\n", "micro_batch_size 16 exceeds global_batch_size 8"),
+    ('[run]\nkeep_checkpoints = "last"\n', 'set export = "last" or keep_checkpoints = "last_and_best"'),
+    ("[eval]\nsamples = 4\n", "raise temperature"),
+])
+def test_contradictions_are_refused_with_advice(write, text, said):
+    message = refused(write, text)
+    assert "mine.toml: [" in message and said in message
+
+
+def test_a_recipe_without_data_is_refused(write):
+    with pytest.raises(RecipeError, match=r"\[data\] source is empty"):
+        load_recipe(write('[data]\nsource = ""\n'))
+
+
+UNREAD = {
+    ("objective", "jsd_beta", "0.3"): 'divergence="jsd"',
+    ("student", "rank", "4"): 'tuning="lora"', ("student", "alpha", "8.0"): 'tuning="dora"',
+    ("student", "lora_layers", "1"): 'tuning="lora"', ("student", "lora_targets", '["q_proj"]'): 'tuning="lora"',
+    ("optim", "beta1", "0.8"): 'optimizer="lion"', ("optim", "beta2", "0.99"): 'optimizer="adamw"', ("optim", "eps", "1e-6"): 'optimizer="adamw"',
+    ("eval", "top_p", "0.9"): "temperature=0.7",
+    ("data", "prompt_column", '"q"'): 'format="gsm8k"', ("data", "cot_column", '"c"'): 'format="columns"',
+    ("data", "answer_column", '"a"'): 'format="columns"', ("data", "response_column", '"r"'): 'format="response"',
+    ("data", "messages_column", '"m"'): 'format="conversations"', ("teacher", "quantize_bits", "4"): 'model="some"',
+}
+UNREAD_WITH = {"objective": 'objective.divergence="reverse_kl"', "student": 'student.tuning="full"', "optim": 'optim.optimizer="adafactor"',
+               "eval": "eval.temperature=0.0"}
+
+
+@pytest.mark.parametrize(("table", "field", "value"), UNREAD)
+def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
+    reader = f"{table}.{UNREAD[table, field, value]}"
+    other = {"prompt_column": 'data.format="messages"', "cot_column": 'data.format="gsm8k"', "answer_column": 'data.format="response"',
+             "response_column": 'data.format="columns"', "messages_column": 'data.format="columns"', "quantize_bits": "teacher.model="}
+    deaf = (other.get(field) or UNREAD_WITH[table], "objective.kd_weight=0.0")
+    assert getattr(getattr(load(write, "", reader, f"{table}.{field}={value}"), table), field) == tomllib.loads(f"x={value}")["x"] or field == "lora_targets"
+    message = refused(write, "", *deaf, f"{table}.{field}={value}")
+    assert f"[{table}] {field} is set but nothing reads it here: " in message
+    assert load(write, "", *deaf)
+
+
+# --set
+
+
+@pytest.mark.parametrize(("override", "table", "field", "value"), [
+    ("optim.steps=7", "optim", "steps", 7), ("optim.learning_rate = 5e-4", "optim", "learning_rate", 5e-4),
+    ("run.name=first-try", "run", "name", "first-try"), ('run.name="quoted"', "run", "name", "quoted"), ("run.name=a=b", "run", "name", "a=b"),
+    ("data.source=models/a b.jsonl", "data", "source", "models/a b.jsonl"), ("eval.score_base=false", "eval", "score_base", False),
+    ('objective.segments=["cot","answer"]', "objective", "segments", ("cot", "answer")),
+    ('data.where={level="hard"}', "data", "where", {"level": "hard"}), ("eval.task=", "eval", "task", ""),
+])
+def test_set_overrides_one_field(write, override, table, field, value):
+    assert getattr(getattr(load(write, '[run]\nname = "one"\n', override), table), field) == value
+
+
+def test_the_last_set_wins_and_passes_the_same_checks(write):
+    assert load(write, "[optim]\nsteps = 1\n", "optim.steps=2", "optim.steps=3").optim.steps == 3
+    assert "[optim] steps should be a valid integer, found 'many'" in refused(write, "", "optim.steps=many")
+    assert "did you mean 'fraction'" in refused(write, "", "truncation.fractoin=0.5")
+    assert "micro_batch_size 9 exceeds" in refused(write, "", "batch.micro_batch_size=9")
+
+
+@pytest.mark.parametrize("override", ["steps=3", "optim.steps", "optim.=3", "=3", "optim", ""])
+def test_a_set_of_another_form_is_refused_with_an_example(write, override):
+    assert refused(write, "", override) == f"--set {override}: expected table.field=value, for example --set truncation.fraction=0.25"
+
+
+def test_settings_of_eval_pass_the_same_checks():
+    assert eval_table(("examples=7", "temperature=0.5")).examples == 7
+    for settings, said in ((("exampels=7",), "did you mean 'examples'"), (("examples=0",), "greater than or equal to 1"),
+                           (("samples=3",), "raise temperature"), (("7",), "expected")):
+        with pytest.raises(RecipeError, match=said):
+            eval_table(settings)
+
+
+# files
+
+
+def test_a_missing_file_names_its_neighbour(write, tmp_path):
+    write(MINIMAL, "cot50.toml")
+    with pytest.raises(NotFound) as error:
+        load_recipe(tmp_path / "cot5.toml")
+    assert str(error.value) == f"no recipe at {tmp_path / 'cot5.toml'}; did you mean {tmp_path / 'cot50.toml'}?"
+    with pytest.raises(NotFound, match="recipes/ has examples"):
+        load_recipe(tmp_path / "nothing" / "like-it.toml")
+    with pytest.raises(NotFound):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"[data\n", b"[data]\nsource = rows\n", b"[data]\n[data]\n", b"\xff\xfe"])
+def test_a_file_that_is_not_toml_is_refused_with_the_place(tmp_path, text):
+    (tmp_path / "bad.toml").write_bytes(text)
+    with pytest.raises(RecipeError, match=r"bad\.toml: not valid TOML: "):
+        load_recipe(tmp_path / "bad.toml")
+
+
+def test_a_recipe_without_a_name_is_called_after_its_file(write):
+    assert load_recipe(write(MINIMAL, "cot50.toml")).run.name == "cot50"
+    assert load_recipe(write(MINIMAL + '[run]\nname = "other"\n', "cot50.toml")).run.name == "other"
+
+
+# digest and text
+
+
+def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(write):
+    recipe = load(write)
+    for same in ("run.name=x", "run.folder=elsewhere", 'eval.compare=["a"]', "optim.steps=0"):
+        assert load(write, "", same).digest() == recipe.digest()
+    for other in ("run.seed=1", "optim.steps=1", "eval.examples=1", "teacher.revision=x", 'data.where={a="b"}'):
+        assert load(write, "", other).digest() != recipe.digest()
+    assert re.fullmatch("[0-9a-f]{16}", recipe.digest())
+    assert {"run": {"name", "folder"}, "eval": {"compare"}} == OUTSIDE_DIGEST
+
+
+def test_the_resolved_text_loads_as_an_equal_recipe(write, tmp_path):
+    recipe = load(write, '[objective]\nsegments = ["prompt", "answer"]\n', 'data.where={"odd key"="ü\\"\\n"}', "optim.eps=1e-12", "run.name=a b",
+                  'eval.compare=["runs/one"]')
+    assert load_recipe(write(recipe.toml(), "again.toml")) == recipe
+    assert set(tomllib.loads(recipe.toml())) == set(Recipe.model_fields)
+
+
+def test_differences_name_each_field_of_the_digest_once(write):
+    recipe = load(write)
+    other = load(write, "", "optim.steps=3", 'objective.segments=["cot","answer"]', "run.folder=elsewhere")
+    assert recipe.differences(other) == ["objective.segments: ['cot'] → ['cot', 'answer']", "optim.steps: 0 → 3"]
+    assert recipe.differences(recipe) == []
+
+
+# the recipes that come with the program
+
+
+def test_the_reference_is_the_defaults_field_by_field_with_a_comment_each():
+    path = RECIPES / "reference.toml"
+    text = path.read_text()
+    written = tomllib.loads(text)
+    assert sorted((table, field) for table, fields in written.items() for field in fields) == sorted(FIELDS)
+    for table, field in FIELDS:
+        default = Recipe.model_fields[table].annotation.model_fields[field].default
+        if (table, field) == ("data", "source"):
+            default = default or f"embedded:{task.NAME}"
+        expected = list(default) if isinstance(default, tuple) else default
+        assert (written[table][field], type(written[table][field])) == (expected, type(expected)), (table, field)
+    for line in text.splitlines():
+        assert not line or line.startswith("[") or "#" in line, line
+    assert load_recipe(path).run.name == "reference"
+
+
+def test_no_default_is_none():
+    assert all(Recipe.model_fields[table].annotation.model_fields[field].default is not None for table, field in FIELDS)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_loads(path):
+    assert load_recipe(path).data.source
