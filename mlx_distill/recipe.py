@@ -51,7 +51,7 @@ class StudentTable(Table):
 
 
 class DataTable(Table):
-    source: str = ""  # file, hub dataset id, or embedded:NAME
+    source: str = "embedded:dial"  # file, hub dataset id, or embedded:NAME
     config: str = ""  # hub dataset configuration
     split: str = "train"
     format: Literal["columns", "response", "messages", "conversations", "gsm8k"] = "columns"
@@ -175,7 +175,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
     teacher, objective, truncation = recipe.teacher, recipe.objective, recipe.truncation
     return [
         (not recipe.student.model, "[student] model is empty: name a hub id, a folder, a .gguf or embedded:student"),
-        (not recipe.data.source, "[data] source is empty: name a file, a hub dataset or embedded:chain"),
+        (not recipe.data.source, "[data] source is empty: name a file, a hub dataset or embedded:dial"),
         (not teacher.model and objective.kd_weight > 0,
          f"[teacher] model is empty but [objective] kd_weight is {objective.kd_weight}: name a teacher or set kd_weight = 0"),
         (truncation.keep == "cot" and truncation.fraction != 1,

@@ -2,7 +2,7 @@
 
 Each field has a case: another value, and what must be set beside it for the field to matter. The tiny pipeline runs with the
 companions alone and with the field on top; the two outcomes must differ in a student's byte, a row of a log, a score, the list of
-files, where they lie, what the report says beside, or in a recorded call where a field is about speed, memory or a hub alone.
+files, where they lie, what the report says beside, a generated token, or in a recorded call where a field is about speed, memory or a hub alone.
 """
 
 import hashlib
@@ -65,11 +65,11 @@ CASES = {
     "data.where": ('{{kind="odd"}}', ("data.source={root}/many.jsonl",)),
     "data.train_examples": ("5", ()),
     "data.validation_examples": ("3", ()),
-    "data.longest_tokens": ("80", ()),
+    "data.longest_tokens": ("137", ()),
     "truncation.keep": ("suffix", ()),
     "truncation.span": ("cot", ()),
     "truncation.fraction": ("0.9", ()),
-    "truncation.max_tokens": ("40", ()),
+    "truncation.max_tokens": ("88", ()),
     "truncation.context": ("keep", ("truncation.keep=suffix",)),
     "truncation.token_share": ("0.5", ()),
     "objective.segments": ('["prompt"]', ()),
@@ -151,6 +151,7 @@ def calls(monkeypatch, world) -> set:
     generate = importlib.import_module("mlx_lm.generate")  # mlx_lm has a function of that name
     names = list(inspect.signature(mlx_backend.kd_loss).parameters)
     kd_loss, accumulate = mlx_backend.kd_loss, mlx_backend.MlxStudent.accumulate
+    generate_ids = mlx_backend.MlxModel.generate
     checkpoint_layers, generator = mlx_model.checkpoint_layers, generate.BatchGenerator
 
     def recorded_loss(*args, **kwargs):
@@ -161,6 +162,10 @@ def calls(monkeypatch, world) -> set:
         asked.add(("shape", batch.tokens.shape))
         return accumulate(self, batch, *rest)
 
+    def recorded_generate(*args):
+        asked.add(("generated", str(ids := generate_ids(*args))))
+        return ids
+
     def recorded_generator(*args, **kwargs):
         asked.add(("generator", kwargs["completion_batch_size"]))
         return generator(*args, **kwargs)
@@ -168,6 +173,7 @@ def calls(monkeypatch, world) -> set:
     monkeypatch.setattr("mlx_distill.report.html", lambda runs: "the page, which takes half of a tiny run's time")
     monkeypatch.setattr(mlx_backend, "kd_loss", recorded_loss)
     monkeypatch.setattr(mlx_backend.MlxStudent, "accumulate", recorded_accumulate)
+    monkeypatch.setattr(mlx_backend.MlxModel, "generate", recorded_generate)
     monkeypatch.setattr(generate, "BatchGenerator", recorded_generator)
     monkeypatch.setattr(mlx_model, "checkpoint_layers", lambda split: asked.add("checkpointing") or checkpoint_layers(split))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision, **_: (

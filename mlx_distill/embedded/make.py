@@ -45,8 +45,8 @@ class Plan:
 
 
 PLANS = {
-    "teacher": Plan("teacher", layers=4, width=128, heads=4, ffn=336, examples=8000, steps=400, batch=16, learning_rate=3e-3),
-    "student": Plan("base", layers=2, width=128, heads=4, ffn=336, examples=3000, steps=400, batch=16, learning_rate=3e-3),
+    "teacher": Plan("teacher", layers=4, width=128, heads=4, ffn=336, examples=8000, steps=700, batch=16, learning_rate=3e-3),
+    "student": Plan("base", layers=2, width=128, heads=4, ffn=336, examples=6000, steps=800, batch=16, learning_rate=3e-3),
 }
 
 

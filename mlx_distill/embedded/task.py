@@ -3,11 +3,11 @@
 In: a partition, a count and a seed. Out: `Example`s that never repeat. Decided here: the rules, how hard a problem is,
 which problems belong to which partition, and how reliable the writer of each partition's reasoning is.
 
-A prompt is a dial (a letter) and four counters (digits): `K3725`. Pulling lever a, b, c or d takes one from its counter
-and turns the dial 1, 5, 8 or 11 letters on, past Z to A. A step of the reasoning names the lever and writes the dial and
-the counters after it:
+A prompt is four counters (digits) and a dial (a letter): `3725K`. Pulling lever a, b, c or d takes one from its counter
+and turns the dial 1, 5, 8 or 11 letters on, past Z to A. A step of the reasoning names the lever and writes the counters
+and the dial after it:
 
-    K3725 -> cS3715 -> aT2715 -> ... -> dP0000, answer P
+    3725K -> c3715S -> a2715T -> ... -> d0000P, answer P
 
 Every order ends on the same letter, since turns commute; so up to four next steps are right and a teacher trained on all
 orders is uncertain by nature. Each step needs only the line before it, and there are 16 to 20 of them, so small errors
@@ -16,10 +16,10 @@ compound: 96 % right steps give half the answers, 90 % one in seven.
 Partitions (`teacher`, `base`, `train`, `held_out`) share no prompt, whatever the seeds and counts: a hash of the prompt
 says to which one it belongs. They differ in the hand that writes the reasoning:
 
-- `held_out` is right in every step.
-- `teacher` and `train` slip: with probability `SLIP_RATE[partition]` a turn ends on a wrong letter, uniformly among the 25,
-  and the writer goes on from there; the answer is where that writer's dial stopped. Levers and counters are always right.
-  `teacher` slips seldom and has many traces, `train`, which the student learns from, slips often and has few.
+- `teacher` and `held_out` are right in every step.
+- `train`, which the student learns from, slips: with probability `SLIP_RATE["train"]` a turn ends on a wrong letter,
+  uniformly among the 25, and the writer goes on from there; the answer is where that writer's dial stopped. Levers and
+  counters are always right. (The dial is written last, so that no slip can mislead a reader about the counters.)
 - `base` never slips but learned on a worn dial: from the letters of `WORN` the levers named there turn one letter too
   few. So a student base that has learned it well knows the format and every counter, and believes something wrong.
 """
@@ -38,7 +38,7 @@ DIAL = ascii_uppercase
 SHORTEST, LONGEST = 16, 20  # pulls
 SHARES = {"teacher": 128, "base": 48, "train": 32, "held_out": 48}  # of 256
 MOST = 9_000  # the smallest partition, train, holds 10,709 prompts
-SLIP_RATE = {"teacher": 0.1, "base": 0.0, "train": 0.3, "held_out": 0.0}
+SLIP_RATE = {"teacher": 0.0, "base": 0.0, "train": 0.3, "held_out": 0.0}
 WORN = {"base": {"c": "AEIO", "d": "AEIO"}}  # {partition: {lever: letters}}
 
 
@@ -103,5 +103,5 @@ def pull(dial: int, lever: int) -> int:
 
 
 def line(dial: int, counters: list[int]) -> str:
-    """A state as it is written: the dial's letter and the four counters."""
-    return DIAL[dial] + "".join(map(str, counters))
+    """A state as it is written: the four counters and the dial's letter."""
+    return "".join(map(str, counters)) + DIAL[dial]

@@ -236,6 +236,36 @@ def test_a_student_that_is_its_teacher_has_no_divergence(backend: Backend, root:
     assert np.abs(sums.kd).max() < 1e-5 and np.array_equal(sums.agree, sums.tokens)
 
 
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_bfloat16_is_for_computing_only(backend: Backend, root: Path, teacher: Teacher, tuning: str):
+    """What trains stays in float32, where a small update is not swallowed, and the gradient is nearly that of float32."""
+    half, single = (load_student(backend, root, tuning, compute_dtype=dtype) for dtype in ("bfloat16", "float32"))
+    before = weights(half)
+    assert {array.dtype for array in before.values()} == {np.dtype(np.float32)}
+    found, expected = gradients(half, teacher, [batch()]), gradients(single, teacher, [batch()])
+    assert_close(found, expected, 0.1)
+    with pytest.raises(AssertionError):
+        assert_close(found, expected, 1e-4)
+    small = load_student(backend, root, tuning, {"learning_rate": 1e-6, "optimizer": "lion"}, compute_dtype="bfloat16")
+    accumulate(small, teacher, [batch()])
+    small.apply(1e-6)
+    moved = np.concatenate([(weights(small)[key] != array).ravel() for key, array in before.items()])
+    assert moved.mean() > 0.5
+
+
+def test_the_model_at_rest_holds_its_own_weights(backend: Backend, root: Path, teacher: Teacher):
+    """Not those a forward pass was traced or computed with, even after a refusal in the middle of one."""
+    student, good = load_student(backend, root, compute_dtype="bfloat16"), batch()
+    bad, targets = dataclasses.replace(good, positions=good.positions + 1000), teacher.targets(good)
+    before = LOGITS[backend.name](student, [1, 2, 3])
+    for method, arguments in ((student.accumulate, (targets, KD, 1.0)), (student.score, (targets, KD))):
+        method(good, *arguments)
+        assert LOGITS[backend.name](student, [1, 2, 3]).tobytes() == before.tobytes()
+        with pytest.raises(IndexError):
+            method(bad, *arguments)
+        assert LOGITS[backend.name](student, [1, 2, 3]).tobytes() == before.tobytes()
+
+
 # Refusals
 
 

@@ -9,7 +9,7 @@ from mlx_distill.embedded import EMBEDDED, task
 from mlx_distill.errors import DataError
 
 TURN = {"a": 1, "b": 5, "c": 8, "d": 11}  # the rules once more, on purpose
-STEP = re.compile(r"([a-d])([A-Z])(\d)(\d)(\d)(\d)")
+STEP = re.compile(r"([a-d])(\d)(\d)(\d)(\d)([A-Z])")
 
 
 def replay(example):
@@ -17,10 +17,10 @@ def replay(example):
 
     A wrong turn is (lever, letter before, how many letters too far).
     """
-    dial, *counters = example.prompt
+    *counters, dial = example.prompt
     counters, wrong, lines = [int(digit) for digit in counters], [], example.cot.split("\n")
     for text in lines:
-        lever, after, *digits = STEP.fullmatch(text).groups()
+        lever, *digits, after = STEP.fullmatch(text).groups()
         assert counters["abcd".index(lever)] > 0, "the lever had no pulls left"
         counters["abcd".index(lever)] -= 1
         assert [int(digit) for digit in digits] == counters
@@ -35,7 +35,7 @@ def replay(example):
 
 def steps(example):
     """(lever, letter before it is pulled) of each step."""
-    letters = [example.prompt[0], *(text[1] for text in example.cot.split("\n"))]
+    letters = [example.prompt[-1], *(text[-1] for text in example.cot.split("\n"))]
     return zip((text[0] for text in example.cot.split("\n")), letters, strict=False)
 
 
@@ -52,7 +52,7 @@ def test_a_problem_is_what_it_was():
     assert (example.prompt, example.cot.split("\n")[:2], example.answer) == FIRST_HELD_OUT
 
 
-FIRST_HELD_OUT = ("O5850", ["cW5840", "bB5740"], "V")
+FIRST_HELD_OUT = ("8543T", ["a7543U", "c7533C"], "N")
 
 
 @pytest.mark.parametrize("partition", task.SHARES)
@@ -69,23 +69,23 @@ def test_partitions_share_no_prompt_whatever_the_seed():
     assert sum(task.SHARES.values()) == 256
 
 
-def test_every_clean_step_follows_from_the_one_before():
-    for example in task.generate("held_out", 500, 1):
+@pytest.mark.parametrize("partition", ["teacher", "held_out"])
+def test_every_clean_step_follows_from_the_one_before(partition):
+    for example in task.generate(partition, 500, 1):
         assert replay(example)[0] == []
 
 
 def test_a_clean_answer_does_not_depend_on_the_order():
     for example in task.generate("held_out", 200, 2):
-        dial, *counters = example.prompt
+        *counters, dial = example.prompt
         total = ord(dial) - 65 + sum(TURN[lever] * int(pulls) for lever, pulls in zip("abcd", counters, strict=True))
         assert example.answer == chr(65 + total % 26)
 
 
-@pytest.mark.parametrize("partition", ["teacher", "train"])
-def test_a_writer_slips_as_often_as_documented_and_to_any_letter(partition):
-    replays = [replay(example) for example in task.generate(partition, 3000, 0)]
+def test_a_writer_slips_as_often_as_documented_and_to_any_letter():
+    replays = [replay(example) for example in task.generate("train", 3000, 0)]
     wrong, turns = [slip for slips, _ in replays for slip in slips], sum(count for _, count in replays)
-    assert len(wrong) / turns == pytest.approx(task.SLIP_RATE[partition], abs=0.01)  # 54,000 turns: ± 0.002
+    assert len(wrong) / turns == pytest.approx(task.SLIP_RATE["train"], abs=0.01)  # 54,000 turns: ± 0.002
     seen = Counter(off for _, _, off in wrong)
     assert set(seen) == set(range(1, 26)) and max(seen.values()) < 1.5 * min(seen.values())
 
