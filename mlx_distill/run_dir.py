@@ -66,7 +66,8 @@ class RunFolder:
 
     def _refuse_foreign(self) -> None:
         names = {entry.name for entry in self.path.iterdir()}
-        if not (self.checkpoints.is_dir() and names & {"recipe.toml", "run.lock", ".recipe.toml.tmp"} or names == {"checkpoints"}):
+        begun = names & {"recipe.toml", "run.lock", ".recipe.toml.tmp"} or list(self.path.rglob("*")) == [self.checkpoints]
+        if not (begun and self.checkpoints.is_dir()):
             raise RunError(f"{self.path} is not empty and holds no run: choose another --set run.name=NAME or move it away")
 
     def _remove(self) -> None:

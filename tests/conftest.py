@@ -217,3 +217,29 @@ def command_line() -> Callable[..., SimpleNamespace]:
         yield command
         server.stdin.close()
         server.wait()
+
+
+@pytest.fixture(scope="session")
+def never_stopped(tiny_recipe, command_line, tmp_path_factory):
+    """mode → how a run ends that nothing stopped, made once."""
+    from endings import arguments, ending
+
+    kept = {}
+
+    def made(mode: str) -> dict:
+        if mode not in kept:
+            folder = tmp_path_factory.mktemp("never-stopped")
+            result = command_line(*arguments(tiny_recipe, folder, mode))
+            assert result.code == 0, result.err
+            kept[mode] = ending(folder / "tiny")
+        return kept[mode]
+
+    return made
+
+
+@pytest.fixture
+def run_tiny(tiny_recipe, command_line, tmp_path):
+    """Run `tiny.toml` in `tmp_path`; keywords say where to stop it."""
+    from endings import arguments
+
+    return lambda mode="full", **job: command_line(*arguments(tiny_recipe, tmp_path, mode), **job)

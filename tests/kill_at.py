@@ -18,7 +18,7 @@ import sys
 import tempfile
 
 import mlx_distill.backends.mlx.backend  # before anything else of MLX: it loads the BLAS
-import mlx_distill.pipeline
+import mlx_distill.pipeline  # noqa: F401
 from mlx_distill.cli import main
 
 

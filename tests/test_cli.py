@@ -53,7 +53,8 @@ def error_of(tiny_recipe, world, command_line, tmp_path, monkeypatch):
 
 ERRORS = {
     "missing recipe": (("run", "{tiny}/tinny.toml"), ("no recipe at {tiny}/tinny.toml", "did you mean {tiny}/tiny.toml?")),
-    "recipe typo": (("run", "{wrong}/typo.toml"), ("{wrong}/typo.toml: [truncation]", "'fracton'", "did you mean 'fraction'?", "Choices: keep")),
+    "recipe typo": (("run", "{wrong}/typo.toml"),
+                    ("{wrong}/typo.toml: [truncation]", "'fracton'", "did you mean 'fraction'?", "Choices: keep")),
     "not a recipe": (("run", "{wrong}/broken.toml"), ("{wrong}/broken.toml: not valid TOML",)),
     "wrong --set": (("run", "RECIPE", "--set", "optim.steps=few"), ("[optim] steps", "a valid integer", "found 'few'")),
     "missing data file": (("run", "RECIPE", "--set", "data.source={tiny}/row.jsonl"),
@@ -75,16 +76,21 @@ ERRORS = {
     "a model that does not load": (("run", "RECIPE", "--set", "student.model={wrong}/torn-model"), ("{wrong}/torn-model",)),
     "hub id offline": (("run", "RECIPE", "--set", "teacher.model=nobody/nothing"),
                        ("model 'nobody/nothing'", "cannot be fetched", "go online once, or give a local folder")),
-    "hub data offline": (("run", "RECIPE", "--set", "data.source=nobody/nothing"), ("data.source: nobody/nothing", "could not be loaded from the hub", "name a local .jsonl")),
+    "hub data offline": (("run", "RECIPE", "--set", "data.source=nobody/nothing"),
+                         ("data.source: nobody/nothing", "could not be loaded from the hub", "name a local .jsonl")),
     "vocabulary mismatch": (("run", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
-                            ("teacher and student do not share a vocabulary: token ", "in the teacher's", "in the student's", "one family")),
-    "unknown task": (("run", "RECIPE", "--set", "eval.task=gsm9k:x.jsonl"), ("no task 'gsm9k:x.jsonl'", "did you mean gsm8k:PATH", "Choices")),
+                            ("teacher and student do not share a vocabulary: token ", "in the teacher's", "in the student's",
+                             "one family")),
+    "unknown task": (("run", "RECIPE", "--set", "eval.task=gsm9k:x.jsonl"),
+                     ("no task 'gsm9k:x.jsonl'", "did you mean gsm8k:PATH", "Choices")),
     "missing task file": (("run", "RECIPE", "--set", "eval.task=jsonl:{tiny}/row.jsonl"),
                           ("no task file at {tiny}/row.jsonl", "did you mean {tiny}/rows.jsonl?")),
-    "report on a missing run": (("report", "{out}/none"), ("no run in {out}/none", "does not exist", "name a folder that `mlx-distill run` wrote")),
+    "report on a missing run": (("report", "{out}/none"),
+                                ("no run in {out}/none", "does not exist", "name a folder that `mlx-distill run` wrote")),
     "unknown backend": (("run", "RECIPE", "--backend", "jax"), ("--backend jax", "auto, mlx")),
     "eval of nothing": (("eval", "{out}/none", "--task", "jsonl:{tiny}/rows.jsonl"), ("model '{out}/none'", "check the path")),
-    "eval with a wrong setting": (("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"), ("did you mean 'examples'?",)),
+    "eval with a wrong setting": (("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"),
+                                  ("did you mean 'examples'?",)),
     "eval of an unknown task": (("eval", "{tiny}/teacher", "--task", "embedded:none"), ("no embedded task 'none'", "did you mean")),
     "show beyond the last": (("show", "RECIPE", "--example", "99"), ("no training example 99; there are 1 to 20",)),
     "show of a missing recipe": (("show", "{tiny}/none.toml"), ("no recipe at",)),
@@ -168,7 +174,8 @@ def imported(words: str, code: str) -> tuple[str, str]:
 
 def test_help_and_recipes_import_no_framework(tiny_recipe):
     assert imported("'--help'", MAIN) == ("[]", "[]")
-    assert imported("", f"from pathlib import Path; from mlx_distill.recipe import load_recipe; load_recipe(Path({str(tiny_recipe)!r}))") == ("[]", "[]")
+    code = f"from pathlib import Path; from mlx_distill.recipe import load_recipe; load_recipe(Path({str(tiny_recipe)!r}))"
+    assert imported("", code) == ("[]", "[]")
 
 
 def test_show_imports_no_framework_itself(tiny_recipe):

@@ -6,18 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
+from endings import STUDENT, arguments, assert_same
 
 from mlx_distill.run_dir import RunFolder
 
-SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
-MODES = {
-    "full": SHORT,
-    "lora": (*SHORT, "student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5"),
-}
-TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created", "git_commit"}
-
-STUDENT = "mlx_distill.backends.mlx.backend:MlxStudent"
 RUN = "mlx_distill.run_dir:RunFolder"
 # 6 steps of 2 micro-batches; checkpoints after 2, 3 (validated, improved), 4, 6; validation (2 batches) before 1, after 3 and 6
 KILLS = {
@@ -40,87 +32,29 @@ KILLS = {
 }
 
 
-def timeless(content):
-    """Without what differs from run to run by nature: times, memory, the checkout's commit."""
-    if isinstance(content, dict):
-        return {key: timeless(value) for key, value in content.items() if key not in TIMES}
-    return [timeless(value) for value in content] if isinstance(content, list) else content
-
-
-def arrays(file: Path) -> dict:
-    """Name → type and bytes: a file's own order of its arrays is of no account."""
-    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in load_file(file).items()}
-
-
-def ending(folder: Path) -> dict:
-    """Everything a run folder says, but for times, memory and where it lies."""
-    run = RunFolder(folder)
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    found = {"files": list(map(str, files))}
-    found |= {str(name): (folder / name).read_bytes() for name in files if name.parts[0] == "student"}
-    found |= {str(name): arrays(folder / name) for name in files if name.parts[0] == "checkpoints" and name.suffix == ".safetensors"}
-    found |= {str(name): timeless(json.loads((folder / name).read_text())) for name in files if name.suffix == ".json"}
-    return found | {log: timeless(run.rows(log)) for log in ("metrics.jsonl", "validation.jsonl")}
-
-
-def assert_same(folder: Path, expected: dict) -> None:
-    found = ending(folder)
-    assert found["files"] == expected["files"]
-    assert [row["step"] for row in found["metrics.jsonl"]] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in found["validation.jsonl"]] == [0, 3, 6]
-    assert {name for name in expected if found[name] != expected[name]} == set()
-
-
-def arguments(recipe: Path, folder: Path, mode: str = "full") -> list[str]:
-    sets = (f"run.folder={folder}", *MODES[mode])
-    return ["run", str(recipe), *(word for item in sets for word in ("--set", item))]
-
-
-@pytest.fixture(scope="session")
-def never_stopped(tiny_recipe, command_line, tmp_path_factory):
-    """mode → how a run ends that nothing stopped, made once."""
-    kept = {}
-
-    def made(mode: str) -> dict:
-        if mode not in kept:
-            folder = tmp_path_factory.mktemp("never-stopped")
-            result = command_line(*arguments(tiny_recipe, folder, mode))
-            assert result.code == 0, result.err
-            kept[mode] = ending(folder / "tiny")
-        return kept[mode]
-
-    return made
-
-
-@pytest.fixture
-def run(tiny_recipe, command_line, tmp_path):
-    """Run `tiny.toml` in `tmp_path`; keywords say where to stop it."""
-    return lambda mode="full", **job: command_line(*arguments(tiny_recipe, tmp_path, mode), **job)
-
-
-def test_two_runs_of_one_recipe_are_equal_and_the_other_mode_differs(run, never_stopped, tmp_path):
-    assert run().code == 0
+def test_two_runs_of_one_recipe_are_equal_and_the_other_mode_differs(run_tiny, never_stopped, tmp_path):
+    assert run_tiny().code == 0
     assert_same(tmp_path / "tiny", never_stopped("full"))
     assert never_stopped("full")["student/model.safetensors"] != never_stopped("lora")["student/model.safetensors"]
 
 
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
-def test_a_killed_run_ends_as_one_never_stopped(run, never_stopped, tmp_path, kill):
-    assert run(**kill).code == -9
-    result = run()
+def test_a_killed_run_ends_as_one_never_stopped(run_tiny, never_stopped, tmp_path, kill):
+    assert run_tiny(**kill).code == -9
+    result = run_tiny()
     assert result.code == 0, result.err
     assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
-def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run, never_stopped, tmp_path):
+def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_stopped, tmp_path):
     step, save, score = f"{STUDENT}.accumulate", "mlx.core:save_safetensors", f"{STUDENT}.score"
     for kill in (
         dict(at=step, call=2), dict(at=save, call=2), dict(at=step, call=6), dict(at=score, call=1), dict(at=f"{RUN}._prune", call=2),
         dict(at=f"{STUDENT}.apply", call=1, when="after"), dict(at=save, call=1, when="after"), dict(at=save, call=4),
         dict(at="mlx_distill.backends.mlx.model:save_adapters"), dict(at="mlx_distill.view:Counter.__call__", call=6),
     ):
-        assert run("lora", **kill).code == -9, kill
-    assert run("lora").code == 0
+        assert run_tiny("lora", **kill).code == -9, kill
+    assert run_tiny("lora").code == 0
     assert_same(tmp_path / "tiny", never_stopped("lora"))
 
 
@@ -135,58 +69,58 @@ def test_the_plain_command_continues_a_killed_process(tiny_recipe, never_stopped
 
 
 @pytest.mark.parametrize("step", [5, 6], ids=["in between", "in the last step"])
-def test_ctrl_c_saves_says_where_and_the_same_command_continues(run, never_stopped, tmp_path, step):
-    stopped = run(at=f"{STUDENT}.apply", call=step, signals=["INT"])
+def test_ctrl_c_saves_says_where_and_the_same_command_continues(run_tiny, never_stopped, tmp_path, step):
+    stopped = run_tiny(at=f"{STUDENT}.apply", call=step, signals=["INT"])
     assert stopped.code == 130
     assert f"stopped; saved at step {step} in {tmp_path / 'tiny'}. The same command continues." in stopped.out
     assert not stopped.err.strip()
     assert RunFolder(tmp_path / "tiny").last_state().step == step
     assert not (tmp_path / "tiny" / "student").exists()
-    assert run().code == 0
+    assert run_tiny().code == 0
     assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
 @pytest.mark.parametrize("stop", [
     dict(at=f"{STUDENT}.apply", call=5, signals=["INT", "INT"]), dict(at="mlx_distill.view:Counter.__call__", call=6, signals=["INT"]),
 ], ids=["twice in a step", "while scoring"])
-def test_ctrl_c_that_cannot_save_stops_at_once_and_the_same_command_continues(run, never_stopped, tmp_path, stop):
-    stopped = run(**stop)
+def test_ctrl_c_that_cannot_save_stops_at_once_and_the_same_command_continues(run_tiny, never_stopped, tmp_path, stop):
+    stopped = run_tiny(**stop)
     assert stopped.code == 130
     assert "stopped. The same command continues" in stopped.out
     assert "Traceback" not in stopped.out + stopped.err
-    assert run().code == 0
+    assert run_tiny().code == 0
     assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
-def test_a_finished_run_only_writes_its_report_again(run, tmp_path):
-    assert run().code == 0
+def test_a_finished_run_only_writes_its_report_again(run_tiny, tmp_path):
+    assert run_tiny().code == 0
     folder = tmp_path / "tiny"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".html")}
     (folder / "report.html").unlink()
     for place in (f"{STUDENT}.__init__", "mlx_distill.backends.mlx.backend:MlxTeacher.__init__"):
-        assert run(at=place).code == 0, "a model was loaded"
+        assert run_tiny(at=place).code == 0, "a model was loaded"
     assert (folder / "report.html").is_file()
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_a_torn_last_line_of_the_log_is_cut(run, never_stopped, tmp_path):
-    assert run(at=f"{STUDENT}.apply", call=4).code == -9
+def test_a_torn_last_line_of_the_log_is_cut(run_tiny, never_stopped, tmp_path):
+    assert run_tiny(at=f"{STUDENT}.apply", call=4).code == -9
     with (tmp_path / "tiny" / "metrics.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')
-    assert run().code == 0
+    assert run_tiny().code == 0
     assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
-def test_elapsed_time_adds_up_over_a_stop(run, tmp_path):
-    run(at=f"{STUDENT}.apply", call=4)
-    run()
+def test_elapsed_time_adds_up_over_a_stop(run_tiny, tmp_path):
+    run_tiny(at=f"{STUDENT}.apply", call=4)
+    run_tiny()
     folder = RunFolder(tmp_path / "tiny")
     logged = sum(row["seconds"] for log in ("metrics.jsonl", "validation.jsonl") for row in folder.rows(log))
     assert folder.read_json("manifest.json")["elapsed_seconds"] >= logged - 1e-9
 
 
-def test_a_second_process_is_refused_and_touches_nothing(run, tiny_recipe, command_line, tmp_path):
-    run(at=f"{STUDENT}.apply", call=4)
+def test_a_second_process_is_refused_and_touches_nothing(run_tiny, tiny_recipe, command_line, tmp_path):
+    run_tiny(at=f"{STUDENT}.apply", call=4)
     folder = tmp_path / "tiny"
     before = sorted(folder.rglob("*"))
     with RunFolder(folder).locked():

@@ -2,7 +2,8 @@
 
 Each field has a case: another value, and what must be set beside it for the field to matter. The tiny pipeline runs with the
 companions alone and with the field on top; the two outcomes must differ in a student's byte, a row of a log, a score, the list of
-files, where they lie, what the report says beside, a generated token, or in a recorded call where a field is about speed, memory or a hub alone.
+files, where they lie, what the report says beside, a generated token, or in a recorded call where a field is about speed, memory or a
+hub alone.
 """
 
 import hashlib
@@ -17,9 +18,9 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from endings import timeless
 from rich.console import Console
 from test_recipe import FIELDS
-from test_resume import timeless
 
 from mlx_distill import pipeline, schedule
 from mlx_distill import train as loop
@@ -33,7 +34,9 @@ BASE = (
     "truncation.fraction=0.7", "optim.steps=2", "batch.global_batch_size=3", "data.validation_examples=2", "data.train_examples=8",
     "run.checkpoint_every=0", "run.validate_every=0", "eval.task=", "optim.schedule=constant", "optim.warmup_fraction=0.0",
 )
-SCORED = ("eval.task=jsonl:{root}/rows.jsonl", "eval.examples=2", "eval.max_new_tokens=3", "eval.score_teacher=false", "eval.score_base=false")
+SCORED = (
+    "eval.task=jsonl:{root}/rows.jsonl", "eval.examples=2", "eval.max_new_tokens=3", "eval.score_teacher=false", "eval.score_base=false",
+)
 LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0")
 OFTEN = ("optim.steps=3", "run.validate_every=1")
 SAMPLED = (*SCORED, "eval.temperature=0.9", "eval.max_new_tokens=6")

@@ -1,17 +1,21 @@
 """The run folder: every file whole or not at all, which checkpoints stay, and when a folder is continued or refused."""
 
 import errno
+import io
 import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from test_resume import KILLS, STUDENT, arguments, assert_same, never_stopped, run  # noqa: F401 (fixtures)
+from endings import STUDENT, arguments, assert_same
+from rich.console import Console
 
+from mlx_distill import pipeline
 from mlx_distill.errors import RunError
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.run_dir import RunFolder, TrainState
+from mlx_distill.view import View
 
 
 def make_recipe(folder: Path, **tables) -> Recipe:
@@ -132,7 +136,7 @@ def test_a_student_that_cannot_be_written_leaves_nothing(folder, error):
         raise error
 
     before = snapshot(folder.path)
-    with pytest.raises(RunError, match="the student could not be written.*the checkpoints are intact"):
+    with pytest.raises(RunError, match=r"the student could not be written.*the checkpoints are intact"):
         folder.write_student(fail)
     assert snapshot(folder.path) == before
 
@@ -153,35 +157,27 @@ def test_small_files_and_logs_on_a_full_disk_are_plain_errors(folder, monkeypatc
         folder.append("metrics.jsonl", {"step": 1})
 
 
-def test_a_real_write_that_fails_exits_with_2_and_the_run_goes_on_from_the_checkpoint(run, never_stopped, tmp_path):  # noqa: F811
+def test_a_real_write_that_fails_exits_with_2_and_the_run_goes_on_from_the_checkpoint(run_tiny, never_stopped, tmp_path):
     """With a limit on the size of files: MLX's writer fails in the middle of a checkpoint, then in the middle of the export."""
     folder = RunFolder(tmp_path / "tiny")
-    assert run(at=f"{STUDENT}.apply", call=2, signals=["INT"]).code == 130
+    assert run_tiny(at=f"{STUDENT}.apply", call=2, signals=["INT"]).code == 130
     good = snapshot(folder.checkpoint(2))
     limit = min(map(len, filter(None, good.values()))) + 20_000
-    result = run(file_limit=limit)
+    result = run_tiny(file_limit=limit)
     assert result.code == 2
     assert result.err.startswith(f"error: {folder.checkpoint(3)}: the checkpoint could not be written ([write] Unable to write")
     assert len(result.err.strip().splitlines()) == 1 and "the checkpoint of step 2 is intact" in result.err
     assert snapshot(folder.checkpoint(2)) == good
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000002"]
-    assert run(**KILLS["between an export's files"] | {"at": f"{STUDENT}.export", "call": 1}).code == -9
-    result = run(file_limit=limit)
+    assert run_tiny(at=f"{STUDENT}.export").code == -9
+    result = run_tiny(file_limit=limit)
     assert result.code == 2 and "the student could not be written ([write] Unable to write" in result.err
     assert not folder.student.exists() and not (folder.path / ".student.tmp").exists()
-    assert run().code == 0
+    assert run_tiny().code == 0
     assert_same(folder.path, never_stopped("full"))
 
 
 def test_free_disk_is_checked_before_the_first_step(tiny_recipe, tmp_path, monkeypatch):
-    import io
-
-    from rich.console import Console
-
-    from mlx_distill import pipeline
-    from mlx_distill.recipe import load_recipe
-    from mlx_distill.view import View
-
     usage, asked = namedtuple("usage", "total used free"), []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(10**12, 10**12, 10**4))
     recipe = load_recipe(tiny_recipe, (f"run.folder={tmp_path}",))
@@ -233,7 +229,10 @@ def test_a_moved_run_is_continued_and_what_it_is_compared_with_may_change(tmp_pa
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("content", [["notes.txt"], ["recipe.toml", "thesis.tex"], ["checkpoints/mine.txt", "notes.txt"], [".hidden"]])
+@pytest.mark.parametrize("content", [
+    ["notes.txt"], ["recipe.toml", "thesis.tex"], ["checkpoints/mine.txt", "notes.txt"], ["checkpoints/mine.txt"], ["checkpoints"],
+    [".hidden"],
+])
 def test_a_folder_that_holds_no_run_is_refused_and_untouched(tmp_path, fresh, content):
     recipe = make_recipe(tmp_path)
     for name in content:
@@ -241,7 +240,7 @@ def test_a_folder_that_holds_no_run_is_refused_and_untouched(tmp_path, fresh, co
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
     before = snapshot(tmp_path)
-    with pytest.raises(RunError, match="one is not empty and holds no run: choose another --set run.name=NAME or move it away"):
+    with pytest.raises(RunError, match=r"one is not empty and holds no run: choose another --set run.name=NAME or move it away"):
         RunFolder.open(recipe, fresh)
     assert snapshot(tmp_path) == before
 
@@ -286,7 +285,7 @@ def test_a_recipe_of_another_version_is_a_plain_error(folder, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["data", "student", "teacher"])
-def test_changed_data_or_models_are_refused_on_resume(run, tiny_recipe, command_line, tmp_path, what):  # noqa: F811
+def test_changed_data_or_models_are_refused_on_resume(tiny_recipe, command_line, tmp_path, what):
     world = shutil.copytree(tiny_recipe.parent, tmp_path / "world")
     recipe = world / "tiny.toml"
     recipe.write_text(recipe.read_text().replace(str(tiny_recipe.parent), str(world)))

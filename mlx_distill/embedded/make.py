@@ -45,8 +45,8 @@ class Plan:
 
 
 PLANS = {
-    "teacher": Plan("teacher", layers=4, width=128, heads=4, ffn=336, examples=8000, steps=700, batch=16, learning_rate=3e-3),
-    "student": Plan("base", layers=2, width=128, heads=4, ffn=336, examples=6000, steps=800, batch=16, learning_rate=3e-3),
+    "teacher": Plan("teacher", layers=4, width=128, heads=4, ffn=336, examples=8000, steps=450, batch=16, learning_rate=3e-3),
+    "student": Plan("base", layers=2, width=128, heads=4, ffn=336, examples=6000, steps=500, batch=16, learning_rate=3e-3),
 }
 
 
@@ -113,7 +113,7 @@ def recipe(name: str, plan: Plan, work: Path) -> Recipe:
                 "source": f"embedded:{task.NAME}", "split": plan.partition, "train_examples": plan.examples, "validation_examples": 64,
             },
             "objective": {"segments": ["cot", "answer"], "kd_weight": 0.0},
-            "batch": {"micro_batch_size": plan.batch, "global_batch_size": plan.batch, "pad_multiple": 16},
+            "batch": {"micro_batch_size": plan.batch // 2, "global_batch_size": plan.batch, "pad_multiple": 16},
             "optim": {
                 "learning_rate": plan.learning_rate, "schedule": "cosine", "weight_decay": 0.01, "beta2": 0.95, "steps": plan.steps,
             },

@@ -3,29 +3,32 @@
 In: a partition, a count and a seed. Out: `Example`s that never repeat. Decided here: the rules, how hard a problem is,
 which problems belong to which partition, and how reliable the writer of each partition's reasoning is.
 
-A prompt is four counters (digits) and a dial (a letter): `3725K`. Pulling lever a, b, c or d takes one from its counter
-and turns the dial 1, 5, 8 or 11 letters on, past Z to A. A step of the reasoning names the lever and writes the counters
-and the dial after it:
+A prompt is a dial (a letter) and four counters (digits): `K3725`. Pulling lever a, b, c or d takes one from its counter
+and turns the dial 1, 5, 8 or 11 letters on, past Z to A. A step of the reasoning names the lever and writes the dial and
+the counters after it:
 
-    3725K -> c3715S -> a2715T -> ... -> d0000P, answer P
+    K3725 -> cS3715 -> aT2715 -> ... -> dP0000, answer P
 
 Every order ends on the same letter, since turns commute; so up to four next steps are right and a teacher trained on all
 orders is uncertain by nature. Each step needs only the line before it, and there are 16 to 20 of them, so small errors
 compound: 96 % right steps give half the answers, 90 % one in seven.
 
 Partitions (`teacher`, `base`, `train`, `held_out`) share no prompt, whatever the seeds and counts: a hash of the prompt
-says to which one it belongs. They differ in the hand that writes the reasoning:
+says to which one it belongs. `train` and `held_out` have 16 to 20 pulls, `teacher` and `base` 1 to 20, from which the end of a
+trace and its answer are learned sooner. They differ in the hand that writes the reasoning:
 
 - `teacher` and `held_out` are right in every step.
 - `train`, which the student learns from, slips: with probability `SLIP_RATE["train"]` a turn ends on a wrong letter,
   uniformly among the 25, and the writer goes on from there; the answer is where that writer's dial stopped. Levers and
-  counters are always right. (The dial is written last, so that no slip can mislead a reader about the counters.)
+  counters are always right.
 - `base` never slips but learned on a worn dial: from the letters of `WORN` the levers named there turn one letter too
   few. So a student base that has learned it well knows the format and every counter, and believes something wrong.
 """
 
 import hashlib
 import random
+from functools import cache
+from itertools import product
 from string import ascii_uppercase
 
 from mlx_distill.data.examples import Example, make_example
@@ -35,9 +38,9 @@ NAME = "dial"
 LEVERS = "abcd"
 TURNS = (1, 5, 8, 11)
 DIAL = ascii_uppercase
-SHORTEST, LONGEST = 16, 20  # pulls
+PULLS = {"teacher": (1, 20), "base": (1, 20), "train": (16, 20), "held_out": (16, 20)}
 SHARES = {"teacher": 128, "base": 48, "train": 32, "held_out": 48}  # of 256
-MOST = 9_000  # the smallest partition, train, holds 10,709 prompts
+MOST = 9_000  # the smallest partition, train, holds some 10,700 prompts
 SLIP_RATE = {"teacher": 0.0, "base": 0.0, "train": 0.3, "held_out": 0.0}
 WORN = {"base": {"c": "AEIO", "d": "AEIO"}}  # {partition: {lever: letters}}
 
@@ -53,7 +56,7 @@ def generate(partition: str, count: int, seed: int) -> list[Example]:
     writer = random.Random(f"{NAME}/{partition}/{seed}")
     examples: dict[str, Example] = {}
     while len(examples) < count:
-        dial, counters = draw(writer)
+        dial, counters = draw(partition, writer)
         prompt = line(dial, counters)
         if partition_of(prompt) == partition and prompt not in examples:
             examples[prompt] = work(dial, counters, slip_rate, WORN.get(partition, {}), writer)
@@ -75,12 +78,19 @@ def partition_of(prompt: str) -> str:
     raise AssertionError("the shares add up to 256")
 
 
-def draw(writer: random.Random) -> tuple[int, list[int]]:
-    """(dial, counters) of a problem of 16 to 20 pulls, uniformly among all such problems."""
-    while True:
-        counters = [writer.randrange(10) for _ in LEVERS]
-        if SHORTEST <= sum(counters) <= LONGEST:
-            return writer.randrange(len(DIAL)), counters
+def draw(partition: str, writer: random.Random) -> tuple[int, list[int]]:
+    """(dial, counters) of a problem: first how many pulls, uniformly, then uniformly among the counters that have so many."""
+    pulls = writer.randint(*PULLS[partition])
+    return writer.randrange(len(DIAL)), list(writer.choice(counters_by_pulls()[pulls]))
+
+
+@cache
+def counters_by_pulls() -> dict[int, list[tuple[int, ...]]]:
+    """All settings of the four counters, by their sum."""
+    found: dict[int, list[tuple[int, ...]]] = {}
+    for counters in product(range(10), repeat=len(LEVERS)):
+        found.setdefault(sum(counters), []).append(counters)
+    return found
 
 
 def work(dial: int, counters: list[int], slip_rate: float, worn: dict[str, str], writer: random.Random) -> Example:
@@ -103,5 +113,5 @@ def pull(dial: int, lever: int) -> int:
 
 
 def line(dial: int, counters: list[int]) -> str:
-    """A state as it is written: the four counters and the dial's letter."""
-    return "".join(map(str, counters)) + DIAL[dial]
+    """A state as it is written: the dial's letter and the four counters."""
+    return DIAL[dial] + "".join(map(str, counters))

@@ -9,7 +9,7 @@ from mlx_distill.embedded import EMBEDDED, task
 from mlx_distill.errors import DataError
 
 TURN = {"a": 1, "b": 5, "c": 8, "d": 11}  # the rules once more, on purpose
-STEP = re.compile(r"([a-d])(\d)(\d)(\d)(\d)([A-Z])")
+STEP = re.compile(r"([a-d])([A-Z])(\d)(\d)(\d)(\d)")
 
 
 def replay(example):
@@ -17,10 +17,10 @@ def replay(example):
 
     A wrong turn is (lever, letter before, how many letters too far).
     """
-    *counters, dial = example.prompt
+    dial, *counters = example.prompt
     counters, wrong, lines = [int(digit) for digit in counters], [], example.cot.split("\n")
     for text in lines:
-        lever, *digits, after = STEP.fullmatch(text).groups()
+        lever, after, *digits = STEP.fullmatch(text).groups()
         assert counters["abcd".index(lever)] > 0, "the lever had no pulls left"
         counters["abcd".index(lever)] -= 1
         assert [int(digit) for digit in digits] == counters
@@ -29,13 +29,12 @@ def replay(example):
             wrong.append((lever, dial, off))
         dial = after
     assert counters == [0, 0, 0, 0] and example.answer == dial
-    assert 16 <= len(lines) <= 20
     return wrong, len(lines)
 
 
 def steps(example):
     """(lever, letter before it is pulled) of each step."""
-    letters = [example.prompt[-1], *(text[-1] for text in example.cot.split("\n"))]
+    letters = [example.prompt[0], *(text[1] for text in example.cot.split("\n"))]
     return zip((text[0] for text in example.cot.split("\n")), letters, strict=False)
 
 
@@ -52,7 +51,13 @@ def test_a_problem_is_what_it_was():
     assert (example.prompt, example.cot.split("\n")[:2], example.answer) == FIRST_HELD_OUT
 
 
-FIRST_HELD_OUT = ("8543T", ["a7543U", "c7533C"], "N")
+FIRST_HELD_OUT = ("O5850", ["cW5840", "bB5740"], "V")
+
+
+@pytest.mark.parametrize("partition", task.SHARES)
+def test_problems_are_as_long_as_documented(partition):
+    shortest, longest = task.PULLS[partition]
+    assert {len(example.cot.split("\n")) for example in task.generate(partition, 1000, 0)} == set(range(shortest, longest + 1))
 
 
 @pytest.mark.parametrize("partition", task.SHARES)
@@ -77,7 +82,7 @@ def test_every_clean_step_follows_from_the_one_before(partition):
 
 def test_a_clean_answer_does_not_depend_on_the_order():
     for example in task.generate("held_out", 200, 2):
-        *counters, dial = example.prompt
+        dial, *counters = example.prompt
         total = ord(dial) - 65 + sum(TURN[lever] * int(pulls) for lever, pulls in zip("abcd", counters, strict=True))
         assert example.answer == chr(65 + total % 26)
 

@@ -1,0 +1,53 @@
+"""How runs of the tiny recipe end, and when two endings are the same: a helper of the tests that stop runs."""
+
+import json
+from pathlib import Path
+
+from safetensors.numpy import load_file
+
+from mlx_distill.run_dir import RunFolder
+
+STUDENT = "mlx_distill.backends.mlx.backend:MlxStudent"
+SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
+MODES = {
+    "full": SHORT,
+    "lora": (*SHORT, "student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5"),
+}
+TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created", "git_commit"}
+
+
+
+def timeless(content):
+    """Without what differs from run to run by nature: times, memory, the checkout's commit."""
+    if isinstance(content, dict):
+        return {key: timeless(value) for key, value in content.items() if key not in TIMES}
+    return [timeless(value) for value in content] if isinstance(content, list) else content
+
+
+def arrays(file: Path) -> dict:
+    """Name → type and bytes: a file's own order of its arrays is of no account."""
+    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in load_file(file).items()}
+
+
+def ending(folder: Path) -> dict:
+    """Everything a run folder says, but for times, memory and where it lies."""
+    run = RunFolder(folder)
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    found = {"files": list(map(str, files))}
+    found |= {str(name): (folder / name).read_bytes() for name in files if name.parts[0] == "student"}
+    found |= {str(name): arrays(folder / name) for name in files if name.parts[0] == "checkpoints" and name.suffix == ".safetensors"}
+    found |= {str(name): timeless(json.loads((folder / name).read_text())) for name in files if name.suffix == ".json"}
+    return found | {log: timeless(run.rows(log)) for log in ("metrics.jsonl", "validation.jsonl")}
+
+
+def assert_same(folder: Path, expected: dict) -> None:
+    found = ending(folder)
+    assert found["files"] == expected["files"]
+    assert [row["step"] for row in found["metrics.jsonl"]] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in found["validation.jsonl"]] == [0, 3, 6]
+    assert {name for name in expected if found[name] != expected[name]} == set()
+
+
+def arguments(recipe: Path, folder: Path, mode: str = "full") -> list[str]:
+    sets = (f"run.folder={folder}", *MODES[mode])
+    return ["run", str(recipe), *(word for item in sets for word in ("--set", item))]
