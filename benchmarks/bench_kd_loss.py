@@ -196,7 +196,8 @@ def build(contender: str, vocab: int, trained: bool, chunk_tokens: int):
 def machine() -> dict[str, object]:
     """What a number depends on beside the code; `load` is the machine's run queue while measuring."""
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"), "commit": commit(), "cpu": cpu_name(), "cores": os.cpu_count(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": commit(), "cpu": cpu_name(),
+        "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1), "python": platform.python_version(), "mlx": version("mlx"),
         "blas": blas_name(),
     }
@@ -242,8 +243,8 @@ def render(rows: list[dict[str, str]]) -> str:
         f"Forward KL + cross-entropy and its gradient; student width {last['width']}, teacher {last['teacher_width']}, "
         f"{last['chunk_tokens']} positions per chunk. {last['cpu']}, {last['cores']} cores shared with other work "
         f"(load {load_range(newest)}), {threads}, MLX {last['mlx']} with {last['blas']}, Python {last['python']}, "
-        f"{last['date']}, commit {last['commit']}. Median seconds on the clock (least CPU seconds) and peak MB over "
-        "the inputs; × is relative to dense in the same rounds.",
+        f"{last['date'][:10]}, commit {last['commit']}. Median seconds on the clock (least CPU seconds) and peak MB "
+        "over the inputs; × is relative to dense in the same rounds.",
         "",
         "| vocabulary | head | positions | dense | chunk loop, autodiff | ours | clock × | CPU × | peak × |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -271,7 +272,10 @@ def cell(row: dict[str, str] | None) -> str:
 
 
 def ratio(row: dict[str, str] | None, base: dict[str, str] | None, column: str) -> str:
+    """Times are compared within a round, which all rows of one `measure` share by their date."""
     if not row or not base or not row[column] or not base[column]:
+        return "–"
+    if column != "peak_bytes" and row["date"] != base["date"]:
         return "–"
     return f"{float(row[column]) / float(base[column]):.2f}"
 
@@ -284,7 +288,7 @@ def promises(newest: dict[tuple, dict[str, str]]) -> list[str]:
             {n: row for (v, h, n, c), row in newest.items() if (v, h, c) == (vocab, head, name) and row["peak_bytes"]}
             for name in ("ours", "dense")
         )
-        both = sorted(ours.keys() & dense.keys())
+        both = [n for n in ours.keys() & dense.keys() if ours[n]["date"] == dense[n]["date"]]
         if not {512, 4096} <= ours.keys() or 1024 not in both:
             continue
         growth = int(ours[4096]["peak_bytes"]) / int(ours[512]["peak_bytes"]) - 1

@@ -181,9 +181,8 @@ def _compared(run: Run, name: str) -> Compared:
 
 
 def _places(run: Run, name: str) -> list[Path]:
-    """Where a compared run may lie: the recipe's folder when the run kept it, the working folder, the run's own folder."""
-    home = run.manifest.get("recipe_folder")
-    return [*([Path(home) / name] if isinstance(home, str) else []), Path(name), run.folder / name]
+    """Where a compared run may lie: from the working folder, as all paths of a recipe, or from the run's own."""
+    return [Path(name), run.folder / name]
 
 
 def method_of(recipe: dict[str, dict], reference: dict[str, dict]) -> str:

@@ -115,7 +115,7 @@ class EvalTable(Table):
     samples: Positive = 1  # generations a problem; accuracy is their mean
     score_teacher: bool = True
     score_base: bool = True
-    compare: Names = ()  # kept run folders that the report sets beside this run; from the recipe or the working folder
+    compare: Names = ()  # kept run folders that the report sets beside this run
 
 
 class RunTable(Table):

@@ -6,6 +6,7 @@ Decided here: how big they are and how long each one learns. The base stops earl
 """
 
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -45,8 +46,8 @@ class Plan:
 
 
 PLANS = {
-    "teacher": Plan("teacher", layers=4, width=128, heads=4, ffn=336, examples=8000, steps=450, batch=16, learning_rate=3e-3),
-    "student": Plan("base", layers=2, width=128, heads=4, ffn=336, examples=6000, steps=500, batch=16, learning_rate=3e-3),
+    "teacher": Plan("teacher", layers=2, width=192, heads=4, ffn=512, examples=8000, steps=500, batch=32, learning_rate=3e-3),
+    "student": Plan("base", layers=2, width=128, heads=4, ffn=336, examples=6000, steps=750, batch=16, learning_rate=3e-3),
 }
 
 
@@ -113,7 +114,7 @@ def recipe(name: str, plan: Plan, work: Path) -> Recipe:
                 "source": f"embedded:{task.NAME}", "split": plan.partition, "train_examples": plan.examples, "validation_examples": 64,
             },
             "objective": {"segments": ["cot", "answer"], "kd_weight": 0.0},
-            "batch": {"micro_batch_size": plan.batch // 2, "global_batch_size": plan.batch, "pad_multiple": 16},
+            "batch": {"micro_batch_size": 16, "global_batch_size": plan.batch, "pad_multiple": 16},
             "optim": {
                 "learning_rate": plan.learning_rate, "schedule": "cosine", "weight_decay": 0.01, "beta2": 0.95, "steps": plan.steps,
             },
@@ -143,9 +144,9 @@ def main() -> None:
     """`python -m mlx_distill.embedded.make [teacher] [student]`; a folder to work in may be given as work=FOLDER."""
     names = [word for word in sys.argv[1:] if word in PLANS] or list(PLANS)
     asked = [word.removeprefix("work=") for word in sys.argv[1:] if word.startswith("work=")]
-    work = Path(asked[0]) if asked else Path(tempfile.mkdtemp(prefix="mlx-distill-make-"))
+    os.chdir(asked[0] if asked else tempfile.mkdtemp(prefix="mlx-distill-make-"))  # the logs name no folder of this machine
     for name in names:
-        make(name, work)
+        make(name, Path())
 
 
 if __name__ == "__main__":

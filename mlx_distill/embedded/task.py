@@ -14,8 +14,8 @@ orders is uncertain by nature. Each step needs only the line before it, and ther
 compound: 96 % right steps give half the answers, 90 % one in seven.
 
 Partitions (`teacher`, `base`, `train`, `held_out`) share no prompt, whatever the seeds and counts: a hash of the prompt
-says to which one it belongs. `train` and `held_out` have 16 to 20 pulls, `teacher` and `base` 1 to 20, from which the end of a
-trace and its answer are learned sooner. They differ in the hand that writes the reasoning:
+says to which one it belongs. Problems have 16 to 20 pulls; those of `teacher` 1 to 20, from which the end of a trace and its
+answer are learned sooner. The partitions differ in the hand that writes the reasoning:
 
 - `teacher` and `held_out` are right in every step.
 - `train`, which the student learns from, slips: with probability `SLIP_RATE["train"]` a turn ends on a wrong letter,
@@ -38,7 +38,7 @@ NAME = "dial"
 LEVERS = "abcd"
 TURNS = (1, 5, 8, 11)
 DIAL = ascii_uppercase
-PULLS = {"teacher": (1, 20), "base": (1, 20), "train": (16, 20), "held_out": (16, 20)}
+PULLS = {"teacher": (1, 20), "base": (16, 20), "train": (16, 20), "held_out": (16, 20)}
 SHARES = {"teacher": 128, "base": 48, "train": 32, "held_out": 48}  # of 256
 MOST = 9_000  # the smallest partition, train, holds some 10,700 prompts
 SLIP_RATE = {"teacher": 0.0, "base": 0.0, "train": 0.3, "held_out": 0.0}
