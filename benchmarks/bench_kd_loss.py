@@ -26,7 +26,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import append_rows, read_rows, rewrite_section  # noqa: E402
+from benchmarks.tables import append_rows, read_rows, rewrite_section
 
 CONTENDERS = ("dense", "autodiff", "ours")
 WIDTH, TEACHER_WIDTH = 256, 512

@@ -59,7 +59,7 @@ def show(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.")],
     task: Annotated[str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH or jsonl:PATH.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of [eval], for example examples=100.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of [eval]: examples=100.")] = None,
     backend: BackendOption = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Draws problems and samples.")] = 42,
 ) -> None:
@@ -74,7 +74,7 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for report.md and report.html; default: the run's own, or `reports`.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report; default: the run's own, or `reports`.")] = None,
 ) -> None:
     """Write a Markdown table and one self-contained HTML page about one or several runs."""
     from mlx_distill.report import report as write_report

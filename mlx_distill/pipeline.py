@@ -169,7 +169,9 @@ class Pipeline:
         self.view.say(f"report: {folder.path / 'report.html'}")
 
 
-def score_model(name: str, task_name: str, settings: tuple[str, ...], view: View, backend_name: str = "auto", seed: int = 42) -> evaluate.Score:
+def score_model(
+    name: str, task_name: str, settings: tuple[str, ...], view: View, backend_name: str = "auto", seed: int = 42
+) -> evaluate.Score:
     """Score a model, or the student of a run folder, on a task; `settings` are `field=value` of the `[eval]` table."""
     path = Path(name)
     folder = path / "student" if (path / "recipe.toml").exists() else model_folder(name)
@@ -192,7 +194,7 @@ def read_config(folder: Path) -> dict:
 
 def common_rows(teacher: dict[str, int], student: dict[str, int], teacher_rows: int, student_rows: int) -> int:
     """Rows of both heads that the loss compares; raises `ModelError` unless both tokenizers map the same text to the same ids."""
-    for token, index in sorted(teacher.items() | student.items(), key=lambda item: item[1]):
+    for token, _ in sorted(teacher.items() | student.items(), key=lambda item: item[1]):
         if teacher.get(token) != student.get(token):
             raise ModelError(
                 f"teacher and student do not share a vocabulary: token {token!r} is {teacher.get(token, 'absent')} in the teacher's and "

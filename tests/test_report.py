@@ -248,7 +248,8 @@ def test_nothing_known_is_nothing_invented(tmp_path):
 
 def test_the_kl_after_is_that_of_the_exported_step(tmp_path):
     run = write_run(tmp_path / "run", steps=100)
-    write_lines(run / "validation.jsonl", [{"step": step, "kl": 9.0, "kl_cot": kl, "tokens_cot": 10.0} for step, kl in ((0, 2.0), (50, 0.25), (100, 0.5))])
+    measured = ((0, 2.0), (50, 0.25), (100, 0.5))
+    write_lines(run / "validation.jsonl", [{"step": step, "kl": 9.0, "kl_cot": kl, "tokens_cot": 10.0} for step, kl in measured])
     (run / "eval.json").unlink()
     headline = "run has not been scored; its validation KL to the teacher went from 2.00 to {} nats per token."
     assert report([run], tmp_path).headline == headline.format("0.250")

@@ -1,7 +1,6 @@
 """Which framework trains: chosen here, printed with its reason, imported only then."""
 
 import platform
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_distill.errors import DistillError

@@ -119,7 +119,8 @@ def recipe(name: str, plan: Plan, work: Path) -> Recipe:
                 "learning_rate": plan.learning_rate, "schedule": "cosine", "weight_decay": 0.01, "beta2": 0.95, "steps": plan.steps,
             },
             "eval": {"task": f"embedded:{task.NAME}", "examples": 500, "max_new_tokens": 256, "batch_size": 125, "score_base": False},
-            "run": {"name": name, "folder": str(work / "runs"), "seed": SEED, "checkpoint_every": 100, "validate_every": 0, "export": "last"},
+            "run": {"name": name, "folder": str(work / "runs"), "seed": SEED, "checkpoint_every": 100, "validate_every": 0,
+                    "export": "last"},
         }
     )
 

@@ -67,7 +67,10 @@ def test_no_prompt_twice(partition):
 
 
 def test_partitions_share_no_prompt_whatever_the_seed():
-    prompts = {partition: {example.prompt for seed in (0, 1) for example in task.generate(partition, 2000, seed)} for partition in task.SHARES}
+    prompts = {
+        partition: {example.prompt for seed in (0, 1) for example in task.generate(partition, 2000, seed)}
+        for partition in task.SHARES
+    }
     for partition, own in prompts.items():
         for other, theirs in prompts.items():
             assert partition == other or not own & theirs

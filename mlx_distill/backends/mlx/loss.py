@@ -19,6 +19,7 @@ Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
@@ -135,7 +136,7 @@ def _with_saved_gradients(walk: Callable[..., tuple[mx.array, ...]]) -> Callable
     function = mx.custom_function(walk)
 
     @function.vjp
-    def saved(primals, cotangents, outputs):  # noqa: ANN001, ANN202 - shapes follow the number of arguments
+    def saved(primals, cotangents, outputs):
         gradients = [(cotangents[0] * gradient).astype(gradient.dtype) for gradient in outputs[4:]]
         return gradients[0] if len(gradients) == 1 else tuple(gradients)
 
@@ -495,7 +496,7 @@ def _bounds(vocab: int, rows: int, splits: bool) -> list[tuple[int, int]]:
     device = mx.default_device().type
     count = min(vocab, -(-vocab * rows // BLOCK_ELEMENTS[device])) if splits else 1
     edges = [vocab * i // count for i in range(count + 1)]
-    return list(zip(edges, edges[1:]))
+    return list(pairwise(edges))
 
 
 def _after(x: mx.array, dependencies: list[mx.array]) -> mx.array:
