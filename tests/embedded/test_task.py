@@ -51,7 +51,7 @@ def test_a_problem_is_what_it_was():
     assert (example.prompt, example.cot.split("\n")[:2], example.answer) == FIRST_HELD_OUT
 
 
-FIRST_HELD_OUT = ("O5850", ["cW5840", "bB5740"], "V")
+FIRST_HELD_OUT = ("Z8108", ["dK8107", "aL7107"], "W")
 
 
 @pytest.mark.parametrize("partition", task.SHARES)
