@@ -59,16 +59,15 @@ def show(
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.")],
     task: Annotated[str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH or jsonl:PATH.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of [eval]: examples=100.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of the eval table: examples=100.")] = None,
     backend: BackendOption = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Draws problems and samples.")] = 42,
 ) -> None:
     """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens."""
     from mlx_distill import pipeline
     from mlx_distill.view import View
 
     with View(console) as view:
-        pipeline.score_model(model, task, tuple(set_ or ()), view, backend, seed)
+        pipeline.score_model(model, task, tuple(set_ or ()), view, backend)
 
 
 @app.command()

@@ -89,7 +89,7 @@ class Answer:
 
 
 def score(
-    model: "Model", tokenizer: Any, task: Task, settings: EvalTable, seed: int,
+    model: "Model", tokenizer: Any, task: Task, settings: EvalTable,
     progress: Callable[[int], None] = lambda done: None, stop_ids: frozenset[int] = frozenset(),
 ) -> Score:
     """Generate `settings.samples` answers to every problem of `task` and score them.
@@ -104,7 +104,7 @@ def score(
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     started = time.perf_counter()
     generated = model.generate(
-        repeated, settings.max_new_tokens, settings.temperature, settings.top_p, seed, settings.batch_size, stops, progress
+        repeated, settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed, settings.batch_size, stops, progress
     )
     seconds = time.perf_counter() - started
     owners = [problem for problem in task.problems for _ in range(settings.samples)]

@@ -3,7 +3,8 @@
 A multiply-add is two operations. Forward: 2 per weight of every matrix a token passes, plus attention's 2 · 2 · T²/2 · heads ·
 head_dim a layer (causal). Backward: twice the forward; once for frozen matrices (LoRA), where only the gradient that passes
 through is computed. Attention has no weights: both of its factors pass gradients on, frozen or not.
-The head is counted at the loss positions only. Norms, activations and the optimizer are left out (below 1 %).
+The head is counted at the loss positions only. Norms, activations and the optimizer are left
+out (below 1 %), and so is what gradient checkpointing computes again.
 """
 
 from dataclasses import dataclass

@@ -37,7 +37,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return str(self.manifest.get("name") or self.recipe.get("run", {}).get("name") or self.folder.name)
+        return str(self.recipe.get("run", {}).get("name") or self.manifest.get("name") or self.folder.name)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class Pipeline:
 
     def run(self, folder: RunFolder) -> None:
         self._announce()
-        task = load_task(self.recipe.eval.task, self.recipe.eval.examples, self.recipe.run.seed) if self.recipe.eval.task else None
+        settings = self.recipe.eval
+        task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
         if not (folder.student / "config.json").exists():
             self._train_and_export(folder)
         if task:
@@ -158,7 +159,7 @@ class Pipeline:
 
     def _score(self, model: Model, task: Task, part: str) -> evaluate.Score:
         progress = self.view.count(f"scoring {part}", len(task.problems) * self.recipe.eval.samples)
-        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, self.recipe.run.seed, progress, frozenset(self.stop_ids))
+        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, progress, frozenset(self.stop_ids))
         self.view.say(f"{part}: {evaluate.describe(score)}")
         return score
 
@@ -170,7 +171,7 @@ class Pipeline:
 
 
 def score_model(
-    name: str, task_name: str, settings: tuple[str, ...], view: View, backend_name: str = "auto", seed: int = 42
+    name: str, task_name: str, settings: tuple[str, ...], view: View, backend_name: str = "auto"
 ) -> evaluate.Score:
     """Score a model, or the student of a run folder, on a task; `settings` are `field=value` of the `[eval]` table."""
     path = Path(name)
@@ -178,11 +179,11 @@ def score_model(
     if not folder.exists():
         raise NotFound(f"{path} holds a run without a finished student: run its recipe to the end first")
     settings = eval_table(settings)
-    task = load_task(task_name, settings.examples, seed)
+    task = load_task(task_name, settings.examples, settings.seed)
     tokenizer, backend = load_tokenizer(folder), choose_backend(backend_name)
     model = backend.load_teacher(folder, name)
     progress = view.count(f"scoring {name}", len(task.problems) * settings.samples)
-    score = evaluate.score(model, tokenizer, task, settings, seed, progress, stop_ids(tokenizer))
+    score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer))
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     return score
 

@@ -70,7 +70,7 @@ class TruncationTable(Table):
     keep: Literal["prefix", "suffix", "middle", "cot"] = "prefix"  # cot = everything up to </think>
     span: Literal["sequence", "cot"] = "sequence"  # what fraction is a fraction of
     fraction: Fraction = 1.0  # Lead-Span Proportion of the paper
-    max_tokens: Count = 0  # absolute cap on the kept window; 0 = none
+    max_tokens: Count = 0  # cap on the window; prompt or context that is only read comes on top; 0 = none
     context: Literal["drop", "keep"] = "drop"  # tokens before the window: removed, or read without loss
     token_share: Fraction = 1.0  # a seeded random share of the remaining tokens carries loss
 
@@ -112,6 +112,7 @@ class EvalTable(Table):
     batch_size: Positive = 64
     temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 = greedy
     top_p: Fraction = 1.0
+    seed: Count = 42  # draws the problems and the samples; the same ones whatever run.seed is
     samples: Positive = 1  # generations a problem; accuracy is their mean
     score_teacher: bool = True
     score_base: bool = True
@@ -175,6 +176,8 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
     teacher, objective, truncation = recipe.teacher, recipe.objective, recipe.truncation
     return [
         (not recipe.student.model, "[student] model is empty: name a hub id, a folder, a .gguf or embedded:student"),
+        (recipe.run.name in (".", "..") or "/" in recipe.run.name or "\\" in recipe.run.name,
+         f"[run] name {recipe.run.name!r} is not the plain name of a folder; run.folder says where it lies"),
         (not recipe.data.source, "[data] source is empty: name a file, a hub dataset or embedded:dial"),
         (not teacher.model and objective.kd_weight > 0,
          f"[teacher] model is empty but [objective] kd_weight is {objective.kd_weight}: name a teacher or set kd_weight = 0"),

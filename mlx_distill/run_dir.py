@@ -54,7 +54,7 @@ class RunFolder:
         Raises `RunError` if the folder holds another recipe's run (the differing fields are shown) or something else, and
         with `fresh` if another process works in it.
         """
-        run = cls(Path(recipe.run.folder) / recipe.run.name)
+        run = cls(Path(recipe.run.folder).expanduser() / recipe.run.name)
         if run.path.is_dir() and any(run.path.iterdir()):
             run._refuse_foreign()
             if fresh:
@@ -63,6 +63,10 @@ class RunFolder:
                 run._refuse_changed(recipe)
         run._make(recipe)
         return run
+
+    def _has_results(self) -> bool:
+        """Whether there is anything that another recipe could not have made; a run that failed before its first step has nothing."""
+        return bool(self.student.exists() or self.rows("validation.jsonl") or self.rows("metrics.jsonl") or self.steps())
 
     def _refuse_foreign(self) -> None:
         names = {entry.name for entry in self.path.iterdir()}
@@ -80,6 +84,9 @@ class RunFolder:
             shutil.rmtree(removed)
 
     def _refuse_changed(self, recipe: Recipe) -> None:
+        if not self._has_results():  # it failed before its first step: whatever it was meant to be, nothing is lost
+            self._remove()
+            return
         kept = self.recipe()
         if kept.digest() != recipe.digest():
             changes = "; ".join(kept.differences(recipe))

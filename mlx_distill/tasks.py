@@ -86,13 +86,13 @@ def _load_embedded(name: str, rest: str, examples: int, seed: int) -> Task:
 
 
 def _load_gsm8k(name: str, rest: str, examples: int, seed: int) -> Task:
-    rows = _drawn(Path(rest), ("question", "answer"), examples, seed)
+    rows = _drawn(Path(rest).expanduser(), ("question", "answer"), examples, seed)
     return Task(name, _problems((question, _gsm8k_number(answer, place)) for place, question, answer in rows),
                 _after_think(math_equal))
 
 
 def _load_jsonl(name: str, rest: str, examples: int, seed: int) -> Task:
-    rows = _drawn(Path(rest), ("prompt", "answer"), examples, seed)
+    rows = _drawn(Path(rest).expanduser(), ("prompt", "answer"), examples, seed)
     for place, _, answer in rows:
         if not _parsed(_as_latex(answer)):
             raise DataError(f"{place}: answer {answer[:60]!r} is not an expression that math-verify can read; "

@@ -123,7 +123,7 @@ def test_a_score_counts_what_was_generated():
     ]
     task = Task("t", [Problem(f"id{i}", f"q{i}", str(i)) for i in range(1, 7)], exact)
     model, seen = Scripted(tokenizer, lines), []
-    result = score(model, tokenizer, task, EvalTable(max_new_tokens=9), seed=5, progress=seen.append)
+    result = score(model, tokenizer, task, EvalTable(max_new_tokens=9, seed=5), progress=seen.append)
     assert result.correct == {"id1": [1.0], "id2": [0.0], "id3": [0.0], "id4": [0.0], "id5": [0.0], "id6": [0.0]}
     assert result.accuracy == 1 / 6 and (result.low, result.high) == wilson(1 / 6, 6)
     assert result.unfinished == 3 / 6
@@ -141,7 +141,7 @@ def test_samples_of_a_problem_stand_together():
     right, wrong = "</think> 1 <|end|>", "</think> 2 <|end|>"
     model = Scripted(tokenizer, [right, right, wrong, wrong])
     task = Task("t", [Problem("a", "q", "1"), Problem("b", "r", "1")], exact)
-    result = score(model, tokenizer, task, EvalTable(samples=2, temperature=0.6), 0)
+    result = score(model, tokenizer, task, EvalTable(samples=2, temperature=0.6))
     assert result.correct == {"a": [1.0, 1.0], "b": [0.0, 0.0]}
     assert result.accuracy == 0.5
 
@@ -151,19 +151,19 @@ def test_other_stop_ids_may_be_named():
     line = "</think> 1 <|im_end|>"
     other = tokenizer.encode(line)[-1]
     task = Task("t", [Problem("a", "q", "1")], exact)
-    assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable(), 0).accuracy == 0
-    assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable(), 0, stop_ids=frozenset([other])).accuracy == 1
+    assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable()).accuracy == 0
+    assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable(), stop_ids=frozenset([other])).accuracy == 1
 
 
 def test_an_empty_task_has_no_score():
     with pytest.raises(DataError, match="task 'none' has no problems to score"):
-        score(Scripted(Words(), []), Words(), Task("none", [], exact), EvalTable(), 0)
+        score(Scripted(Words(), []), Words(), Task("none", [], exact), EvalTable())
 
 
 def test_a_problem_that_the_template_refuses_is_named():
     task = Task("t", [Problem("a", "refused", "1")], exact)
     with pytest.raises(DataError, match=r"task 't': problem 'refused' cannot be asked: .*roles must alternate"):
-        score(Scripted(Words(), []), Words(), task, EvalTable(), 0)
+        score(Scripted(Words(), []), Words(), task, EvalTable())
 
 
 def test_a_score_in_one_line():

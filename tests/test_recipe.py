@@ -264,3 +264,11 @@ def test_no_default_is_none():
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
     assert load_recipe(path).data.source
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../other"])
+def test_a_run_name_is_a_plain_name(name, tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text("")
+    with pytest.raises(RecipeError, match="is not the plain name of a folder"):
+        load_recipe(path, (f"run.name='{name}'",))

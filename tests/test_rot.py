@@ -103,6 +103,7 @@ CASES = {
     "eval.temperature": ("5.0", SCORED),
     "eval.top_p": ("0.01", SAMPLED),
     "eval.samples": ("2", SAMPLED),
+    "eval.seed": ("7", SAMPLED),
     "eval.score_teacher": ("true", SCORED),
     "eval.score_base": ("true", SCORED),
     "eval.compare": ('["{root}/kept"]', SCORED),

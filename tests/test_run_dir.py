@@ -206,6 +206,7 @@ def test_free_disk_is_checked_before_the_first_step(tiny_recipe, tmp_path, monke
 def test_an_equal_recipe_is_continued_and_a_changed_one_refused_with_the_difference(tmp_path):
     run = RunFolder.open(make_recipe(tmp_path))
     (run.path / "kept").touch()
+    run.append("validation.jsonl", {"step": 0})
     assert RunFolder.open(make_recipe(tmp_path)).path == run.path
     changed = make_recipe(tmp_path, optim={"learning_rate": 0.5}, objective={"segments": ["cot", "answer"]})
     before = snapshot(run.path)
@@ -222,6 +223,7 @@ def test_an_equal_recipe_is_continued_and_a_changed_one_refused_with_the_differe
 def test_a_moved_run_is_continued_and_what_it_is_compared_with_may_change(tmp_path):
     run = RunFolder.open(make_recipe(tmp_path / "here"))
     run.write_json("eval.json", {"kept": 1})
+    run.append("validation.jsonl", {"step": 0})
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = make_recipe(tmp_path / "there", eval={"compare": ["other"]})
     again = RunFolder.open(moved)
@@ -278,7 +280,16 @@ def test_a_folder_that_cannot_be_made_is_a_plain_error(tmp_path):
         RunFolder.open(make_recipe(tmp_path))
 
 
+def test_a_run_that_failed_before_its_first_step_does_not_keep_its_name(tmp_path):
+    run = RunFolder.open(make_recipe(tmp_path))
+    run.write_json("manifest.json", {"data_digest": "of a file with a typo"})
+    changed = make_recipe(tmp_path, optim={"learning_rate": 0.5})
+    again = RunFolder.open(changed)
+    assert again.recipe() == changed and again.read_json("manifest.json") == {}
+
+
 def test_a_recipe_of_another_version_is_a_plain_error(folder, tmp_path):
+    folder.append("validation.jsonl", {"step": 0})
     (folder.path / "recipe.toml").write_text("[run]\nunheard_of = 1\n")
     with pytest.raises(RunError, match=r"another version of mlx-distill .*unheard_of.*; use --fresh"):
         RunFolder.open(make_recipe(tmp_path))

@@ -327,11 +327,13 @@ def _read_rows(data: DataTable) -> Iterator[Example | str]:
 
 
 def _embedded(data: DataTable, seed: int) -> Iterator[Example]:
-    from mlx_distill.embedded import EMBEDDED  # {name: generate(partition, count, seed) -> list[Example]}
+    from mlx_distill.embedded import EMBEDDED, PARTITIONS  # {name: generate(partition, count, seed) -> list[Example]}
 
     name = data.source.removeprefix("embedded:")
     if name not in EMBEDDED:
         raise NotFound(f"data.source: no embedded task {name!r}; there are: {', '.join(EMBEDDED)}")
+    if data.split not in PARTITIONS:
+        raise DataError(f"{data.source}: no split {data.split!r}; there are: {', '.join(PARTITIONS)}")
     if not data.train_examples:
         raise DataError(f"{data.source}: an embedded task has no end; set data.train_examples to a number above 0")
     yield from EMBEDDED[name](data.split, data.train_examples + data.validation_examples, seed)

@@ -4,3 +4,4 @@
 from mlx_distill.embedded import task
 
 EMBEDDED = {task.NAME: task.generate}
+PARTITIONS = tuple(task.SHARES)

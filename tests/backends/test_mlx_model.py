@@ -364,7 +364,7 @@ def test_fused_weights_do_what_the_adapters_do(tuning: str, family: str, tmp_pat
     perturb(student)
     before = {key: np.array(array) for key, array in tree_flatten(student.split.model.parameters())}
     fused, _ = mlx_lm.utils.load_model(base)
-    fused.load_weights(list(models.fused_weights(student.split.model).items()))
+    fused.load_weights(list(models.fused_weights(student.split.model, student.base).items()))
     assert np.abs(logits(fused) - plain).max() > 0.1
     np.testing.assert_allclose(logits(fused), logits(student.split.model), atol=1e-4)
     after = dict(tree_flatten(student.split.model.parameters()))
@@ -373,13 +373,13 @@ def test_fused_weights_do_what_the_adapters_do(tuning: str, family: str, tmp_pat
 
 @pytest.mark.parametrize("tuning", ["lora", "dora"])
 def test_fused_in_float32_though_frozen_in_bfloat16(tuning: str, tmp_path: Path, bytes_tokenizer):
-    """A frozen bfloat16 matrix plus adapters, fused and saved in float32, is their sum, not a bfloat16 rounding of it."""
+    """The base's float32 matrix plus adapters is their sum, not a rounding of it, though the student computes in bfloat16."""
     base = model_folder(tmp_path / "base", bytes_tokenizer())
     student = load_student(base, tuning=tuning, rank=4, compute_dtype="bfloat16", save_dtype="float32")
     perturb(student)
     student.export(tmp_path / "out", [1])
     module = student.split.layers[0].self_attn.q_proj
-    weight = np.array(module.linear.weight.astype(mx.float32), np.float64)
+    weight = np.array(stored(base)["model.layers.0.self_attn.q_proj.weight"], np.float64)
     weight = weight + module.scale * (np.array(module.lora_a, np.float64) @ np.array(module.lora_b, np.float64)).T
     if tuning == "dora":
         weight *= (np.array(module.m, np.float64) / np.linalg.norm(weight, axis=1))[:, None]
@@ -418,6 +418,24 @@ def test_an_export_opens_everywhere(tuning: str, family: str, tied: bool, tmp_pa
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == [1, 2]
     assert (tmp_path / "out" / "adapters").is_dir() == (tuning != "full")
+
+
+@pytest.mark.parametrize("tuning", ["lora", "dora"])
+def test_an_adapted_export_keeps_the_base_as_it_is_stored(tuning: str, tmp_path: Path, bytes_tokenizer):
+    """A student that computes in bfloat16 must not round the tensors it never trained."""
+    base = model_folder(tmp_path / "base", bytes_tokenizer())
+    load_student(base, tuning=tuning, compute_dtype="bfloat16", save_dtype="float32").export(tmp_path / "out", [1])
+    stored, exported = (mx.load(str(folder / "model.safetensors")) for folder in (base, tmp_path / "out"))
+    untouched = [key for key in stored if "_proj" not in key]
+    assert len(untouched) > 4 and all(mx.array_equal(stored[key], exported[key]).item() for key in untouched)
+    for key in stored.keys() - set(untouched):  # lora_b is zero: nothing changed yet, but for DoRA's division by a norm
+        np.testing.assert_allclose(np.array(exported[key]), np.array(stored[key]), atol=1e-2 if tuning == "dora" else 0)
+
+
+def test_more_adapted_blocks_than_there_are_is_refused(tmp_path: Path, bytes_tokenizer):
+    base = model_folder(tmp_path / "base", bytes_tokenizer())
+    with pytest.raises(ModelError, match="lora_layers = 9 asked, but it has 2 blocks"):
+        load_student(base, tuning="lora", lora_layers=9)
 
 
 def test_export_keeps_a_generation_config_and_needs_none(tmp_path: Path, bytes_tokenizer):

@@ -376,7 +376,7 @@ def test_embedded_source(monkeypatch):
         asked.append((partition, count, seed))
         return [make_example(f"{seed}+{i}?", "c", str(i)) for i in range(count)]
 
-    monkeypatch.setitem(sys.modules, "mlx_distill.embedded", types.SimpleNamespace(EMBEDDED={"sums": generate}))
+    monkeypatch.setitem(sys.modules, "mlx_distill.embedded", types.SimpleNamespace(EMBEDDED={"sums": generate}, PARTITIONS=("train",)))
     data = DataTable(source="embedded:sums", train_examples=5, validation_examples=2)
     assert [example.answer for example in read_examples(data, seed=3)] == list("0123456")
     assert asked == [("train", 7, 3)]
@@ -384,6 +384,8 @@ def test_embedded_source(monkeypatch):
         list(read_examples(DataTable(source="embedded:sum", train_examples=5)))
     with pytest.raises(DataError, match=r"set data\.train_examples"):
         list(read_examples(DataTable(source="embedded:sums")))
+    with pytest.raises(DataError, match="no split 'tran'; there are: train"):
+        list(read_examples(DataTable(source="embedded:sums", split="tran", train_examples=5)))
 
 
 # --- the split ---

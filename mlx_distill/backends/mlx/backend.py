@@ -229,7 +229,7 @@ class MlxStudent(MlxModel):
 
     def export(self, folder: Path, stop_ids: list[int]) -> None:
         """A Hugging Face folder with adapters fused; the adapters themselves go to `folder/adapters` (mlx-lm's layout)."""
-        models.save_folder(models.fused_weights(self.split.model), self.base, folder, self._save_dtype, stop_ids)
+        models.save_folder(models.fused_weights(self.split.model, self.base), self.base, folder, self._save_dtype, stop_ids)
         if self.table.tuning != "full":
             models.save_adapters(self.split, self.table, folder / "adapters")
 
@@ -262,7 +262,8 @@ class MlxStudent(MlxModel):
 
 
 def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:
-    """The recipe's optimizer: AdamW with bias correction (MLX's default has none), Adafactor with an absolute rate, Lion."""
+    """The recipe's optimizer: AdamW with bias correction (MLX's default has none), Lion, Adafactor (its rate
+    is `learning_rate` times each weight's RMS, 1e-3 at least: MLX's and transformers' default)."""
     table = recipe.optim
     if table.optimizer == "adamw":
         return optimizers.AdamW(

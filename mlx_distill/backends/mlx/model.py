@@ -282,11 +282,15 @@ def _load(folder: Path, name: str, lazy: bool) -> tuple[nn.Module, dict]:
         raise ModelError(f"{name}: mlx-lm cannot load {folder}: {reason}") from None
 
 
+def stored_weights(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a model folder's files, buffers of rotary embeddings left out."""
+    stored = {key: value for file in sorted(folder.glob("model*.safetensors")) for key, value in mx.load(str(file)).items()}
+    return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
+
+
 def _refuse_rewritten(model: nn.Module, folder: Path, name: str) -> None:
     """Refuse a family whose tensors mlx-lm renames or changes on load: its export would not open in transformers."""
-    loaded = dict(tree_flatten(model.parameters()))
-    stored = {key: value for file in sorted(folder.glob("model*.safetensors")) for key, value in mx.load(str(file)).items()}
-    stored = {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
+    loaded, stored = dict(tree_flatten(model.parameters())), stored_weights(folder)
     if "lm_head.weight" not in loaded and "lm_head.weight" in stored:  # a tied head that is stored all the same, or is it one?
         loaded["lm_head.weight"] = loaded.get("model.embed_tokens.weight", mx.array(0.0))
     for key in sorted(stored.keys() ^ loaded.keys()):
@@ -312,6 +316,8 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
     blocks = split.layers[-table.lora_layers :] if table.lora_layers else split.layers
     paths = {path for block in blocks for path, module in block.named_modules() if isinstance(module, nn.Linear)}
     keys = {path for path in paths if path.rpartition(".")[2] in table.lora_targets}
+    if table.lora_layers > len(split.layers):
+        raise ModelError(f"{split.name}: lora_layers = {table.lora_layers} asked, but it has {len(split.layers)} blocks; 0 adapts all")
     unknown = set(table.lora_targets) - {path.rpartition(".")[2] for path in paths}
     if unknown:
         choices = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
@@ -358,23 +364,25 @@ def save_adapters(split: SplitModel, table: StudentTable, folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(adapter_config(split, table), indent=2))
 
 
-def fused_weights(model: nn.Module) -> dict[str, mx.array]:
-    """Every tensor by its Hugging Face name, adapters fused into the matrices they adapt; the model keeps its adapters."""
-    weights = dict(tree_flatten(model.parameters()))
-    for path, module in model.named_modules():
-        if "lora_a" in module:
-            weights = {key: value for key, value in weights.items() if not key.startswith(f"{path}.")}
-            weights |= {f"{path}.{key}": value for key, value in _fused(module).items()}
-    return weights
+def fused_weights(model: nn.Module, base: Path) -> dict[str, mx.array]:
+    """Every tensor by its Hugging Face name, adapters fused into the matrices they adapt; the model keeps its adapters.
+
+    What has no adapter is as the folder `base` stores it, whatever type the frozen copy is computed in.
+    """
+    adapted = {path: module for path, module in model.named_modules() if "lora_a" in module}
+    if not adapted:
+        return dict(tree_flatten(model.parameters()))
+    stored = stored_weights(base)
+    return stored | {f"{path}.weight": _fused(module, stored[f"{path}.weight"]) for path, module in adapted.items()}
 
 
-def _fused(module: nn.Module) -> dict[str, mx.array]:
-    """The weight (and bias) that does what a LoRA or DoRA layer does, in float32: mlx-lm's `fuse` adds in the frozen matrix's type."""
+def _fused(module: nn.Module, weight: mx.array) -> mx.array:
+    """The matrix that does what a LoRA or DoRA layer over `weight` does, in float32: mlx-lm's `fuse` adds in the frozen one's type."""
     frozen = module.linear.weight
-    module.linear.weight = frozen.astype(mx.float32)
+    module.linear.weight = weight.astype(mx.float32)
     fused = module.fuse()
     module.linear.weight = frozen
-    return dict(tree_flatten(fused.parameters()))
+    return fused.weight
 
 
 def save_folder(weights: dict[str, mx.array], base: Path, folder: Path, dtype: mx.Dtype | None, stop_ids: list[int]) -> None:
