@@ -34,3 +34,13 @@ class RunError(DistillError, RuntimeError):
 
 class DivergedError(DistillError, ArithmeticError):
     """A loss or gradient that is not finite; the weights were not touched by it."""
+
+
+class OutOfMemory(DistillError, MemoryError):
+    """A step, a model or a generation that does not fit the device's memory."""
+
+
+class RankLost(DistillError, ConnectionError):
+    """Another of the processes that train together is gone."""
+
+    __str__ = Exception.__str__

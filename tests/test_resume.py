@@ -51,7 +51,7 @@ def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_sto
     for kill in (
         dict(at=step, call=2), dict(at=save, call=2), dict(at=step, call=6), dict(at=score, call=1), dict(at=f"{RUN}._prune", call=2),
         dict(at=f"{STUDENT}.apply", call=1, when="after"), dict(at=save, call=1, when="after"), dict(at=save, call=4),
-        dict(at="mlx_distill.backends.mlx.model:save_adapters"), dict(at="mlx_distill.view:Counter.__call__", call=6),
+        dict(at="mlx_distill.backends.mlx.backend:write_adapters"), dict(at="mlx_distill.view:Counter.__call__", call=6),
     ):
         assert run_tiny("lora", **kill).code == -9, kill
     assert run_tiny("lora").code == 0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 from toy_backend import WORDS, ToyBackend, ToyStudent, ToyTeacher, table
 
 from mlx_distill import objective as definition
@@ -216,7 +217,7 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_leaves_weights_and_che
     assert not set(made.steps[3].batches[0].ids) & set(str(error.value).replace(",", " ").replace(";", " ").split())
     assert "the checkpoint of step 3 is intact" in str(error.value) and "learning_rate" in str(error.value)
     assert made.run.last_state().step == 3
-    assert np.array_equal(np.load(made.run.checkpoint(3) / "weights.npy"), made.student.weights)
+    assert np.array_equal(load_file(made.run.checkpoint(3) / "weights.safetensors")["weights"], made.student.weights)
     assert [row["step"] for row in made.run.rows("metrics.jsonl")] == [1, 2, 3]
 
 

@@ -1,6 +1,7 @@
-"""A backend in forty lines of numpy: a model is a table of logits by the token before, trained by plain gradient descent.
+"""A backend in a few lines of numpy: a model is a table of logits by the token before, trained by plain gradient descent.
 
 It speaks `backends/protocol.py` and takes values and gradients from `objective.py`, so a test of the loop can know every number.
+A student loaded for a recipe follows AdamW's rule without memory instead, lr g / (|g| + eps), clipped: what the contract looks at.
 """
 
 import json
@@ -8,50 +9,55 @@ from pathlib import Path
 
 import numpy as np
 
+from safetensors.numpy import load_file, save_file
+
 from mlx_distill import objective as definition
-from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory
+from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, check_indices
+from mlx_distill.recipe import OptimTable
 
 WORDS = 7
 
 
-def table(seed: int) -> np.ndarray:
-    """Logits `[WORDS, WORDS]` of the next token by the one before."""
-    return np.random.default_rng(seed).normal(size=(WORDS, WORDS))
+def table(seed: int, words: int = WORDS) -> np.ndarray:
+    """Logits `[words, words]` of the next token by the one before."""
+    return np.random.default_rng(seed).normal(size=(words, words))
 
 
 class ToyTeacher:
-    vocabulary_rows, parameters = WORDS, WORDS * WORDS
-
     def __init__(self, weights: np.ndarray):
         self.weights = weights
+        self.vocabulary_rows, self.parameters = len(weights), weights.size
 
     def targets(self, batch) -> np.ndarray:
+        check_indices("tokens", batch.tokens, len(self.weights))
+        check_indices("loss positions", batch.positions, batch.tokens.size)
         return self.weights[batch.tokens.ravel()[batch.positions]]
 
 
 class ToyStudent(ToyTeacher):
     """`poison` is called with what is about to happen ("accumulate", "apply", "score") and may return a number to report instead."""
 
-    trainable = WORDS * WORDS
-
-    def __init__(self, weights: np.ndarray):
+    def __init__(self, weights: np.ndarray, optim: OptimTable | None = None):
         super().__init__(weights)
+        self.trainable, self.optim = weights.size, optim
         self.gradient = np.zeros_like(weights)
         self.poison = lambda what, batch=None: None
         self.rates: list[float] = []
 
     def rows(self, batch, targets, objective) -> LossSums:
-        logits, weight = self.targets(batch), batch.weight.astype(np.float64)
+        check_indices("targets", batch.targets, len(self.weights))
+        logits = self.targets(batch)
         teaches = targets is not None and objective.needs_teacher
         kd = definition.divergence(logits, targets, objective) if teaches else np.zeros(len(logits))
         ce = definition.cross_entropy(logits, batch.targets)
         agree = logits.argmax(-1) == targets.argmax(-1) if targets is not None else np.zeros(len(logits))
-        return LossSums(*(np.bincount(batch.segment, weight * row, 3) for row in (kd, ce, agree, np.ones(len(weight)))))
+        return LossSums.of(batch, kd, ce, agree)
 
     def accumulate(self, batch, targets, objective, loss_tokens) -> LossSums:
+        rows = self.rows(batch, targets, objective)
         gradient = definition.grad(self.targets(batch), targets, batch.targets, objective) * batch.weight[:, None] / loss_tokens
         np.add.at(self.gradient, batch.tokens.ravel()[batch.positions], gradient)
-        return self.poisoned(self.rows(batch, targets, objective), "accumulate", batch)
+        return self.poisoned(rows, "accumulate", batch)
 
     def score(self, batch, targets, objective) -> LossSums:
         return self.poisoned(self.rows(batch, targets, objective), "score", batch)
@@ -65,28 +71,53 @@ class ToyStudent(ToyTeacher):
         norm = self.poison("apply")
         if norm is None:
             norm = float(np.sqrt((self.gradient**2).sum()))
-            self.weights = self.weights - learning_rate * self.gradient
+            if np.isfinite(norm):
+                self.weights = self.weights - learning_rate * self.direction(norm)
         self.gradient = np.zeros_like(self.weights)
         return norm
 
-    def save_state(self, folder: Path) -> None:
-        np.save(folder / "weights.npy", self.weights)
+    def direction(self, norm: float) -> np.ndarray:
+        if self.optim is None:
+            return self.gradient
+        limit = self.optim.max_grad_norm
+        gradient = self.gradient * min(1.0, limit / norm) if limit else self.gradient
+        return gradient / (np.abs(gradient) + self.optim.eps)
+
+    def save_state(self, folder: Path | None) -> None:
+        if folder:
+            save_file({"weights": self.weights}, folder / "weights.safetensors")
 
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
-        self.weights = np.load(folder / "weights.npy")
+        self.weights = load_file(folder / "weights.safetensors")["weights"]
 
     def state_bytes(self) -> int:
         return self.weights.nbytes
 
     export_bytes = state_bytes
 
-    def export(self, folder: Path, stop_ids: list[int]) -> None:
+    def export(self, folder: Path | None, stop_ids: list[int]) -> None:
+        if folder is None:
+            return
         np.save(folder / "weights.npy", self.weights)
         (folder / "config.json").write_text(json.dumps({"stop_ids": stop_ids}))
 
 
 class ToyBackend:
-    name = "toy"
+    name, ranks = "toy", Ranks()
+
+    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> ToyTeacher:
+        return ToyTeacher(self.table(folder))
+
+    def load_student(self, folder: Path, name: str, recipe) -> ToyStudent:
+        return ToyStudent(self.table(folder), recipe.optim)
+
+    def table(self, folder: Path) -> np.ndarray:
+        """As many words as the model of the folder has, and other numbers for another name."""
+        words = json.loads((folder / "config.json").read_text())["vocab_size"]
+        return table(len(folder.name), words)
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        return values
 
     def device(self) -> DeviceInfo:
         return DeviceInfo("toy", "numpy", "float64", "a test asked for it", "")

@@ -32,8 +32,21 @@ class LossSums:
     agree: np.ndarray
     tokens: np.ndarray
 
+    @classmethod
+    def of(cls, batch: Batch, kd: np.ndarray, ce: np.ndarray, agree: np.ndarray) -> "LossSums":
+        """From rows [N] of any float type; rows of weight 0 do not count."""
+        weight = batch.weight.astype(np.float64)
+        kd, ce, agree = (np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3) for row in (kd, ce, agree))
+        return cls(kd, ce, agree, np.bincount(batch.segment, weight, 3))
+
     def __add__(self, other: "LossSums") -> "LossSums":
         return LossSums(self.kd + other.kd, self.ce + other.ce, self.agree + other.agree, self.tokens + other.tokens)
+
+
+def check_indices(name: str, indices: np.ndarray, stop: int) -> None:
+    """Raise `IndexError` unless all are in [0, stop): on a GPU a framework may not."""
+    if indices.size and not (indices.min() >= 0 and indices.max() < stop):
+        raise IndexError(f"{name} {indices.min()}..{indices.max()} outside of 0..{stop - 1}")
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,18 @@ class Memory:
     active_bytes: int
     cache_bytes: int
     peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together: the first one (`rank` 0) writes, all of them compute."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
 
 
 class Model(Protocol):
@@ -102,8 +127,11 @@ class Student(Model, Protocol):
         A norm that is not finite leaves the weights alone and raises nothing: the caller decides.
         """
 
-    def save_state(self, folder: Path) -> None:
-        """Weights (or adapters) and optimizer state into an existing folder."""
+    def save_state(self, folder: Path | None) -> None:
+        """Weights (or adapters) and optimizer state into an existing folder; every rank calls it, those that do not write with None.
+
+        `weights.safetensors` and `optimizer.safetensors` in MLX's names and shapes, so that another backend can continue.
+        """
 
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
         """Load what `save_state` wrote; `optimizer=False` for the weights alone."""
@@ -114,14 +142,15 @@ class Student(Model, Protocol):
     def export_bytes(self) -> int:
         """Size of the exported student, at most."""
 
-    def export(self, folder: Path, stop_ids: list[int]) -> None:
-        """Weights and config in Hugging Face layout, adapters fused (and kept beside)."""
+    def export(self, folder: Path | None, stop_ids: list[int]) -> None:
+        """Weights and config in Hugging Face layout, adapters fused (and kept beside); None as for `save_state`."""
 
 
 class Backend(Protocol):
-    """A framework: loads models, counts memory."""
+    """A framework: loads models, counts memory, and sums over the ranks that train together."""
 
     name: str
+    ranks: Ranks
 
     def device(self) -> DeviceInfo: ...
 
@@ -130,6 +159,9 @@ class Backend(Protocol):
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> Student:
         """A student to train. Raises `ModelError`."""
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """The sum of float64 `values` over all ranks, on each of them; also the point at which they wait for each other."""
 
     def memory(self) -> Memory: ...
 

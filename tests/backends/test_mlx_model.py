@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tiny import family_folder, llama_config, model_folder
 
+from mlx_distill.backends import export
 from mlx_distill.backends.mlx import model as models
 from mlx_distill.backends.mlx.backend import MlxBackend, MlxStudent
 from mlx_distill.backends.mlx.loss import CallableHead, MatrixHead, QuantizedHead
@@ -462,19 +463,9 @@ def test_save_dtype_is_honoured(tuning: str, base_dtype: str, save_dtype: str, e
     assert 0.9 * written < student.export_bytes() + 4096 and student.export_bytes() < 1.1 * written
 
 
-def in_shards(weights: dict[str, mx.array]) -> list[dict[str, mx.array]]:
-    """mlx-lm's own, with a limit of 32 KiB instead of gigabytes (it takes no fraction of one)."""
-    shards: list[dict[str, mx.array]] = [{}]
-    for key, array in weights.items():
-        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > 2**15:
-            shards.append({})
-        shards[-1][key] = array
-    return shards
-
-
 def test_sharded_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bytes_tokenizer):
     base = model_folder(tmp_path / "base", bytes_tokenizer())
-    monkeypatch.setattr(mlx_lm.utils, "make_shards", in_shards)
+    monkeypatch.setattr(export, "SHARD_BYTES", 2**15)
     load_student(base).export(tmp_path / "out", [1])
     files = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"

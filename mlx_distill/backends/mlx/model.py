@@ -5,8 +5,6 @@ how the split is made, which models may be students, and what a saved student lo
 """
 
 import inspect
-import json
-import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_distill.backends import export, refusals
+from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.errors import ModelError
 from mlx_distill.recipe import StudentTable
@@ -131,10 +131,7 @@ class SplitModel:
         except Exception as error:  # as above
             equal, how = False, f"fails ({' '.join(str(error).split())[:100]}) instead of giving"
         if not equal:
-            raise ModelError(
-                f"{self.name}: head(hidden(x)) {how} model(x), so this family ({type(self.model).__module__}) "
-                "cannot be distilled here yet; please report it with the model's name"
-            )
+            raise refusals.not_split(self.name, type(self.model), how)
 
 
 class _AfterTrunk:
@@ -183,7 +180,7 @@ def _find_trunk(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         for trunk in ("model", "transformer", "backbone") if owner is not None else ():
             if isinstance(getattr(owner, trunk, None), nn.Module):
                 return owner, trunk
-    raise ModelError(f"{name}: no trunk (model, transformer or backbone) in {type(model).__module__}; please report it")
+    raise refusals.no_trunk(name, type(model))
 
 
 def _required_arguments(trunk: nn.Module) -> int:
@@ -215,8 +212,7 @@ def load_teacher(folder: Path, name: str, quantize_bits: int) -> SplitModel:
     model, config = _load(folder, name, lazy=bool(quantize_bits))
     if quantize_bits:
         if "quantization" in config:
-            stored = config["quantization"].get("bits")
-            raise ModelError(f"{name}: quantize_bits = {quantize_bits} asked, but it is already stored in {stored} bits: set 0")
+            raise refusals.quantised_already(name, quantize_bits, config["quantization"].get("bits"))
         _quantize(model, name, quantize_bits)
     model.freeze()
     return SplitModel(model, name)
@@ -236,7 +232,7 @@ def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> Spl
     """A model whose tensors equal Hugging Face's by name and value, in float32 where it trains; others are refused."""
     model, config = _load(folder, name, lazy=False)
     if "quantization" in config or "quantization_config" in config:
-        raise ModelError(f"{name}: a student must not be quantised (its export would not open in transformers); name the original")
+        raise refusals.quantised_student(name)
     _refuse_rewritten(model, folder, name)
     stored_dtype = next(p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating))
     if table.tuning == "full":
@@ -246,9 +242,7 @@ def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> Spl
         split = SplitModel(model, name)
         add_adapters(split, table, seed)
     if split.head_matrix() is None:
-        raise ModelError(
-            f"{name}: a student's head must be one plain matrix, this family scales, caps or biases it; choose a Llama or Qwen"
-        )
+        raise refusals.head_is_no_matrix(name)
     split.stored_dtype = stored_dtype
     return split
 
@@ -274,12 +268,9 @@ def _load(folder: Path, name: str, lazy: bool) -> tuple[nn.Module, dict]:
     try:
         return mlx_lm.utils.load_model(folder, lazy=lazy)
     except FileNotFoundError as error:
-        raise ModelError(
-            f"{name}: no weights to load in {folder} ({error}); a model folder holds config.json and model*.safetensors"
-        ) from None
+        raise refusals.no_weights(name, folder, error) from None
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{name}: mlx-lm cannot load {folder}: {reason}") from None
+        raise refusals.unloadable(name, folder, "mlx-lm", error) from None
 
 
 def stored_weights(folder: Path) -> dict[str, mx.array]:
@@ -294,45 +285,25 @@ def _refuse_rewritten(model: nn.Module, folder: Path, name: str) -> None:
     if "lm_head.weight" not in loaded and "lm_head.weight" in stored:  # a tied head that is stored all the same, or is it one?
         loaded["lm_head.weight"] = loaded.get("model.embed_tokens.weight", mx.array(0.0))
     for key in sorted(stored.keys() ^ loaded.keys()):
-        raise ModelError(
-            f"{name}: tensor {key} is {'renamed' if key in stored else 'made'} by mlx-lm on load, so a student of this family "
-            "would not open in transformers; choose a Llama, Qwen2 or Qwen3 student"
-        )
+        raise refusals.rewritten(name, key, "renamed" if key in stored else "made", "mlx-lm")
     for key, value in stored.items():
         if value.shape != loaded[key].shape or not mx.array_equal(value, loaded[key], equal_nan=True).item():
-            raise ModelError(
-                f"{name}: tensor {key} is changed by mlx-lm on load, so a student of this family would not open in transformers; "
-                "choose a Llama, Qwen2 or Qwen3 student"
-            )
+            raise refusals.rewritten(name, key, "changed", "mlx-lm")
 
 
 def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
-    """Freeze the model and add LoRA or DoRA to `lora_targets` of the last `lora_layers` blocks (0 = all).
-
-    lora_a is uniform in ±1/sqrt(fan-in) (mlx-lm's rule), drawn in numpy from the seed and the layer's path; lora_b is zero.
-    """
+    """Freeze the model and add LoRA or DoRA to the layers that `adapted_paths` chooses; lora_a is `initial_matrix`, lora_b zero."""
     model = split.model
     model.freeze()
-    blocks = split.layers[-table.lora_layers :] if table.lora_layers else split.layers
-    paths = {path for block in blocks for path, module in block.named_modules() if isinstance(module, nn.Linear)}
-    keys = {path for path in paths if path.rpartition(".")[2] in table.lora_targets}
-    if table.lora_layers > len(split.layers):
-        raise ModelError(f"{split.name}: lora_layers = {table.lora_layers} asked, but it has {len(split.layers)} blocks; 0 adapts all")
-    unknown = set(table.lora_targets) - {path.rpartition(".")[2] for path in paths}
-    if unknown:
-        choices = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
-        raise ModelError(f"{split.name}: lora_targets {', '.join(sorted(unknown))} not found in its blocks; it has {choices}")
+    linear = {id(module): path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    blocks = [[linear[id(module)] for _, module in block.named_modules() if id(module) in linear] for block in split.layers]
+    paths = adapted_paths(blocks, table, split.name)
+    keys = {path for block in split.layers for path, module in block.named_modules() if linear.get(id(module)) in paths}
     config = {"rank": table.rank, "scale": table.alpha / table.rank, "dropout": 0.0, "keys": keys}
     linear_to_lora_layers(model, table.lora_layers, config, use_dora=table.tuning == "dora")
     for path, module in model.named_modules():
         if "lora_a" in module:
-            module.lora_a = mx.array(_initial_matrix(module.lora_a.shape, path, seed))
-
-
-def _initial_matrix(shape: tuple[int, int], path: str, seed: int) -> np.ndarray:
-    random = np.random.default_rng([seed, *path.encode()])
-    bound = 1 / np.sqrt(shape[0])
-    return random.uniform(-bound, bound, shape).astype(np.float32)
+            module.lora_a = mx.array(initial_matrix(module.lora_a.shape, path, seed))
 
 
 def checkpoint_layers(split: SplitModel) -> None:
@@ -348,20 +319,6 @@ def checkpoint_layers(split: SplitModel) -> None:
             return mx.checkpoint(run)(self.trainable_parameters(), *args)
 
         layer.__class__ = type(f"Checkpointed{plain.__name__}", (plain,), {"__call__": call})
-
-
-def adapter_config(split: SplitModel, table: StudentTable) -> dict:
-    """mlx-lm's `adapter_config.json` for these adapters."""
-    keys = {path for block in split.layers for path, module in block.named_modules() if "lora_a" in module}
-    parameters = {"rank": table.rank, "scale": table.alpha / table.rank, "dropout": 0.0, "keys": sorted(keys)}
-    return {"fine_tune_type": table.tuning, "num_layers": table.lora_layers or len(split.layers), "lora_parameters": parameters}
-
-
-def save_adapters(split: SplitModel, table: StudentTable, folder: Path) -> None:
-    """`adapters.safetensors` and `adapter_config.json`, as mlx-lm reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(split.model.trainable_parameters())))
-    (folder / "adapter_config.json").write_text(json.dumps(adapter_config(split, table), indent=2))
 
 
 def fused_weights(model: nn.Module, base: Path) -> dict[str, mx.array]:
@@ -386,32 +343,10 @@ def _fused(module: nn.Module, weight: mx.array) -> mx.array:
 
 
 def save_folder(weights: dict[str, mx.array], base: Path, folder: Path, dtype: mx.Dtype | None, stop_ids: list[int]) -> None:
-    """A Hugging Face folder: safetensors (sharded above 5 GB), and the base model's config and tokenizer files.
-
-    dtype None keeps each tensor's type in the base model. `generation_config.json` stops on every id of `stop_ids`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in base.iterdir():
-        if file.suffix in (".json", ".jinja", ".txt", ".model") and not file.name.startswith("model.safetensors"):
-            shutil.copy(file, folder)
-    shards = mlx_lm.utils.make_shards({key: value.astype(dtype) if dtype else value for key, value in weights.items()})
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors" for i in range(len(shards))]
-    for shard, file in zip(shards, names, strict=True):
-        mx.save_safetensors(str(folder / file), shard, metadata={"format": "pt"})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(w.nbytes for shard in shards for w in shard.values())},
-                 "weight_map": {key: file for shard, file in zip(shards, names, strict=True) for key in sorted(shard)}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    _write_configs(folder, weights, dtype, stop_ids)
+    """A Hugging Face folder; dtype None keeps each tensor's type in the base model."""
+    tensors = {key: value.astype(dtype) if dtype else value for key, value in weights.items()}
+    export.save_folder(tensors, _save, base, folder, str(dtype).rpartition(".")[2] if dtype else "", stop_ids)
 
 
-def _write_configs(folder: Path, weights: dict[str, mx.array], dtype: mx.Dtype | None, stop_ids: list[int]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    if dtype is not None:
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(dtype).rpartition(".")[2]
-    config["eos_token_id"] = stop_ids
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(generation | {"eos_token_id": stop_ids}, indent=2))
+def _save(tensors: dict[str, mx.array], file: Path) -> None:
+    mx.save_safetensors(str(file), tensors, metadata={"format": "pt"})

@@ -1,7 +1,8 @@
-"""What every backend promises (`backends/protocol.py`), tested through its verbs alone; today there is MLX.
+"""What every backend promises (`backends/protocol.py`), tested through its verbs alone.
 
 Another backend joins by its name in `BACKENDS` and its function in `LOGITS`. Gradients are looked at through the optimizer: with
-`SGD` below a step moves each weight by -SCALE times its gradient, so nothing of a backend's inside is needed.
+`SGD` below a step moves each weight by -SCALE times its gradient, so nothing of a backend's inside is needed. The toy backend, with
+which the training loop is tested, keeps the part of the promise that the loop relies on.
 """
 
 import dataclasses
@@ -12,8 +13,10 @@ from tempfile import TemporaryDirectory
 import mlx.core as mx
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 from tiny import family_folder, llama_config
+from toy_backend import ToyBackend
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums, Model, Student, Teacher
@@ -23,8 +26,18 @@ from mlx_distill.errors import ModelError
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import BatchTable, Recipe
 
-BACKENDS = ["mlx"]
-LOGITS = {"mlx": lambda model, ids: np.array(model.split.model(mx.array([ids])))[0]}  # [T, V] by the plain model
+BACKENDS = ["mlx", "torch"]
+OPTIMIZERS = {"mlx": ["adamw", "lion", "adafactor"], "torch": ["adamw", "adafactor"]}
+LOGITS = {  # [T, V] by the plain model
+    "mlx": lambda model, ids: np.array(model.split.model(mx.array([ids])))[0],
+    "torch": lambda model, ids: model.split.model(torch.tensor([ids])).logits[0].detach().numpy(),
+    "toy": lambda model, ids: model.weights[ids],
+}
+
+with_the_toy = pytest.mark.parametrize("backend", [*BACKENDS, "toy"], indirect=True)
+with_optimizers = pytest.mark.parametrize(
+    "backend, optimizer", [(name, optimizer) for name in BACKENDS for optimizer in OPTIMIZERS[name]], indirect=["backend"]
+)
 
 ROWS = 96
 ALL = ("prompt", "cot", "answer")
@@ -36,7 +49,7 @@ KD = Objective(kd_weight=0.7, temperature=2.0)
 
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> Backend:
-    return choose_backend(request.param)
+    return ToyBackend() if request.param == "toy" else choose_backend(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +78,7 @@ def load_student(backend: Backend, root: Path, *args, folder: str = "student", *
     student = backend.load_student(root / folder, "student", recipe(*args, **settings))
     if student.trainable < student.parameters:
         random = np.random.default_rng(11)
-        moved = {key: array + 0.1 * random.normal(size=array.shape).astype(np.float32) for key, array in weights(student).items()}
+        moved = {key: array + 0.1 * random.normal(size=array.shape).astype(np.float32) for key, array in sorted(weights(student).items())}
         with TemporaryDirectory() as state:
             student.save_state(Path(state))
             save_file(moved, Path(state) / "weights.safetensors")
@@ -183,6 +196,7 @@ def test_micro_batching_changes_nothing(backend: Backend, root: Path, teacher: T
             np.testing.assert_allclose(result[key], array, rtol=0, atol=1e-5, err_msg=key)
 
 
+@with_the_toy
 def test_padding_and_dead_positions_do_not_matter(backend: Backend, root: Path, teacher: Teacher):
     tight = batch()
     loose = batch(pad_multiple=64)
@@ -197,6 +211,7 @@ def test_padding_and_dead_positions_do_not_matter(backend: Backend, root: Path, 
     assert_close(gradients(two, teacher, [loose]), gradients(one, teacher, [tight]))
 
 
+@with_the_toy
 def test_sums_belong_to_their_segments(backend: Backend, root: Path, teacher: Teacher):
     student = load_student(backend, root)
     whole = student.score(batch(), teacher.targets(batch()), KD)
@@ -208,6 +223,7 @@ def test_sums_belong_to_their_segments(backend: Backend, root: Path, teacher: Te
             assert getattr(part, field).sum() == getattr(part, field)[index]
 
 
+@with_the_toy
 def test_score_is_accumulates_sums_and_changes_nothing(backend: Backend, root: Path, teacher: Teacher):
     one, two = load_student(backend, root), load_student(backend, root)
     other, before = batch(SEQUENCES[:2]), weights(one)
@@ -230,6 +246,7 @@ def test_plain_fine_tuning_needs_no_targets(backend: Backend, root: Path, teache
     assert_close(gradients(one, None, [batch()], Objective(kd_weight=0)), gradients(two, teacher, [batch()], Objective(kd_weight=0)))
 
 
+@with_the_toy
 def test_a_student_that_is_its_teacher_has_no_divergence(backend: Backend, root: Path):
     student, teacher = load_student(backend, root), backend.load_teacher(root / "student", "teacher")
     sums = student.score(batch(), teacher.targets(batch()), Objective(kd_weight=1))
@@ -246,7 +263,7 @@ def test_bfloat16_is_for_computing_only(backend: Backend, root: Path, teacher: T
     assert_close(found, expected, 0.1)
     with pytest.raises(AssertionError):
         assert_close(found, expected, 1e-4)
-    small = load_student(backend, root, tuning, {"learning_rate": 1e-6, "optimizer": "lion"}, compute_dtype="bfloat16")
+    small = load_student(backend, root, tuning, {"learning_rate": 1e-6}, compute_dtype="bfloat16")
     accumulate(small, teacher, [batch()])
     small.apply(1e-6)
     moved = np.concatenate([(weights(small)[key] != array).ravel() for key, array in before.items()])
@@ -269,6 +286,7 @@ def test_the_model_at_rest_holds_its_own_weights(backend: Backend, root: Path, t
 # Refusals
 
 
+@with_the_toy
 def test_indices_out_of_range_are_refused(backend: Backend, root: Path, teacher: Teacher):
     student, fresh, good = load_student(backend, root), load_student(backend, root), batch()
     targets = teacher.targets(good)
@@ -289,7 +307,7 @@ def test_indices_out_of_range_are_refused(backend: Backend, root: Path, teacher:
 
 
 @pytest.mark.parametrize("poison", [np.nan, 1e38])
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+@with_optimizers
 def test_a_gradient_that_is_not_finite_changes_nothing(backend: Backend, root: Path, teacher: Teacher, optimizer: str, poison: float):
     optim = {"optimizer": optimizer, "weight_decay": 0.1}
     student, fresh = load_student(backend, root, optim=optim), load_student(backend, root, optim=optim)
@@ -397,7 +415,7 @@ def generate_greedily(model: Model) -> dict[str, np.ndarray]:
 # State
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+@with_optimizers
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_a_restored_student_takes_the_same_next_steps(
     backend: Backend, root: Path, teacher: Teacher, tuning: str, optimizer: str, tmp_path: Path
@@ -456,7 +474,7 @@ def test_counts(backend: Backend, root: Path, teacher: Teacher):
     assert teacher.parameters == sum(array.size for array in load_file(root / "teacher" / "model.safetensors").values())
     backend.reset_peak_memory()
     accumulate(full, teacher, [batch()])
-    assert backend.memory().peak_bytes > backend.memory().active_bytes > 4 * full.parameters
+    assert backend.memory().peak_bytes >= backend.memory().active_bytes > 4 * full.parameters
     assert backend.loss_error() < 1e-5 and backend.matmul_rate(64, 1) > 0
 
 

@@ -1,0 +1,56 @@
+"""Why a model is refused, in one wording for every backend. `library` is what read the model: mlx-lm or transformers."""
+
+from pathlib import Path
+
+from mlx_distill.errors import ModelError
+
+
+def no_weights(name: str, folder: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"{name}: no weights to load in {folder} ({one_line(error)}); a model folder holds config.json and model*.safetensors"
+    )
+
+
+def unloadable(name: str, folder: Path, library: str, error: Exception) -> ModelError:
+    return ModelError(f"{name}: {library} cannot load {folder}: {one_line(error)}")
+
+
+def no_trunk(name: str, kind: type) -> ModelError:
+    return ModelError(f"{name}: no trunk (model, transformer or backbone) in {kind.__module__}; please report it")
+
+
+def not_split(name: str, kind: type, how: str) -> ModelError:
+    return ModelError(
+        f"{name}: head(hidden(x)) {how} model(x), so this family ({kind.__module__}) "
+        "cannot be distilled here yet; please report it with the model's name"
+    )
+
+
+def quantised_already(name: str, asked: int, stored: int | str) -> ModelError:
+    return ModelError(f"{name}: quantize_bits = {asked} asked, but it is already stored in {stored} bits: set 0")
+
+
+def quantised_student(name: str) -> ModelError:
+    return ModelError(f"{name}: a student must not be quantised (its export would not open in transformers); name the original")
+
+
+def head_is_no_matrix(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: a student's head must be one plain matrix, this family scales, caps or biases it; choose a Llama or Qwen"
+    )
+
+
+def rewritten(name: str, tensor: str, how: str, library: str) -> ModelError:
+    """A family whose tensors are renamed, made or changed on load: its export would not open everywhere."""
+    return ModelError(
+        f"{name}: tensor {tensor} is {how} by {library} on load, so a student of this family would not open in transformers; "
+        "choose a Llama, Qwen2 or Qwen3 student"
+    )
+
+
+def other_state(folder: Path) -> ModelError:
+    return ModelError(f"checkpoint {folder}: its arrays are not those of this student")
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,392 @@
+"""torch's teacher and student: the verbs of `backends/protocol.py` in transformers' models, torch's optimizers and our loss.
+
+numpy comes in and goes out; torch tensors stay here. Decided here: number formats by device, how ranks share the work, and
+what a checkpoint of the student holds (MLX's names and shapes, so that either backend continues what the other began).
+Mirrors `backends/mlx/backend.py`.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from torch import Tensor
+
+from mlx_distill.backends import oracle, refusals
+from mlx_distill.backends.adapters import write_adapters
+from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, check_indices
+from mlx_distill.backends.torch import model as models
+from mlx_distill.backends.torch import ranks as together
+from mlx_distill.backends.torch import resident
+from mlx_distill.backends.torch.loss import Head, MatrixHead, kd_loss, score_rows
+from mlx_distill.data.batches import Batch
+from mlx_distill.errors import ModelError, OutOfMemory
+from mlx_distill.objective import Objective
+from mlx_distill.recipe import Recipe
+
+
+class TorchBackend:
+    """torch on a CUDA GPU where there is one, else on the CPU."""
+
+    name = "torch"
+
+    def __init__(self) -> None:
+        self._device = torch.device("cuda", together.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        self.ranks: Ranks = together.join(self._device)
+
+    def device(self) -> DeviceInfo:
+        ranks = f" x {self.ranks.size}" if self.ranks.size > 1 else ""
+        if self._device.type == "cuda":
+            gpu = torch.cuda.get_device_name(self._device)
+            return DeviceInfo(self.name, f"CUDA ({gpu}{ranks})", "bfloat16", "torch sees a CUDA GPU", "")
+        return DeviceInfo(
+            self.name, f"CPU ({platform.machine()}{ranks}, torch {torch.__version__})", "float32",
+            "torch sees no CUDA GPU; half precision is for GPUs", "",
+        )
+
+    def dtype(self, asked: str) -> torch.dtype:
+        return getattr(torch, self.device().dtype if asked == "auto" else asked)
+
+    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> "TorchTeacher":
+        with _explained(f"loading {name}"):
+            dtype = torch.float32 if self._device.type == "cpu" else None
+            return TorchTeacher(models.load_teacher(folder, name, quantize_bits, self._device, dtype))
+
+    def load_student(self, folder: Path, name: str, recipe: Recipe) -> "TorchStudent":
+        with _explained(f"loading {name}"):
+            dtype = self.dtype(recipe.student.compute_dtype)
+            split = models.load_student(folder, name, recipe.student, recipe.run.seed, self._device, dtype)
+            return TorchStudent(split, folder, recipe, dtype)
+
+    def all_sum(self, values: np.ndarray) -> np.ndarray:
+        """The sum of float64 `values` over all ranks, on each."""
+        return together.all_sum(values, self._device)
+
+    def memory(self) -> Memory:
+        if self._device.type == "cpu":
+            return resident.memory()
+        active = torch.cuda.memory_allocated(self._device)
+        return Memory(active, torch.cuda.memory_reserved(self._device) - active, torch.cuda.max_memory_allocated(self._device))
+
+    def reset_peak_memory(self) -> None:
+        if self._device.type == "cpu":
+            resident.reset_peak()
+        else:
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def loss_error(self) -> float:
+        """Largest relative error of a tiny loss and its gradient against the float64 definition."""
+        return oracle.loss_error(lambda *case: _mean_loss(*case, device=self._device))
+
+    def matmul_rate(self, size: int = 1024, repeats: int = 8) -> float:
+        """Measured operations a second of `size`³ products in the dtype that "auto" trains in."""
+        left = torch.ones((size, size), dtype=self.dtype("auto"), device=self._device)
+        (left @ left).sum().item()  # which waits for a GPU
+        started = time.perf_counter()
+        for _ in range(repeats):
+            product = left @ left
+        product.sum().item()
+        return repeats * 2 * size**3 / (time.perf_counter() - started)
+
+    def release(self) -> None:
+        """Give back the allocator's cache, after a model has gone."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class TorchModel:
+    """What teacher and student share: hidden states, generation, size."""
+
+    def __init__(self, split: models.SplitModel):
+        self.split = split
+        self.device = split.device
+        self.parameters = models.parameter_count(split.model)
+        self.vocabulary_rows = split.head_rows()
+
+    def gather(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are checked, CUDA's checks kill the process."""
+        check_indices("tokens", tokens, self.vocabulary_rows)
+        check_indices("loss positions", positions, tokens.size)
+        hidden = self.split.hidden(self.tensor(tokens).long())
+        return hidden.reshape(-1, hidden.shape[-1])[self.tensor(positions).long()]
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def precision(self) -> AbstractContextManager:
+        """What a forward pass is computed in."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int,
+        batch_size: int, stop_ids: frozenset[int], progress: Callable[[int], None],
+    ) -> list[list[int]]:
+        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as n more are finished."""
+        torch.manual_seed(seed)
+        self.split.model.generation_config = _generation(max_new_tokens, temperature, top_p, stop_ids)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: they need the most memory
+        found: dict[int, list[int]] = {}
+        for group in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+            with self.precision(), _explained("generating"):
+                found |= zip(group, self._generate([prompts[i] for i in group], stop_ids), strict=True)
+            progress(len(group))
+        return [found[i] for i in range(len(prompts))]
+
+    def _generate(self, prompts: list[Sequence[int]], stop_ids: frozenset[int]) -> list[list[int]]:
+        """One batch, padded at the left."""
+        width = max(map(len, prompts))
+        tokens = self.tensor(np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]))
+        mask = self.tensor(np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]))
+        texts = self.split.model.generate(tokens, attention_mask=mask)[:, width:].tolist()
+        return [text[: next((i + 1 for i, token in enumerate(text) if token in stop_ids), None)] for text in texts]
+
+
+class TorchTeacher(TorchModel):
+    """A frozen model. Its targets are hidden states [N, D] and its head: [N, V] is never made."""
+
+    def __init__(self, split: models.SplitModel):
+        super().__init__(split)
+        self._head = split.loss_head()
+        together.shard(split)
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> tuple[Tensor, Head]:
+        with _explained("the teacher's forward pass"):
+            return self.gather(batch.tokens, batch.positions), self._head
+
+
+class TorchStudent(TorchModel):
+    """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of the step under way."""
+
+    def __init__(self, split: models.SplitModel, base: Path, recipe: Recipe, dtype: torch.dtype):
+        super().__init__(split)
+        self.base, self.table, self.dtype = base, recipe.student, dtype
+        self.chunk_tokens, self.max_grad_norm = recipe.objective.chunk_tokens, recipe.optim.max_grad_norm
+        if recipe.student.gradient_checkpointing:
+            models.checkpoint_layers(split)
+        self.head_path = split.head_path
+        together.shard(split, trains=True)
+        named = dict(split.model.named_parameters())
+        self.head = named[self.head_path]
+        self.weights = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self.optimizer = make_optimizer(recipe, list(self.weights.values()), self.ranked)
+        self.vocabulary = 0  # ids the loss compares; 0 = all of the head's rows
+
+    @property
+    def ranked(self) -> bool:
+        return together.size() > 1
+
+    @property
+    def trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.weights.values())
+
+    def precision(self) -> AbstractContextManager:
+        """Full tuning computes in `dtype` over float32 weights; with adapters the frozen weights are of that type themselves."""
+        half = self.table.tuning == "full" and self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=half)
+
+    def accumulate(self, batch: Batch, targets, objective: Objective, loss_tokens: float) -> LossSums:
+        """Add the gradients of the batch's share of the step's loss; returns its sums."""
+        with _explained("a training step"):
+            arguments = self._arguments(batch, targets, objective)
+            rows = kd_loss(*arguments, loss_tokens, self.chunk_tokens, self.table.tuning == "full", self.vocabulary, self.dtype)
+            rows.loss.backward()
+            return _sums(batch, rows[1:])
+
+    @torch.no_grad()
+    def score(self, batch: Batch, targets, objective: Objective) -> LossSums:
+        """The same sums without gradients."""
+        with _explained("validation"):
+            rows = score_rows(*self._arguments(batch, targets, objective), self.chunk_tokens, self.vocabulary, self.dtype)
+            return _sums(batch, rows[1:])
+
+    def _arguments(self, batch: Batch, targets, objective: Objective) -> tuple:
+        check_indices("targets", batch.targets, self.vocabulary or self.vocabulary_rows)
+        with self.precision():
+            hidden = self.gather(batch.tokens, batch.positions)
+        head = together.whole_with_gradient(self.head)
+        return hidden, head, *(targets or (None, None)), self.tensor(batch.targets), self.tensor(batch.weight), objective
+
+    def apply(self, learning_rate: float) -> float:
+        """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not finite nothing changes."""
+        with _explained("an optimizer step"):
+            parameters = list(self.weights.values())
+            together.sum_replicated(parameters)
+            gradients = [parameter.grad for parameter in parameters]
+            norm = together.whole(torch.nn.utils.get_total_norm(gradients))
+            value = norm.item()
+            if np.isfinite(value):
+                if self.max_grad_norm:
+                    torch.nn.utils.clip_grads_with_norm_(parameters, self.max_grad_norm, norm)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            return value
+
+    # state
+
+    def save_state(self, folder: Path | None) -> None:
+        """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`; other ranks than the first help with None."""
+        weights = {models.canonical(name): _kept(name, parameter) for name, parameter in self.weights.items()}
+        optimizer = self._optimizer_arrays()
+        if folder:
+            save_file(weights, folder / "weights.safetensors")
+            save_file(optimizer, folder / "optimizer.safetensors")
+
+    def _optimizer_arrays(self) -> dict[str, np.ndarray]:
+        step, rate = 0, self.optimizer.param_groups[0]["lr"]
+        arrays = {}
+        for name, parameter in self.weights.items():
+            state = self.optimizer.state[parameter]
+            step = int(state["step"])
+            for ours, theirs in _state_names(name, state).items():
+                arrays[f"{models.canonical(name)}.{theirs}"] = _kept(name, state[ours])
+        return {"step": np.array(step, np.uint64), "learning_rate": np.array(rate, np.float32)} | arrays
+
+    @torch.no_grad()
+    def restore_state(self, folder: Path, optimizer: bool = True) -> None:
+        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises `ModelError` on other arrays."""
+        kept = load_file(folder / "weights.safetensors")
+        shapes = {models.canonical(name): _kept_shape(name, parameter) for name, parameter in self.weights.items()}
+        if {key: array.shape for key, array in kept.items()} != shapes:
+            raise refusals.other_state(folder)
+        for name, parameter in self.weights.items():
+            _restore(parameter, kept[models.canonical(name)], name)
+        self.optimizer.zero_grad()
+        if optimizer:
+            arrays = load_file(folder / "optimizer.safetensors")
+            for name, parameter in self.weights.items():
+                state = self.optimizer.state[parameter]
+                state["step"] = _like(state["step"], int(arrays["step"]))
+                for ours, theirs in _state_names(name, state).items():
+                    _restore(state[ours], arrays[f"{models.canonical(name)}.{theirs}"], name)
+
+    def state_bytes(self) -> int:
+        """Bytes of one checkpoint."""
+        moments = (tensor for parameter in self.weights.values() for key, tensor in self.optimizer.state[parameter].items()
+                   if key not in ("step", "RMS"))
+        return 4 * (self.trainable + sum(tensor.numel() for tensor in moments))
+
+    def export_bytes(self) -> int:
+        """Bytes of the exported weights, and of the float32 adapters beside them (in two layouts), at most."""
+        return self.parameters * self._save_dtype.itemsize + (8 * self.trainable if self.table.tuning != "full" else 0)
+
+    def export(self, folder: Path | None, stop_ids: list[int]) -> None:
+        """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and `adapters-peft` in it."""
+        if self.table.tuning == "full":
+            fused = {name: together.whole(parameter.detach()) for name, parameter in self.weights.items()}
+        if folder is None:
+            return
+        if self.table.tuning != "full":
+            fused = models.fused_weights(self.split, self.base)
+            adapters = {models.canonical(name): _kept(name, parameter) for name, parameter in self.weights.items()}
+            write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
+        models.save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
+
+    @property
+    def _save_dtype(self) -> torch.dtype:
+        return self.split.stored_dtype if self.table.save_dtype == "base" else getattr(torch, self.table.save_dtype)
+
+
+def make_optimizer(recipe: Recipe, parameters: list[Tensor], ranked: bool = False) -> torch.optim.Optimizer:
+    """The recipe's optimizer with its state made: torch's AdamW, or transformers' Adafactor, whose rule is MLX's (torch's own is not)."""
+    table = recipe.optim
+    if table.optimizer == "adamw":
+        made = torch.optim.AdamW(
+            parameters, table.learning_rate, (table.beta1, table.beta2), table.eps, table.weight_decay, fused=not ranked,
+        )
+    elif table.optimizer == "adafactor" and not ranked:
+        made = transformers.Adafactor(parameters, table.learning_rate, weight_decay=table.weight_decay, relative_step=False)
+    else:
+        where = "torch on several ranks" if table.optimizer == "adafactor" else "torch"
+        raise ModelError(f'optim.optimizer = "{table.optimizer}" asked, but {where} has no such optimizer: choose "adamw", or --backend mlx')
+    for parameter in parameters:
+        made.state[parameter] = _moments(parameter, table.optimizer)
+    return made
+
+
+def _moments(parameter: Tensor, optimizer: str) -> dict[str, Tensor | int]:
+    """The state before the first step, zero: what the optimizer itself would make in it."""
+    if optimizer == "adamw":
+        step = torch.zeros((), device=parameter.device)
+        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+    if parameter.ndim < 2:
+        return {"step": 0, "exp_avg_sq": torch.zeros_like(parameter), "RMS": 0}
+    rows, columns = parameter.new_zeros(parameter.shape[:-1]), parameter.new_zeros(parameter.shape[:-2] + parameter.shape[-1:])
+    return {"step": 0, "exp_avg_sq_row": rows, "exp_avg_sq_col": columns, "RMS": 0}
+
+
+ADAMW_NAMES = {"exp_avg": "m", "exp_avg_sq": "v"}
+
+
+def _state_names(name: str, state: dict) -> dict[str, str]:
+    """torch's names of the moments → MLX's; a transposed parameter's row sums are columns there."""
+    if "exp_avg" in state:
+        return ADAMW_NAMES
+    if "exp_avg_sq" in state:
+        return {"exp_avg_sq": "exp_avg_sq"}
+    rows, columns = "exp_avg_sq_row", "exp_avg_sq_col"
+    return {rows: columns, columns: rows} if models.is_transposed(name) else {rows: rows, columns: columns}
+
+
+def _kept(name: str, tensor: Tensor) -> np.ndarray:
+    """A tensor as a checkpoint holds it."""
+    array = together.whole(tensor.detach()).cpu().numpy()
+    return np.ascontiguousarray(array.T) if models.is_transposed(name) else array
+
+
+def _kept_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
+    return tuple(reversed(tensor.shape)) if models.is_transposed(name) else tuple(tensor.shape)
+
+
+def _restore(tensor: Tensor, array: np.ndarray, name: str) -> None:
+    array = np.ascontiguousarray(array.T) if models.is_transposed(name) else array
+    tensor.detach().copy_(together.spread(torch.from_numpy(array), tensor))
+
+
+def _like(old: Tensor | int, value: int) -> Tensor | int:
+    return torch.full_like(old, value) if isinstance(old, Tensor) else value
+
+
+def _generation(max_new_tokens: int, temperature: float, top_p: float, stop_ids: frozenset[int]) -> transformers.GenerationConfig:
+    """Greedy or sampled, and nothing of what the model's own `generation_config.json` asks for."""
+    chosen = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    return transformers.GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(stop_ids) or None, pad_token_id=0, use_cache=True, **chosen
+    )
+
+
+def _mean_loss(
+    student: np.ndarray, teacher: np.ndarray, matrix: np.ndarray, targets: np.ndarray, objective: Objective, device: torch.device
+) -> tuple[float, np.ndarray]:
+    hidden, teacher_hidden, head, ids = (torch.from_numpy(array).to(device) for array in (student, teacher, matrix, targets))
+    rows = len(targets)
+    weight = torch.ones(rows, device=device)
+    loss = kd_loss(hidden.requires_grad_(), head, teacher_hidden, MatrixHead(head), ids, weight, objective, rows, 4, False).loss
+    loss.backward()
+    return loss.item(), hidden.grad.cpu().numpy()
+
+
+def _sums(batch: Batch, rows: Sequence[Tensor]) -> LossSums:
+    return LossSums.of(batch, *torch.stack(list(rows)).cpu().numpy())
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn CUDA's out-of-memory and a lost rank into errors of one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        raise OutOfMemory(f"{what} does not fit the GPU's memory ({reason[:reason.find(' GiB is free') + 12][:200]})") from None
+    except RuntimeError as error:
+        if together.size() > 1 and together.is_loss_of_a_rank(error):
+            raise together.lost(what, error) from None
+        raise

@@ -1,0 +1,299 @@
+"""The distillation loss on torch, walked over chunks of positions so that [N, V] exists nowhere.
+
+In: hidden states of student and teacher at the N loss positions, the student's head, the teacher's `Head`, targets and
+weights. Out: the scalar loss, and per position the divergence, the cross-entropy and whether both name the same token.
+Decided here: how the walk is cut and what it keeps. The naive equivalent, in float32, is
+
+    z = student_hidden @ student_weight.T            u = log_softmax(z / T)      # [N, V]
+    t = teacher_head(teacher_hidden)                 v = log_softmax(t / T)      # [N, V]
+    kd = scale * divergence(u, v)                    ce = -log_softmax(z)[target]
+    loss = sum(weight * (kd_weight * kd + (1 - kd_weight) * ce)) / loss_tokens
+
+A chunk makes its logits, its rows and the gradients of the hidden states and of the head in one visit; `backward` only
+scales what was made. Three buffers [C, V] are all that a chunk works in, so it is written with `out=` and in place: on a
+CPU fresh pages cost more than the arithmetic, and on CUDA the elementwise part is compiled into a few kernels. Torch runs
+eagerly, so chunks need no ordering (MLX's do). A bfloat16 head is promoted to float32 block by block on a CPU; on CUDA the
+products take bfloat16 and sum in float32 where the student computes in bfloat16.
+Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mlx_distill.objective import Objective
+
+BLOCK_ROWS = 8192  # of a half-precision head that are promoted at once on a CPU
+FEW_ROWS = 8  # as in a last chunk: BLAS loses a decimal of their sums over a vocabulary (MKL: of one to three rows)
+FLOOR = -1e9  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+
+Finish = Callable[[Tensor], Tensor]
+
+
+class Head(Protocol):
+    """A frozen projection to the vocabulary."""
+
+    def logits(self, hidden: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
+        """float32 logits [C, rows] of the first `rows` ids from hidden states [C, D], in `out` if that suits."""
+
+
+@dataclass(frozen=True)
+class MatrixHead:
+    """`finish(hidden @ weight.T + bias)`, weight [V, D] in any float type; finish is elementwise (cap, scale)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    finish: Finish | None = None
+
+    def logits(self, hidden: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
+        logits = _project(hidden, self.weight[:rows], out)
+        if self.bias is not None:
+            logits += self.bias[:rows].float()
+        return logits if self.finish is None else self.finish(logits).float()
+
+
+@dataclass(frozen=True)
+class CallableHead:
+    """Any function from hidden states [C, D] to logits [C, V or more]."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def logits(self, hidden: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
+        return self.function(hidden)[:, :rows].float()
+
+
+class LossRows(NamedTuple):
+    """The scalar loss, which alone carries gradients, and float32[N] rows: nats, nats, 0 or 1; 0 where weight is 0."""
+
+    loss: Tensor
+    kd: Tensor
+    ce: Tensor
+    agree: Tensor
+
+
+def kd_loss(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | None,
+    targets: Tensor, weight: Tensor, objective: Objective, loss_tokens: float, chunk_tokens: int,
+    train_head: bool, vocab: int = 0, dtype: torch.dtype = torch.float32,
+) -> LossRows:
+    """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's formula says.
+
+    Differentiable in student_hidden, and in student_weight [V, D] where `train_head`; backward may run once. Both heads are
+    cut to their first `vocab` ids (0: all of the student's). Without a teacher kd and agree are 0, and the objective's
+    kd_weight must be 0. `dtype` is what products take on CUDA; sums and logits are float32 everywhere.
+    """
+    divisor = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
+    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, divisor, chunk_tokens, vocab, dtype)
+    return LossRows(*_SavedGradients.apply(walk, student_hidden, student_weight if train_head else student_weight.detach()))
+
+
+@torch.no_grad()
+def score_rows(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | None,
+    targets: Tensor, weight: Tensor, objective: Objective, chunk_tokens: int, vocab: int = 0, dtype: torch.dtype = torch.float32,
+) -> LossRows:
+    """The same rows with no gradient work; `loss` is the weighted sum, divided by nothing."""
+    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, 1.0, chunk_tokens, vocab, dtype)
+    rows, _, _ = walk(student_hidden, student_weight, False, False)
+    return rows
+
+
+class _SavedGradients(torch.autograd.Function):
+    """Runs a walk, keeps the gradients that it made, and scales them when they are asked for."""
+
+    @staticmethod
+    def forward(ctx, walk: "_Walk", hidden: Tensor, head_weight: Tensor) -> LossRows:
+        rows, *gradients = walk(hidden, head_weight, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(*rows[1:])
+        ctx.set_materialize_grads(False)
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope: Tensor, *_) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else gradient.mul_(slope) for gradient in ctx.saved_tensors)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """The walk over chunks; called with the two arrays that may carry gradients and whether they do."""
+
+    teacher_hidden: Tensor | None
+    teacher_head: Head | None
+    targets: Tensor
+    weight: Tensor
+    objective: Objective
+    loss_tokens: float
+    chunk_tokens: int
+    vocab: int
+    dtype: torch.dtype
+
+    @torch.no_grad()
+    def __call__(self, hidden: Tensor, head_weight: Tensor, train_hidden: bool, train_head: bool) -> tuple:
+        """(rows, gradient of the hidden states, gradient of the head); a gradient that is not asked for is None."""
+        matrix = head_weight[: self.vocab or len(head_weight)]
+        matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
+        count, size = len(hidden), min(self.chunk_tokens, len(hidden))
+        work = [torch.empty((size, len(matrix)), device=hidden.device) for _ in range(3 if self.teacher_head else 2)]
+        hidden_grad = torch.empty_like(hidden) if train_hidden else None
+        head_grad = torch.zeros(head_weight.shape, device=hidden.device) if train_head else None
+        columns = []
+        for start in range(0, count, size):
+            place = slice(start, start + size)
+            part = [buffer[: min(size, count - start)] for buffer in work]
+            inputs, slope, rows = self._chunk(hidden, matrix, place, part, train_hidden or train_head)
+            columns.append(rows)
+            if train_hidden:
+                hidden_grad[place] = _product(slope, matrix)
+            if train_head:
+                _add_product(head_grad[: len(matrix)], slope.T, inputs)
+        loss, kd, ce, agree = (torch.cat(column) for column in zip(*columns, strict=True))
+        head_grad = head_grad.to(head_weight.dtype) if train_head else None
+        return LossRows(loss.sum(), kd, ce, agree), hidden_grad, head_grad
+
+    def _chunk(self, hidden: Tensor, matrix: Tensor, place: slice, work: list[Tensor], wants_slope: bool) -> tuple:
+        """(inputs [C, D], d loss / d logits [C, V], (weighted loss, kd, ce, agree) [C] each); the slope lies in `work`."""
+        weight = self.weight[place, None].float()
+        live = weight != 0
+        inputs = torch.where(live, hidden[place], 0).to(self.dtype if matrix.is_cuda else torch.float32)  # dead rows may hold NaN
+        logits = _project(inputs, matrix, work[0]).clamp_(min=FLOOR)
+        teacher_logits = None
+        if self.teacher_head is not None:
+            teacher_hidden = torch.where(live, self.teacher_hidden[place], 0)
+            teacher_hidden = teacher_hidden if teacher_hidden.is_cuda else teacher_hidden.float()
+            teacher_logits = self.teacher_head.logits(teacher_hidden, len(matrix), work[1]).clamp_(min=FLOOR)
+        cross = _compiled(_cross) if logits.is_cuda else _cross
+        slope, kd, ce, agree = cross(logits, teacher_logits, work[-1], self.targets[place, None].long(), self.objective, wants_slope)
+        share = weight / self.loss_tokens
+        loss = (self.objective.kd_weight * kd + (1 - self.objective.kd_weight) * ce) * share
+        rows = tuple(torch.where(live, column, 0)[:, 0] for column in (loss, kd, ce, agree))
+        return inputs, slope.mul_(share) if wants_slope else None, rows
+
+
+def _cross(
+    z: Tensor, t: Tensor | None, spare: Tensor, targets: Tensor, objective: Objective, wants_slope: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """Logits [C, V] of student and teacher, both overwritten, and a spare buffer → (d loss / d z in one of them, kd, ce, agree)."""
+    kd = agree = z.new_zeros((len(z), 1))
+    if t is not None:
+        agree = (z.argmax(1, keepdim=True) == t.argmax(1, keepdim=True)).float()
+    temperature, kd_weight = objective.temperature, objective.kd_weight
+    plain = z if temperature == 1 else z.clone()
+    if temperature != 1 and t is not None:
+        z.div_(temperature), t.div_(temperature)
+    if temperature != 1 or t is None:
+        u_plain = _log_softmax(plain, torch.empty_like(plain) if t is not None else spare)
+        ce = -u_plain.gather(1, targets)
+    slope = None
+    if t is not None:
+        u = _log_softmax(z, spare)
+        ce = -u.gather(1, targets) if temperature == 1 else ce
+        v = _log_softmax(t, z)
+        ce_share = 1 - kd_weight if temperature == 1 else 0.0
+        scale = kd_weight * objective.divergence_scale / temperature
+        kd, slope = _DIVERGENCES[objective.divergence](u, v, t, objective.jsd_beta, scale, ce_share, wants_slope)
+        kd = kd * objective.divergence_scale
+    if not wants_slope:
+        return None, kd, ce, agree
+    if kd_weight < 1 and (t is None or temperature != 1):
+        plain = u_plain.exp_().mul_(1 - kd_weight)
+        slope = plain if slope is None else slope.add_(plain)
+    if kd_weight < 1:
+        slope.scatter_add_(1, targets, slope.new_full((len(slope), 1), kd_weight - 1))
+    return slope, kd, ce, agree
+
+
+# Each takes log-probabilities u of the student and v of the teacher and a spare buffer, all overwritten, and returns the
+# divergence [C, 1] and, if wanted, `scale` times its slope in u plus `ce` times the student's probabilities, [C, V].
+
+
+def _forward_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: float, wants_slope: bool) -> tuple:
+    """Σ t (log t - log s); slope s - t."""
+    difference = torch.sub(v, u, out=spare)
+    teacher = v.exp_()
+    value = _row_dot(teacher, difference)
+    return value, u.exp_().mul_(scale + ce).sub_(teacher, alpha=scale) if wants_slope else None
+
+
+def _reverse_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: float, wants_slope: bool) -> tuple:
+    """Σ s (log s - log t); slope s (log s/t - KL)."""
+    difference = torch.sub(u, v, out=spare)
+    student = u.exp_()
+    value = _row_dot(student, difference)
+    return value, difference.sub_(value).mul_(scale).add_(ce).mul_(student) if wants_slope else None
+
+
+def _jsd(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: float, wants_slope: bool) -> tuple:
+    """β Σ t log t/m + (1-β) Σ s log s/m, m = β t + (1-β) s; slope (1-β) s (log s/m - KL(s‖m)).
+
+    log s/m = -log(1 + β (e^d - 1)) with d = log t/s, and the mirror image of that where d > 0: nothing is subtracted that is nearly
+    equal, though s and t may be.
+    """
+    d = torch.sub(v, u, out=spare)
+    student, teacher = u.exp_(), v.exp_()
+    distance = -d.abs()
+    nearer = -torch.log1p(torch.where(d > 0, 1 - beta, beta) * distance.expm1())  # log of the more likely one's ratio to m
+    further = nearer + distance
+    student_term, teacher_term = torch.where(d > 0, further, nearer), torch.where(d > 0, nearer, further)
+    student_kl = _row_dot(student, student_term)
+    value = beta * _row_dot(teacher, teacher_term) + (1 - beta) * student_kl
+    slope = student_term.sub_(student_kl).mul_((1 - beta) * scale).add_(ce).mul_(student) if wants_slope else None
+    return value, slope
+
+
+_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+
+
+@cache
+def _compiled(function: Callable) -> Callable:
+    """Fused kernels, where the installed torch can make them; what runs eagerly is the same, more slowly."""
+    torch._dynamo.config.suppress_errors = True  # no compiler on this machine: run eagerly
+    return torch.compile(function)
+
+
+def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
+    return torch.ops.aten._log_softmax.out(x, 1, False, out=out)
+
+
+def _row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """[C, 1]"""
+    return torch.linalg.vecdot(x, y)[:, None]
+
+
+def _project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """float32 hidden @ weight.T, [C, V]; both in one half-precision type on CUDA are summed in float32."""
+    if hidden.is_cuda:
+        return _product(hidden.to(weight.dtype), weight.T)
+    out = torch.empty((len(hidden), len(weight))) if out is None else out
+    if weight.dtype == torch.float32:
+        return torch.mm(hidden, weight.T, out=out)
+    for start in range(0, len(weight), BLOCK_ROWS):
+        block = weight[start : start + BLOCK_ROWS].float()
+        out[:, start : start + len(block)] = hidden @ block.T
+    return out
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """float32 left @ right; where `right` is in half precision on CUDA `left` is rounded to it, and promoted by block on a CPU.
+
+    Few rows are multiplied by block in float32 too: a CPU's BLAS adds a whole vocabulary one after the other for them.
+    """
+    if right.dtype == torch.float32 and (left.is_cuda or len(left) > FEW_ROWS):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
+    blocks = range(0, len(right), BLOCK_ROWS)
+    return sum(left[:, start : start + BLOCK_ROWS] @ right[start : start + BLOCK_ROWS].float() for start in blocks)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place."""
+    if right.dtype == torch.float32:
+        total.addmm_(left, right)
+    else:
+        total += _product(left, right)

@@ -1,0 +1,310 @@
+"""The same recipe on MLX and on torch, both in float32 on a CPU: two independent texts that must tell the same numbers.
+
+Logits 1e-4 apart, loss terms 1e-5 relative, gradients 1e-4 relative, the losses of 50 training steps 1e-3 relative to the end, greedy
+generations token for token where the best token leads by more than 1e-3. Gradients are looked at as in `test_contract.py`.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_contract import (
+    LOGITS,
+    ROWS,
+    SEQUENCES,
+    SGD,
+    TUNINGS,
+    accumulate,
+    assert_close,
+    batch,
+    gradients,
+    load_student,
+    sequence,
+    weights,
+)
+from tiny import family_folder, llama_config
+
+from mlx_distill.backends import choose_backend
+from mlx_distill.backends.mlx import loss as mlx_loss
+from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
+from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.backends.torch import loss as torch_loss
+from mlx_distill.data.batches import Steps
+from mlx_distill.data.truncate import thin, truncate
+from mlx_distill.objective import Objective
+from mlx_distill.recipe import BatchTable, TruncationTable
+from mlx_distill.train import loss_terms
+
+BOTH = ("mlx", "torch")
+FAMILIES = {
+    "llama tied": llama_config(vocabulary=ROWS),
+    "llama untied": llama_config(vocabulary=ROWS, tied=False),
+    "qwen3 tied": llama_config(vocabulary=ROWS, family="qwen3"),
+    "qwen3 untied": llama_config(vocabulary=ROWS, family="qwen3", tied=False),
+}
+OBJECTIVES = [
+    Objective(divergence, 0.3, kd_weight, temperature)
+    for divergence in ("forward_kl", "reverse_kl", "jsd")
+    for kd_weight, temperature in ((0.5, 1.0), (1.0, 2.0))
+]
+TRUNCATIONS = {
+    "prefix": {"fraction": 0.5},
+    "suffix": {"keep": "suffix", "fraction": 0.5},
+    "suffix in context": {"keep": "suffix", "fraction": 0.5, "context": "keep"},
+    "middle": {"keep": "middle", "fraction": 0.5},
+    "half of the cot": {"span": "cot", "fraction": 0.5},
+    "up to </think>": {"keep": "cot"},
+    "capped": {"max_tokens": 16},
+    "a share": {"token_share": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def backends() -> list[Backend]:
+    return [choose_backend(name) for name in BOTH]
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def root(request, tmp_path_factory) -> Path:
+    """A folder with a teacher of 3 layers and a student of 2, both of the family."""
+    return pair(tmp_path_factory.mktemp("pair"), request.param)
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory) -> Path:
+    return pair(tmp_path_factory.mktemp("llamas"), "llama tied")
+
+
+def pair(folder: Path, family: str) -> Path:
+    family_folder(folder / "teacher", FAMILIES[family] | {"num_hidden_layers": 3}, seed=1)
+    family_folder(folder / "student", FAMILIES[family], seed=2)
+    return folder
+
+
+def teachers(backends: list[Backend], root: Path) -> list[Teacher]:
+    return [backend.load_teacher(root / "teacher", "teacher") for backend in backends]
+
+
+def students(backends: list[Backend], root: Path, *args, **settings) -> list[Student]:
+    return [load_student(backend, root, *args, **settings) for backend in backends]
+
+
+def assert_same_sums(found: LossSums, expected: LossSums) -> None:
+    for name in ("kd", "ce"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-9, err_msg=name)
+    assert np.array_equal(found.agree, expected.agree) and np.array_equal(found.tokens, expected.tokens)
+
+
+# One pass
+
+
+@pytest.mark.parametrize("which", ["teacher", *TUNINGS])
+def test_logits(backends: list[Backend], root: Path, which: str):
+    pairs = teachers(backends, root) if which == "teacher" else students(backends, root, which)
+    ids = SEQUENCES[3].tokens.tolist()
+    ours, theirs = (LOGITS[name](model, ids) for name, model in zip(BOTH, pairs, strict=True))
+    assert np.abs(ours).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_losses_and_gradients(backends: list[Backend], root: Path, tuning: str):
+    assert_losses_and_gradients(backends, root, tuning, Objective(kd_weight=0.5))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.divergence} {o.kd_weight}")
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_divergences(backends: list[Backend], llamas: Path, tuning: str, objective: Objective):
+    assert_losses_and_gradients(backends, llamas, tuning, objective)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_without_a_teacher(backends: list[Backend], llamas: Path, tuning: str):
+    assert_losses_and_gradients(backends, llamas, tuning, Objective(kd_weight=0.0), taught=False)
+
+
+def assert_losses_and_gradients(backends: list[Backend], root: Path, tuning: str, objective: Objective, taught: bool = True) -> None:
+    teach = teachers(backends, root) if taught else [None, None]
+    sums = [
+        student.score(batch(), teacher.targets(batch()) if teacher else None, objective)
+        for student, teacher in zip(students(backends, root, tuning), teach, strict=True)
+    ]
+    assert_same_sums(*sums)
+    ours, theirs = (
+        gradients(student, teacher, [batch(SEQUENCES[:2]), batch(SEQUENCES[2:])], objective)
+        for student, teacher in zip(students(backends, root, tuning), teach, strict=True)
+    )
+    assert_close(theirs, ours, 1e-4)
+
+
+# Training
+
+
+def long_sequences(table: TruncationTable) -> list:
+    """Forty of 20 to 44 tokens, after the cut."""
+    whole = [sequence(length, seed) for seed, length in enumerate(np.random.default_rng(0).integers(20, 45, 40).tolist())]
+    return [thin(truncate(one, table), table.token_share, ("cot", "answer"), 0) for one in whole]
+
+
+def trajectory(
+    backend: Backend, root: Path, tuning: str, optim: dict, objective: Objective, truncation: dict, steps: int = 50
+) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    """The loss terms of every step, and the weights at the end."""
+    teacher, student = backend.load_teacher(root / "teacher", "teacher"), load_student(backend, root, tuning, optim)
+    table = BatchTable(micro_batch_size=2, global_batch_size=4, pad_multiple=8)
+    rows = []
+    for step in Steps(long_sequences(TruncationTable(**truncation)), ("cot", "answer"), table, seed=3, steps=steps):
+        sums = [student.accumulate(part, teacher.targets(part), objective, step.loss_tokens) for part in step.batches]
+        rows.append(loss_terms(sum(sums[1:], sums[0]), objective))
+        student.apply(optim["learning_rate"])
+    return rows, weights(student)
+
+
+def assert_same_trajectory(
+    backends: list[Backend], root: Path, tuning: str = "full", optim: dict | None = None, objective: Objective | None = None,
+    truncation: dict | None = None,
+) -> None:
+    optim = optim or {"learning_rate": 3e-3, "weight_decay": 0.1}
+    (ours, weight), (theirs, other) = (
+        trajectory(backend, root, tuning, optim, objective or Objective(), truncation or {"fraction": 0.7}) for backend in backends
+    )
+    start, end = (np.mean([row["loss"] for row in ours[place]]) for place in (slice(5), slice(-5, None)))
+    assert len(ours) == 50 and end < 0.95 * start  # there was something to learn, and it was learned
+    for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            assert b[name] == pytest.approx(value, rel=1e-3), (step, name)
+    assert_close(other, weight, 2e-2)
+
+
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_fifty_steps(backends: list[Backend], root: Path, tuning: str):
+    assert_same_trajectory(backends, root, tuning)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_fifty_steps_of_adafactor(backends: list[Backend], llamas: Path, tuning: str):
+    assert_same_trajectory(backends, llamas, tuning, {"optimizer": "adafactor", "learning_rate": 2e-2, "weight_decay": 0.1})
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.divergence} {o.kd_weight}")
+def test_fifty_steps_of_each_divergence(backends: list[Backend], llamas: Path, objective: Objective):
+    assert_same_trajectory(backends, llamas, objective=objective)
+
+
+@pytest.mark.parametrize("name", TRUNCATIONS)
+def test_fifty_steps_of_each_truncation(backends: list[Backend], llamas: Path, name: str):
+    assert_same_trajectory(backends, llamas, truncation=TRUNCATIONS[name])
+
+
+# Generation
+
+PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1], [40, 41], [5, 6, 7, 8]]
+
+
+def test_greedy_generations_agree(backends: list[Backend], root: Path):
+    """Token for token, as far as the best token leads the second by more than 1e-3."""
+    ours, theirs = teachers(backends, root)
+    texts = [model.generate(PROMPTS, 24, 0.0, 1.0, 0, 2, frozenset(), lambda n: None) for model in (ours, theirs)]
+    compared = 0
+    for prompt, one, other in zip(PROMPTS, *texts, strict=True):
+        logits = np.sort(LOGITS["mlx"](ours, prompt + one), axis=-1)[len(prompt) - 1 : -1]
+        sure = np.append(logits[:, -1] - logits[:, -2] > 1e-3, False)
+        until = int(sure.argmin())  # the first token that is a toss-up
+        assert one[:until] == other[:until]
+        compared += until
+    assert compared > 60
+
+
+# State
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("tuning", TUNINGS)
+@pytest.mark.parametrize("first, second", [BOTH, BOTH[::-1]])
+def test_one_continues_what_the_other_began(
+    backends: list[Backend], llamas: Path, tmp_path: Path, tuning: str, optimizer: str, first: str, second: str
+):
+    """Weights to the bit, and with the optimizer's state the next steps too."""
+    optim = {"optimizer": optimizer, "learning_rate": 1e-2, "weight_decay": 0.1}
+    named, taught = dict(zip(BOTH, backends, strict=True)), dict(zip(BOTH, teachers(backends, llamas), strict=True))
+    begun, continued = (load_student(named[name], llamas, tuning, optim) for name in (first, second))
+    for part in (SEQUENCES[:2], SEQUENCES[2:]):
+        accumulate(begun, taught[first], [batch(part)])
+        begun.apply(1e-2)
+    begun.save_state(tmp_path)
+    continued.restore_state(tmp_path)
+    for name, array in weights(begun).items():
+        assert weights(continued)[name].tobytes() == array.tobytes(), name
+    for student, name in ((begun, first), (continued, second)):
+        for part in (SEQUENCES[1:3], SEQUENCES[:3]):
+            accumulate(student, taught[name], [batch(part)])
+            student.apply(1e-2)
+    assert_close(weights(continued), weights(begun), 1e-4)
+
+
+# Mutants: what these tests are made to see
+
+
+def flipped(monkeypatch):
+    """A divergence in the other direction."""
+    monkeypatch.setitem(torch_loss._DIVERGENCES, "forward_kl", torch_loss._reverse_kl)
+
+
+def shifted(monkeypatch):
+    """Positions one token late."""
+    gather = torch_backend.TorchModel.gather
+    monkeypatch.setattr(
+        torch_backend.TorchModel, "gather", lambda self, tokens, positions: gather(self, tokens, (positions + 1) % tokens.size)
+    )
+
+
+def half_scaled(monkeypatch):
+    """Gradients of the head left out by a half."""
+    added = torch_loss._add_product
+    monkeypatch.setattr(torch_loss, "_add_product", lambda total, left, right: added(total, left, 0.5 * right))
+
+
+def unscaled(monkeypatch):
+    """The temperature's square in the value but not in the gradient."""
+    slope = torch_loss._forward_kl
+    monkeypatch.setitem(
+        torch_loss._DIVERGENCES, "forward_kl", lambda u, v, spare, beta, scale, ce, wants: slope(u, v, spare, beta, scale / 4, ce, wants)
+    )
+
+
+@pytest.mark.parametrize("mutant, objective", [
+    (flipped, Objective()), (shifted, Objective()), (half_scaled, Objective()), (unscaled, Objective(temperature=2.0)),
+])
+def test_a_mutant_of_the_loss_is_seen(backends: list[Backend], llamas: Path, monkeypatch, mutant, objective: Objective):
+    assert_losses_and_gradients(backends, llamas, "full", objective)
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_losses_and_gradients(backends, llamas, "full", objective)
+
+
+def test_a_mutant_of_a_trajectory_is_seen(backends: list[Backend], llamas: Path, monkeypatch):
+    """MLX's default AdamW has no bias correction: the second step already differs."""
+    made = torch_backend.make_optimizer
+
+    def later(recipe, *rest):
+        optimizer = made(recipe, *rest)
+        for state in optimizer.state.values():
+            state["step"] += 1000
+        return optimizer
+
+    monkeypatch.setattr(torch_backend, "make_optimizer", later)
+    with pytest.raises(AssertionError):
+        assert_same_trajectory(backends, llamas)
+
+
+def test_a_mutant_of_a_head_is_seen(backends: list[Backend], llamas: Path, monkeypatch):
+    """Logits off by 1 %, through a teacher that MLX reads otherwise."""
+    teacher = backends[1].load_teacher(llamas / "teacher", "teacher")
+    teacher._head = dataclasses.replace(teacher._head, finish=lambda logits: 1.01 * logits)
+    student, objective = load_student(backends[1], llamas), Objective()
+    expected = load_student(backends[0], llamas).score(batch(), teachers(backends, llamas)[0].targets(batch()), objective)
+    with pytest.raises(AssertionError):
+        assert_same_sums(student.score(batch(), teacher.targets(batch()), objective), expected)
+    assert mlx_loss.FLOOR == torch_loss.FLOOR and SGD["eps"] > 1
