@@ -1,5 +1,6 @@
 """The command line: each command reads its arguments, calls one function and prints. Errors of `DistillError` are one line and exit 2."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ console = Console()
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/cot50.toml.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.FIELD=VALUE", help="Override one field; may be repeated.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto or mlx.")]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torch.")]
 
 
 @app.command()
@@ -103,5 +104,6 @@ def main() -> None:
     try:
         app()
     except DistillError as error:
-        print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK") or os.environ.get("MLX_RANK") or "0"
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
         sys.exit(2)

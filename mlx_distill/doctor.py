@@ -10,7 +10,7 @@ from rich.console import Console
 from mlx_distill.backends import choose_backend
 from mlx_distill.manifest import PACKAGES, git_commit, processor_name
 
-OPTIONAL = ("datasets", "pyarrow", "gguf", "math-verify", "torch")
+OPTIONAL = ("datasets", "pyarrow", "gguf", "math-verify")
 LOSS_TOLERANCE = 1e-5  # float32 against float64, relative
 
 

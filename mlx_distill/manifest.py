@@ -8,7 +8,7 @@ import hashlib
 import platform
 import subprocess
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from mlx_distill.show import token_runs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PACKAGES = ("mlx-distill", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "pydantic", "safetensors")
+PACKAGES = ("mlx-distill", "mlx", "mlx-lm", "torch", "peft", "transformers", "tokenizers", "numpy", "pydantic", "safetensors")
 
 
 def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[str, Path]], prepared: Prepared, steps: int) -> dict:
@@ -35,7 +35,7 @@ def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[st
         "device": device.device,
         "dtype": device.dtype,
         "backend_reason": device.reason,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "machine": {"system": platform.platform(), "processor": processor_name(), "python": platform.python_version()},
         "git_commit": git_commit(),
         "seed": recipe.run.seed,
@@ -44,6 +44,27 @@ def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[st
         "data_digest": data_digest(prepared),
         "steps": steps,
     }
+
+
+def make_start(device: DeviceInfo, step: int) -> dict:
+    """One start or continuation of a run, after `step` steps: a run may move to another backend, machine or version."""
+    return {
+        "at_step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "backend": device.backend, "device": device.device,
+        "dtype": device.dtype, "versions": versions(), "git_commit": git_commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter, as far as they are installed."""
+    return {name: version(name) for name in PACKAGES if is_installed(name)}
+
+
+def is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def data_account(prepared: Prepared, recipe: Recipe) -> dict:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from mlx_distill import evaluate
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
@@ -21,22 +23,30 @@ from mlx_distill.data.sequences import stop_ids
 from mlx_distill.errors import ModelError, NotFound, RunError
 from mlx_distill.flops import Shape, step_flops, total_flops
 from mlx_distill.hub import load_tokenizer, model_folder
-from mlx_distill.manifest import make_manifest, sample_pieces
+from mlx_distill.manifest import make_manifest, make_start, sample_pieces
 from mlx_distill.recipe import Recipe, eval_table
 from mlx_distill.report import report
-from mlx_distill.run_dir import RunFolder
+from mlx_distill.run_dir import RunFolder, SilentFolder
 from mlx_distill.tasks import Task, load_task
 from mlx_distill.train import Training
-from mlx_distill.view import View
+from mlx_distill.view import View, silent
 
 
 def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = False) -> Path:
     """Run a recipe to its report, or continue it; returns the run folder. Raises `DistillError` or `Interrupted`."""
-    pipeline = Pipeline(recipe, view, choose_backend(backend_name))
-    folder = RunFolder.open(recipe, fresh)
+    backend = choose_backend(backend_name)
+    pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
+    folder = open_folder(recipe, backend, fresh)
     with folder.locked():
         pipeline.run(folder)
     return folder.path
+
+
+def open_folder(recipe: Recipe, backend: Backend, fresh: bool) -> RunFolder:
+    """The first rank makes the folder, or refuses; then the others look at it."""
+    folder = RunFolder.open(recipe, fresh) if backend.ranks.first else None
+    backend.all_sum(np.zeros(1))
+    return folder or SilentFolder.open(recipe)
 
 
 class Pipeline:
@@ -55,9 +65,11 @@ class Pipeline:
         task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
         if not (folder.student / "config.json").exists():
             self._train_and_export(folder)
-        if task:
-            self._evaluate(folder, task)
-        self._finish(folder)
+        self.backend.part()
+        if self.backend.ranks.first:
+            if task:
+                self._evaluate(folder, task)
+            self._finish(folder)
 
     def _announce(self) -> None:
         device = self.backend.device()
@@ -132,7 +144,8 @@ class Pipeline:
         for key, what in (("models", "a model's files"), ("data_digest", "the data")):
             if kept and kept[key] != manifest[key]:
                 raise RunError(f"{folder.path}: {what} changed since this run began; restore the old ones or start over with --fresh")
-        folder.write_json("manifest.json", kept or manifest)
+        starts = [*kept.get("starts", []), make_start(self.backend.device(), folder.last_state().step)]
+        folder.write_json("manifest.json", (kept or manifest) | {"starts": starts})
         folder.write_json("sample.json", sample_pieces(prepared, self.recipe, self.tokenizer))
 
     # scoring
@@ -209,18 +222,20 @@ def common_rows(teacher: dict[str, int], student: dict[str, int], teacher_rows: 
 
 @contextmanager
 def _ctrl_c() -> Iterator[threading.Event]:
-    """While open, the first Ctrl-C sets the event and the second one interrupts as usual."""
+    """While open, the first Ctrl-C (or SIGTERM, which launchers and schedulers send) sets the event, the second one interrupts."""
     asked = threading.Event()
 
     def note(*_) -> None:
         asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
 
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

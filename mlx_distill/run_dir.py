@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,6 +247,29 @@ class RunFolder:
                 f"{self.student}: the student could not be written ({error}); the checkpoints are intact; "
                 "free some disk and run the same command again"
             ) from error
+
+
+class SilentFolder(RunFolder):
+    """The run's folder for a rank that is not the first: it reads what the first one wrote, and helps to make what is written."""
+
+    @classmethod
+    def open(cls, recipe: Recipe, fresh: bool = False) -> "SilentFolder":
+        return cls(Path(recipe.run.folder).expanduser() / recipe.run.name)
+
+    def locked(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def write_text(self, name: str, text: str) -> None: ...
+
+    def append(self, log: str, row: dict) -> None: ...
+
+    def tidy(self, state: TrainState, keep: str) -> None: ...
+
+    def save_checkpoint(self, state: TrainState, write: Callable[[Path | None], None], keep: str) -> None:
+        write(None)
+
+    def write_student(self, write: Callable[[Path | None], None]) -> None:
+        write(None)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from operator import add
 import numpy as np
 
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
-from mlx_distill.data.batches import Batch, Step
+from mlx_distill.data.batches import Batch, Step, share_of
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DivergedError, RunError
 from mlx_distill.objective import Objective
@@ -57,7 +57,7 @@ class Training:
             self._step(self.steps[self.state.step])
             done = self.state.step == len(self.steps)
             improved = self._due(self.recipe.run.validate_every, done) and self._validate()
-            stop = self.stop_asked()
+            stop = self._any(self.stop_asked())
             if improved or stop or self._due(self.recipe.run.checkpoint_every, done):
                 self._save()
             if stop:
@@ -66,6 +66,7 @@ class Training:
 
     def _resume(self) -> None:
         last = self.run.last_state()
+        self._any(False)  # every rank has read it
         self.run.tidy(last, self.recipe.run.keep_checkpoints)
         self.run.cut_logs(last.step or -1)
         if last.step:
@@ -80,7 +81,7 @@ class Training:
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
         self.backend.reset_peak_memory()
-        sums = reduce(add, (self._accumulate(batch, step) for batch in step.batches))
+        sums = self._accumulate(step)
         rate = learning_rate(step.index, len(self.steps), self.recipe.optim)
         norm = self.student.apply(rate)
         if not math.isfinite(norm):
@@ -95,13 +96,29 @@ class Training:
         )
         self._log(step, sums, rate, norm, seconds)
 
-    def _accumulate(self, batch: Batch, step: Step) -> LossSums:
-        targets = self.teacher.targets(batch) if self.teacher and self.objective.needs_teacher else None
-        sums = self.student.accumulate(batch, targets, self.objective, step.loss_tokens)
-        total = (sums.kd + sums.ce).sum()
-        if not math.isfinite(total):
-            raise self._diverged(step.index, "the loss", total, batch.ids)
+    def _accumulate(self, step: Step) -> LossSums:
+        """The sums over all micro-batches of the step, this rank's and the others'."""
+        parts, broken = [], []
+        for batch in self._mine(step.batches):
+            targets = self.teacher.targets(batch) if self.teacher and self.objective.needs_teacher else None
+            parts.append(self.student.accumulate(batch, targets, self.objective, step.loss_tokens))
+            if not math.isfinite(_total(parts[-1])):
+                broken.append((_total(parts[-1]), batch.ids))
+        sums = self._over_all_ranks(reduce(add, parts))
+        if not math.isfinite(_total(sums)):
+            value, ids = broken[0] if broken else (_total(sums), ["of another rank"])
+            raise self._diverged(step.index, "the loss", value, ids)
         return sums
+
+    def _mine(self, batches: Sequence[Batch]) -> list[Batch]:
+        return share_of(batches, self.backend.ranks.rank, self.backend.ranks.size)
+
+    def _over_all_ranks(self, sums: LossSums) -> LossSums:
+        return LossSums(*self.backend.all_sum(sums.stacked()))
+
+    def _any(self, asked: bool) -> bool:
+        """Whether any rank says so; all wait for the answer."""
+        return bool(self.backend.all_sum(np.array([float(asked)]))[0])
 
     def _diverged(self, index: int, what: str, value: float, ids: Sequence[str]) -> DivergedError:
         return DivergedError(
@@ -137,7 +154,7 @@ class Training:
     def _validate(self) -> bool:
         """Score the whole held-out sequences; True if the loss of the supervised segments is the lowest so far."""
         started = time.perf_counter()
-        sums = reduce(add, map(self._score, self.validation))
+        sums = self._over_all_ranks(reduce(add, map(self._score, self._mine(self.validation))))
         supervised = [Segment[name.upper()] for name in self.recipe.objective.segments]
         row = {"step": self.state.step, **validation_terms(sums, self.yardstick, supervised, self.teacher is not None)}
         self.run.append("validation.jsonl", row | {"seconds": time.perf_counter() - started})
@@ -158,6 +175,10 @@ class Training:
 
     def _save(self) -> None:
         self.run.save_checkpoint(self.state, self.student.save_state, self.recipe.run.keep_checkpoints)
+
+
+def _total(sums: LossSums) -> float:
+    return float((sums.kd + sums.ce).sum())
 
 
 def loss_terms(sums: LossSums, objective: Objective) -> dict[str, float]:

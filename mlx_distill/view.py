@@ -84,3 +84,8 @@ class Counter:
     def __call__(self, more: int) -> None:
         if more:
             self._view._advance(more, self._view._done + more, "")
+
+
+def silent() -> View:
+    """For the ranks that are not the first."""
+    return View(Console(quiet=True))

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-
 from safetensors.numpy import load_file, save_file
 
 from mlx_distill import objective as definition
@@ -126,5 +125,7 @@ class ToyBackend:
         return Memory(1, 2, 3)
 
     def reset_peak_memory(self) -> None: ...
+
+    def part(self) -> None: ...
 
     def release(self) -> None: ...

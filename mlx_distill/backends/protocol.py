@@ -39,6 +39,10 @@ class LossSums:
         kd, ce, agree = (np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3) for row in (kd, ce, agree))
         return cls(kd, ce, agree, np.bincount(batch.segment, weight, 3))
 
+    def stacked(self) -> np.ndarray:
+        """kd, ce, agree, tokens as float64[4, 3]."""
+        return np.stack([self.kd, self.ce, self.agree, self.tokens])
+
     def __add__(self, other: "LossSums") -> "LossSums":
         return LossSums(self.kd + other.kd, self.ce + other.ce, self.agree + other.agree, self.tokens + other.tokens)
 
@@ -172,6 +176,9 @@ class Backend(Protocol):
         """Measured operations a second of a matrix product in the dtype that "auto" trains in."""
 
     def reset_peak_memory(self) -> None: ...
+
+    def part(self) -> None:
+        """Training together is over; what follows the first rank does alone."""
 
     def release(self) -> None:
         """Give unused memory back, after a model has gone."""

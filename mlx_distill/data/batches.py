@@ -7,7 +7,7 @@ token, `targets` at the token itself. Indices are checked here too, since MLX do
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,6 +96,14 @@ class Steps(Sequence[Step]):
 def validation_batches(sequences: Sequence[TokenSequence], batch: BatchTable) -> list[Batch]:
     """Every sequence once, in micro-batches ordered by length, with all three segments supervised."""
     return [make_batch(group, ALL_SEGMENTS, batch.pad_multiple) for group in _groups(_by_length(sequences), batch)]
+
+
+def share_of(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
+    """Every `size`-th micro-batch from `rank` on, and one without weight where others have one more: all ranks run equally many."""
+    taken = list(batches[rank::size])
+    if len(taken) * size < len(batches):
+        taken.append(replace(batches[0], weight=np.zeros_like(batches[0].weight)))
+    return taken
 
 
 def make_batch(sequences: Sequence[TokenSequence], segments: tuple[str, ...], pad_multiple: int = 1) -> Batch:

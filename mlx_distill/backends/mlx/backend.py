@@ -4,9 +4,11 @@ numpy comes in and goes out; MLX arrays stay here. Decided here: number formats 
 what a checkpoint of the student holds.
 """
 
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -31,17 +33,17 @@ class MlxBackend:
     name = "mlx"
 
     def __init__(self) -> None:
-        group = mx.distributed.init()  # alone, unless `mlx.launch` started several
-        self.ranks = Ranks(group.rank(), group.size())
+        self.ranks = _join()
 
     def device(self) -> DeviceInfo:
+        ranks = f" x {self.ranks.size}" if self.ranks.size > 1 else ""
         if mx.default_device().type == mx.DeviceType.gpu:
             kind = "Metal" if mx.metal.is_available() else "CUDA"
             info = mx.device_info()
-            return DeviceInfo(self.name, f"{kind} ({info.get('device_name', 'GPU')})", "bfloat16", f"MLX sees a {kind} GPU", "")
+            return DeviceInfo(self.name, f"{kind} ({info.get('device_name', 'GPU')}{ranks})", "bfloat16", f"MLX sees a {kind} GPU", "")
         blas = load_blas()
         return DeviceInfo(
-            self.name, f"CPU ({platform.machine()}, BLAS: {blas.name})", "float32",
+            self.name, f"CPU ({platform.machine()}{ranks}, BLAS: {blas.name})", "float32",
             "MLX sees no GPU; half precision is slow on a CPU", blas.advice,
         )
 
@@ -66,6 +68,9 @@ class MlxBackend:
         high = np.asarray(values, np.float64).astype(np.float32)
         low = (values - high).astype(np.float32)  # MLX sums no float64 on a GPU
         return np.sum(np.array(mx.distributed.all_sum(mx.array(np.stack([high, low]))), np.float64), axis=0)
+
+    def part(self) -> None:
+        """Nothing here is spread over ranks but gradients."""
 
     def memory(self) -> Memory:
         return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
@@ -278,9 +283,21 @@ class MlxStudent(MlxModel):
         return weights
 
 
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # what `mlx.launch` sets, by its way of connecting
+
+
+@cache
+def _join() -> Ranks:
+    """The group that `mlx.launch` started this process for; alone where none did."""
+    if not any(name in os.environ for name in LAUNCHED):
+        return Ranks()
+    group = mx.distributed.init()
+    return Ranks(group.rank(), group.size())
+
+
 def _over_all_ranks(gradients: dict) -> dict:
     """Summed: the loss was divided by the tokens of all ranks."""
-    return gradients if mx.distributed.init().size() == 1 else tree_map(mx.distributed.all_sum, gradients)
+    return gradients if _join().size == 1 else tree_map(mx.distributed.all_sum, gradients)
 
 
 def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:

@@ -67,6 +67,10 @@ class TorchBackend:
         """The sum of float64 `values` over all ranks, on each."""
         return together.all_sum(values, self._device)
 
+    def part(self) -> None:
+        """Leave the other ranks."""
+        together.part()
+
     def memory(self) -> Memory:
         if self._device.type == "cpu":
             return resident.memory()
@@ -306,7 +310,7 @@ def make_optimizer(recipe: Recipe, parameters: list[Tensor], ranked: bool = Fals
         made = transformers.Adafactor(parameters, table.learning_rate, weight_decay=table.weight_decay, relative_step=False)
     else:
         where = "torch on several ranks" if table.optimizer == "adafactor" else "torch"
-        raise ModelError(f'optim.optimizer = "{table.optimizer}" asked, but {where} has no such optimizer: choose "adamw", or --backend mlx')
+        raise ModelError(f'optim.optimizer = "{table.optimizer}" asked, but {where} has none: choose "adamw", or --backend mlx')
     for parameter in parameters:
         made.state[parameter] = _moments(parameter, table.optimizer)
     return made

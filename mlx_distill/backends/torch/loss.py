@@ -216,7 +216,7 @@ def _forward_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, 
     """Σ t (log t - log s); slope s - t."""
     difference = torch.sub(v, u, out=spare)
     teacher = v.exp_()
-    value = _row_dot(teacher, difference)
+    value = _row_dot(teacher, difference, difference)
     return value, u.exp_().mul_(scale + ce).sub_(teacher, alpha=scale) if wants_slope else None
 
 
@@ -224,7 +224,7 @@ def _reverse_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, 
     """Σ s (log s - log t); slope s (log s/t - KL)."""
     difference = torch.sub(u, v, out=spare)
     student = u.exp_()
-    value = _row_dot(student, difference)
+    value = _row_dot(student, difference, v)
     return value, difference.sub_(value).mul_(scale).add_(ce).mul_(student) if wants_slope else None
 
 
@@ -236,12 +236,12 @@ def _jsd(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: flo
     """
     d = torch.sub(v, u, out=spare)
     student, teacher = u.exp_(), v.exp_()
-    distance = -d.abs()
-    nearer = -torch.log1p(torch.where(d > 0, 1 - beta, beta) * distance.expm1())  # log of the more likely one's ratio to m
-    further = nearer + distance
-    student_term, teacher_term = torch.where(d > 0, further, nearer), torch.where(d > 0, nearer, further)
-    student_kl = _row_dot(student, student_term)
-    value = beta * _row_dot(teacher, teacher_term) + (1 - beta) * student_kl
+    above, distance = d > 0, d.abs().neg_()
+    nearer = torch.where(above, 1 - beta, beta).mul_(distance.expm1()).log1p_().neg_()  # log of the more likely one's ratio to m
+    further = distance.add_(nearer)
+    student_term, teacher_term = torch.where(above, further, nearer), torch.where(above, nearer, further)
+    student_kl = _row_dot(student, student_term, further)
+    value = beta * _row_dot(teacher, teacher_term, teacher_term) + (1 - beta) * student_kl
     slope = student_term.sub_(student_kl).mul_((1 - beta) * scale).add_(ce).mul_(student) if wants_slope else None
     return value, slope
 
@@ -260,9 +260,9 @@ def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten._log_softmax.out(x, 1, False, out=out)
 
 
-def _row_dot(x: Tensor, y: Tensor) -> Tensor:
-    """[C, 1]"""
-    return torch.linalg.vecdot(x, y)[:, None]
+def _row_dot(x: Tensor, y: Tensor, work: Tensor) -> Tensor:
+    """[C, 1]; the products are left in `work`, which may be x or y."""
+    return torch.mul(x, y, out=work).sum(1, keepdim=True)
 
 
 def _project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:

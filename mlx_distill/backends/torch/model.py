@@ -17,7 +17,7 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import ModelOutput
 
 from mlx_distill.backends import export, refusals
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
@@ -66,7 +66,10 @@ class SplitModel:
         return self._head_weight.device
 
     def hidden(self, tokens: Tensor) -> Tensor:
-        return self.trunk(input_ids=tokens, use_cache=False, return_dict=True).last_hidden_state
+        return self._run_trunk(tokens).last_hidden_state
+
+    def _run_trunk(self, tokens: Tensor) -> ModelOutput:
+        return self.trunk(input_ids=tokens, use_cache=False, return_dict=True)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self._after_trunk()(hidden)
@@ -105,7 +108,7 @@ class SplitModel:
         return MatrixHead(module.weight, module.bias, finish) if type(module) is nn.Linear else None
 
     def _after_trunk(self, skip_head: bool = False) -> "_AfterTrunk":
-        return _AfterTrunk(self.model, self.trunk_name, skip_head)
+        return _AfterTrunk(self.model, self.trunk_name, self._trunk_answer, skip_head)
 
     @torch.no_grad()
     def _equals_head(self, head: Head) -> bool:
@@ -121,7 +124,8 @@ class SplitModel:
     @torch.no_grad()
     def _check_split(self) -> None:
         probe = torch.tensor(PROBE, device=self.device)
-        hidden, self._probe_logits = self.hidden(probe), self.model(probe, use_cache=False).logits
+        output, self._probe_logits = self._run_trunk(probe), self.model(probe, use_cache=False).logits
+        hidden, self._trunk_answer = output.last_hidden_state, type(output)  # which has a field for all that the family asks of it
         self._probe_width = hidden.shape[-1]
         try:
             equal, how = _close(self.head(hidden), self._probe_logits), "differs from"
@@ -137,8 +141,8 @@ class _AfterTrunk:
     With `skip_head` the projection returns what it is given: the function of logits [..., any number] that remains.
     """
 
-    def __init__(self, model: transformers.PreTrainedModel, trunk_name: str, skip_head: bool):
-        self._trunk = _StandIn()
+    def __init__(self, model: transformers.PreTrainedModel, trunk_name: str, answer: type[ModelOutput], skip_head: bool):
+        self._trunk = _StandIn(answer)
         head = next(name for name, module in model.named_children() if module is model.get_output_embeddings())
         self._view = copy.copy(model)  # shares every part but those replaced
         self._view._modules = model._modules | {trunk_name: self._trunk} | ({head: nn.Identity()} if skip_head else {})
@@ -154,12 +158,12 @@ class _AfterTrunk:
 class _StandIn(nn.Module):
     """Answers `output` in the place of a trunk."""
 
-    def __init__(self) -> None:
+    def __init__(self, answer: type[ModelOutput]):
         super().__init__()
-        self.output = None
+        self.answer, self.output = answer, None
 
-    def forward(self, *args, **kwargs) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.output)
+    def forward(self, *args, **kwargs) -> ModelOutput:
+        return self.answer(last_hidden_state=self.output)
 
 
 def _close(left: Tensor, right: Tensor) -> bool:
@@ -197,7 +201,7 @@ def _quantisation(folder: Path, name: str, bits: int, device: torch.device) -> d
 
 
 def load_student(folder: Path, name: str, table: StudentTable, seed: int, device: torch.device, dtype: torch.dtype) -> SplitModel:
-    """A model whose tensors equal the folder's by name and value, in float32 where it trains, frozen parts in `dtype`; others are refused."""
+    """A model whose tensors equal the folder's by name and value, float32 where it trains, `dtype` where frozen; others are refused."""
     config = json.loads((folder / "config.json").read_text())
     if "quantization" in config or "quantization_config" in config:
         raise refusals.quantised_student(name)

@@ -34,6 +34,12 @@ def join(device: torch.device) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
+def part() -> None:
+    """Leave the group: what is loaded from now on is loaded whole."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -55,13 +61,16 @@ def shard(split, trains: bool = False) -> None:
     if size() == 1:
         return
     adapters = {parameter for name, parameter in split.model.named_parameters() if "lora_" in name}
-    head = split.model.get_output_embeddings()
-    tied = any(module.weight is head.weight for module in split.trunk.modules() if isinstance(module, nn.Embedding))
+    head, embedding = split.model.get_output_embeddings(), split.model.get_input_embeddings()
+    tied = head.weight is embedding.weight
     for module in (*split.layers, split.trunk, *(() if tied or not trains else (head,))):
         fully_shard(module, ignored_params=adapters)
+    if tied:
+        head.weight = embedding.weight  # now its shards; the head lies outside of the trunk
     for module in split.model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss was divided by the tokens of all ranks
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -94,4 +103,5 @@ def is_loss_of_a_rank(error: Exception) -> bool:
 
 
 def lost(what: str, error: Exception) -> RankLost:
-    return RankLost(f"rank {dist.get_rank()} of {size()}: {what} failed because another rank is gone ({' '.join(str(error).split())[:160]})")
+    reason = " ".join(str(error).split())[:160]
+    return RankLost(f"{what} failed because another rank is gone ({reason}); the last checkpoint is intact: start all ranks again")
