@@ -118,7 +118,7 @@ class Training:
 
     def _any(self, asked: bool) -> bool:
         """Whether any rank says so; all wait for the answer."""
-        return bool(self.backend.all_sum(np.array([float(asked)]))[0])
+        return bool(self.backend.all_sum(np.array([1.0 if asked else 0.0]))[0])
 
     def _diverged(self, index: int, what: str, value: float, ids: Sequence[str]) -> DivergedError:
         return DivergedError(

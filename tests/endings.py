@@ -8,17 +8,15 @@ from safetensors.numpy import load_file
 from mlx_distill.run_dir import RunFolder
 
 STUDENT = "mlx_distill.backends.mlx.backend:MlxStudent"
+TORCH_STUDENT = "mlx_distill.backends.torch.backend:TorchStudent"
 SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
-MODES = {
-    "full": SHORT,
-    "lora": (*SHORT, "student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5"),
-}
-TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created", "git_commit"}
-
+LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5")
+MODES = {"full": SHORT, "lora": (*SHORT, *LORA), "torch": SHORT, "torch lora": (*SHORT, *LORA)}
+TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created", "git_commit", "starts"}
 
 
 def timeless(content):
-    """Without what differs from run to run by nature: times, memory, the checkout's commit."""
+    """Without what differs from run to run by nature: times, memory, the checkout's commit, how often it was started."""
     if isinstance(content, dict):
         return {key: timeless(value) for key, value in content.items() if key not in TIMES}
     return [timeless(value) for value in content] if isinstance(content, list) else content
@@ -50,4 +48,5 @@ def assert_same(folder: Path, expected: dict) -> None:
 
 def arguments(recipe: Path, folder: Path, mode: str = "full") -> list[str]:
     sets = (f"run.folder={folder}", *MODES[mode])
-    return ["run", str(recipe), *(word for item in sets for word in ("--set", item))]
+    backend = "torch" if mode.startswith("torch") else "mlx"
+    return ["run", str(recipe), "--backend", backend, *(word for item in sets for word in ("--set", item))]

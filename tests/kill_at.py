@@ -2,8 +2,8 @@
 
 It imports everything once, and then forks a child for each job that stands as one JSON line on stdin, so that a run costs a
 second and not the start of an interpreter. A job is {"arguments": […], "at": "module:Class.function", "call": n, "when":
-"before" | "after", "signals": ["KILL"], "file_limit": bytes}: before (or after) the n-th call of that function the process sends
-itself the signals. The answer is one JSON line: {"code": exit code or -signal, "out": …, "err": …}. With a job as its argument
+"before" | "after", "signals": ["KILL"], "file_limit": bytes, "rank": n}: before (or after) the n-th call of that function the process sends
+itself the signals (of several ranks, the one named). The answer is one JSON line: {"code": exit code or -signal, "out": …, "err": …}. With a job as its argument
 the program is that job and nothing else.
 """
 
@@ -49,7 +49,7 @@ def run(job: dict) -> None:
     if job.get("file_limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
-    if job.get("at"):
+    if job.get("at") and job.get("rank", "0") == os.environ.get("RANK", "0"):
         send_at(job["at"], job.get("call", 1), job.get("when", "before"), job.get("signals", ["KILL"]))
     code = 0
     try:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from endings import STUDENT, arguments, assert_same
+from endings import TORCH_STUDENT, STUDENT, arguments, assert_same
 
 from mlx_distill.run_dir import RunFolder
 
@@ -56,6 +56,33 @@ def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_sto
         assert run_tiny("lora", **kill).code == -9, kill
     assert run_tiny("lora").code == 0
     assert_same(tmp_path / "tiny", never_stopped("lora"))
+
+
+@pytest.mark.parametrize("mode", ["torch", "torch lora"])
+def test_a_run_on_torch_killed_in_turn(run_tiny, never_stopped, tmp_path, mode):
+    save = "mlx_distill.backends.torch.backend:save_file"
+    for kill in (
+        dict(at=f"{TORCH_STUDENT}.accumulate", call=4), dict(at=save, call=2), dict(at=f"{TORCH_STUDENT}.apply", call=1, when="after"),
+        dict(at="mlx_distill.backends.torch.model:save_file"), dict(at="mlx_distill.view:Counter.__call__", call=2),
+    ):
+        assert run_tiny(mode, **kill).code == -9, kill
+    assert run_tiny(mode).code == 0
+    assert_same(tmp_path / "tiny", never_stopped(mode))
+
+
+@pytest.mark.parametrize("first, second", [("full", "torch"), ("torch", "full"), ("lora", "torch lora")])
+def test_a_run_moves_to_the_other_backend(run_tiny, never_stopped, tmp_path, first, second):
+    student = TORCH_STUDENT if first.startswith("torch") else STUDENT
+    assert run_tiny(first, at=f"{student}.apply", call=4).code == -9
+    moved = run_tiny(second)
+    assert moved.code == 0, moved.err
+    assert "continuing after step 3" in moved.out
+    folder = RunFolder(tmp_path / "tiny")
+    begun = ["torch" if mode.startswith("torch") else "mlx" for mode in (first, second)]
+    assert [start["backend"] for start in folder.read_json("manifest.json")["starts"]] == begun
+    for found, expected in zip(folder.rows("metrics.jsonl"), never_stopped(second)["metrics.jsonl"], strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
 def test_the_plain_command_continues_a_killed_process(tiny_recipe, never_stopped, tmp_path):

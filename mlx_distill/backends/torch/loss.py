@@ -181,7 +181,7 @@ def _cross(
     """Logits [C, V] of student and teacher, both overwritten, and a spare buffer → (d loss / d z in one of them, kd, ce, agree)."""
     kd = agree = z.new_zeros((len(z), 1))
     if t is not None:
-        agree = (z.argmax(1, keepdim=True) == t.argmax(1, keepdim=True)).float()
+        agree = (z.gather(1, t.argmax(1, keepdim=True)) == z.amax(1, keepdim=True)).float()
     temperature, kd_weight = objective.temperature, objective.kd_weight
     plain = z if temperature == 1 else z.clone()
     if temperature != 1 and t is not None:
@@ -217,7 +217,10 @@ def _forward_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, 
     difference = torch.sub(v, u, out=spare)
     teacher = v.exp_()
     value = _row_dot(teacher, difference, difference)
-    return value, u.exp_().mul_(scale + ce).sub_(teacher, alpha=scale) if wants_slope else None
+    if not wants_slope:
+        return value, None
+    student = u.exp_()
+    return value, (student if scale + ce == 1 else student.mul_(scale + ce)).sub_(teacher, alpha=scale)
 
 
 def _reverse_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: float, wants_slope: bool) -> tuple:

@@ -112,12 +112,14 @@ class SplitModel:
 
     @torch.no_grad()
     def _equals_head(self, head: Head) -> bool:
-        """Whether `head` gives the family's logits for large random hidden states."""
+        """Whether `head` gives the family's logits, all of them or the first third, for large random hidden states."""
+        rows = self.head_rows()
         probe = np.random.default_rng(0).normal(size=(3, self._probe_width)).astype(np.float32)
         probe = torch.from_numpy(probe).to(self.device)
         try:
-            probe = probe * (PROBE_LOGIT / self._matrix_head(None).logits(probe, self.head_rows()).abs().max())
-            return _close(head.logits(probe, self.head_rows()), self.head(probe.to(self._head_weight.dtype)))
+            probe = probe * (PROBE_LOGIT / self._matrix_head(None).logits(probe, rows).abs().max())
+            logits = self.head(probe.to(self._head_weight.dtype))
+            return all(_close(head.logits(probe, some), logits[:, :some]) for some in (rows, rows // 3))
         except Exception:  # a family's code run on parts it was not written for: any failure says that it is not this head
             return False
 
@@ -205,9 +207,11 @@ def load_student(folder: Path, name: str, table: StudentTable, seed: int, device
     config = json.loads((folder / "config.json").read_text())
     if "quantization" in config or "quantization_config" in config:
         raise refusals.quantised_student(name)
-    model = _load(folder, name, torch.device("cpu"), None)
-    stored_dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    _refuse_rewritten(model, folder, name)
+    stored = stored_weights(folder)
+    dtypes = {value.dtype for value in stored.values() if value.is_floating_point()}
+    model = _load(folder, name, torch.device("cpu"), dtypes.pop() if len(dtypes) == 1 else torch.float32)  # whatever config.json says
+    _refuse_rewritten(model, stored, name)
+    stored_dtype = stored[next(iter(dict(model.named_parameters())))].dtype
     if table.tuning == "full":
         split = SplitModel(model.float().requires_grad_(True).to(device), name)
     else:
@@ -247,7 +251,7 @@ def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | No
         raise refusals.unloadable(name, folder, "transformers", error) from None
     finally:
         transformers.utils.logging.set_verbosity(quiet)
-    for kind in ("missing_keys", "mismatched_keys"):
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if wrong := sorted(map(str, found[kind])):
             reason = f"{len(wrong)} tensors are {kind.partition('_')[0]}, {wrong[0]} among them"
             raise refusals.unloadable(name, folder, "transformers", ValueError(reason))
@@ -260,11 +264,11 @@ def stored_weights(folder: Path) -> dict[str, Tensor]:
     return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
 
 
-def _refuse_rewritten(model: transformers.PreTrainedModel, folder: Path, name: str) -> None:
+def _refuse_rewritten(model: transformers.PreTrainedModel, stored: dict[str, Tensor], name: str) -> None:
     """Refuse a family whose tensors transformers renames or changes on load: its export would not open everywhere."""
-    loaded, stored = dict(model.named_parameters()), stored_weights(folder)
-    if "lm_head.weight" not in loaded and "lm_head.weight" in stored:  # a tied head that is stored all the same, or is it one?
-        loaded["lm_head.weight"] = model.get_output_embeddings().weight
+    loaded = dict(model.named_parameters())
+    if model.config.tie_word_embeddings and "lm_head.weight" in stored:  # a tied head stored all the same, or is it one?
+        loaded["lm_head.weight"] = model.get_input_embeddings().weight
     for key in sorted(stored.keys() ^ loaded.keys()):
         raise refusals.rewritten(name, key, "renamed" if key in stored else "made", "transformers")
     for key, value in stored.items():
@@ -287,6 +291,8 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
         matrix = initial_matrix((weight.shape[1], weight.shape[0]), path, seed)
         weight.data = torch.from_numpy(matrix.T.copy()).to(weight.device)
         module.lora_B.default.weight.data = module.lora_B.default.weight.data.float()
+        if table.tuning == "dora":  # peft's norms are rounded as the weights are
+            module.lora_magnitude_vector.default.weight.data = module.weight.data.float().norm(dim=1)
 
 
 def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
