@@ -1,24 +1,20 @@
-"""Time and peak memory of the distillation loss and its gradient: dense, chunk loop with autodiff, and ours.
+"""Time and peak memory of the distillation loss and its gradient, on MLX or on torch, beside other ways to compute it.
 
-    python benchmarks/bench_kd_loss.py run      measure, append to results/bench_kd_loss.csv, rewrite the README's table
-    python benchmarks/bench_kd_loss.py table    rewrite the table only
+    python benchmarks/bench_kd_loss.py run                     MLX: dense, chunk loop with autodiff, ours
+    python benchmarks/bench_kd_loss.py run --framework torch   the paper's formulation, TRL's, Liger's, ours
+    python benchmarks/bench_kd_loss.py table [--framework …]   rewrite the README's table only
 
-Each contender is a process of its own that holds its inputs and waits; repetitions go round the contenders in turn, so
-a busy machine is busy for all of them. On a machine that is shared, CPU seconds say more than the clock, and BLAS is
-better left with one thread (`--blas-threads 1`): threads that wait for each other while others run cost neither
-contender what they would alone. Peak memory is MLX's peak during a repetition less what was active before it.
-The objective is forward KL and cross-entropy, half each, at temperature 1.
+Rows are appended to results/bench_kd_loss.csv or results/bench_kd_loss_torch.csv. Each contender is a process of its own
+that holds its inputs and waits; repetitions go round the contenders in turn, so a busy machine is busy for all of them.
+On a machine that is shared, CPU seconds say more than the clock, and BLAS is better left with one thread
+(`--blas-threads 1`): threads that wait for each other while others run cost neither contender what they would alone.
+Peak memory is over what was held before the repetition: MLX's counter, or on torch the process's resident memory.
+The objective is forward KL and cross-entropy, half each, at temperature 1. What the contenders are: contenders_mlx.py
+and contenders_torch.py.
 """
 
-import json
-import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from datetime import UTC, datetime
-from importlib.metadata import version
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,63 +22,82 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import contenders_mlx, contenders_torch, machines, workers
 from benchmarks.tables import append_rows, read_rows, rewrite_section
 
-CONTENDERS = ("dense", "autodiff", "ours")
-WIDTH, TEACHER_WIDTH = 256, 512
-DENSE_TENSORS = 9  # float32 [N, V] tensors at the dense formula's peak on a CPU, for what to skip
+WIDTHS = (256, 512)
+FAMILIES = {"mlx": contenders_mlx, "torch": contenders_torch}
+FILES = {"mlx": "bench_kd_loss", "torch": "bench_kd_loss_torch"}
+SECTIONS = {"mlx": "kd_loss", "torch": "kd_loss_torch"}
+PEERS = tuple(c for c in contenders_torch.CONTENDERS if c != "ours")
 app = typer.Typer(add_completion=False)
+
+
+class Framework(StrEnum):
+    mlx = "mlx"
+    torch = "torch"
 
 
 @app.command()
 def run(
+    framework: Framework = Framework.mlx,
     vocab: Annotated[list[int], typer.Option()] = [32_000, 151_936],  # noqa: B006
     positions: Annotated[list[int], typer.Option()] = [512, 1024, 2048, 4096],  # noqa: B006
     head: Annotated[list[str], typer.Option(help="frozen, trained")] = ["frozen", "trained"],  # noqa: B006
-    contender: Annotated[list[str], typer.Option()] = list(CONTENDERS),  # noqa: B006
+    contender: Annotated[list[str], typer.Option(help="default: all of the framework's")] = [],  # noqa: B006
     chunk_tokens: int = 128,
     repetitions: int = 3,
     blas_threads: Annotated[int, typer.Option(help="0: the library's choice")] = 0,
+    keep: Annotated[bool, typer.Option(help="append the rows and rewrite the table")] = True,
 ) -> None:
     """Measure every combination and keep the rows."""
+    contenders = contender or list(FAMILIES[framework].CONTENDERS)
     for v in vocab:
         for h in head:
             for n in positions:
-                rows = measure(contender, n, v, h, chunk_tokens, repetitions, blas_threads)
-                append_rows("bench_kd_loss", rows)
-                table()
+                rows = measure(framework, contenders, n, v, h, chunk_tokens, repetitions, blas_threads)
+                if keep:
+                    append_rows(FILES[framework], rows)
+                    table(framework)
 
 
 @app.command()
-def table() -> None:
+def table(framework: Framework = Framework.mlx) -> None:
     """Rewrite the README's table from the kept rows: the newest row of each combination."""
-    rewrite_section("kd_loss", render(read_rows("bench_kd_loss")))
+    render = {"mlx": render_mlx, "torch": render_torch}[framework]
+    rewrite_section(SECTIONS[framework], render(read_rows(FILES[framework])))
+
+
+@app.command(hidden=True)
+def worker(framework: Framework, contender: str, positions: int, vocab: int, head: str, chunk_tokens: int) -> None:
+    """Hold the inputs; for every line read, one repetition and its numbers as one line of JSON."""
+    family, trained = FAMILIES[framework], head == "trained"
+    workers.serve(lambda: family.repetition(contender, positions, vocab, WIDTHS, trained, chunk_tokens))
 
 
 def measure(
-    contenders: list[str], positions: int, vocab: int, head: str, chunk_tokens: int, repetitions: int,
+    framework: str, contenders: list[str], positions: int, vocab: int, head: str, chunk_tokens: int, repetitions: int,
     blas_threads: int,
 ) -> list[dict[str, object]]:
     """One row a contender; a contender that would not fit in the memory left gets a row that says so."""
-    needed = DENSE_TENSORS * positions * vocab * 4
-    fitting = [c for c in contenders if c == "ours" or needed < 0.8 * available_bytes()]
+    family = FAMILIES[framework]
+    fitting = [c for c in contenders if family.bytes_needed(c, positions, vocab) < 0.8 * machines.available_bytes()]
     shape = [str(x) for x in (positions, vocab, head, chunk_tokens)]
-    workers = {c: start_worker(c, shape, blas_threads) for c in fitting}
-    found: dict[str, list[dict[str, float]]] = {c: [] for c in fitting}
+    processes = {c: workers.start(__file__, [framework, c, *shape], blas_threads) for c in fitting}
+    found: dict[str, list[workers.Numbers]] = {c: [] for c in fitting}
     try:
         for _ in range(repetitions):
-            for c, worker in workers.items():
-                found[c].append(ask(worker))
+            for c, process in processes.items():
+                found[c].append(workers.ask(process))
     finally:
-        for worker in workers.values():
-            worker.terminate()
-            worker.wait()
-    facts = machine()
+        for process in processes.values():
+            workers.stop(process)
+    facts = facts_of(framework)
     rows = [
         {
             **facts, "blas_threads": blas_threads, "contender": c, "positions": positions, "vocab": vocab,
-            "width": WIDTH, "teacher_width": TEACHER_WIDTH, "head": head,
-            "chunk_tokens": chunk_tokens if c != "dense" else 0, **summary(found.get(c, [])),
+            "width": WIDTHS[0], "teacher_width": WIDTHS[1], "head": head,
+            "chunk_tokens": 0 if c in ("dense", *PEERS) else chunk_tokens, **workers.summary(found.get(c, [])),
         }
         for c in contenders
     ]
@@ -91,175 +106,83 @@ def measure(
     return rows
 
 
-def summary(repetitions: list[dict[str, float]]) -> dict[str, object]:
-    """Empty cells for a contender that was skipped."""
-    if not repetitions:
-        names = ("repetitions", "seconds_min", "seconds_median", "cpu_seconds_min", "peak_bytes", "loss")
-        return dict.fromkeys(names, "")
-    seconds = [r["seconds"] for r in repetitions]
-    return {
-        "repetitions": len(repetitions), "seconds_min": round(min(seconds), 4),
-        "seconds_median": round(statistics.median(seconds), 4),
-        "cpu_seconds_min": round(min(r["cpu_seconds"] for r in repetitions), 4),
-        "peak_bytes": int(max(r["peak_bytes"] for r in repetitions)), "loss": round(repetitions[0]["loss"], 6),
-    }
+def facts_of(framework: str) -> dict[str, object]:
+    facts = machines.facts(f"mlx_distill/backends/{framework}/loss.py")
+    if framework == "mlx":
+        return {**facts, **machines.versions("mlx"), "blas": machines.blas_name()}
+    return {**facts, **machines.versions("torch", "trl", "liger-kernel")}
 
 
-def start_worker(contender: str, shape: list[str], blas_threads: int) -> subprocess.Popen:
-    command = [sys.executable, __file__, "worker", contender, *shape]
-    names = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS") if blas_threads else ()
-    environment = {**os.environ, **dict.fromkeys(names, str(blas_threads))}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+Newest = dict[tuple[int, str, int, str], dict[str, str]]
 
 
-def ask(worker: subprocess.Popen) -> dict[str, float]:
-    worker.stdin.write("go\n")
-    worker.stdin.flush()
-    line = worker.stdout.readline()
-    if not line:
-        raise RuntimeError(f"{' '.join(worker.args[2:])} ended with code {worker.wait()}")
-    return json.loads(line)
+def newest_rows(rows: list[dict[str, str]]) -> Newest:
+    """(vocabulary, head, positions, contender) → the last row kept."""
+    return {(int(r["vocab"]), r["head"], int(r["positions"]), r["contender"]): r for r in rows}
 
 
-@app.command(hidden=True)
-def worker(contender: str, positions: int, vocab: int, head: str, chunk_tokens: int) -> None:
-    """Hold the inputs; for every line read, one repetition and its numbers as one line of JSON."""
-    from mlx_distill.blas import load_blas
-
-    load_blas()
-    import mlx.core as mx
-
-    step = build(contender, vocab, head == "trained", chunk_tokens)
-    mx.eval(step(*inputs(8, vocab)))  # kernels are compiled here, not in the first repetition
-    arrays = inputs(positions, vocab)
-    for _ in sys.stdin:
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        start, cpu_start = time.perf_counter(), time.process_time()
-        value, gradients = step(*arrays)
-        mx.eval(value, gradients)
-        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-        found = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": mx.get_peak_memory() - before}
-        print(json.dumps({**found, "loss": value.item()}), flush=True)
-        del value, gradients
-
-
-def inputs(positions: int, vocab: int) -> tuple:
-    """hidden [N, D], matrix [V, D], teacher_hidden [N, Dt], teacher_matrix [V, Dt], targets [N]."""
-    import mlx.core as mx
-
-    mx.random.seed(0)
-    shapes = (positions, WIDTH), (vocab, WIDTH), (positions, TEACHER_WIDTH), (vocab, TEACHER_WIDTH)
-    hidden, matrix, teacher_hidden, teacher_matrix = (mx.random.normal(shape) for shape in shapes)
-    arrays = (hidden, 0.1 * matrix, teacher_hidden, 0.1 * teacher_matrix, mx.random.randint(0, vocab, (positions,)))
-    mx.eval(arrays)
-    return arrays
-
-
-def build(contender: str, vocab: int, trained: bool, chunk_tokens: int):
-    """`inputs` → (loss, gradients with respect to the hidden states and, if trained, the student's matrix)."""
-    import mlx.core as mx
-
-    from mlx_distill.backends.mlx.loss import MatrixHead, kd_loss
-    from mlx_distill.objective import Objective
-
-    def log_softmax(logits: mx.array) -> mx.array:
-        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-    def dense_sum(hidden, matrix, teacher_hidden, teacher_matrix, targets):
-        student, teacher = log_softmax(hidden @ matrix.T), log_softmax(teacher_hidden @ teacher_matrix.T)
-        kd = (mx.exp(teacher) * (teacher - student)).sum(axis=-1)
-        ce = -mx.take_along_axis(student, targets[:, None], axis=1)[:, 0]
-        return (0.5 * kd + 0.5 * ce).sum()
-
-    def dense(hidden, *rest):
-        return dense_sum(hidden, *rest) / hidden.shape[0]
-
-    def autodiff(hidden, matrix, teacher_hidden, teacher_matrix, targets):
-        total = mx.array(0.0)
-        for start in range(0, hidden.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            total = total + dense_sum(hidden[rows], matrix, teacher_hidden[rows], teacher_matrix, targets[rows])
-        return total / hidden.shape[0]
-
-    def ours(hidden, matrix, teacher_hidden, teacher_matrix, targets):
-        weight, rows = mx.ones(targets.shape), hidden.shape[0]
-        head = MatrixHead(teacher_matrix)
-        return kd_loss(
-            hidden, matrix, teacher_hidden, head, targets, weight, Objective(), float(rows), chunk_tokens, trained
-        ).loss
-
-    step = mx.value_and_grad({"dense": dense, "autodiff": autodiff, "ours": ours}[contender], (0, 1) if trained else 0)
-    return mx.compile(step) if contender == "dense" else step
-
-
-def machine() -> dict[str, object]:
-    """What a number depends on beside the code; `load` is the machine's run queue while measuring."""
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": commit(), "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1), "python": platform.python_version(), "mlx": version("mlx"),
-        "blas": blas_name(),
-    }
-
-
-def blas_name() -> str:
-    code = "from mlx_distill.blas import load_blas; print(load_blas().name)"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout.strip()
-
-
-def commit() -> str:
-    def git(*words: str) -> str:
-        folder = Path(__file__).parent
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=folder).stdout.strip()
-
-    changed = git("status", "--porcelain", "--", "../mlx_distill/backends/mlx/loss.py")
-    return (git("rev-parse", "--short", "HEAD") or "none") + ("+changes" if changed else "")
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return models[0] if models else platform.machine()
-
-
-def available_bytes() -> int:
-    info = Path("/proc/meminfo")
-    if info.exists():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def render(rows: list[dict[str, str]]) -> str:
+def render_mlx(rows: list[dict[str, str]]) -> str:
     """A Markdown table of the newest row of each combination, and whether the loss keeps its three promises."""
-    newest = {(int(r["vocab"]), r["head"], int(r["positions"]), r["contender"]): r for r in rows}
+    newest = newest_rows(rows)
     last = next(row for row in reversed(rows) if row["contender"] == "ours")
-    threads = f"{last['blas_threads']} BLAS thread(s)" if int(last["blas_threads"]) else "all BLAS threads"
     lines = [
-        f"Forward KL + cross-entropy and its gradient; student width {last['width']}, teacher {last['teacher_width']}, "
-        f"{last['chunk_tokens']} positions per chunk. {last['cpu']}, {last['cores']} cores shared with other work "
-        f"(load {load_range(newest)}), {threads}, MLX {last['mlx']} with {last['blas']}, Python {last['python']}, "
-        f"{last['date'][:10]}, commit {last['commit']}. Median seconds on the clock (least CPU seconds) and peak MB "
-        "over the inputs; × is relative to dense in the same rounds.",
+        f"{setting(last, newest)}, MLX {last['mlx']} with {last['blas']}, {when(last)}. Median seconds on the clock (least CPU "
+        "seconds) and peak MB over the inputs; × is relative to dense in the same rounds.",
         "",
         "| vocabulary | head | positions | dense | chunk loop, autodiff | ours | clock × | CPU × | peak × |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for vocab, head, positions in sorted({key[:3] for key in newest}):
-        dense, autodiff, ours = (newest.get((vocab, head, positions, c)) for c in CONTENDERS)
+        dense, autodiff, ours = (newest.get((vocab, head, positions, c)) for c in contenders_mlx.CONTENDERS)
         ratios = [ratio(ours, dense, column) for column in ("seconds_median", "cpu_seconds_min", "peak_bytes")]
         cells = [f"{vocab:,}", head, f"{positions:,}", *map(cell, (dense, autodiff, ours)), *ratios]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *promises(newest)])
+    return "\n".join([*lines, "", *promises(newest, ("dense",), "dense")])
 
 
-def load_range(newest: dict[tuple, dict[str, str]]) -> str:
+def render_torch(rows: list[dict[str, str]]) -> str:
+    """The same for torch: × of time is relative to the fastest peer, of memory to the paper's formulation."""
+    newest = newest_rows(rows)
+    last = rows[-1]
+    lines = [
+        f"{setting(last, newest)}, torch {last['torch']}, TRL {last['trl']}, Liger {last['liger_kernel']}, {when(last)}. Median "
+        "seconds on the clock (least CPU seconds) and peak MB over the inputs; clock × and CPU × are relative to the best of the "
+        "others in the same rounds, peak × to the paper's formulation.",
+        "",
+        f"| vocabulary | head | positions | {' | '.join(contenders_torch.CONTENDERS)} | clock × | CPU × | peak × |",
+        f"|---:|---|---:|{'---:|' * (len(contenders_torch.CONTENDERS) + 3)}",
+    ]
+    for vocab, head, positions in sorted({key[:3] for key in newest}):
+        row = {c: newest.get((vocab, head, positions, c)) for c in contenders_torch.CONTENDERS}
+        ratios = [ratio(row["ours"], best(row, column), column) for column in ("seconds_median", "cpu_seconds_min")]
+        cells = [f"{vocab:,}", head, f"{positions:,}", *map(cell, row.values()), *ratios, ratio(row["ours"], row["paper"], "peak_bytes")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *promises(newest, PEERS, "the paper's formulation")])
+
+
+def setting(last: dict[str, str], newest: Newest) -> str:
+    threads = f"{last['blas_threads']} BLAS thread(s)" if int(last["blas_threads"]) else "all BLAS threads"
+    chunk = max(int(row["chunk_tokens"]) for row in newest.values())
+    return (
+        f"Forward KL + cross-entropy and its gradient; student width {last['width']}, teacher {last['teacher_width']}, "
+        f"{chunk} positions per chunk. {last['cpu']}, {last['cores']} cores shared with other work "
+        f"(load {load_range(newest)}), {threads}"
+    )
+
+
+def when(last: dict[str, str]) -> str:
+    return f"Python {last['python']}, {last['date'][:10]}, commit {last['commit']}"
+
+
+def load_range(newest: Newest) -> str:
     loads = [float(row["load"]) for row in newest.values()]
     return f"{min(loads):g}–{max(loads):g}"
+
+
+def best(row: dict[str, dict[str, str] | None], column: str) -> dict[str, str] | None:
+    """The peer with the least of a column, of those in the same rounds as ours."""
+    here = [r for c, r in row.items() if c in PEERS and r and r[column] and row["ours"] and r["date"] == row["ours"]["date"]]
+    return min(here, key=lambda r: float(r[column]), default=None)
 
 
 def cell(row: dict[str, str] | None) -> str:
@@ -280,26 +203,37 @@ def ratio(row: dict[str, str] | None, base: dict[str, str] | None, column: str) 
     return f"{float(row[column]) / float(base[column]):.2f}"
 
 
-def promises(newest: dict[tuple, dict[str, str]]) -> list[str]:
-    """One line for each vocabulary and head whose rows suffice."""
+def promises(newest: Newest, peers: tuple[str, ...], dense_name: str) -> list[str]:
+    """One line for each vocabulary and head whose rows suffice: growth of the peak, its share of dense, the worst time × the best peer."""
     lines = []
     for vocab, head in sorted({key[:2] for key in newest}):
         ours, dense = (
             {n: row for (v, h, n, c), row in newest.items() if (v, h, c) == (vocab, head, name) and row["peak_bytes"]}
-            for name in ("ours", "dense")
+            for name in ("ours", peers[0])
         )
         both = [n for n in ours.keys() & dense.keys() if ours[n]["date"] == dense[n]["date"]]
         if not {512, 4096} <= ours.keys() or 1024 not in both:
             continue
         growth = int(ours[4096]["peak_bytes"]) / int(ours[512]["peak_bytes"]) - 1
-        share = int(ours[1024]["peak_bytes"]) / int(dense[1024]["peak_bytes"])
-        clock, cpu = (max(float(ours[n][c]) / float(dense[n][c]) for n in both) for c in
-                      ("seconds_median", "cpu_seconds_min"))
+        shares = [f"{int(ours[n]['peak_bytes']) / int(dense[n]['peak_bytes']):.1%} of {dense_name} at {n:,}" for n in shown(both, peers)]
+        clock, cpu = (max(worst(newest, (vocab, head, n), peers, c) for n in both) for c in ("seconds_median", "cpu_seconds_min"))
         lines.append(
-            f"- {vocab:,}, {head} head: the peak grows by {growth:+.1%} from 512 to 4,096 positions and is {share:.1%} "
-            f"of dense at 1,024; time at most {clock:.2f} × dense on the clock, {cpu:.2f} × in CPU seconds."
+            f"- {vocab:,}, {head} head: the peak grows by {growth:+.1%} from 512 to 4,096 positions and is {' and '.join(shares)}; "
+            f"time at most {clock:.2f} × {dense_name if len(peers) == 1 else 'the best peer'} on the clock, {cpu:.2f} × in CPU seconds."
         )
     return lines
+
+
+def shown(both: list[int], peers: tuple[str, ...]) -> list[int]:
+    """The numbers of positions at which memory is compared in words."""
+    return [1024] if len(peers) == 1 else [n for n in (1024, 4096) if n in both]
+
+
+def worst(newest: Newest, key: tuple[int, str, int], peers: tuple[str, ...], column: str) -> float:
+    """Ours relative to the best of the peers that were measured in the same rounds."""
+    ours = newest[*key, "ours"]
+    rows = [newest[*key, peer] for peer in peers if (*key, peer) in newest]
+    return float(ours[column]) / min(float(row[column]) for row in rows if row[column] and row["date"] == ours["date"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,63 @@
+"""Contenders as processes: started, asked for one repetition at a time over a pipe, stopped.
+
+A worker answers every line it reads with one line of JSON. Whatever its libraries print goes to stderr.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+Numbers = dict[str, float]
+
+
+def start(script: str, words: list[str], threads: int = 0, hide_gpu: bool = False) -> subprocess.Popen:
+    """`python script worker words…`; threads 0 is the library's choice."""
+    environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", **(dict.fromkeys(THREADS, str(threads)) if threads else {})}
+    if hide_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, script, "worker", *words]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def ask(worker: subprocess.Popen) -> Numbers:
+    """One repetition."""
+    try:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        pass  # it has ended: the line below is empty
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f"{' '.join(worker.args[2:])} ended with code {worker.wait()}")
+    return json.loads(line)
+
+
+def stop(worker: subprocess.Popen) -> None:
+    worker.terminate()
+    worker.wait()
+
+
+def serve(make: Callable[[], Callable[[], Numbers]]) -> None:
+    """In the worker: `make` the repetition (imports, inputs), then repeat it for every line read."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    repetition = make()
+    for _ in sys.stdin:
+        print(json.dumps(repetition()), file=answers, flush=True)
+
+
+def summary(repetitions: list[Numbers]) -> dict[str, object]:
+    """What a row keeps of its repetitions; empty cells for a contender that was skipped."""
+    if not repetitions:
+        names = ("repetitions", "seconds_min", "seconds_median", "cpu_seconds_min", "peak_bytes", "loss")
+        return dict.fromkeys(names, "")
+    seconds = [r["seconds"] for r in repetitions]
+    return {
+        "repetitions": len(repetitions), "seconds_min": round(min(seconds), 4),
+        "seconds_median": round(statistics.median(seconds), 4),
+        "cpu_seconds_min": round(min(r["cpu_seconds"] for r in repetitions), 4),
+        "peak_bytes": int(max(r["peak_bytes"] for r in repetitions)), "loss": round(repetitions[0]["loss"], 6),
+    }
