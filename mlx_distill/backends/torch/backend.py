@@ -388,8 +388,8 @@ def _explained(what: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        reason = " ".join(str(error).split())
-        raise OutOfMemory(f"{what} does not fit the GPU's memory ({reason[:reason.find(' GiB is free') + 12][:200]})") from None
+        reason = " ".join(str(error).split()).partition(" Including")[0].rstrip(".")
+        raise OutOfMemory(f"{what} does not fit the GPU's memory ({reason[:200]})") from None
     except RuntimeError as error:
         if together.size() > 1 and together.is_loss_of_a_rank(error):
             raise together.lost(what, error) from None
