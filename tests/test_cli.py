@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("run", "show", "eval", "report", "doctor")
+COMMANDS = ("run", "plan", "show", "eval", "report", "doctor")
 
 
 @pytest.fixture(scope="module")
