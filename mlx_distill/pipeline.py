@@ -20,13 +20,14 @@ from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
 from mlx_distill.data.batches import Step, Steps, validation_batches
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import stop_ids
-from mlx_distill.errors import ModelError, NotFound, RunError
+from mlx_distill.errors import CacheError, ModelError, NotFound, RecipeError, RunError
 from mlx_distill.flops import Shape, step_flops, total_flops
-from mlx_distill.hub import load_tokenizer, model_folder
+from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.manifest import make_manifest, make_start, sample_pieces
 from mlx_distill.recipe import Recipe, eval_table
 from mlx_distill.report import report
 from mlx_distill.run_dir import RunFolder, SilentFolder
+from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, fill
 from mlx_distill.tasks import Task, load_task
 from mlx_distill.train import Training
 from mlx_distill.view import View, silent
@@ -40,6 +41,16 @@ def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = Fa
     with folder.locked():
         pipeline.run(folder)
     return folder.path
+
+
+def teach(recipe: Recipe, view: View, backend_name: str = "auto") -> Path:
+    """Write or complete the teacher cache that a recipe names; returns its folder. Raises `DistillError`."""
+    if recipe.teacher.cache == "off":
+        raise RecipeError('[teacher] cache = "off" keeps nothing: set top_k, sampled or hidden, for example --set teacher.cache=top_k')
+    backend = choose_backend(backend_name)
+    pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
+    pipeline.announce()
+    return pipeline.cached_teacher(prepare(recipe, pipeline.tokenizer)).cache.path
 
 
 def open_folder(recipe: Recipe, backend: Backend, fresh: bool) -> RunFolder:
@@ -60,7 +71,7 @@ class Pipeline:
         self.stop_ids = sorted(stop_ids(self.tokenizer))
 
     def run(self, folder: RunFolder) -> None:
-        self._announce()
+        self.announce()
         settings = self.recipe.eval
         task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
         if not (folder.student / "config.json").exists():
@@ -71,7 +82,7 @@ class Pipeline:
                 self._evaluate(folder, task)
             self._finish(folder)
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         device = self.backend.device()
         self.view.say(f"backend {device.backend} on {device.device}, {device.dtype}: {device.reason}")
         if device.advice:
@@ -84,7 +95,8 @@ class Pipeline:
         recipe = self.recipe
         steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
         self._write_manifest(folder, prepared, len(steps))
-        student, teacher = self._load_models()
+        cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
+        student, teacher = self._load_models(cached)
         self._check_disk(folder, student, len(steps))
         training = Training(
             recipe, self.backend, student, teacher, steps, validation_batches(prepared.validation, self.recipe.batch),
@@ -102,25 +114,52 @@ class Pipeline:
         folder.write_student(lambda path: student.export(path, self.stop_ids))  # last: where it lies, training is complete
         self.view.say(f"student written to {folder.student} (step {exported})")
 
-    def _load_models(self) -> tuple[Student, Teacher | None]:
+    def cached_teacher(self, prepared: Prepared) -> CachedTeacher:
+        """A teacher that answers from the cache; what the cache lacks of training and validation is asked of the real one first."""
+        table = self.recipe.teacher
+        cache = TeacherCache(Path(table.cache_folder).expanduser(), self._cache_fields())
+        made = {"teacher": table.model, **make_start(self.backend.device(), 0)}
+        whole = (*prepared.train_whole, *prepared.validation)
+        fill(cache, whole, self._load_teacher, self.backend, self.recipe.batch, made, self.view.say, self.view.count)
+        self.backend.release()
+        examples, tokens, size = cache.size()
+        self.view.say(f"teacher cache {cache.path}: {examples:,} sequences, {tokens:,} tokens, {size / 1e6:,.1f} MB")
+        return CachedTeacher(cache, self.backend)
+
+    def _cache_fields(self) -> CacheFields:
+        teacher_rows, student_rows = (_vocabulary_rows(folder) for folder in (self.teacher_folder, self.student_folder))
+        vocabulary = load_tokenizer(self.teacher_folder).get_vocab()
+        rows = common_rows(vocabulary, self.tokenizer.get_vocab(), teacher_rows, student_rows)
+        rows = teacher_rows if self.recipe.teacher.cache == "hidden" else rows
+        return CacheFields.of(self.recipe.teacher, model_fingerprint(self.teacher_folder), vocabulary, rows)
+
+    def _load_teacher(self) -> Teacher:
+        return self.backend.load_teacher(self.teacher_folder, self.recipe.teacher.model, self.recipe.teacher.quantize_bits)
+
+    def _load_models(self, cached: CachedTeacher | None) -> tuple[Student, Teacher | None]:
         recipe = self.recipe
         student = self.backend.load_student(self.student_folder, recipe.student.model, recipe)
         if not self.teacher_folder:
             return student, None
-        teacher = self.backend.load_teacher(self.teacher_folder, recipe.teacher.model, recipe.teacher.quantize_bits)
+        teacher = cached or self._load_teacher()
         student.vocabulary = common_rows(
             load_tokenizer(self.teacher_folder).get_vocab(), self.tokenizer.get_vocab(), teacher.vocabulary_rows, student.vocabulary_rows
         )
+        if cached and recipe.teacher.cache != "hidden" and student.vocabulary != teacher.vocabulary_rows:
+            raise CacheError(f"{cached.cache.path}: vocabulary_rows {student.vocabulary} asked, {teacher.vocabulary_rows} found")
         return student, teacher
 
     def _flops_counter(self) -> Callable[[Step], dict[str, float]]:
         """What a step costs by part, {} where a model is not a dense decoder of a known kind."""
         student = Shape.of(read_config(self.student_folder))
-        teaches = self.recipe.objective.kd_weight > 0
+        kind = self.recipe.teacher.cache
+        teaches = self.recipe.objective.kd_weight > 0 and kind in ("off", "hidden")
         teacher = Shape.of(read_config(self.teacher_folder)) if teaches else None
         if student is None or (teaches and teacher is None):
             return lambda step: {}
-        return lambda step: step_flops(step, teacher, student, self.recipe.student.tuning == "full")
+        kept = ("teacher",) if kind == "hidden" else ()  # its trunk's work was done before
+        full = self.recipe.student.tuning == "full"
+        return lambda step: {part: n for part, n in step_flops(step, teacher, student, full).items() if part not in kept}
 
     def _check_disk(self, folder: RunFolder, student: Student, steps: int) -> None:
         table = self.recipe.run
@@ -204,6 +243,15 @@ def score_model(
 def read_config(folder: Path) -> dict:
     """A model folder's config.json."""
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _vocabulary_rows(folder: Path) -> int:
+    """Rows of a model's head, by its config.json."""
+    config = read_config(folder)
+    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not rows:
+        raise ModelError(f"{folder / 'config.json'} has no vocab_size, which a teacher cache needs: set teacher.cache = \"off\"")
+    return rows
 
 
 def common_rows(teacher: dict[str, int], student: dict[str, int], teacher_rows: int, student_rows: int) -> int:
