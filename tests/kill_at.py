@@ -2,9 +2,9 @@
 
 It imports everything once, and then forks a child for each job that stands as one JSON line on stdin, so that a run costs a
 second and not the start of an interpreter. A job is {"arguments": […], "at": "module:Class.function", "call": n, "when":
-"before" | "after", "signals": ["KILL"], "file_limit": bytes, "rank": n}: before (or after) the n-th call of that function the process sends
-itself the signals (of several ranks, the one named). The answer is one JSON line: {"code": exit code or -signal, "out": …, "err": …}. With a job as its argument
-the program is that job and nothing else.
+"before" | "after", "signals": ["KILL"], "file_limit": bytes, "rank": "n"}: before (or after) the n-th call of that function the
+process (of several ranks the one named) sends itself the signals. The answer is one JSON line: {"code": exit code or -signal,
+"out": …, "err": …}. With a job as its argument the program is that job and nothing else.
 """
 
 import functools

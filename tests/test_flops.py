@@ -6,7 +6,8 @@ from tiny import llama_config
 
 from mlx_distill.data.batches import Step, make_batch
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.flops import Shape, step_flops, total_flops
+from mlx_distill.flops import Adapters, Shape, step_flops, total_flops, training_flops
+from mlx_distill.recipe import StudentTable
 
 CONFIG = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 5,
           "intermediate_size": 16, "vocab_size": 50}
@@ -34,19 +35,41 @@ def test_shape_of_a_config():
 def test_a_full_step_by_hand():
     trunk = 2 * MATRICES * (6 + 4 + 10) + ATTENTION * (36 + 16 + 100)
     head = 2 * 8 * 50 * (5 + 3 + 9)
-    assert step_flops(step([6, 4, 10]), None, SHAPE, full=True) == {"student": 3 * trunk, "head": 3 * head}
+    assert step_flops(step([6, 4, 10]), None, SHAPE, full=True) == {
+        "student": 3 * trunk, "head": 3 * head, "loss": 7 * 50 * 17,
+    }
     teacher = Shape(16, 1, 2, 2, 8, 32, 50)
     teacher_trunk = 2 * (4 * 16 * 16 + 3 * 16 * 32) * 20 + 1 * 2 * 8 * 2 * 152
     assert step_flops(step([6, 4, 10]), teacher, SHAPE, full=True) == {
         "teacher": teacher_trunk, "student": 3 * trunk, "head": 3 * head + 2 * 16 * 50 * 17,
+        "loss": 16 * 50 * 17,
     }
 
 
 def test_frozen_matrices_have_no_gradient_of_their_own_but_attention_has():
     matrices, attention, head = 2 * MATRICES * 20, ATTENTION * 152, 2 * 8 * 50 * 17
     full, lora = (step_flops(step([6, 4, 10]), None, SHAPE, full=on) for on in (True, False))
-    assert lora == {"student": 2 * matrices + 3 * attention, "head": 2 * head}
+    assert lora == {"student": 2 * matrices + 3 * attention, "head": 2 * head, "loss": 7 * 50 * 17}
     assert 2 / 3 < lora["student"] / full["student"] < 1 and lora["head"] / full["head"] == pytest.approx(2 / 3)
+
+
+def test_checkpointing_computes_a_block_again_without_its_last_matrix():
+    plain, again = (step_flops(step([6, 4, 10]), None, SHAPE, True, checkpointing=on)["student"] for on in (False, True))
+    assert again - plain == 2 * (MATRICES - 3 * 16 * 8) * 20 + ATTENTION * 152
+
+
+def test_adapters_on_the_last_block_leave_the_others_a_forward_pass():
+    """Rank 4 on q (8 in, 20 out) and down (16 in, 8 out) of one block of three; two matrix passes and three of attention there."""
+    table = StudentTable(tuning="lora", rank=4, lora_layers=1, lora_targets=("q_proj", "down_proj"))
+    adapters = Adapters.of(table, SHAPE)
+    assert adapters == Adapters(1, 4 * (8 + 20 + 16 + 8)) and Adapters.of(StudentTable(), SHAPE) is None
+    matrices, attention, low_rank = 2 * MATRICES * 20, ATTENTION * 152, 2 * 208 * 20
+    found = training_flops([6, 4, 10], 17, None, SHAPE, False, False, adapters)["student"]
+    assert found == pytest.approx((2 * matrices + 3 * attention) / 3 + 2 * (matrices + attention) / 3 + 3 * low_rank)
+    again = training_flops([6, 4, 10], 17, None, SHAPE, False, True, adapters)["student"]
+    assert again - found == pytest.approx((matrices + attention) / 3 + low_rank)
+    everywhere = Adapters.of(StudentTable(tuning="lora", rank=4, lora_targets=("q_proj", "no_such")), SHAPE)
+    assert everywhere == Adapters(3, 3 * 4 * 28)
 
 
 def test_six_n_d():

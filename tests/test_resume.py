@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from endings import TORCH_STUDENT, STUDENT, arguments, assert_same
+from endings import STUDENT, TORCH_STUDENT, arguments, assert_same
 
 from mlx_distill.run_dir import RunFolder
 

@@ -1,14 +1,16 @@
-"""The optimizers that a recipe gets, each against its rule written once in float64, over steps with changing learning rates."""
+"""The optimizers that a recipe gets in each framework, against rules written once in float64, over steps with changing rates."""
 
 from collections.abc import Callable
 
-import mlx.core as mx
-import mlx.optimizers as optimizers
+import mlx.optimizers
 import numpy as np
 import pytest
+import torch
+from frameworks import FRAMEWORKS, Framework
 
-from mlx_distill.backends.mlx import backend as module
-from mlx_distill.backends.mlx.backend import make_optimizer
+from mlx_distill.backends.mlx import backend as mlx_backend
+from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.errors import ModelError
 from mlx_distill.recipe import Recipe
 
 RATES = [1e-2, 3e-2, 5e-2, 2e-2, 1e-3]
@@ -72,24 +74,15 @@ def drawn(seed: int) -> tuple[Tree, list[Tree]]:
     return weights, [{name: (size * random.normal(size=shape)).astype(np.float32) for name, shape in SHAPES.items()} for size in sizes]
 
 
-def trained(optimizer: str, fields: dict, weights: Tree, gradients: list[Tree]) -> Tree:
-    """By the recipe's optimizer, driven as `MlxStudent.apply` drives it."""
-    table = {"optimizer": optimizer, "learning_rate": 0.5, **fields}
-    made = make_optimizer(Recipe.model_validate({"data": {"source": "rows.jsonl"}, "optim": table}))
-    current = {name: mx.array(weight) for name, weight in weights.items()}
-    made.init(current)
-    for gradient, rate in zip(gradients, RATES, strict=True):
-        made.learning_rate = rate
-        current = made.apply_gradients({name: mx.array(g) for name, g in gradient.items()}, current)
-        mx.eval(current, made.state)
-    return {name: np.array(weight) for name, weight in current.items()}
+def recipe(**optim) -> Recipe:
+    return Recipe.model_validate({"data": {"source": "rows.jsonl"}, "optim": optim})
 
 
-def largest_error(optimizer: str, weight_decay: float, seed: int) -> float:
+def largest_error(framework: Framework, optimizer: str, weight_decay: float, seed: int) -> float:
     rule, fields = RULES[optimizer]
     fields = fields | {"weight_decay": weight_decay}
     weights, gradients = drawn(seed)
-    found = trained(optimizer, fields, weights, gradients)
+    found = framework.optimize(recipe(optimizer=optimizer, learning_rate=0.5, **fields), weights, gradients, RATES)
     errors = []
     for name, weight in weights.items():
         expected = rule(weight.astype(np.float64), [g[name].astype(np.float64) for g in gradients], fields)
@@ -98,34 +91,45 @@ def largest_error(optimizer: str, weight_decay: float, seed: int) -> float:
     return max(errors)
 
 
+HAS = [("mlx", optimizer) for optimizer in RULES] + [("torch", "adamw"), ("torch", "adafactor")]
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-@pytest.mark.parametrize("optimizer", RULES)
-def test_optimizers_follow_their_rules(optimizer: str, weight_decay: float, seed: int):
-    assert largest_error(optimizer, weight_decay, seed) < 2e-6
+@pytest.mark.parametrize("name, optimizer", HAS)
+def test_optimizers_follow_their_rules(name: str, optimizer: str, weight_decay: float, seed: int):
+    assert largest_error(FRAMEWORKS[name], optimizer, weight_decay, seed) < 2e-6
 
 
 def test_the_default_table_is_adamw_with_torchs_defaults():
-    made = make_optimizer(Recipe.model_validate({"data": {"source": "rows.jsonl"}}))
-    assert type(made) is optimizers.AdamW and made.bias_correction
+    made = mlx_backend.make_optimizer(recipe())
+    assert type(made) is mlx.optimizers.AdamW and made.bias_correction
     assert (made.betas, made.eps, made.weight_decay) == ([0.9, 0.999], 1e-8, 0.0)
+    made = torch_backend.make_optimizer(recipe(), [torch.zeros(2)])
+    assert type(made) is torch.optim.AdamW
+    assert [made.defaults[name] for name in ("betas", "eps", "weight_decay")] == [(0.9, 0.999), 1e-8, 0.0]
+    assert not made.defaults["amsgrad"] and not made.defaults["maximize"]
 
 
-MUTANTS = {
-    "adamw": lambda *args, **fields: optimizers.AdamW(*args, **fields | {"bias_correction": False}),
-    "lion": lambda *args, **fields: optimizers.Lion(*args, **fields | {"betas": fields["betas"][::-1]}),
-    "adafactor": lambda *args, **fields: optimizers.Adafactor(*args, **fields | {"relative_step": True}),
+def test_torch_has_no_lion():
+    with pytest.raises(ModelError, match=r'^optim.optimizer = "lion" asked, but torch has none: choose "adamw", or --backend mlx$'):
+        torch_backend.make_optimizer(recipe(optimizer="lion"), [torch.zeros(2)])
+
+
+MUTANTS = {  # no bias correction, swapped betas, a rate that is ignored; decay in the gradient, a rate that no weight scales
+    ("mlx", "adamw"): (mlx.optimizers, "AdamW", lambda real, *args, **fields: real(*args, **fields | {"bias_correction": False})),
+    ("mlx", "lion"): (mlx.optimizers, "Lion", lambda real, *args, **fields: real(*args, **fields | {"betas": fields["betas"][::-1]})),
+    ("mlx", "adafactor"): (mlx.optimizers, "Adafactor", lambda real, *args, **fields: real(*args, **fields | {"relative_step": True})),
+    ("torch", "adamw"): (torch.optim, "AdamW", lambda real, *args, **fields: torch.optim.Adam(*args, **fields)),
+    ("torch", "adafactor"): (
+        torch_backend.transformers, "Adafactor", lambda real, *args, **fields: real(*args, **fields, scale_parameter=False)
+    ),
 }
 
 
-@pytest.mark.parametrize("optimizer", RULES)
-def test_a_mutant_is_seen(optimizer: str, monkeypatch: pytest.MonkeyPatch):
-    """MLX's defaults (no bias correction, a rate that is ignored) and swapped betas are far off the rules."""
-    names = {"adamw": "AdamW", "lion": "Lion", "adafactor": "Adafactor"}
-
-    class Mutant:
-        pass
-
-    setattr(Mutant, names[optimizer], staticmethod(MUTANTS[optimizer]))
-    monkeypatch.setattr(module, "optimizers", Mutant)
-    assert largest_error(optimizer, 0.3, 0) > 1e-2
+@pytest.mark.parametrize("name, optimizer", HAS)
+def test_a_mutant_is_seen(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch):
+    module, kind, mutant = MUTANTS[name, optimizer]
+    real = getattr(module, kind)
+    monkeypatch.setattr(module, kind, lambda *args, **fields: mutant(real, *args, **fields))
+    assert largest_error(FRAMEWORKS[name], optimizer, 0.3, 0) > 1e-2

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_distill.data.batches import Steps, make_batch, validation_batches
+from mlx_distill.data.batches import Steps, make_batch, share_of, validation_batches
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import BatchTable
@@ -190,3 +190,14 @@ def test_validation_batches_hold_each_whole_sequence_once():
     assert (np.diff(np.concatenate([batch.lengths for batch in batches])) >= 0).all()
     assert sum(batch.weight.sum() for batch in batches) == sum(len(s) - 1 for s in sequences)
     assert {int(kind) for batch in batches for kind in batch.segment[batch.weight > 0]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_ranks_share_every_micro_batch_once_and_run_equally_many(count, size):
+    batches = [make_batch([sequence], ("cot",)) for sequence in corpus(count)]
+    shares = [share_of(batches, rank, size) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    working = [batch for share in shares for batch in share if batch.weight.any()]
+    assert sorted(id(batch) for batch in working) == sorted(map(id, batches))
+    assert {batch.tokens.tobytes() for share in shares for batch in share} == {batch.tokens.tobytes() for batch in batches}

@@ -1,0 +1,49 @@
+"""The backends' self-check: right losses pass to the last place, wrong ones are far off, and a NaN is the worst of all."""
+
+import numpy as np
+import pytest
+from frameworks import Framework
+
+from mlx_distill import objective as definition
+from mlx_distill.backends import choose_backend, oracle
+
+
+def exact(student, teacher, matrix, targets, objective) -> tuple[float, np.ndarray]:
+    """The definition itself."""
+    logits, teacher_logits = (x.astype(np.float64) @ matrix.T for x in (student, teacher))
+    gradient = definition.grad(logits, teacher_logits, targets, objective) @ matrix / len(targets)
+    return float(definition.loss(logits, teacher_logits, targets, objective).mean()), gradient
+
+
+def test_the_definition_has_no_error():
+    assert oracle.loss_error(exact) < 1e-14
+
+
+def test_every_backend_passes(framework: Framework):
+    assert 0 < choose_backend(framework.name).loss_error() < 1e-5
+
+
+WRONG = {
+    "a sum for a mean": lambda value, gradient: (value * oracle.ROWS, gradient),
+    "the gradient of a sum": lambda value, gradient: (value, gradient * oracle.ROWS),
+    "a flipped sign": lambda value, gradient: (value, -gradient),
+    "one wrong row": lambda value, gradient: (value, gradient * (np.arange(oracle.ROWS) != 3)[:, None]),
+    "half a per cent": lambda value, gradient: (value * 1.005, gradient),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_is_wrong_is_far_off(wrong: str):
+    assert oracle.loss_error(lambda *case: WRONG[wrong](*exact(*case))) > 4e-3
+
+
+@pytest.mark.parametrize("wrong", [lambda value, gradient: (np.nan, gradient), lambda value, gradient: (value, gradient * np.nan)])
+def test_nan_wins(wrong):
+    assert np.isnan(oracle.loss_error(lambda *case: wrong(*exact(*case))))
+
+
+def test_student_and_teacher_are_not_confused():
+    def swapped(student, teacher, *rest):
+        return exact(teacher, student, *rest)
+
+    assert oracle.loss_error(swapped) > 0.1

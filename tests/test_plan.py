@@ -1,0 +1,404 @@
+"""What a run will cost: sizes against real models, shapes against real batches, a peak against a real step, and what is said."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from rich.console import Console
+from test_cli import imported
+from tiny import llama_config, model_folder, random_weights
+
+from mlx_distill import memory
+from mlx_distill import plan as plans
+from mlx_distill.backends.mlx.backend import MlxBackend
+from mlx_distill.backends.protocol import DeviceInfo
+from mlx_distill.data.batches import Steps, make_batch, validation_batches
+from mlx_distill.data.prepare import Prepared, prepare
+from mlx_distill.data.sequences import TokenSequence
+from mlx_distill.errors import ModelError, OutOfMemory
+from mlx_distill.flops import Shape, step_flops
+from mlx_distill.hub import load_tokenizer
+from mlx_distill.memory import Dense, Machine, Memory, Micro, Working, teacher_bytes
+from mlx_distill.objective import Objective
+from mlx_distill.plan import announce, make_plan, read_config
+from mlx_distill.recipe import Recipe, load_recipe
+
+CPU = Machine("mlx", "cpu", "float32", 10**9, "physical memory")
+GPU = replace(CPU, device="metal", dtype="bfloat16")
+CONFIG = llama_config(layers=3, width=64, vocabulary=512)
+
+
+def recipe(**tables) -> Recipe:
+    return Recipe.model_validate({"teacher": {"model": ""}, "objective": {"kd_weight": 0.0}} | tables)
+
+
+def memory_of(tables: dict, config: dict = CONFIG, machine: Machine = CPU, teacher: dict | None = None) -> Memory:
+    dense = partial(Dense.of, name="a model")
+    return Memory(recipe(**tables), dense(teacher) if teacher else None, dense(config), machine, memory.MLX)
+
+
+def sequences(lengths: list[int]) -> tuple[TokenSequence, ...]:
+    """All but the first token of each carry loss."""
+    return tuple(TokenSequence(str(i), np.ones(n, np.int32), 1, n, np.ones(n, bool)) for i, n in enumerate(lengths))
+
+
+def prepared(lengths: list[int], validation: tuple[int, ...] = (8,)) -> Prepared:
+    return Prepared(sequences(lengths), sequences(lengths), sequences(list(validation)), {}, {})
+
+
+def plan_of(lengths: list[int], machine: Machine = CPU, config: dict = CONFIG, teacher: dict | None = None, **tables):
+    return make_plan(recipe(**tables), prepared(lengths), teacher, config, machine)
+
+
+# sizes
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_a_real_model(family, tied):
+    config = llama_config(layers=3, family=family, tied=tied)
+    assert Dense.of(config, "it").parameters == sum(array.size for array in random_weights(config, 0).values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("tuning", ["full", "lora", "dora"])
+def test_student_checkpoint_and_export_are_those_of_a_real_student(optimizer, tuning, tmp_path, bytes_tokenizer):
+    student = {"tuning": tuning} | ({} if tuning == "full" else {"rank": 3, "lora_layers": 2, "lora_targets": ["q_proj", "down_proj"]})
+    tables = {"student": student | {"save_dtype": "bfloat16"}, "optim": {"optimizer": optimizer}}
+    folder = model_folder(tmp_path / "student", bytes_tokenizer(), layers=3, width=64)
+    real = MlxBackend().load_student(folder, "it", recipe(**tables))
+    found = memory_of(tables, read_config(folder))
+    plan = plan_of([8] * 8, config=read_config(folder), **tables)
+    scalars = 12  # the optimizer's step and rate
+    assert found.trainable() == real.trainable
+    assert plan.checkpoint_bytes == real.state_bytes() - scalars
+    assert found.student_bytes() == sum(array.nbytes for _, array in tree_flatten(real.split.model.parameters()))
+    adapters = 0 if tuning == "full" else real.trainable  # which mlx-lm counts among the parameters
+    assert plan.student_bytes == real.export_bytes() - 2 * adapters
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_teacher_bytes_are_those_of_a_real_teacher(bits, tmp_path, bytes_tokenizer):
+    folder = model_folder(tmp_path / "teacher", bytes_tokenizer(), layers=2, width=64)
+    real = MlxBackend().load_teacher(folder, "it", bits)
+    dtype = MlxBackend().device().dtype
+    assert teacher_bytes(Dense.of(read_config(folder), "it"), bits, dtype) == sum(
+        array.nbytes for _, array in tree_flatten(real.split.model.parameters())
+    )
+
+
+def test_bits_a_weight():
+    """4, 6 and 8 bits are 4.5, 6.5 and 8.5 with a bfloat16 scale and bias for 64 weights, half a bit more in float32."""
+    stored = Dense.of(llama_config(width=64) | {"dtype": "bfloat16"}, "it")
+    for bits in (4, 6, 8):
+        for dtype, size, extra in (("bfloat16", 2, 0.5), ("float32", 4, 1.0)):
+            expected = stored.matrices * (bits + extra) / 8 + stored.vectors * size
+            assert teacher_bytes(stored, bits, dtype) == expected
+    assert teacher_bytes(stored, 0, "bfloat16") == 2 * stored.parameters and teacher_bytes(stored, 0, "float32") == 4 * stored.parameters
+    packed = Dense.of(llama_config(width=64) | {"dtype": "bfloat16", "quantization": {"bits": 4, "group_size": 32}}, "it")
+    assert teacher_bytes(packed, 0, "bfloat16") == packed.matrices * 5 / 8 + packed.vectors * 2
+
+
+def test_a_gpu_keeps_a_copy_to_compute_with():
+    weights = Dense.of(CONFIG, "it").parameters
+    assert memory_of({}).student_bytes() == 4 * weights
+    assert memory_of({}, machine=GPU).student_bytes() == 6 * weights
+    assert memory_of({"student": {"compute_dtype": "float32"}}, machine=GPU).student_bytes() == 4 * weights
+    lora = memory_of({"student": {"tuning": "lora"}}, machine=GPU)
+    assert lora.student_bytes() == 2 * weights + 4 * lora.trainable()
+
+
+# shapes
+
+
+@pytest.mark.parametrize(("size", "multiple"), [(1, 1), (2, 8), (3, 5), (4, 32)])
+def test_micro_batches_are_those_that_train(size, multiple):
+    random = np.random.default_rng(size)
+    rows = prepared(random.integers(2, 70, 23).tolist(), tuple(random.integers(2, 70, 7).tolist()))
+    table = {"micro_batch_size": size, "global_batch_size": 5, "pad_multiple": multiple}
+    asked = recipe(batch=table, optim={"epochs": 3})
+    steps = Steps(rows.train, ("cot",), asked.batch, 42, 3)
+    shapes = [Micro(*batch.tokens.shape, len(batch.positions)) for step in steps for batch in step.batches]
+    work = plans._Work.of(asked, rows)
+    assert work.steps == len(steps) == 14
+    assert work.training == {shape: shapes.count(shape) for shape in shapes}
+    held_out = [Micro(*batch.tokens.shape, len(batch.positions)) for batch in validation_batches(rows.validation, asked.batch)]
+    assert work.validation == {shape: held_out.count(shape) for shape in held_out}
+
+
+def test_flops_are_those_of_the_steps_and_of_their_padding():
+    lengths = [5, 9, 16, 3, 12, 7]
+    table = {"micro_batch_size": 2, "global_batch_size": 3, "pad_multiple": 4}
+    teacher = llama_config(layers=2, width=32, vocabulary=512)
+    asked = recipe(batch=table, teacher={"model": "it"}, objective={"kd_weight": 0.5})
+    plan = make_plan(asked, prepared(lengths), teacher, CONFIG, CPU)
+    steps = Steps(sequences(lengths), ("cot",), asked.batch, 42)
+    shapes = Shape.of(teacher), Shape.of(CONFIG)
+    parts = [step_flops(step, *shapes, full=True) for step in steps]
+    for part in ("teacher", "student", "head", "loss"):
+        assert plan.flops[part] == pytest.approx(sum(found[part] for found in parts))
+    padded = 0.0
+    for batch in (batch for step in steps for batch in step.batches):
+        whole = make_batch(sequences([batch.tokens.shape[1]] * len(batch.tokens)), ("cot",))
+        whole = replace(whole, weight=np.ones(len(batch.positions), np.float32))
+        padded += sum(step_flops(replace(steps[0], batches=(whole,)), *shapes, full=True).values())
+    assert plan.total_flops == pytest.approx(padded)
+    assert plan.flops["padding"] > 0
+    assert plan_of([9] * 8, batch={"pad_multiple": 1}).flops["padding"] == 0
+    assert (plan.steps, plan.tokens_read, plan.loss_tokens) == (2, 52, 46)
+
+
+# moments
+
+
+def test_what_a_llama_block_keeps_for_its_backward_pass():
+    """Width 64, four heads of 16, two of keys, 128 in the MLP: input, sum and each norm's two results; queries, keys, values and
+    attention's result; the MLP's five; and the probabilities of attention."""
+    kept = 6 * 64 + 64 + 2 * 32 + 64 + 5 * 128
+    assert memory_of({})._kept_per_token() == kept
+    micro = Micro(2, 10, 16)
+    assert memory_of({})._kept_bytes(micro) == 3 * 4 * (20 * kept + 4 * 2 * 100)
+    assert memory_of({}, machine=GPU)._kept_bytes(micro) == 3 * 2 * (20 * kept + 4 * 2 * 100)
+    assert memory_of({"student": {"gradient_checkpointing": True}})._kept_bytes(micro) == 3 * 4 * 20 * 64
+    assert memory_of({}, CONFIG | {"model_type": "qwen3"})._kept_per_token() == kept + 2 * (64 + 32)
+    lora = {"student": {"tuning": "lora", "rank": 5}}
+    assert memory_of(lora)._kept_per_token() == kept - 2 * 64 + 7 * 5
+    last = {"student": {"tuning": "lora", "rank": 5, "lora_layers": 1, "lora_targets": ["q_proj"]}}
+    assert memory_of(last)._kept_per_token() == kept - 3 * 64 - 64 - 128 + 5
+    assert memory_of(last)._kept_bytes(micro) == 4 * (20 * memory_of(last)._kept_per_token() + 800)
+
+
+def test_moments_by_hand():
+    """One micro-batch of 2 x 16 tokens, 30 of them loss tokens, with constants that are easy to add up."""
+    constants = replace(
+        memory.MLX, backward={(True, False): Working(2.0, 0.0, 0.0, 1.0)}, forward=Working(1.0, 0.0, 1.0, 0.0),
+        window={"alone": (3.0, 1.0)}, block_elements={"cpu": 30 * 256}, update={"adamw": memory.Update(0.5, 0, 1)},
+    )
+    model = replace(memory_of({"objective": {"kd_weight": 0.0, "chunk_tokens": 30}}), constants=constants)
+    weights, head, kept = model.student.parameters, 4 * 512 * 64, 4 * (32 * 1216 + 4 * 512)
+    working = 4 * (32 * 2 * 64 + 4 * 512)
+    for accumulates, held in ((False, 0), (True, 4 * weights)):
+        found = {moment.name: moment for moment in model.moments([Micro(2, 16, 30)], [], accumulates)}
+        assert set(found) == {"loss", "joining", "backward begins", "backward ends", "update"}
+        assert {moment.student for moment in found.values()} == {4 * weights} and {m.teacher for m in found.values()} == {0}
+        assert [found[name].gradients for name in ("loss", "joining", "backward begins")] == [held] * 3
+        assert found["loss"].loss == (3 + 2) * 4 * 30 * 256 + 4 * 30 * 3 * 64 + head
+        assert found["joining"].loss == 2 * head + 4 * 30 * 3 * 64
+        assert found["loss"].activations == found["joining"].activations == 3 * kept
+        assert (found["backward begins"].activations, found["backward begins"].loss) == (3 * kept + working, head)
+        assert found["backward ends"].activations == kept + working
+        assert found["backward ends"].gradients == held + 4 * weights + head  # tied: the embedding has a gradient of its own
+        assert (found["update"].gradients, found["update"].activations) == (4 * weights, 0)
+        assert found["update"].optimizer == 8 * weights + 0.5 * 4 * weights + head
+        assert found["loss"].optimizer == 8 * weights
+    assert found["loss"].total == sum(getattr(found["loss"], part) for part in memory.PARTS)
+
+
+def test_more_costs_more_and_what_saves_saves():
+    def peak(**tables) -> float:
+        return plan_of([96] * 8, **tables).peak.total
+
+    batch = {"global_batch_size": 8, "pad_multiple": 32}
+    sizes = [peak(batch=batch | {"micro_batch_size": size}) for size in (1, 2, 4)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2]
+    whole = peak(batch=batch)
+    assert peak(batch=batch, student={"gradient_checkpointing": True}) < whole
+    assert peak(batch=batch, student={"tuning": "lora"}) < whole
+    assert plan_of([48] * 8, batch=batch).peak.total < whole
+    assert peak(batch=batch, optim={"optimizer": "adafactor"}) < whole
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"tuning": "lora"}])
+def test_the_peak_of_a_real_step_is_planned_within_15_percent(settings, tmp_path, bytes_tokenizer):
+    if MlxBackend().device().dtype != "float32":
+        pytest.skip("calibrated on a CPU")
+    folders = {part: model_folder(tmp_path / part, bytes_tokenizer(), layers=n, width=64, vocabulary=2048) for part, n in
+               (("teacher", 2), ("student", 4))}
+    tables = {"student": settings, "teacher": {"model": "it"}, "objective": {"kd_weight": 0.5}, "batch": {"micro_batch_size": 2,
+              "global_batch_size": 4}}
+    asked, rows = recipe(**tables), prepared([128] * 4)
+    planned = make_plan(asked, rows, *(read_config(folders[part]) for part in ("teacher", "student")), CPU).training_peak.total
+    backend, before = MlxBackend(), mx.get_active_memory()
+    student = backend.load_student(folders["student"], "student", asked)
+    teacher = backend.load_teacher(folders["teacher"], "teacher")
+    step = Steps(rows.train, ("cot",), asked.batch, 42)[0]
+    backend.reset_peak_memory()
+    for batch in step.batches:
+        student.accumulate(batch, teacher.targets(batch), Objective(), step.loss_tokens)
+    student.apply(1e-4)
+    assert planned == pytest.approx(backend.memory().peak_bytes - before, rel=0.15)
+
+
+# what does not fit
+
+
+def tight(bytes_: int):
+    """Eight examples of 96 tokens in two micro-batches on a machine with so little memory."""
+    return plan_of([96] * 8, replace(CPU, memory_bytes=bytes_), batch={"micro_batch_size": 4, "global_batch_size": 8})
+
+
+def test_what_fits_needs_no_advice():
+    plan = tight(10**9)
+    assert plan.fits and plan.advice() == [] and plan.changes == () and plan.largest is None
+    plan.check()
+    unknown = tight(0)
+    assert unknown.fits and "cannot be asked" in unknown.verdict()
+    assert "fits, but tightly" in tight(int(plan.peak.total / 0.9)).verdict() and plan.verdict().endswith("fits")
+
+
+def test_advice_is_ordered_and_names_the_largest_micro_batch():
+    whole = tight(10**9).peak.total
+    plan = tight(int(whole * 0.75))
+    assert not plan.fits
+    assert [change.peak_bytes for change in plan.changes] == sorted(change.peak_bytes for change in plan.changes)
+    assert {change.what.split("=")[0] for change in plan.changes} == {
+        "student.tuning", "student.gradient_checkpointing", "batch.micro_batch_size", "truncation.max_tokens", "student.compute_dtype",
+    }
+    assert plan.advice()[0].startswith(plan.changes[0].what) and plan.advice()[0].endswith(", fits")
+    sizes = {size: plan_of([96] * 8, batch={"micro_batch_size": size, "global_batch_size": 8}).peak.total for size in (1, 2, 3, 4)}
+    fitting = max(size for size, peak in sizes.items() if peak <= plan.memory_bytes)
+    assert 1 <= fitting < 4 and plan.largest.what == f"batch.micro_batch_size={fitting}"
+    assert plan.largest.peak_bytes == sizes[fitting] and plan.together[0] == plan.changes[0]
+
+
+def test_the_largest_length_where_no_micro_batch_fits():
+    one = plan_of([96] * 8, batch={"micro_batch_size": 1, "global_batch_size": 8}).peak.total
+    plan = tight(int(one * 0.9))
+    tokens = int(plan.largest.what.split("=")[1].split()[0])
+    assert plan.largest.what == f"truncation.max_tokens={tokens} at batch.micro_batch_size=1" and plan.largest.fits
+    cut = {n: plan_of([n] * 8, batch={"micro_batch_size": 1, "global_batch_size": 8}).peak.total for n in (tokens, tokens + 1)}
+    assert cut[tokens] <= plan.memory_bytes < cut[tokens + 1]
+
+
+def test_a_quantised_teacher_is_advised_where_it_is_large():
+    teacher = llama_config(layers=24, width=256, vocabulary=512)
+    asked = {"teacher": {"model": "it"}, "objective": {"kd_weight": 0.5}}
+    plan = plan_of([16] * 8, replace(CPU, memory_bytes=60 * 10**6), teacher=teacher, **asked)
+    assert plan.changes[0].what == "teacher.quantize_bits=4" and plan.changes[0].fits
+    assert plan.peak.teacher == 4 * Dense.of(teacher, "it").parameters > 60 * 10**6
+
+
+def test_nothing_fits():
+    plan = tight(10**5)
+    assert plan.largest is None and plan.together == () and "without another change" in plan.advice()[-1]
+
+
+def test_a_run_that_cannot_fit_is_refused_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    said: list[str] = []
+    ask = partial(announce, recipe(), prepared([96] * 8), tmp_path, None, replace(CPU, memory_bytes=10**7), said.append)
+    with pytest.raises(OutOfMemory, match=r"10 MB: does not fit; student\.") as error:
+        ask()
+    assert "\n" not in str(error.value) and "--force" in str(error.value) and "the largest that fits: " in str(error.value)
+    assert len(said) == 2 and said[0].startswith("plan: 1 steps of 8 examples, 768 tokens read, 760 carry loss, ")
+    ask(force=True)
+    ask(ranks=2)
+    assert "2 ranks share" in said[-1]
+
+
+def test_a_family_that_cannot_be_planned_is_no_reason_to_refuse(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mixtral", "num_local_experts": 8}))
+    said: list[str] = []
+    announce(recipe(), prepared([9] * 8), tmp_path, None, CPU, said.append)
+    assert len(said) == 1 and "cannot be planned" in said[0] and "mixtral" in said[0]
+    with pytest.raises(ModelError, match="mixtral"):
+        make_plan(recipe(), prepared([9] * 8), None, read_config(tmp_path), CPU)
+
+
+# the machine
+
+
+def test_a_mac_has_a_working_set(monkeypatch):
+    monkeypatch.setattr(memory.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(memory, "_physical_bytes", lambda: 16 * 2**30)
+    answers = {"sysctl": 0}
+    monkeypatch.setattr(memory, "_asked", lambda command, *rest: answers[command])
+    machine = memory.this_machine()
+    assert (machine.backend, machine.device, machine.dtype, machine.memory_bytes) == ("mlx", "metal", "bfloat16", 12 * 2**30)
+    answers["sysctl"] = 14_000
+    assert memory.this_machine().memory_bytes == 14_000 * 2**20
+
+
+@pytest.mark.parametrize(("asked", "torch", "expected"), [
+    ("auto", True, ("torch", "cuda", "bfloat16", 80_000 * 2**20)), ("auto", False, ("mlx", "cpu", "float32", 7)),
+    ("mlx", True, ("mlx", "cpu", "float32", 7)), ("torch", False, ("torch", "cuda", "bfloat16", 80_000 * 2**20)),
+])
+def test_linux_with_an_nvidia_gpu(asked, torch, expected, monkeypatch):
+    monkeypatch.setattr(memory.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(memory, "_has_cuda", lambda: True)
+    monkeypatch.setattr(memory, "_installed", lambda prefix: False)
+    monkeypatch.setattr(memory, "_physical_bytes", lambda: 7)
+    monkeypatch.setattr(memory, "_asked", lambda command, *rest: {"nvidia-smi": 80_000}[command])
+    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: torch or None)
+    machine = memory.this_machine(asked)
+    assert (machine.backend, machine.device, machine.dtype, machine.memory_bytes) == expected
+
+
+def test_the_machine_as_a_backend_describes_it(monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda kind: (5, kind))
+    for text, kind in (("CPU (x86_64, BLAS: OpenBLAS)", "cpu"), ("Metal (Apple M4)", "metal"), ("CUDA (H200 x 2)", "cuda")):
+        assert Machine.of(DeviceInfo("mlx", text, "float32", "", "")) == Machine("mlx", kind, "float32", 5, kind)
+    assert memory._asked("no-such-command") == 0 and memory._asked("echo", "12", "34") == 12 and memory._asked("echo", "x") == 0
+
+
+# what is printed
+
+
+@pytest.fixture
+def without_weights(tiny_recipe, tmp_path) -> Path:
+    for part in ("teacher", "student"):
+        shutil.copytree(tiny_recipe.parent / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = tmp_path / "tiny.toml"
+    path.write_text(tiny_recipe.read_text().replace(f'"{tiny_recipe.parent}/teacher"', f'"{tmp_path}/teacher"').replace(
+        f'"{tiny_recipe.parent}/student"', f'"{tmp_path}/student"'))
+    return path
+
+
+def printed(path: Path, *settings: str, **arguments) -> tuple[plans.Plan, str]:
+    console = Console(file=io.StringIO(), width=80)
+    made = plans.plan(load_recipe(path, settings), console, "mlx", **arguments)
+    return made, console.file.getvalue()
+
+
+def test_a_plan_is_printed_in_80_columns_and_needs_no_weights(without_weights):
+    made, text = printed(without_weights)
+    assert max(map(len, text.splitlines())) <= 80
+    assert "6 steps of 4 examples in micro-batches of 2" in text and f"{made.tokens_read:,} tokens are read" in text
+    for word in ("cot *", "teacher", "student", "head", "loss", "padding", "gradients", "activations", "disk: 3 checkpoints", ": fits"):
+        assert word in text, word
+    tokens = prepare(load_recipe(without_weights), load_tokenizer(without_weights.parent / "student"))
+    assert made.tokens_before == tuple(sum((s.segments() == kind).sum() for s in tokens.train_whole) for kind in range(3))
+    assert made.tokens_after == tuple(sum((s.segments() == kind).sum() for s in tokens.train) for kind in range(3))
+    assert made.lines()[0].startswith("plan: 6 steps of 4 examples, ") and len(made.lines()) == 2
+
+
+def test_advice_is_printed_where_it_does_not_fit(without_weights, monkeypatch):
+    monkeypatch.setattr(memory, "_physical_bytes", lambda: 10**6)
+    made, text = printed(without_weights)
+    assert not made.fits and "does not fit" in text and "- batch.micro_batch_size=1: saves" in text
+
+
+def test_time_is_an_estimate_from_a_measured_rate(without_weights, monkeypatch):
+    monkeypatch.setattr(MlxBackend, "matmul_rate", lambda self: 5e6)
+    made, text = printed(without_weights, timed=True)
+    expected = plans.SECONDS_FACTOR["mlx"] * made.total_flops / 5e6
+    assert made.seconds(5e6, "mlx") == expected
+    assert f"about {plans.duration(expected)} of training: an estimate" in text
+    assert "estimate" not in printed(without_weights)[1]
+
+
+def test_a_plan_imports_no_framework_itself(without_weights):
+    """transformers reads the tokenizer, and may itself look at torch where that is installed."""
+    lines = [
+        "from pathlib import Path", "from rich.console import Console", "from mlx_distill.plan import plan",
+        "from mlx_distill.recipe import load_recipe", f"plan(load_recipe(Path({str(without_weights)!r})), Console())",
+    ]
+    found, ours = imported("", "; ".join(lines))
+    assert ours == "['transformers']" and "mlx" not in found
