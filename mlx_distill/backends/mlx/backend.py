@@ -187,7 +187,8 @@ class MlxTeacher(MlxModel):
         for start in range(0, len(hidden), TEACHER_CHUNK):
             place = slice(start, start + TEACHER_CHUNK)
             logits = head.logits(hidden[place].astype(mx.float32), 0, rows)
-            found = answer(logits - mx.logsumexp(logits, axis=1, keepdims=True), *(array[place] for array in inputs))
+            below = logits - logits.max(axis=1, keepdims=True)  # so that a log-probability near 0 keeps its digits
+            found = answer(below - mx.logsumexp(below, axis=1, keepdims=True), *(array[place] for array in inputs))
             columns.append([np.array(column) for column in found])
         return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
