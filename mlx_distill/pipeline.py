@@ -94,8 +94,8 @@ class Pipeline:
         prepared = prepare(self.recipe, self.tokenizer)
         recipe = self.recipe
         steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
-        self._write_manifest(folder, prepared, len(steps))
         cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
+        self._write_manifest(folder, prepared, len(steps), cached)
         student, teacher = self._load_models(cached)
         self._check_disk(folder, student, len(steps))
         training = Training(
@@ -174,12 +174,13 @@ class Pipeline:
                 'set run.folder to another disk, or run.keep_checkpoints = "last" with run.export = "last"'
             )
 
-    def _write_manifest(self, folder: RunFolder, prepared: Prepared, steps: int) -> None:
+    def _write_manifest(self, folder: RunFolder, prepared: Prepared, steps: int, cached: CachedTeacher | None) -> None:
         kept = folder.read_json("manifest.json")
         models = {"student": (self.recipe.student.model, self.student_folder)}
         if self.teacher_folder:
             models["teacher"] = (self.recipe.teacher.model, self.teacher_folder)
         manifest = make_manifest(self.recipe, self.backend.device(), models, prepared, steps)
+        manifest |= {"teacher_cache": cached.cache.fields.name} if cached else {}
         for key, what in (("models", "a model's files"), ("data_digest", "the data")):
             if kept and kept[key] != manifest[key]:
                 raise RunError(f"{folder.path}: {what} changed since this run began; restore the old ones or start over with --fresh")
