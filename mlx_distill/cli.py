@@ -58,6 +58,20 @@ def plan(
 
 
 @app.command()
+def teach(recipe: RecipeArgument, set_: SetOption = None, backend: BackendOption = "auto") -> None:
+    """Ask the teacher once: write or complete the cache that [teacher] cache names, for any number of runs."""
+    from mlx_distill import pipeline
+    from mlx_distill.view import View
+
+    with View(console) as view:
+        try:
+            pipeline.teach(load_recipe(recipe, tuple(set_ or ())), view, backend)
+        except KeyboardInterrupt:
+            view.say("stopped. The same command continues from what was saved last.")
+            raise typer.Exit(130) from None
+
+
+@app.command()
 def show(
     recipe: RecipeArgument, set_: SetOption = None,
     example: Annotated[int, typer.Option("--example", help="Which training example, from 1.")] = 1,

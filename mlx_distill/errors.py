@@ -32,6 +32,10 @@ class RunError(DistillError, RuntimeError):
     """A run folder that cannot be started, resumed or written."""
 
 
+class CacheError(DistillError, ValueError):
+    """A teacher cache that cannot be read or written, or does not hold what a run asks for."""
+
+
 class DivergedError(DistillError, ArithmeticError):
     """A loss or gradient that is not finite; the weights were not touched by it."""
 

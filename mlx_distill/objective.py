@@ -117,6 +117,38 @@ def divergence(student_logits: np.ndarray, teacher_logits: np.ndarray, objective
     return objective.divergence_scale * value(log_student, log_teacher, objective.jsd_beta)
 
 
+def coarse_divergence(
+    student_logits: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, tail: np.ndarray, objective: Objective
+) -> np.ndarray:
+    """The divergence at temperature 1 where only K of the teacher's log-probabilities are known, as float64[N] in nats.
+
+    ids int[N, K] (-1 pads), log_probs [N, K], tail [N]: log of the teacher's mass on all other ids. Student and teacher
+    are compared as distributions over K + 1 outcomes, the last being "any other id". Grouping outcomes never raises a divergence,
+    so this is a lower bound of the full one, and equal to it where all ids are given. The student is not renormalised
+    to the K ids: its mass elsewhere is in its last outcome.
+    """
+    value, _ = DIVERGENCES[objective.divergence]
+    return value(*_coarse(student_logits, ids, log_probs, tail), objective.jsd_beta)
+
+
+def coarse_divergence_grad(
+    student_logits: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, tail: np.ndarray, objective: Objective
+) -> np.ndarray:
+    """d coarse_divergence[n] / d student_logits[n, v], as float64[N, V].
+
+    The last outcome's logit is the log-sum-exp of all other logits, so its slope is shared among them by their softmax.
+    """
+    _, gradient = DIVERGENCES[objective.divergence]
+    slope = gradient(*_coarse(student_logits, ids, log_probs, tail), objective.jsd_beta)
+    others = _others(student_logits, ids)
+    possible = np.isfinite(others).any(axis=-1, keepdims=True)
+    share = np.exp(log_softmax(np.where(possible, others, 0.0))) * possible
+    result = slope[:, -1:] * share
+    rows, columns = np.nonzero(ids >= 0)
+    result[rows, ids[rows, columns]] = slope[rows, columns]
+    return result
+
+
 def cross_entropy(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """-log softmax(student_logits)[target] at temperature 1, as float64[N] in nats."""
     return -log_softmax(student_logits)[np.arange(len(targets)), targets]
@@ -159,6 +191,25 @@ def grad(
     if objective.needs_targets:
         gradient += (1 - objective.kd_weight) * cross_entropy_grad(student_logits, targets)
     return gradient
+
+
+def _coarse(student_logits: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """log-probabilities [N, K+1] of student and teacher over the ids and "any other id"."""
+    others = _others(student_logits, ids)
+    with np.errstate(divide="ignore"):  # no other id is left: log 0
+        top = np.maximum(others.max(axis=-1, keepdims=True), -1e300)
+        rest = top + np.log(np.exp(others - top).sum(axis=-1, keepdims=True))
+    kept = np.where(ids < 0, -np.inf, np.take_along_axis(np.asarray(student_logits, np.float64), np.maximum(ids, 0), -1))
+    teacher = np.concatenate([np.asarray(log_probs, np.float64), np.asarray(tail, np.float64)[:, None]], -1)
+    return log_softmax(np.concatenate([kept, rest], -1)), log_softmax(teacher)
+
+
+def _others(student_logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The logits [N, V] with -inf at the ids."""
+    others = np.array(student_logits, np.float64)
+    rows, columns = np.nonzero(ids >= 0)
+    others[rows, ids[rows, columns]] = -np.inf
+    return others
 
 
 def _at_temperature(

@@ -19,15 +19,16 @@ from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import stop_ids
-from mlx_distill.errors import ModelError, NotFound, OutOfMemory, RunError
+from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
 from mlx_distill.flops import Adapters, Shape, step_flops, total_flops
-from mlx_distill.hub import load_tokenizer, model_folder
+from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.manifest import make_manifest, make_start, sample_pieces
 from mlx_distill.memory import Machine
 from mlx_distill.plan import announce, kept_checkpoints, read_config, shortage
 from mlx_distill.recipe import Recipe, eval_table
 from mlx_distill.report import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
+from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, fill
 from mlx_distill.tasks import Task, load_task
 from mlx_distill.train import Training
 from mlx_distill.view import View, silent
@@ -44,6 +45,16 @@ def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = Fa
     with folder.locked():
         pipeline.run(folder)
     return folder.path
+
+
+def teach(recipe: Recipe, view: View, backend_name: str = "auto") -> Path:
+    """Write or complete the teacher cache that a recipe names; returns its folder. Raises `DistillError`."""
+    if recipe.teacher.cache == "off":
+        raise RecipeError('[teacher] cache = "off" keeps nothing: set top_k, sampled or hidden, for example --set teacher.cache=top_k')
+    backend = choose_backend(backend_name)
+    pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
+    pipeline.announce()
+    return pipeline.cached_teacher(prepare(recipe, pipeline.tokenizer)).cache.path
 
 
 def open_folder(recipe: Recipe, backend: Backend, fresh: bool) -> RunFolder:
@@ -64,7 +75,7 @@ class Pipeline:
         self.stop_ids = sorted(stop_ids(self.tokenizer))
 
     def run(self, folder: RunFolder) -> None:
-        self._announce()
+        self.announce()
         settings = self.recipe.eval
         task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
         if not (folder.student / "config.json").exists():
@@ -75,7 +86,7 @@ class Pipeline:
                 self._evaluate(folder, task)
             self._finish(folder)
 
-    def _announce(self) -> None:
+    def announce(self) -> None:
         device = self.backend.device()
         self.view.say(f"backend {device.backend} on {device.device}, {device.dtype}: {device.reason}")
         if device.advice:
@@ -89,9 +100,10 @@ class Pipeline:
         planned = recipe, prepared, self.student_folder, self.teacher_folder, Machine.of(self.backend.device())
         announce(*planned, self.view.say, self.force, self.backend.ranks.size)
         steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
-        self._write_manifest(folder, prepared, len(steps))
         try:
-            student, state = self._train(folder, steps, validation_batches(prepared.validation, recipe.batch))
+            cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
+            self._write_manifest(folder, prepared, len(steps), cached)
+            student, state = self._train(folder, steps, validation_batches(prepared.validation, recipe.batch), cached)
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {folder.what_is_saved()}; {shortage(*planned)}") from None
         if self.recipe.run.export == "best" and state.best_step != state.step:
@@ -103,8 +115,10 @@ class Pipeline:
         folder.write_student(lambda path: student.export(path, self.stop_ids))  # last: where it lies, training is complete
         self.view.say(f"student written to {folder.student} (step {exported})")
 
-    def _train(self, folder: RunFolder, steps: Steps, validation: list[Batch]) -> tuple[Student, TrainState]:
-        student, teacher = self._load_models()
+    def _train(
+        self, folder: RunFolder, steps: Steps, validation: list[Batch], cached: CachedTeacher | None
+    ) -> tuple[Student, TrainState]:
+        student, teacher = self._load_models(cached)
         self._check_disk(folder, student, len(steps))
         training = Training(
             self.recipe, self.backend, student, teacher, steps, validation, folder, self.view, self._flops_counter(),
@@ -113,27 +127,53 @@ class Pipeline:
             training.stop_asked = asked.is_set
             return student, training.train()
 
-    def _load_models(self) -> tuple[Student, Teacher | None]:
+    def cached_teacher(self, prepared: Prepared) -> CachedTeacher:
+        """A teacher that answers from the cache; what the cache lacks of training and validation is asked of the real one first."""
+        table = self.recipe.teacher
+        cache = TeacherCache(Path(table.cache_folder).expanduser(), self._cache_fields())
+        made = {"teacher": table.model, **make_start(self.backend.device(), 0)}
+        whole = (*prepared.train_whole, *prepared.validation)
+        fill(cache, whole, self._load_teacher, self.backend, self.recipe.batch, made, self.view.say, self.view.count)
+        self.backend.release()
+        examples, tokens, size = cache.size()
+        self.view.say(f"teacher cache {cache.path}: {examples:,} sequences, {tokens:,} tokens, {size / 1e6:,.1f} MB")
+        return CachedTeacher(cache, self.backend)
+
+    def _cache_fields(self) -> CacheFields:
+        teacher_rows, student_rows = (_vocabulary_rows(folder) for folder in (self.teacher_folder, self.student_folder))
+        vocabulary = load_tokenizer(self.teacher_folder).get_vocab()
+        rows = common_rows(vocabulary, self.tokenizer.get_vocab(), teacher_rows, student_rows)
+        rows = teacher_rows if self.recipe.teacher.cache == "hidden" else rows
+        return CacheFields.of(self.recipe.teacher, model_fingerprint(self.teacher_folder), vocabulary, rows)
+
+    def _load_teacher(self) -> Teacher:
+        return self.backend.load_teacher(self.teacher_folder, self.recipe.teacher.model, self.recipe.teacher.quantize_bits)
+
+    def _load_models(self, cached: CachedTeacher | None) -> tuple[Student, Teacher | None]:
         recipe = self.recipe
         student = self.backend.load_student(self.student_folder, recipe.student.model, recipe)
         if not self.teacher_folder:
             return student, None
-        teacher = self.backend.load_teacher(self.teacher_folder, recipe.teacher.model, recipe.teacher.quantize_bits)
+        teacher = cached or self._load_teacher()
         student.vocabulary = common_rows(
             load_tokenizer(self.teacher_folder).get_vocab(), self.tokenizer.get_vocab(), teacher.vocabulary_rows, student.vocabulary_rows
         )
+        if cached and recipe.teacher.cache != "hidden" and student.vocabulary != teacher.vocabulary_rows:
+            raise CacheError(f"{cached.cache.path}: vocabulary_rows {student.vocabulary} asked, {teacher.vocabulary_rows} found")
         return student, teacher
 
     def _flops_counter(self) -> Callable[[Step], dict[str, float]]:
         """What a step costs by part, {} where a model is not a dense decoder of a known kind."""
         student = Shape.of(read_config(self.student_folder))
-        teaches = self.recipe.objective.kd_weight > 0
+        kind = self.recipe.teacher.cache
+        teaches = self.recipe.objective.kd_weight > 0 and kind in ("off", "hidden")
         teacher = Shape.of(read_config(self.teacher_folder)) if teaches else None
         if student is None or (teaches and teacher is None):
             return lambda step: {}
+        kept = ("teacher",) if kind == "hidden" else ()  # its trunk's work was done before
         table = self.recipe.student
         full, again, adapters = table.tuning == "full", table.gradient_checkpointing, Adapters.of(table, student)
-        return lambda step: step_flops(step, teacher, student, full, again, adapters)
+        return lambda step: {part: n for part, n in step_flops(step, teacher, student, full, again, adapters).items() if part not in kept}
 
     def _check_disk(self, folder: RunFolder, student: Student, steps: int) -> None:
         needed = kept_checkpoints(self.recipe.run, steps) * student.state_bytes() + student.export_bytes()
@@ -145,12 +185,13 @@ class Pipeline:
                 'set run.folder to another disk, or run.keep_checkpoints = "last" with run.export = "last"'
             )
 
-    def _write_manifest(self, folder: RunFolder, prepared: Prepared, steps: int) -> None:
+    def _write_manifest(self, folder: RunFolder, prepared: Prepared, steps: int, cached: CachedTeacher | None) -> None:
         kept = folder.read_json("manifest.json")
         models = {"student": (self.recipe.student.model, self.student_folder)}
         if self.teacher_folder:
             models["teacher"] = (self.recipe.teacher.model, self.teacher_folder)
         manifest = make_manifest(self.recipe, self.backend.device(), models, prepared, steps)
+        manifest |= {"teacher_cache": cached.cache.fields.name} if cached else {}
         for key, what in (("models", "a model's files"), ("data_digest", "the data")):
             if kept and kept[key] != manifest[key]:
                 raise RunError(f"{folder.path}: {what} changed since this run began; restore the old ones or start over with --fresh")
@@ -209,6 +250,15 @@ def score_model(
     score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer))
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     return score
+
+
+def _vocabulary_rows(folder: Path) -> int:
+    """Rows of a model's head, by its config.json."""
+    config = read_config(folder)
+    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    if not rows:
+        raise ModelError(f"{folder / 'config.json'} has no vocab_size, which a teacher cache needs: set teacher.cache = \"off\"")
+    return rows
 
 
 def common_rows(teacher: dict[str, int], student: dict[str, int], teacher_rows: int, student_rows: int) -> int:

@@ -23,7 +23,7 @@ from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.flops import Adapters, training_flops
 from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, MLX, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
-from mlx_distill.recipe import Recipe, RunTable
+from mlx_distill.recipe import Recipe, RunTable, TeacherTable
 from mlx_distill.report import amount, duration
 from mlx_distill.show import count_table
 
@@ -124,6 +124,7 @@ class Plan:
     checkpoint_bytes: int
     checkpoints: int  # that lie on disk at once
     student_bytes: int
+    cache_bytes: int = 0  # of the teacher cache, at most; 0 where there is none
     changes: tuple[Change, ...] = ()  # one at a time, what saves most first; empty where the run fits
     together: tuple[Change, ...] = ()  # the fewest of them that fit together, one after the other
     largest: Change | None = None
@@ -147,7 +148,7 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.checkpoints * self.checkpoint_bytes + self.student_bytes
+        return self.checkpoints * self.checkpoint_bytes + self.student_bytes + self.cache_bytes
 
     def seconds(self, operations_a_second: float, backend: str) -> float:
         """An estimate of the training time, validation aside, from the measured rate of large matrix products."""
@@ -203,7 +204,9 @@ def make_plan(
     Raises `ModelError` for a model that is no dense decoder, and what `Steps` raises.
     """
     student = Dense.of(student_config, recipe.student.model)
-    teacher = Dense.of(teacher_config, recipe.teacher.model) if teacher_config is not None else None
+    teacher = described = Dense.of(teacher_config, recipe.teacher.model) if teacher_config is not None else None
+    if recipe.teacher.cache in ("top_k", "sampled"):
+        teacher = None  # its answers lie on disk, and none of its weights are loaded
     work, memory = _Work.of(recipe, prepared), Memory(recipe, teacher, student, machine, CALIBRATIONS.get(machine.backend, MLX))
     table, accumulates = recipe.batch, recipe.batch.global_batch_size > recipe.batch.micro_batch_size
     before, after = (count_tokens(part, recipe.objective.segments) for part in (prepared.train_whole, prepared.train))
@@ -220,6 +223,7 @@ def make_plan(
         moments=tuple(memory.moments(work.training, work.validation, accumulates)), memory_bytes=machine.memory_bytes,
         checkpoint_bytes=FLOAT * (trainable + memory.optimizer_numbers()), checkpoints=kept_checkpoints(recipe.run, work.steps),
         student_bytes=student.parameters * saved + (0 if memory.full else 2 * FLOAT * trainable),  # adapters in two layouts
+        cache_bytes=cache_bytes(recipe.teacher, prepared, described, machine) if described else 0,
     )
     if plan.fits or not advise:
         return plan
@@ -227,6 +231,15 @@ def make_plan(
     changes = _changes(recipe, prepared, plan, again, machine)
     together = _together(recipe, prepared, plan, again, changes)
     return replace(plan, changes=tuple(c for _, c in changes), together=together, largest=_largest(recipe, prepared, plan, again))
+
+
+def cache_bytes(table: TeacherTable, prepared: Prepared, teacher: Dense, machine: Machine) -> int:
+    """Bytes of a teacher cache of whole training and validation sequences, as `targets.py` keeps them (`sampled`: at most)."""
+    tokens = sum(map(len, (*prepared.train_whole, *prepared.validation)))
+    number = FLOAT if machine.dtype == "float32" else DTYPE_BYTES.get(teacher.stored, 2)
+    width, rows = teacher.shape.width, teacher.shape.vocabulary
+    each = {"off": 0, "top_k": 8 + 6 * min(table.cache_top_k, rows), "sampled": 14 + 6 * table.cache_samples, "hidden": 4 + number * width}
+    return tokens * each[table.cache] + (number * width * rows if table.cache == "hidden" else 0)
 
 
 def kept_checkpoints(table: RunTable, steps: int) -> int:
@@ -409,7 +422,9 @@ def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Tex
     yield _memory_table(plan)
     yield Text(
         f"disk: {plan.checkpoints} checkpoints of {amount(plan.checkpoint_bytes, 'B')} and a student of "
-        f"{amount(plan.student_bytes, 'B')}, {amount(plan.disk_bytes, 'B')} at most"
+        f"{amount(plan.student_bytes, 'B')}, "
+        + (f"a teacher cache of {amount(plan.cache_bytes, 'B')}, " if plan.cache_bytes else "")
+        + f"{amount(plan.disk_bytes, 'B')} at most"
     )
     yield Text(f"{machine.backend} on {machine.device}, {recipe.student.compute_dtype.replace('auto', machine.dtype)}; {machine.limit}")
     yield Text(plan.verdict(), "bold" if plan.fits else "bold red")

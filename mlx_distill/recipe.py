@@ -22,7 +22,8 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tu
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-OUTSIDE_DIGEST = {"run": {"name", "folder"}, "eval": {"compare"}}  # where a run is kept and what it is shown beside
+# where things are kept and what a run is shown beside
+OUTSIDE_DIGEST = {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare"}}
 
 
 class Table(BaseModel):
@@ -35,6 +36,10 @@ class TeacherTable(Table):
     model: str = "embedded:teacher"  # hub id, local folder, .gguf or embedded:NAME; "" = none (needs kd_weight = 0)
     revision: str = "main"  # hub branch, tag or commit
     quantize_bits: Literal[0, 4, 6, 8] = 0  # quantise on load; 0 = as stored
+    cache: Literal["off", "top_k", "sampled", "hidden"] = "off"  # answers kept on disk: K a token, drawn ones, hidden states
+    cache_folder: str = "teacher-cache"  # may serve any number of runs, at once too
+    cache_top_k: Positive = 64  # answers kept a token
+    cache_samples: Annotated[int, Field(ge=1, le=65535)] = 50  # draws a token
 
 
 class StudentTable(Table):
@@ -181,6 +186,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
         (not recipe.data.source, "[data] source is empty: name a file, a hub dataset or embedded:dial"),
         (not teacher.model and objective.kd_weight > 0,
          f"[teacher] model is empty but [objective] kd_weight is {objective.kd_weight}: name a teacher or set kd_weight = 0"),
+        *_cache_contradictions(recipe),
         (truncation.keep == "cot" and truncation.fraction != 1,
          f'[truncation] keep = "cot" cuts after </think> and takes no fraction, found {truncation.fraction}: set fraction = 1.0'),
         (recipe.batch.micro_batch_size > recipe.batch.global_batch_size,
@@ -191,6 +197,28 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
          'set export = "last" or keep_checkpoints = "last_and_best"'),
         (recipe.eval.samples > 1 and recipe.eval.temperature == 0,
          f"[eval] samples = {recipe.eval.samples} at temperature 0 would repeat one greedy answer: raise temperature"),
+    ]
+
+
+def _cache_contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
+    """What answers for whole sequences, at temperature 1, cannot serve."""
+    kind, objective, truncation = recipe.teacher.cache, recipe.objective, recipe.truncation
+    asked = f'[teacher] cache = "{kind}"'
+    cuts = truncation.fraction < 1 or truncation.max_tokens > 0
+    moves = truncation.keep in ("suffix", "middle") and truncation.context == "drop" and cuts
+    cached, sparse = kind != "off", kind in ("top_k", "sampled")
+    return [
+        (cached and not recipe.teacher.cache_folder, f"{asked} needs a place, but cache_folder is empty: name a folder"),
+        (cached and objective.kd_weight == 0,
+         f"{asked} keeps a teacher's answers, but [objective] kd_weight = 0 uses none: set cache = \"off\""),
+        (cached and moves,
+         f'{asked} holds answers to whole sequences, but [truncation] keep = "{truncation.keep}" drops the context and asks others: '
+         'set context = "keep", keep = "prefix", or cache = "off"'),
+        (sparse and objective.temperature != 1,
+         f"{asked} holds answers at temperature 1, but [objective] temperature is {objective.temperature}: set 1.0, or cache = \"hidden\""),
+        (kind == "sampled" and objective.divergence != "forward_kl",
+         f'{asked} is unbiased for forward_kl alone, but [objective] divergence is "{objective.divergence}": set forward_kl, '
+         'or cache = "top_k"'),
     ]
 
 
@@ -210,6 +238,9 @@ _WHEN_READ = {
     ("data", "response_column"): 'only format = "response" does',
     ("data", "messages_column"): 'only format = "messages" or "conversations" does',
     ("teacher", "quantize_bits"): "there is no teacher",
+    ("teacher", "cache_folder"): 'only a cache other than "off" does',
+    ("teacher", "cache_top_k"): 'only cache = "top_k" does',
+    ("teacher", "cache_samples"): 'only cache = "sampled" does',
 }
 
 
@@ -226,6 +257,9 @@ def _conditional_fields(recipe: Recipe) -> list[tuple[str, bool, tuple[str, ...]
         ("data", recipe.data.format == "response", ("response_column",)),
         ("data", recipe.data.format in ("messages", "conversations"), ("messages_column",)),
         ("teacher", bool(recipe.teacher.model), ("quantize_bits",)),
+        ("teacher", recipe.teacher.cache != "off", ("cache_folder",)),
+        ("teacher", recipe.teacher.cache == "top_k", ("cache_top_k",)),
+        ("teacher", recipe.teacher.cache == "sampled", ("cache_samples",)),
     ]
 
 

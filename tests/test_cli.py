@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("run", "plan", "show", "eval", "report", "doctor")
+COMMANDS = ("run", "plan", "teach", "show", "eval", "report", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,11 @@ ERRORS = {
                           ("no task file at {tiny}/row.jsonl", "did you mean {tiny}/rows.jsonl?")),
     "report on a missing run": (("report", "{out}/none"),
                                 ("no run in {out}/none", "does not exist", "name a folder that `mlx-distill run` wrote")),
+    "teach without a cache": (("teach", "RECIPE"), ('[teacher] cache = "off" keeps nothing', "--set teacher.cache=top_k")),
+    "a cache where none can be": (("teach", "RECIPE", "--set", "teacher.cache=hidden", "--set", "teacher.cache_folder={tiny}/rows.jsonl"),
+                                  ("{tiny}/rows.jsonl", "cannot be written", "set teacher.cache_folder")),
+    "a cache that cannot serve": (("run", "RECIPE", "--set", "teacher.cache=hidden", "--set", "truncation.keep=suffix"),
+                                  ('keep = "suffix" drops the context', 'set context = "keep"')),
     "unknown backend": (("run", "RECIPE", "--backend", "jax"), ("--backend jax", "auto, mlx")),
     "eval of nothing": (("eval", "{out}/none", "--task", "jsonl:{tiny}/rows.jsonl"), ("model '{out}/none'", "check the path")),
     "eval with a wrong setting": (("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"),

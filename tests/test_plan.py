@@ -18,7 +18,7 @@ from rich.console import Console
 from test_cli import imported
 from tiny import llama_config, model_folder, random_weights
 
-from mlx_distill import memory
+from mlx_distill import memory, pipeline
 from mlx_distill import plan as plans
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.protocol import DeviceInfo
@@ -33,7 +33,8 @@ from mlx_distill.hub import load_tokenizer
 from mlx_distill.memory import Dense, Machine, Memory, Micro, Working, teacher_bytes
 from mlx_distill.objective import Objective
 from mlx_distill.plan import announce, make_plan, read_config
-from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.recipe import Recipe, TeacherTable, load_recipe
+from mlx_distill.view import silent
 
 CPU = Machine("mlx", "cpu", "float32", 10**9, "physical memory")
 GPU = replace(CPU, device="metal", dtype="bfloat16")
@@ -460,3 +461,20 @@ def test_run_refuses_what_cannot_fit_unless_forced(force, tiny_recipe, tmp_path,
 def main_without_exit() -> None:
     with contextlib.suppress(SystemExit):
         main()
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("top_k", ("teacher.cache_top_k=8",)), ("sampled", ("teacher.cache_samples=9",)), ("hidden", ()),
+])
+def test_a_teacher_cache_is_planned_and_spares_the_teacher(kind, settings, tiny_recipe, tmp_path):
+    """On disk what `teach` writes (its headers aside; of draws at most); in memory no teacher but where its head is kept."""
+    made = load_recipe(tiny_recipe, (f"teacher.cache={kind}", f"teacher.cache_folder={tmp_path}", *settings))
+    whole = prepare(made, load_tokenizer(tiny_recipe.parent / "student"))
+    configs = [read_config(tiny_recipe.parent / part) for part in ("teacher", "student")]
+    planned = make_plan(made, whole, *configs, CPU)
+    live = make_plan(made.model_copy(update={"teacher": TeacherTable(model=made.teacher.model)}), whole, *configs, CPU)
+    assert live.cache_bytes == 0 < planned.cache_bytes and planned.disk_bytes == live.disk_bytes + planned.cache_bytes
+    assert (planned.peak.teacher == 0) == (kind != "hidden") and planned.peak.total <= live.peak.total
+    pipeline.teach(made, silent(), "mlx")
+    written = sum(file.stat().st_size - 128 for file in tmp_path.rglob("*.npy"))
+    assert written <= planned.cache_bytes and (kind == "sampled" or written >= 0.97 * planned.cache_bytes)

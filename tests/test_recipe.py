@@ -110,6 +110,14 @@ def test_a_whole_number_is_a_number(write):
     ("[batch]\nmicro_batch_size = 16\n", "micro_batch_size 16 exceeds global_batch_size 8"),
     ('[run]\nkeep_checkpoints = "last"\n', 'set export = "last" or keep_checkpoints = "last_and_best"'),
     ("[eval]\nsamples = 4\n", "raise temperature"),
+    ('[teacher]\ncache = "hidden"\ncache_folder = ""\n', "name a folder"),
+    ('[teacher]\ncache = "hidden"\n[objective]\nkd_weight = 0.0\n', 'kd_weight = 0 uses none: set cache = "off"'),
+    ('[teacher]\ncache = "hidden"\n[truncation]\nkeep = "suffix"\nfraction = 0.5\n',
+     'set context = "keep", keep = "prefix", or cache = "off"'),
+    ('[teacher]\ncache = "top_k"\n[truncation]\nkeep = "middle"\nmax_tokens = 9\n', 'keep = "middle" drops the context'),
+    ('[teacher]\ncache = "top_k"\n[objective]\ntemperature = 2.0\n', "temperature is 2.0: set 1.0"),
+    ('[teacher]\ncache = "sampled"\n[objective]\ntemperature = 0.5\n', 'or cache = "hidden"'),
+    ('[teacher]\ncache = "sampled"\n[objective]\ndivergence = "jsd"\n', 'divergence is "jsd": set forward_kl'),
 ])
 def test_contradictions_are_refused_with_advice(write, text, said):
     message = refused(write, text)
@@ -121,7 +129,19 @@ def test_a_recipe_without_data_is_refused(write):
         load_recipe(write('[data]\nsource = ""\n'))
 
 
+@pytest.mark.parametrize("text", [
+    '[teacher]\ncache = "hidden"\n[objective]\ntemperature = 2.0\ndivergence = "jsd"\n',
+    '[teacher]\ncache = "top_k"\n[objective]\ndivergence = "reverse_kl"\n',
+    '[teacher]\ncache = "sampled"\n[truncation]\nkeep = "suffix"\nfraction = 0.5\ncontext = "keep"\n',
+    '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "suffix"\n', '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "cot"\n',
+])
+def test_what_a_cache_can_serve_is_accepted(write, text):
+    assert load(write, text).teacher.cache != "off"
+
+
 UNREAD = {
+    ("teacher", "cache_folder", '"elsewhere"'): 'cache="hidden"', ("teacher", "cache_top_k", "8"): 'cache="top_k"',
+    ("teacher", "cache_samples", "8"): 'cache="sampled"',
     ("objective", "jsd_beta", "0.3"): 'divergence="jsd"',
     ("student", "rank", "4"): 'tuning="lora"', ("student", "alpha", "8.0"): 'tuning="dora"',
     ("student", "lora_layers", "1"): 'tuning="lora"', ("student", "lora_targets", '["q_proj"]'): 'tuning="lora"',
@@ -140,7 +160,8 @@ UNREAD_WITH = {"objective": 'objective.divergence="reverse_kl"', "student": 'stu
 def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
     reader = f"{table}.{UNREAD[table, field, value]}"
     other = {"prompt_column": 'data.format="messages"', "cot_column": 'data.format="gsm8k"', "answer_column": 'data.format="response"',
-             "response_column": 'data.format="columns"', "messages_column": 'data.format="columns"', "quantize_bits": "teacher.model="}
+             "response_column": 'data.format="columns"', "messages_column": 'data.format="columns"', "quantize_bits": "teacher.model=",
+             "cache_folder": "teacher.cache=off", "cache_top_k": "teacher.cache=off", "cache_samples": "teacher.cache=off"}
     deaf = (other.get(field) or UNREAD_WITH[table], "objective.kd_weight=0.0")
     read = load(write, "", reader, f"{table}.{field}={value}").model_dump(mode="json")
     assert read[table][field] == tomllib.loads(f"x={value}")["x"]
@@ -215,12 +236,14 @@ def test_a_recipe_without_a_name_is_called_after_its_file(write):
 
 def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(write):
     recipe = load(write)
-    for same in ("run.name=x", "run.folder=elsewhere", 'eval.compare=["a"]', "optim.steps=0"):
+    for same in ("run.name=x", "run.folder=elsewhere", 'eval.compare=["a"]', "optim.steps=0", "teacher.cache=off"):
         assert load(write, "", same).digest() == recipe.digest()
     for other in ("run.seed=1", "optim.steps=1", "eval.examples=1", "teacher.revision=x", 'data.where={a="b"}'):
         assert load(write, "", other).digest() != recipe.digest()
     assert re.fullmatch("[0-9a-f]{16}", recipe.digest())
-    assert {"run": {"name", "folder"}, "eval": {"compare"}} == OUTSIDE_DIGEST
+    cached = load(write, "", "teacher.cache=top_k")
+    assert cached.digest() == load(write, "", "teacher.cache=top_k", "teacher.cache_folder=elsewhere").digest() != recipe.digest()
+    assert {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare"}} == OUTSIDE_DIGEST
 
 
 def test_the_resolved_text_loads_as_an_equal_recipe(write, tmp_path):

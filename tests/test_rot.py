@@ -41,11 +41,18 @@ LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0")
 OFTEN = ("optim.steps=3", "run.validate_every=1")
 SAMPLED = (*SCORED, "eval.temperature=0.9", "eval.max_new_tokens=6")
 
+CACHED = ("teacher.cache=top_k", "teacher.cache_folder={out}/answers")
+DRAWN = ("teacher.cache=sampled", "teacher.cache_folder={out}/answers")
+
 # (table.field, another value, companions); the shipped defaults are the first value
 CASES = {
     "teacher.model": ("{root}/student", ()),
     "teacher.revision": ("v2", ("teacher.model=org/teacher",)),
     "teacher.quantize_bits": ("4", ("teacher.model={root}/wide",)),
+    "teacher.cache": ("sampled", CACHED),
+    "teacher.cache_folder": ("{out}/tiny/answers", CACHED),  # in the run's folder, where its files are seen
+    "teacher.cache_top_k": ("3", CACHED),
+    "teacher.cache_samples": ("3", DRAWN),
     "student.model": ("{root}/teacher", ()),
     "student.revision": ("v2", ("student.model=org/student",)),
     "student.tuning": ("dora", LORA),

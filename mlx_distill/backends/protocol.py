@@ -16,7 +16,30 @@ from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
 
-Targets = Any  # opaque outside of the backend that made it
+Targets = Any  # a live teacher's are opaque outside of the backend that made them; see also SparseTargets
+
+
+@dataclass(frozen=True)
+class SparseTargets:
+    """A teacher's answers at N positions as K ids each; every backend's student takes them (at temperature 1).
+
+    ids `int32[N, K]` (-1 pads), log_probs `float32[N, K]`, tail `float32[N]`: log of the mass on all other ids (-inf: none).
+    The divergence is `objective.coarse_divergence`, plus offset `float32[N]`, which is constant to the student. top `int32[N]`:
+    the teacher's most likely id.
+    """
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    tail: np.ndarray
+    offset: np.ndarray
+    top: np.ndarray
+
+    def check(self, objective: Objective, vocabulary: int) -> None:
+        """Raise `ValueError` at another temperature than 1 and `IndexError` for ids outside of the vocabulary."""
+        if objective.temperature != 1:
+            raise ValueError(f"sparse targets hold answers at temperature 1, the objective's is {objective.temperature}")
+        check_indices("the teacher's ids", np.maximum(self.ids, 0), vocabulary)
+        check_indices("the teacher's ids", self.top, vocabulary)
 
 
 @dataclass(frozen=True)
@@ -113,6 +136,20 @@ class Teacher(Model, Protocol):
 
     def targets(self, batch: Batch) -> Targets: ...
 
+    # for the cache on disk (`targets.py`); `rows` ids of the head are compared, at temperature 1
+
+    def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The k most likely ids `int32[N, k]`, the likeliest first, their log-probabilities float32 [N, k], the log of the rest [N]."""
+
+    def draw(self, batch: Batch, uniform: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids `int32[N, S]` drawn by inverting the distribution at `uniform` float32 [N, S], entropy float32 [N], most likely id [N]."""
+
+    def states(self, batch: Batch) -> np.ndarray:
+        """Hidden states [N, D]: float32, or bfloat16 as uint16 bits."""
+
+    def head_matrix(self) -> np.ndarray | None:
+        """The head [V, D] as `states` are given, None where it is not one matrix and nothing else."""
+
 
 class Student(Model, Protocol):
     """The model that is trained."""
@@ -163,6 +200,12 @@ class Backend(Protocol):
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> Student:
         """A student to train. Raises `ModelError`."""
+
+    def cached_head(self, matrix: np.ndarray) -> Any:
+        """What `Teacher.head_matrix` gave, ready to be part of targets."""
+
+    def cached_targets(self, states: np.ndarray, head: Any) -> Targets:
+        """Targets as the backend's own teacher gives them, from `Teacher.states` [N, D] and a `cached_head`."""
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of float64 `values` over all ranks, on each of them; also the point at which they wait for each other."""

@@ -4,11 +4,12 @@ numpy comes in and goes out; MLX arrays stay here. Decided here: number formats 
 what a checkpoint of the student holds.
 """
 
+import math
 import os
 import platform
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,12 +20,14 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 from mlx_distill.backends import oracle, refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.mlx import model as models
-from mlx_distill.backends.mlx.loss import Head, MatrixHead, kd_loss, score_rows
-from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, check_indices
+from mlx_distill.backends.mlx.loss import FLOOR, Head, MatrixHead, QuantizedHead, SparseHead, kd_loss, score_rows
+from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, SparseTargets, check_indices
 from mlx_distill.blas import load_blas
 from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
+
+TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written
 
 
 class MlxBackend:
@@ -60,6 +63,12 @@ class MlxBackend:
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> "MlxStudent":
         split = models.load_student(folder, name, recipe.student, recipe.run.seed)
         return MlxStudent(split, folder, recipe, self.dtype(recipe.student.compute_dtype))
+
+    def cached_head(self, matrix: np.ndarray) -> Head:
+        return MatrixHead(_of_bits(matrix))
+
+    def cached_targets(self, states: np.ndarray, head: Head) -> tuple[mx.array, Head]:
+        return _of_bits(states), head
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of `values` over all ranks, on each; counts are exact, sums of losses are rounded to float32 twice."""
@@ -152,6 +161,37 @@ class MlxTeacher(MlxModel):
     def targets(self, batch: Batch) -> tuple[mx.array, Head]:
         return self.gather(batch.tokens, batch.positions), self._head
 
+    def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._by_chunk(batch, rows, partial(_top_k, k=k))
+
+    def draw(self, batch: Batch, uniform: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._by_chunk(batch, rows, _draw, mx.array(uniform))
+
+    def states(self, batch: Batch) -> np.ndarray:
+        hidden, _ = self.targets(batch)
+        return _bits(hidden)
+
+    def head_matrix(self) -> np.ndarray | None:
+        head = self._head
+        if not isinstance(head, MatrixHead | QuantizedHead) or head.bias is not None or head.finish is not None:
+            return None
+        if isinstance(head, MatrixHead):
+            return _bits(head.weight)
+        sizes = {"group_size": head.group_size, "bits": head.bits, "mode": head.mode}
+        return _bits(mx.dequantize(head.weight, head.scales, head.biases, **sizes))
+
+    def _by_chunk(self, batch: Batch, rows: int, answer: Callable, *inputs: mx.array) -> tuple[np.ndarray, ...]:
+        """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of them."""
+        hidden, head = self.targets(batch)
+        columns = []
+        for start in range(0, len(hidden), TEACHER_CHUNK):
+            place = slice(start, start + TEACHER_CHUNK)
+            logits = head.logits(hidden[place].astype(mx.float32), 0, rows)
+            below = logits - logits.max(axis=1, keepdims=True)  # so that a log-probability near 0 keeps its digits
+            found = answer(below - mx.logsumexp(below, axis=1, keepdims=True), *(array[place] for array in inputs))
+            columns.append([np.array(column) for column in found])
+        return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
+
 
 class MlxStudent(MlxModel):
     """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of the step under way."""
@@ -194,7 +234,7 @@ class MlxStudent(MlxModel):
             hidden, head = self._hidden(self.weights, batch), self._head_matrix(self.weights)
         finally:
             self.split.model.update(self.weights)
-        teacher_hidden, teacher_head = targets or (None, None)
+        teacher_hidden, teacher_head = self._teacher(targets, objective)
         _, *rows = score_rows(
             hidden, head, teacher_hidden, teacher_head, mx.array(batch.targets), mx.array(batch.weight), objective,
             self.chunk_tokens, self.vocabulary,
@@ -261,12 +301,19 @@ class MlxStudent(MlxModel):
 
     def _loss(self, weights: dict, batch: Batch, targets, objective: Objective, loss_tokens: float):
         hidden, head = self._hidden(weights, batch), self._head_matrix(weights)
-        teacher_hidden, teacher_head = targets or (None, None)
+        teacher_hidden, teacher_head = self._teacher(targets, objective)
         loss, *rows = kd_loss(
             hidden, head, teacher_hidden, teacher_head, mx.array(batch.targets), mx.array(batch.weight), objective,
             loss_tokens, self.chunk_tokens, self.table.tuning == "full", self.vocabulary,
         )
         return loss, rows
+
+    def _teacher(self, targets, objective: Objective) -> tuple[mx.array | None, Head | SparseHead | None]:
+        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or (None, None)."""
+        if not isinstance(targets, SparseTargets):
+            return targets or (None, None)
+        targets.check(objective, self.vocabulary or self.vocabulary_rows)
+        return None, SparseHead(*map(mx.array, (targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top)))
 
     def _hidden(self, weights: dict, batch: Batch) -> mx.array:
         check_indices("targets", batch.targets, self.vocabulary or self.vocabulary_rows)
@@ -311,6 +358,45 @@ def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:
     if table.optimizer == "lion":
         return optimizers.Lion(table.learning_rate, betas=[table.beta1, table.beta2], weight_decay=table.weight_decay)
     return optimizers.Adafactor(table.learning_rate, weight_decay=table.weight_decay, relative_step=False)
+
+
+def _top_k(log_probs: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Ids and log-probabilities [C, k], the likeliest first, and the log of what is left [C]."""
+    ids = mx.argpartition(-log_probs, k - 1, axis=1)[:, :k]
+    values = mx.take_along_axis(log_probs, ids, axis=1)
+    order = mx.argsort(-values, axis=1)
+    if k == log_probs.shape[1]:
+        tail = mx.full((len(ids),), -mx.inf)
+    else:
+        tail = mx.logsumexp(mx.put_along_axis(log_probs, ids, mx.array(-mx.inf), axis=1), axis=1)
+    return mx.take_along_axis(ids, order, axis=1).astype(mx.int32), mx.take_along_axis(values, order, axis=1), tail
+
+
+def _draw(log_probs: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Ids [C, S] whose cumulated probability first exceeds `uniform` [C, S], entropy [C] in nats, most likely id [C]."""
+    probs, (count, vocab) = mx.exp(log_probs), log_probs.shape
+    size = math.isqrt(vocab) + 1  # sums of sums: a GPU has no float64, and a float32 running sum over a vocabulary loses digits
+    blocks = mx.pad(probs, [(0, 0), (0, -vocab % size)]).reshape(count, -1, size)
+    sums = mx.cumsum(blocks.sum(axis=2), axis=1)
+    cumulated = (mx.cumsum(blocks, axis=2) + (sums - blocks.sum(axis=2))[..., None]).reshape(count, -1)
+    wanted = uniform * sums[:, -1:]
+    low, high = mx.zeros(uniform.shape, mx.int32), mx.full(uniform.shape, vocab - 1)
+    for _ in range(vocab.bit_length()):
+        middle = (low + high) // 2
+        before = mx.take_along_axis(cumulated, middle, axis=1) <= wanted
+        low, high = mx.where(before, mx.minimum(middle + 1, high), low), mx.where(before, high, middle)
+    entropy = -(probs * mx.maximum(log_probs, FLOOR)).sum(axis=1)
+    return low, entropy, mx.argmax(log_probs, axis=1).astype(mx.int32)
+
+
+def _bits(array: mx.array) -> np.ndarray:
+    """bfloat16 as uint16 bits, anything else as float32."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array.astype(mx.float32))
+
+
+def _of_bits(array: np.ndarray) -> mx.array:
+    """float32 as it is; uint16 holds the bits of bfloat16."""
+    return mx.array(array).view(mx.bfloat16) if array.dtype == np.uint16 else mx.array(array)
 
 
 def _mean_loss(

@@ -18,7 +18,7 @@ Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -95,6 +95,16 @@ def _finish(logits: mx.array, bias: mx.array | None, finish: Finish | None, star
     return (logits if finish is None else finish(logits)).astype(mx.float32)
 
 
+class SparseHead(NamedTuple):
+    """`SparseTargets` as arrays: what takes the place of the teacher's head where only K of its answers [N, K] are known."""
+
+    ids: mx.array
+    log_probs: mx.array
+    tail: mx.array
+    offset: mx.array
+    top: mx.array
+
+
 class LossRows(NamedTuple):
     """The scalar loss, which alone carries gradients, and float32[N] rows: nats, nats, 0 or 1; 0 where weight is 0."""
 
@@ -105,15 +115,16 @@ class LossRows(NamedTuple):
 
 
 def kd_loss(
-    student_hidden: mx.array, student_weight: mx.array, teacher_hidden: mx.array | None, teacher_head: Head | None,
+    student_hidden: mx.array, student_weight: mx.array, teacher_hidden: mx.array | None, teacher_head: Head | SparseHead | None,
     targets: mx.array, weight: mx.array, objective: Objective, loss_tokens: float, chunk_tokens: int,
     train_head: bool, vocab: int = 0,
 ) -> LossRows:
     """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's formula says.
 
     Differentiable in student_hidden, and in student_weight [V, D] where `train_head` (it is a constant otherwise). Both
-    heads are cut to their first `vocab` ids (0: all of the student's). Without a teacher kd and agree are 0, and
-    the objective's kd_weight must be 0. Targets must be below `vocab`: MLX does not check indices.
+    heads are cut to their first `vocab` ids (0: all of the student's). With a `SparseHead` there are no
+    teacher_hidden. Without a teacher kd and agree are 0, and the objective's kd_weight must be 0.
+    Targets must be below `vocab`: MLX does not check indices.
     """
     divisor = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
     walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, divisor, chunk_tokens, train_head, vocab)
@@ -123,7 +134,7 @@ def kd_loss(
 
 
 def score_rows(
-    student_hidden: mx.array, student_weight: mx.array, teacher_hidden: mx.array | None, teacher_head: Head | None,
+    student_hidden: mx.array, student_weight: mx.array, teacher_hidden: mx.array | None, teacher_head: Head | SparseHead | None,
     targets: mx.array, weight: mx.array, objective: Objective, chunk_tokens: int, vocab: int = 0,
 ) -> LossRows:
     """The same rows with no gradient work; `loss` is the weighted sum, divided by nothing."""
@@ -148,7 +159,7 @@ class _Walk:
     """The walk over chunks; called with the two arrays that may carry gradients."""
 
     teacher_hidden: mx.array | None
-    teacher_head: Head | None
+    teacher_head: Head | SparseHead | None
     targets: mx.array
     weight: mx.array
     objective: Objective
@@ -160,11 +171,13 @@ class _Walk:
 
     def __call__(self, hidden: mx.array, head_weight: mx.array) -> tuple[mx.array, ...]:
         vocab = self.vocab or head_weight.shape[0]
-        splits = self.teacher_head is None or self.teacher_head.splits
+        sparse = isinstance(self.teacher_head, SparseHead)
+        splits = self.teacher_head is None or sparse or self.teacher_head.splits
+        kind = _SparseChunk if sparse else _Chunk
         bounds = _bounds(vocab, min(self.chunk_tokens, hidden.shape[0]), splits)
         rows, hidden_grads, head_grads, done = [], [], [], []
         for start in range(0, hidden.shape[0], self.chunk_tokens):
-            chunk = _Chunk(self, hidden, head_weight, bounds, slice(start, start + self.chunk_tokens), done)
+            chunk = kind(self, hidden, head_weight, bounds, slice(start, start + self.chunk_tokens), done)
             rows.append(chunk.rows())
             done = list(rows[-1])
             if self.gradients:
@@ -223,10 +236,16 @@ class _Chunk:
             self.kd = self.objective.divergence_scale * self.divergence.close(self.student, self.teacher_softmax)
 
     def _see_student(self, logits: mx.array, top: mx.array, start: int, stop: int) -> list[mx.array]:
-        here = (self.targets >= start) & (self.targets < stop)
-        found = mx.take_along_axis(logits, mx.clip(self.targets - start, 0, stop - start - 1), axis=1)
-        self.target_logit = mx.where(here, found, self.target_logit)
+        self._see_target(logits, start, stop)
         return [self.target_logit, *self.plain.add(logits, top)]
+
+    def _see_target(self, logits: mx.array, start: int, stop: int) -> None:
+        here, columns = self._here(self.targets, start, stop)
+        self.target_logit = mx.where(here, mx.take_along_axis(logits, columns, axis=1), self.target_logit)
+
+    def _here(self, ids: mx.array, start: int, stop: int) -> tuple[mx.array, mx.array]:
+        """Which ids lie in a block, and their columns in it; 0 or the last one for those that do not."""
+        return (ids >= start) & (ids < stop), mx.clip(ids - start, 0, stop - start - 1)
 
     def _see_both(self, logits: mx.array, teacher_logits: mx.array, start: int, stop: int) -> list[mx.array]:
         top, teacher_top = self.same_token.add(logits, teacher_logits, start)
@@ -244,10 +263,13 @@ class _Chunk:
 
     def rows(self) -> tuple[mx.array, ...]:
         """(weight * loss / loss_tokens, kd, ce, agree), each [C]."""
+        return self._columns(self.plain, self.same_token.agree(like=self.kd))
+
+    def _columns(self, student: "_Softmax", agree: mx.array) -> tuple[mx.array, ...]:
         kd_weight = self.objective.kd_weight
-        ce = self.plain.log_sum - (self.target_logit - self.plain.top)
+        ce = student.log_sum - (self.target_logit - student.top)
         loss = (kd_weight * self.kd + (1 - kd_weight) * ce) * (self.weight / self.walk.loss_tokens)
-        columns = (loss, self.kd, ce, self.same_token.agree(like=ce))
+        columns = (loss, self.kd, ce, agree)
         return tuple(mx.where(self.live, column, 0)[:, 0] for column in columns)
 
     def gradients(self, head_grads: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
@@ -276,11 +298,61 @@ class _Chunk:
         if objective.needs_targets and (slope is None or not shared):
             plain = self.plain.kept[block] * (ce_weight * self.plain.scales[block])
             slope = plain if slope is None else slope + plain
-        if objective.needs_targets:
-            here = (self.targets >= start) & (self.targets < stop)
-            rows, columns = mx.arange(slope.shape[0])[:, None], mx.clip(self.targets - start, 0, stop - start - 1)
-            slope = slope.at[rows, columns].add(mx.where(here, -ce_weight, 0))
-        return slope
+        return self._less_target(slope, ce_weight, start, stop) if objective.needs_targets else slope
+
+    def _less_target(self, slope: mx.array, ce_weight: mx.array, start: int, stop: int) -> mx.array:
+        here, columns = self._here(self.targets, start, stop)
+        return slope.at[mx.arange(slope.shape[0])[:, None], columns].add(mx.where(here, -ce_weight, 0))
+
+
+class _SparseChunk(_Chunk):
+    """The same where the teacher is K ids and the log of the rest: both are compared over K + 1 outcomes.
+
+    The last outcome's logit is the log-sum-exp of all other ids, so its slope is shared among them by their softmax
+    (`plain` is that one here); with the student's K logits it also gives the cross-entropy.
+    """
+
+    def __init__(
+        self, walk: _Walk, hidden: mx.array, head_weight: mx.array, bounds: list[tuple[int, int]], rows: slice,
+        after: list[mx.array],
+    ) -> None:
+        self.answers = SparseHead(*(column[rows] for column in walk.teacher_head))
+        self.kept_logits = mx.full(self.answers.ids.shape, FLOOR)
+        self.best: list[mx.array] = []
+        super().__init__(replace(walk, teacher_head=None), hidden, head_weight, bounds, rows, after)
+
+    def _see_student(self, logits: mx.array, top: mx.array, start: int, stop: int) -> list[mx.array]:
+        self._see_target(logits, start, stop)
+        here, columns = self._here(self.answers.ids, start, stop)
+        self.kept_logits = mx.where(here, mx.take_along_axis(logits, columns, axis=1), self.kept_logits)
+        found = _top(logits, start)
+        self.best = [mx.where(found[0] > self.best[0], new, old) for new, old in zip(found, self.best, strict=True)] if self.best else found
+        others = logits.at[mx.arange(len(logits))[:, None], columns].add(mx.where(here, FLOOR, 0))
+        done = self.plain.add(others, others.max(axis=1, keepdims=True))
+        return [self.target_logit, self.kept_logits, *self.best, *done]
+
+    def _cross(self) -> None:
+        super()._cross()
+        outcomes = mx.concatenate([self.kept_logits, self.plain.top + self.plain.log_sum], axis=1)
+        answers = _floor(mx.concatenate([self.answers.log_probs, self.answers.tail[:, None]], axis=1))
+        student, teacher = _Softmax(), _Softmax()
+        for softmax, logits in ((student, outcomes), (teacher, answers)):
+            softmax.add(logits, logits.max(axis=1, keepdims=True))
+            softmax.close()
+        self.divergence.add(student.kept[0], teacher.kept[0], outcomes, answers)
+        self.kd = self.divergence.close(student, teacher) + self.answers.offset[:, None]
+        self.log_total = student
+
+    def rows(self) -> tuple[mx.array, ...]:
+        return self._columns(self.log_total, (self.best[1] == self.answers.top[:, None]).astype(mx.float32))
+
+    def _slope(self, block: int, start: int, stop: int, weight: mx.array) -> mx.array:
+        ce_weight = (1 - self.objective.kd_weight) * weight
+        outcomes = self.divergence.slope(0, self.objective.kd_weight * weight, ce_weight)
+        slope = self.plain.kept[block] * (outcomes[:, -1:] * self.plain.scales[block])
+        here, columns = self._here(self.answers.ids, start, stop)
+        slope = slope.at[mx.arange(len(slope))[:, None], columns].add(mx.where(here, outcomes[:, :-1], 0))
+        return self._less_target(slope, ce_weight, start, stop)
 
 
 class _Softmax:

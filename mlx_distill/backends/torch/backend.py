@@ -9,6 +9,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from mlx_distill.backends import oracle, refusals
 from mlx_distill.backends.adapters import write_adapters
-from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, check_indices
+from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, SparseTargets, check_indices
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch import ranks as together
 from mlx_distill.backends.torch import resident
-from mlx_distill.backends.torch.loss import Head, MatrixHead, kd_loss, score_rows
+from mlx_distill.backends.torch.loss import FLOOR, Head, MatrixHead, SparseHead, kd_loss, score_rows
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
+
+TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written
 
 
 class TorchBackend:
@@ -62,6 +65,17 @@ class TorchBackend:
             dtype = self.dtype(recipe.student.compute_dtype)
             split = models.load_student(folder, name, recipe.student, recipe.run.seed, self._device, dtype)
             return TorchStudent(split, folder, recipe, dtype)
+
+    def cached_head(self, matrix: np.ndarray) -> Head:
+        return MatrixHead(self._of_bits(matrix))
+
+    def cached_targets(self, states: np.ndarray, head: Head) -> tuple[Tensor, Head]:
+        return self._of_bits(states), head
+
+    def _of_bits(self, array: np.ndarray) -> Tensor:
+        """float32 as it is; uint16 holds the bits of bfloat16."""
+        tensor = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(self._device)
+        return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of float64 `values` over all ranks, on each."""
@@ -164,6 +178,34 @@ class TorchTeacher(TorchModel):
         with _explained("the teacher's forward pass"):
             return self.gather(batch.tokens, batch.positions), self._head
 
+    @torch.no_grad()
+    def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._by_chunk(batch, rows, partial(_top_k, k=k))
+
+    @torch.no_grad()
+    def draw(self, batch: Batch, uniform: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._by_chunk(batch, rows, _draw, self.tensor(uniform))
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> np.ndarray:
+        hidden, _ = self.targets(batch)
+        return _bits(hidden)
+
+    def head_matrix(self) -> np.ndarray | None:
+        plain = isinstance(self._head, MatrixHead) and self._head.bias is None and self._head.finish is None
+        return _bits(self._head.weight) if plain else None
+
+    def _by_chunk(self, batch: Batch, rows: int, answer: Callable, *inputs: Tensor) -> tuple[np.ndarray, ...]:
+        """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of them."""
+        hidden, head = self.targets(batch)
+        columns = []
+        for start in range(0, len(hidden), TEACHER_CHUNK):
+            place = slice(start, start + TEACHER_CHUNK)
+            part = hidden[place] if hidden.is_cuda else hidden[place].float()
+            found = answer(head.logits(part, rows).log_softmax(1), *(array[place] for array in inputs))
+            columns.append([column.cpu().numpy() for column in found])
+        return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
+
 
 class TorchStudent(TorchModel):
     """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of the step under way."""
@@ -215,7 +257,14 @@ class TorchStudent(TorchModel):
         with self.precision():
             hidden = self.gather(batch.tokens, batch.positions)
         head = together.whole_with_gradient(self.head)
-        return hidden, head, *(targets or (None, None)), self.tensor(batch.targets), self.tensor(batch.weight), objective
+        return hidden, head, *self._teacher(targets, objective), self.tensor(batch.targets), self.tensor(batch.weight), objective
+
+    def _teacher(self, targets, objective: Objective) -> tuple[Tensor | None, Head | SparseHead | None]:
+        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or (None, None)."""
+        if not isinstance(targets, SparseTargets):
+            return targets or (None, None)
+        targets.check(objective, self.vocabulary or self.vocabulary_rows)
+        return None, SparseHead(*map(self.tensor, (targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top)))
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not finite nothing changes."""
@@ -376,6 +425,27 @@ def _mean_loss(
     loss = kd_loss(hidden.requires_grad_(), head, teacher_hidden, MatrixHead(head), ids, weight, objective, rows, 4, False).loss
     loss.backward()
     return loss.item(), hidden.grad.cpu().numpy()
+
+
+def _top_k(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and log-probabilities [C, k], the likeliest first, and the log of what is left [C]."""
+    values, ids = log_probs.topk(k, dim=1)
+    return ids.int(), values, log_probs.scatter(1, ids, -torch.inf).logsumexp(1)
+
+
+def _draw(log_probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids [C, S] whose cumulated probability first exceeds `uniform` [C, S], entropy [C] in nats, most likely id [C]."""
+    cumulated = log_probs.double().exp().cumsum(1)
+    drawn = torch.searchsorted(cumulated, uniform.double() * cumulated[:, -1:], right=True)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=FLOOR)).sum(1)
+    return drawn.clamp(max=log_probs.shape[1] - 1).int(), entropy, log_probs.argmax(1).int()
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    """On the CPU as numpy: bfloat16 as uint16 bits, anything else as float32."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
+    return tensor.float().cpu().numpy()
 
 
 def _sums(batch: Batch, rows: Sequence[Tensor]) -> LossSums:

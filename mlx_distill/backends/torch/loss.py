@@ -66,6 +66,19 @@ class CallableHead:
         return self.function(hidden)[:, :rows].float()
 
 
+class SparseHead(NamedTuple):
+    """`SparseTargets` as tensors: what takes the place of the teacher's head where only K of its answers [N, K] are known."""
+
+    ids: Tensor
+    log_probs: Tensor
+    tail: Tensor
+    offset: Tensor
+    top: Tensor
+
+    def rows(self, place: slice) -> "SparseHead":
+        return SparseHead(*(column[place] for column in self))
+
+
 class LossRows(NamedTuple):
     """The scalar loss, which alone carries gradients, and float32[N] rows: nats, nats, 0 or 1; 0 where weight is 0."""
 
@@ -76,14 +89,15 @@ class LossRows(NamedTuple):
 
 
 def kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | None,
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | SparseHead | None,
     targets: Tensor, weight: Tensor, objective: Objective, loss_tokens: float, chunk_tokens: int,
     train_head: bool, vocab: int = 0, dtype: torch.dtype = torch.float32,
 ) -> LossRows:
     """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's formula says.
 
     Differentiable in student_hidden, and in student_weight [V, D] where `train_head`; backward may run once. Both heads are
-    cut to their first `vocab` ids (0: all of the student's). Without a teacher kd and agree are 0, and the objective's
+    cut to their first `vocab` ids (0: all of the student's). With a `SparseHead` there are no
+    teacher_hidden. Without a teacher kd and agree are 0, and the objective's
     kd_weight must be 0. `dtype` is what products take on CUDA; sums and logits are float32 everywhere.
     """
     divisor = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
@@ -93,7 +107,7 @@ def kd_loss(
 
 @torch.no_grad()
 def score_rows(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | None,
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | SparseHead | None,
     targets: Tensor, weight: Tensor, objective: Objective, chunk_tokens: int, vocab: int = 0, dtype: torch.dtype = torch.float32,
 ) -> LossRows:
     """The same rows with no gradient work; `loss` is the weighted sum, divided by nothing."""
@@ -124,7 +138,7 @@ class _Walk:
     """The walk over chunks; called with the two arrays that may carry gradients and whether they do."""
 
     teacher_hidden: Tensor | None
-    teacher_head: Head | None
+    teacher_head: Head | SparseHead | None
     targets: Tensor
     weight: Tensor
     objective: Objective
@@ -139,7 +153,7 @@ class _Walk:
         matrix = head_weight[: self.vocab or len(head_weight)]
         matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
         count, size = len(hidden), min(self.chunk_tokens, len(hidden))
-        work = [torch.empty((size, len(matrix)), device=hidden.device) for _ in range(3 if self.teacher_head else 2)]
+        work = [torch.empty((size, len(matrix)), device=hidden.device) for _ in range(3 if self.teacher_hidden is not None else 2)]
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
         head_grad = torch.empty(head_weight.shape, device=hidden.device) if train_head else None
         columns = []
@@ -164,13 +178,16 @@ class _Walk:
         live = weight != 0
         inputs = torch.where(live, hidden[place], 0).to(self.dtype if matrix.is_cuda else torch.float32)  # dead rows may hold NaN
         logits = _project(inputs, matrix, work[0]).clamp_(min=FLOOR)
-        teacher_logits = None
-        if self.teacher_head is not None:
+        targets, teacher_logits = self.targets[place, None].long(), None
+        if self.teacher_hidden is not None:
             teacher_hidden = torch.where(live, self.teacher_hidden[place], 0)
             teacher_hidden = teacher_hidden if teacher_hidden.is_cuda else teacher_hidden.float()
             teacher_logits = self.teacher_head.logits(teacher_hidden, len(matrix), work[1]).clamp_(min=FLOOR)
-        cross = _compiled(_cross) if logits.is_cuda else _cross
-        slope, kd, ce, agree = cross(logits, teacher_logits, work[-1], self.targets[place, None].long(), self.objective, wants_slope)
+        if isinstance(self.teacher_head, SparseHead):
+            cross, teacher_logits = _cross_sparse, self.teacher_head.rows(place)
+        else:
+            cross = _compiled(_cross) if logits.is_cuda else _cross
+        slope, kd, ce, agree = cross(logits, teacher_logits, work[-1], targets, self.objective, wants_slope)
         share = weight / self.loss_tokens
         loss = (self.objective.kd_weight * kd + (1 - self.objective.kd_weight) * ce) * share
         rows = tuple(torch.where(live, column, 0)[:, 0] for column in (loss, kd, ce, agree))
@@ -208,6 +225,35 @@ def _cross(
     if kd_weight < 1:
         slope.scatter_add_(1, targets, slope.new_full((len(slope), 1), kd_weight - 1))
     return slope, kd, ce, agree
+
+
+def _cross_sparse(
+    z: Tensor, teacher: SparseHead, spare: Tensor, targets: Tensor, objective: Objective, wants_slope: bool
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+    """`_cross` where the teacher is K ids and the log of the rest: both are compared over K + 1 outcomes.
+
+    The last outcome's logit is the log-sum-exp of all other ids, so its slope is shared among them by their softmax.
+    """
+    known, ids = teacher.ids >= 0, teacher.ids.clamp(min=0).long()
+    agree = (z.gather(1, teacher.top[:, None].long()) == z.amax(1, keepdim=True)).float()
+    target_logit, kept = z.gather(1, targets), torch.where(known, z.gather(1, ids), FLOOR)
+    others = z.scatter_add_(1, ids, torch.where(known, FLOOR, 0.0))
+    share = _log_softmax(others, spare)
+    rest = others.amax(1, keepdim=True) - share.amax(1, keepdim=True)
+    outcomes = torch.cat([kept, rest], 1)
+    answers = torch.cat([teacher.log_probs, teacher.tail[:, None]], 1).clamp_(min=FLOOR)
+    ce = outcomes.logsumexp(1, keepdim=True) - target_logit
+    u, v = outcomes.log_softmax(1), answers.log_softmax(1)
+    kd_weight = objective.kd_weight
+    divergence = _DIVERGENCES[objective.divergence]
+    kd, slope = divergence(u, v, torch.empty_like(u), objective.jsd_beta, kd_weight, 1 - kd_weight, wants_slope)
+    kd = kd + teacher.offset[:, None]
+    if not wants_slope:
+        return None, kd, ce, agree
+    everywhere = share.exp_().mul_(slope[:, -1:])
+    everywhere.scatter_add_(1, ids, torch.where(known, slope[:, :-1], 0.0))
+    everywhere.scatter_add_(1, targets, kd_weight - 1 + torch.zeros_like(ce))
+    return everywhere, kd, ce, agree
 
 
 # Each takes log-probabilities u of the student and v of the teacher and a spare buffer, all overwritten, and returns the

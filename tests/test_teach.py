@@ -1,0 +1,116 @@
+"""`teach` and `run` with a cache, end to end: the real teacher is asked once, and never where its answers are kept."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from mlx_distill import pipeline
+from mlx_distill.backends.mlx.backend import MlxBackend
+from mlx_distill.backends.torch.backend import TorchBackend
+from mlx_distill.recipe import load_recipe
+from mlx_distill.run_dir import RunFolder
+from mlx_distill.view import View
+
+SHORT = ("eval.task=", "optim.steps=3", "batch.global_batch_size=3")
+KINDS = ("top_k", "sampled", "hidden")
+BACKENDS = {"mlx": MlxBackend, "torch": TorchBackend}
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list[str]:
+    """The names of the frozen models that were loaded."""
+    found = []
+    for kind in BACKENDS.values():
+        load = kind.load_teacher
+        monkeypatch.setattr(kind, "load_teacher", lambda self, folder, name, bits=0, load=load: (
+            found.append(Path(name).name) or load(self, folder, name, bits)))
+    return found
+
+
+@pytest.fixture
+def ask(tiny_recipe, tmp_path):
+    """`run` or `teach` with settings; what it returned and what it said."""
+
+    def ask(function, *settings: str, backend: str = "mlx"):
+        console = Console(file=io.StringIO(), width=200)
+        kept = () if "teacher.cache=off" in settings else (f"teacher.cache_folder={tmp_path}/answers",)
+        recipe = load_recipe(tiny_recipe, (*SHORT, f"run.folder={tmp_path}/runs", *kept, *settings))
+        with View(console) as view:
+            return function(recipe, view, backend), console.file.getvalue()
+
+    return ask
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "student" / "model.safetensors")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_asks_for_what_is_missing_and_the_next_one_asks_nothing(ask, loads, kind, backend):
+    first, said = ask(pipeline.run, f"teacher.cache={kind}", "run.name=first", backend=backend)
+    assert loads == ["teacher"] and "24 sequences" in said
+    second, _ = ask(pipeline.run, f"teacher.cache={kind}", "run.name=second", backend=backend)
+    other = ("truncation.fraction=1.0", 'objective.segments=["answer"]')
+    ask(pipeline.run, f"teacher.cache={kind}", "run.name=third", *other, backend=backend)
+    assert loads == ["teacher"]
+    for name, array in weights(first).items():
+        assert np.array_equal(array, weights(second)[name])
+    rows = RunFolder(second).rows("metrics.jsonl")
+    assert all(np.isfinite(row["loss"]) and row["kd"] > 0 for row in rows)
+    assert "teacher" not in rows[0]["flops"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("objective", [(), ("objective.divergence=jsd", "objective.temperature=2.0")])
+def test_a_student_of_hidden_states_is_the_live_one(ask, backend, objective):
+    live, _ = ask(pipeline.run, "teacher.cache=off", "run.name=live", *objective, backend=backend)
+    cached, _ = ask(pipeline.run, "teacher.cache=hidden", "run.name=cached", *objective, backend=backend)
+    for name, array in weights(live).items():
+        np.testing.assert_allclose(weights(cached)[name], array, rtol=0, atol=1e-5, err_msg=name)
+    for log in ("metrics.jsonl", "validation.jsonl"):
+        for one, other in zip(RunFolder(live).rows(log), RunFolder(cached).rows(log), strict=True):
+            assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_teach_completes_and_says_what_there_is(ask, loads):
+    folder, said = ask(pipeline.teach, "teacher.cache=top_k", "data.train_examples=4")
+    assert "8 sequences" in said and loads == ["teacher"]
+    _, said = ask(pipeline.teach, "teacher.cache=top_k")
+    assert "24 sequences" in said and "asking the teacher" in said and loads == ["teacher", "teacher"]
+    assert len(list(folder.glob("part-*"))) == 2
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["fields"]["kind"] == "top_k" and manifest["fields"]["top_k"] == 64 and manifest["fields"]["dtype"] == "float16"
+    _, said = ask(pipeline.teach, "teacher.cache=top_k", backend="torch")
+    assert "asking" not in said and loads == ["teacher", "teacher"]
+    _, said = ask(pipeline.teach, "teacher.cache=top_k", "teacher.cache_top_k=5")
+    assert "has top_k 64 (asked: 5)" in said and len(loads) == 3
+
+
+def test_teach_killed_between_parts_goes_on(tiny_recipe, command_line, tmp_path, monkeypatch):
+    words = ("teach", tiny_recipe, "--backend", "mlx", "--set", "teacher.cache=top_k", "--set", f"teacher.cache_folder={tmp_path}")
+    assert command_line(*words, at="mlx_distill.targets:_flush_to_disk", when="after").code == -9
+    (folder,) = tmp_path.glob("top_k-*")
+    assert [path.name for path in folder.glob(".part*")] == [".part-000000.tmp"] and not list(folder.glob("part-*"))
+    result = command_line(*words)
+    assert result.code == 0 and "24 sequences" in result.out, result.err
+    assert not list(folder.glob(".part*"))
+    assert command_line(*words, at="mlx_distill.targets:_teach").code == 0  # which is not called any more
+
+
+def test_a_teacher_that_changed_makes_another_cache(ask, loads, tiny_recipe):
+    first, _ = ask(pipeline.teach, "teacher.cache=hidden")
+    second, said = ask(pipeline.teach, "teacher.cache=hidden", f"teacher.model={tiny_recipe.parent}/student")
+    assert first != second and "teacher_fingerprint" in said and loads == ["teacher", "student"]
+
+
+def test_the_run_says_which_cache_it_read(ask):
+    folder, _ = ask(pipeline.run, "teacher.cache=sampled")
+    kept = RunFolder(folder).read_json("manifest.json")["teacher_cache"]
+    assert (Path(folder).parents[1] / "answers" / kept / "manifest.json").exists()
+    assert kept.startswith("sampled-")
