@@ -68,7 +68,7 @@ def byte_tokenizer(
     return tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bytes_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """`byte_tokenizer`, for tests that choose template and tags."""
     return byte_tokenizer

@@ -12,9 +12,8 @@ COMMANDS = ("run", "plan", "teach", "show", "eval", "report", "doctor")
 
 
 @pytest.fixture(scope="module")
-def world(tiny_recipe, tmp_path_factory) -> Path:
+def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     """Wrong data and wrong models beside the tiny world."""
-    from conftest import byte_tokenizer
     from tiny import model_folder
 
     root = tmp_path_factory.mktemp("wrong")
@@ -23,7 +22,7 @@ def world(tiny_recipe, tmp_path_factory) -> Path:
     (root / "columns.jsonl").write_text("".join(json.dumps({"question": "a", "cot": "b", "answer": "c"}) + "\n" for _ in lines))
     (root / "plain.jsonl").write_text("".join(json.dumps(json.loads(line) | {"cot": ""}) + "\n" for line in lines))
     (root / "empty").mkdir()
-    model_folder(root / "foreign", byte_tokenizer("qwen2_5", merges=(("a", "b"),)), layers=1)
+    model_folder(root / "foreign", bytes_tokenizer("qwen2_5", merges=(("a", "b"),)), layers=1)
     (root / "typo.toml").write_text(tiny_recipe.read_text().replace("fraction = 0.5", "fracton = 0.5"))
     (root / "broken.toml").write_text("[data\n")
     shutil.copytree(tiny_recipe.parent / "teacher", root / "torn-model")

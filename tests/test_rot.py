@@ -125,15 +125,14 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def world(tiny_recipe, tmp_path_factory) -> Path:
+def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     """The tiny world with more to choose from: a teacher wide enough to quantise, rows with twice the columns, a kept run."""
-    from conftest import byte_tokenizer
     from tiny import model_folder, rows_file
 
     root = tmp_path_factory.mktemp("rot")
     shutil.copytree(tiny_recipe.parent, root, dirs_exist_ok=True)
     (root / "tiny.toml").write_text((root / "tiny.toml").read_text().replace(str(tiny_recipe.parent), str(root)))
-    model_folder(root / "wide", byte_tokenizer("qwen2_5"), seed=3, layers=1, width=64)
+    model_folder(root / "wide", bytes_tokenizer("qwen2_5"), seed=3, layers=1, width=64)
     rows_file(root / "other.jsonl", seed=9)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
     (root / "many.jsonl").write_text("".join(json.dumps(_with_more_columns(row, i)) + "\n" for i, row in enumerate(rows)))
