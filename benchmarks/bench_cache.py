@@ -159,11 +159,12 @@ def _append(name: str, row: dict) -> None:
 
 
 def _size(cache: list[Path]) -> dict[str, float]:
+    """Tokens and their bytes; the head, kept once, does not count."""
     if not cache:
         return {"cache_bytes": 0, "cache_tokens": 0}
     examples = [row for index in cache[0].glob("part-*/index.json") for row in json.loads(index.read_text())["examples"]]
     tokens = sum(stop - start for _, start, stop, _ in examples)
-    return {"cache_bytes": sum(file.stat().st_size for file in cache[0].rglob("*.npy")), "cache_tokens": tokens}
+    return {"cache_bytes": sum(file.stat().st_size for file in cache[0].glob("part-*/*.npy")), "cache_tokens": tokens}
 
 
 @app.command()
