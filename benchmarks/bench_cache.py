@@ -49,10 +49,10 @@ def accuracy(teacher: Path, student: Path, rows: Path, problems: int = 8, backen
         for key, row in _errors(z, t, tokens).items():
             found.setdefault(key, []).append(row)
     for (kind, size), parts in found.items():
-        value, estimate, slope, variance, distinct = np.concatenate(parts).mean(0)
+        value, estimate, slope, variance, squares, distinct = np.concatenate(parts).mean(0)
         _append("cache_accuracy", {
-            **facts(*SOURCES), "teacher": teacher.parent.name, "student": student.parent.name, "tokens": tokens, "kind": kind, "size": size,
-            "kl": value, "bias": (estimate - value) / value, "slope_error": slope, "slope_noise": np.sqrt(variance),
+            **facts(*SOURCES), "teacher": teacher.parent.name, "student": student.parent.name, "tokens": tokens,
+            "kind": kind, "size": size, "kl": value, "bias": (estimate - value) / value, "slope_error": np.sqrt(slope / squares), "slope_noise": np.sqrt(variance / squares),
             "distinct": distinct, "bytes": _bytes(kind, size, distinct),
         })
 
@@ -76,10 +76,10 @@ def _logits(teacher: Path, student: Path, rows: Path, problems: int, backend: st
 
 
 def _errors(z: np.ndarray, t: np.ndarray, seed: int) -> dict[tuple[str, int], np.ndarray]:
-    """(kind, K or S) → [N, 5]: exact value, estimate, relative error of the (mean) slope, relative variance of the slope, ids kept."""
+    """(kind, K or S) → [N, 6]: exact value, estimate, squared error of the (mean) slope, of one draw, squared slope, ids."""
     u, v = log_softmax(z), log_softmax(t)
     value, slope = definition.kl(v, u), np.exp(u) - np.exp(v)
-    length = np.linalg.norm(slope, axis=1)
+    squares = (slope**2).sum(1)
     order, found, objective = np.argsort(-v, axis=1), {}, Objective()
     zeros = np.zeros(len(z))
     for k in KEPT:
@@ -87,26 +87,26 @@ def _errors(z: np.ndarray, t: np.ndarray, seed: int) -> dict[tuple[str, int], np
         kept = np.take_along_axis(v, ids, 1).astype(np.float16).astype(np.float64)
         tail = np.log(np.exp(np.take_along_axis(v, order[:, k:], 1)).sum(1))
         estimate = definition.coarse_divergence(z, ids, kept, tail, objective)
-        error = np.linalg.norm(definition.coarse_divergence_grad(z, ids, kept, tail, objective) - slope, axis=1) / length
-        found["top_k", k] = np.stack([value, estimate, error, zeros, zeros + k], 1)
+        error = ((definition.coarse_divergence_grad(z, ids, kept, tail, objective) - slope) ** 2).sum(1)
+        found["top_k", k] = np.stack([value, estimate, error, zeros, squares, zeros + k], 1)
         chosen = log_softmax(kept)  # what many programs do: both renormalised to the K ids
         mine = log_softmax(np.take_along_axis(z, ids, 1))
         part = np.zeros_like(slope)
         np.put_along_axis(part, ids, np.exp(mine) - np.exp(chosen), 1)
-        error = np.linalg.norm(part - slope, axis=1) / length
-        found["renormalised", k] = np.stack([value, definition.kl(chosen, mine), error, zeros, zeros + k], 1)
+        error = ((part - slope) ** 2).sum(1)
+        found["renormalised", k] = np.stack([value, definition.kl(chosen, mine), error, zeros, squares, zeros + k], 1)
     cumulated = np.exp(v).cumsum(1)
     entropy = -(np.exp(v) * v).sum(1)
     for kind in ("sampled", "independent draws"):
         for draws in DRAWS:
-            found[kind, draws] = _drawn(kind, draws, u, v, cumulated, entropy, np.stack([value, length], 1), seed)
+            found[kind, draws] = _drawn(kind, draws, u, v, cumulated, entropy, np.stack([value, squares], 1), seed)
     return found
 
 
 def _drawn(
     kind: str, draws: int, u: np.ndarray, v: np.ndarray, cumulated: np.ndarray, entropy: np.ndarray, exact: np.ndarray, seed: int
 ) -> np.ndarray:
-    """Over `SEEDS` draws of S: [N, 5] as `_errors`; the slope's error is that of their mean, its variance that of one."""
+    """Over `SEEDS` draws of S: [N, 6] as `_errors`."""
     random, rows = np.random.default_rng([seed, draws]), []
     for row in range(len(u)):
         values, errors, distinct, mean = [], [], [], np.zeros(u.shape[1])
@@ -120,8 +120,7 @@ def _drawn(
             errors.append((t * t).sum() + (share * share - 2 * share * t[ids]).sum())
             distinct.append(len(ids))
             mean[ids] += share / SEEDS
-        length = exact[row, 1]
-        rows.append([exact[row, 0], np.mean(values), np.linalg.norm(mean - t) / length, np.mean(errors) / length**2, np.mean(distinct)])
+        rows.append([exact[row, 0], np.mean(values), ((mean - t) ** 2).sum(), np.mean(errors), exact[row, 1], np.mean(distinct)])
     return np.array(rows)
 
 
