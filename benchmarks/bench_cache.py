@@ -52,7 +52,8 @@ def accuracy(teacher: Path, student: Path, rows: Path, problems: int = 8, backen
         value, estimate, slope, variance, squares, distinct = np.concatenate(parts).mean(0)
         _append("cache_accuracy", {
             **facts(*SOURCES), "teacher": teacher.parent.name, "student": student.parent.name, "tokens": tokens,
-            "kind": kind, "size": size, "kl": value, "bias": (estimate - value) / value, "slope_error": np.sqrt(slope / squares), "slope_noise": np.sqrt(variance / squares),
+            "kind": kind, "size": size, "kl": value, "bias": (estimate - value) / value, "slope_error": np.sqrt(slope / squares),
+            "slope_noise": np.sqrt(variance / squares),
             "distinct": distinct, "bytes": _bytes(kind, size, distinct),
         })
 
@@ -168,8 +169,8 @@ def _size(cache: list[Path]) -> dict[str, float]:
 
 @app.command()
 def table() -> None:
-    """Rewrite the sections `cache_accuracy` and `cache_steps` of README.md from the rows of the newest commit."""
-    rows = _newest(read_rows("cache_accuracy"))
+    """Rewrite the sections `cache_accuracy` and `cache_steps` of README.md from the newest rows."""
+    rows = _newest(read_rows("cache_accuracy"), "kind", "size")
     first = rows[0]
     lines = [
         f"{first['teacher']} teaches {first['student']}: {rows[-1]['tokens']} tokens of reasoning, exact KL {float(first['kl']):.4f} nats; "
@@ -185,7 +186,7 @@ def table() -> None:
     lines = [
         "| recipe | backend | teacher | a step | peak memory | GFLOP a step | bytes a token on disk |", "|---|---|---|---:|---:|---:|---:|",
     ]
-    for row in _newest(read_rows("cache_steps")):
+    for row in _newest(read_rows("cache_steps"), "recipe", "backend", "kind"):
         size = float(row["cache_bytes"]) / max(1.0, float(row["cache_tokens"]))
         seconds, peak, flops = (float(row[name]) for name in ("seconds", "peak_bytes", "flops"))
         numbers = f"{seconds:.2f} s | {peak / 1e6:,.0f} MB | {flops / 1e9:,.0f} | {size:,.0f}"
@@ -194,8 +195,9 @@ def table() -> None:
     rewrite_section("cache_steps", "\n".join(lines))
 
 
-def _newest(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [row for row in rows if row["commit"] == rows[-1]["commit"]]
+def _newest(rows: list[dict[str, str]], *names: str) -> list[dict[str, str]]:
+    """The last row of each combination."""
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
 if __name__ == "__main__":
