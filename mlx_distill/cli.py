@@ -27,6 +27,7 @@ BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torc
 def run(
     recipe: RecipeArgument, set_: SetOption = None, backend: BackendOption = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run of this name and start over.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run even if the plan says that it does not fit.")] = False,
 ) -> None:
     """Distil: train, export, score, report. On an unfinished run folder, continue where it stopped."""
     from mlx_distill import pipeline
@@ -36,13 +37,24 @@ def run(
     loaded = load_recipe(recipe, tuple(set_ or ()))
     with View(console) as view:
         try:
-            pipeline.run(loaded, view, backend, fresh)
+            pipeline.run(loaded, view, backend, fresh, force)
         except Interrupted as stop:
             view.say(f"stopped; {stop}. The same command continues.")
             raise typer.Exit(130) from None
         except KeyboardInterrupt:
             view.say("stopped. The same command continues from what was saved last.")
             raise typer.Exit(130) from None
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument, set_: SetOption = None, backend: BackendOption = "auto",
+    time: Annotated[bool, typer.Option("--time", help="Measure this machine's rate and estimate the training time.")] = False,
+) -> None:
+    """Say what a run will cost before it starts: tokens, FLOPs, memory by part, disk, and whether it fits. Needs no weights."""
+    from mlx_distill.plan import plan as print_plan
+
+    print_plan(load_recipe(recipe, tuple(set_ or ())), console, backend, time)
 
 
 @app.command()

@@ -1,15 +1,24 @@
 """What a training step costs, counted from two configs before any weight is loaded.
 
 A multiply-add is two operations. Forward: 2 per weight of every matrix a token passes, plus attention's 2 · 2 · T²/2 · heads ·
-head_dim a layer (causal). Backward: twice the forward; once for frozen matrices (LoRA), where only the gradient that passes
-through is computed. Attention has no weights: both of its factors pass gradients on, frozen or not.
-The head is counted at the loss positions only. Norms, activations and the optimizer are left
-out (below 1 %), and so is what gradient checkpointing computes again.
+head_dim a layer (causal: a kernel that computes the masked half as well does more). Backward: twice the forward; once for
+frozen matrices (LoRA), where only the gradient that passes through is computed; nothing below the first adapted block.
+Attention has no weights: both of its factors pass gradients on, frozen or not. Gradient checkpointing computes a block's
+forward once more, without its last matrix, whose output no gradient needs; with adapters torch computes that one too, so it is
+counted (MLX does not: at most 6 % of a step).
+The head is counted at the loss positions only, and the loss as the elementwise passes of its walk over each logit. Norms,
+activations, DoRA's column norms and the optimizer are left out (below 1 %).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_distill.data.batches import Step
+from mlx_distill.recipe import StudentTable
+
+# Elementwise operations a logit in the walk of backends/*/loss.py, an exponential counted as one: floor, maximum, shift,
+# exponential and sum of both models (10), the divergence (3), the slope (3); without a teacher floor to sum (5) and slope (2).
+LOSS_OPERATIONS, LOSS_OPERATIONS_ALONE = 16, 7
 
 
 @dataclass(frozen=True)
@@ -36,10 +45,21 @@ class Shape:
             config.get("head_dim") or width // heads, config["intermediate_size"], config["vocab_size"],
         )
 
-    def trunk(self, lengths: list[int], matrix_passes: int = 1, attention_passes: int = 1) -> float:
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each matrix of a block, by the name that `student.lora_targets` uses."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "q_proj": (self.width, queries), "k_proj": (self.width, keys), "v_proj": (self.width, keys), "o_proj": (queries, self.width),
+            "gate_proj": (self.width, self.ffn), "up_proj": (self.width, self.ffn), "down_proj": (self.ffn, self.width),
+        }
+
+    def block_weights(self) -> int:
+        """Numbers in the matrices of one block."""
+        return sum(inputs * outputs for inputs, outputs in self.matrices().values())
+
+    def trunk(self, lengths: Sequence[int], matrix_passes: int = 1, attention_passes: int = 1) -> float:
         """Operations of the trunk over sequences of these lengths; a pass is worth one forward (the default)."""
-        projections = self.width * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        matrices = self.layers * (projections + 3 * self.width * self.ffn)
+        matrices = self.layers * self.block_weights()
         attention = self.layers * 2 * self.heads * self.head_dim
         return sum(matrix_passes * 2 * matrices * t + attention_passes * attention * t * t for t in lengths)
 
@@ -48,15 +68,57 @@ class Shape:
         return 2.0 * self.width * self.vocabulary * positions
 
 
-def step_flops(step: Step, teacher: Shape | None, student: Shape, full: bool) -> dict[str, float]:
-    """Operations of one optimizer step by part (teacher's trunk, student's trunk, both heads); padding is not counted."""
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA or DoRA on the last `blocks` blocks, with `weights` numbers of low rank in all of them together."""
+
+    blocks: int
+    weights: int
+
+    @classmethod
+    def of(cls, table: StudentTable, shape: Shape) -> "Adapters | None":
+        """What a student table asks for; None for full tuning. Targets that a Llama block does not have are not counted."""
+        if table.tuning == "full":
+            return None
+        blocks, matrices = table.lora_layers or shape.layers, shape.matrices()
+        ends = [sum(matrices[name]) for name in table.lora_targets if name in matrices]
+        return cls(blocks, blocks * table.rank * sum(ends))
+
+
+def step_flops(
+    step: Step, teacher: Shape | None, student: Shape, full: bool, checkpointing: bool = False, adapters: Adapters | None = None
+) -> dict[str, float]:
+    """Operations of one optimizer step by part (teacher's trunk, student's trunk, both heads, the loss); padding is not counted."""
     lengths = [int(t) for batch in step.batches for t in batch.lengths]
     positions = sum(float(batch.weight.sum()) for batch in step.batches)
+    return training_flops(lengths, positions, teacher, student, full, checkpointing, adapters)
+
+
+def training_flops(
+    lengths: Sequence[int], positions: float, teacher: Shape | None, student: Shape, full: bool, checkpointing: bool = False,
+    adapters: Adapters | None = None,
+) -> dict[str, float]:
+    """Operations by part of training on sequences of these lengths, with so many loss positions in all of them.
+
+    `full` trains every matrix; otherwise they are frozen and `adapters` train (None: all blocks, their own cost left out).
+    """
     passes = 3 if full else 2  # the gradient of frozen matrices is not computed
-    parts = {"student": student.trunk(lengths, passes, 3), "head": passes * student.head(positions)}
+    trunk = _trained_trunk(lengths, student, passes, checkpointing, adapters)
+    heads, per_logit = passes * student.head(positions), LOSS_OPERATIONS_ALONE
+    parts = {}
     if teacher:
-        parts = {"teacher": teacher.trunk(lengths), "student": parts["student"], "head": parts["head"] + teacher.head(positions)}
-    return parts
+        parts["teacher"] = teacher.trunk(lengths)
+        heads, per_logit = heads + teacher.head(positions), LOSS_OPERATIONS
+    return parts | {"student": trunk, "head": heads, "loss": float(per_logit * positions * student.vocabulary)}
+
+
+def _trained_trunk(lengths: Sequence[int], shape: Shape, passes: int, checkpointing: bool, adapters: Adapters | None) -> float:
+    share = adapters.blocks / shape.layers if adapters else 1.0  # of the blocks; what lies below sees no gradient
+    forward, tokens = shape.trunk(lengths), float(sum(lengths))
+    low_rank = 2.0 * adapters.weights * tokens if adapters else 0.0
+    spared = 0.0 if adapters else 2.0 * shape.layers * shape.width * shape.ffn * tokens
+    again = share * (forward - spared) + low_rank if checkpointing else 0.0
+    return share * shape.trunk(lengths, passes, 3) + (1 - share) * forward + 3 * low_rank + again
 
 
 def total_flops(rows: list[dict]) -> dict[str, float]:

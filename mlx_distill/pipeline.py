@@ -4,7 +4,6 @@ Each stage leaves its result in the run folder and is skipped where that is comp
 that was stopped anywhere.
 """
 
-import json
 import shutil
 import signal
 import threading
@@ -17,26 +16,31 @@ import numpy as np
 from mlx_distill import evaluate
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
-from mlx_distill.data.batches import Step, Steps, validation_batches
+from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import stop_ids
-from mlx_distill.errors import CacheError, ModelError, NotFound, RecipeError, RunError
-from mlx_distill.flops import Shape, step_flops, total_flops
+from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
+from mlx_distill.flops import Adapters, Shape, step_flops, total_flops
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.manifest import make_manifest, make_start, sample_pieces
+from mlx_distill.memory import Machine
+from mlx_distill.plan import announce, kept_checkpoints, read_config, shortage
 from mlx_distill.recipe import Recipe, eval_table
 from mlx_distill.report import report
-from mlx_distill.run_dir import RunFolder, SilentFolder
+from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
 from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, fill
 from mlx_distill.tasks import Task, load_task
 from mlx_distill.train import Training
 from mlx_distill.view import View, silent
 
 
-def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = False) -> Path:
-    """Run a recipe to its report, or continue it; returns the run folder. Raises `DistillError` or `Interrupted`."""
+def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = False, force: bool = False) -> Path:
+    """Run a recipe to its report, or continue it; returns the run folder. Raises `DistillError` or `Interrupted`.
+
+    A run whose plan does not fit the machine is refused (`OutOfMemory`), unless `force`.
+    """
     backend = choose_backend(backend_name)
-    pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
+    pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend, force)
     folder = open_folder(recipe, backend, fresh)
     with folder.locked():
         pipeline.run(folder)
@@ -63,8 +67,8 @@ def open_folder(recipe: Recipe, backend: Backend, fresh: bool) -> RunFolder:
 class Pipeline:
     """One recipe on one backend: the models' folders, the student's tokenizer, and the stages in order."""
 
-    def __init__(self, recipe: Recipe, view: View, backend: Backend):
-        self.recipe, self.view, self.backend = recipe, view, backend
+    def __init__(self, recipe: Recipe, view: View, backend: Backend, force: bool = False):
+        self.recipe, self.view, self.backend, self.force = recipe, view, backend, force
         self.student_folder = model_folder(recipe.student.model, recipe.student.revision)
         self.teacher_folder = model_folder(recipe.teacher.model, recipe.teacher.revision) if recipe.teacher.model else None
         self.tokenizer = load_tokenizer(self.student_folder)
@@ -93,18 +97,15 @@ class Pipeline:
     def _train_and_export(self, folder: RunFolder) -> None:
         prepared = prepare(self.recipe, self.tokenizer)
         recipe = self.recipe
+        planned = recipe, prepared, self.student_folder, self.teacher_folder, Machine.of(self.backend.device())
+        announce(*planned, self.view.say, self.force, self.backend.ranks.size)
         steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
-        cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
-        self._write_manifest(folder, prepared, len(steps), cached)
-        student, teacher = self._load_models(cached)
-        self._check_disk(folder, student, len(steps))
-        training = Training(
-            recipe, self.backend, student, teacher, steps, validation_batches(prepared.validation, self.recipe.batch),
-            folder, self.view, self._flops_counter(),
-        )
-        with _ctrl_c() as asked:
-            training.stop_asked = asked.is_set
-            state = training.train()
+        try:
+            cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
+            self._write_manifest(folder, prepared, len(steps), cached)
+            student, state = self._train(folder, steps, validation_batches(prepared.validation, recipe.batch), cached)
+        except OutOfMemory as error:
+            raise OutOfMemory(f"{error}; {folder.what_is_saved()}; {shortage(*planned)}") from None
         if self.recipe.run.export == "best" and state.best_step != state.step:
             student.restore_state(folder.checkpoint(state.best_step), optimizer=False)
         manifest = folder.read_json("manifest.json")
@@ -113,6 +114,18 @@ class Pipeline:
         folder.write_json("manifest.json", manifest | result)
         folder.write_student(lambda path: student.export(path, self.stop_ids))  # last: where it lies, training is complete
         self.view.say(f"student written to {folder.student} (step {exported})")
+
+    def _train(
+        self, folder: RunFolder, steps: Steps, validation: list[Batch], cached: CachedTeacher | None
+    ) -> tuple[Student, TrainState]:
+        student, teacher = self._load_models(cached)
+        self._check_disk(folder, student, len(steps))
+        training = Training(
+            self.recipe, self.backend, student, teacher, steps, validation, folder, self.view, self._flops_counter(),
+        )
+        with _ctrl_c() as asked:
+            training.stop_asked = asked.is_set
+            return student, training.train()
 
     def cached_teacher(self, prepared: Prepared) -> CachedTeacher:
         """A teacher that answers from the cache; what the cache lacks of training and validation is asked of the real one first."""
@@ -158,14 +171,12 @@ class Pipeline:
         if student is None or (teaches and teacher is None):
             return lambda step: {}
         kept = ("teacher",) if kind == "hidden" else ()  # its trunk's work was done before
-        full = self.recipe.student.tuning == "full"
-        return lambda step: {part: n for part, n in step_flops(step, teacher, student, full).items() if part not in kept}
+        table = self.recipe.student
+        full, again, adapters = table.tuning == "full", table.gradient_checkpointing, Adapters.of(table, student)
+        return lambda step: {part: n for part, n in step_flops(step, teacher, student, full, again, adapters).items() if part not in kept}
 
     def _check_disk(self, folder: RunFolder, student: Student, steps: int) -> None:
-        table = self.recipe.run
-        every = sum(steps // cadence for cadence in (table.checkpoint_every, table.validate_every) if cadence)
-        checkpoints = {"last": 2, "last_and_best": 3, "all": min(steps, 1 + every)}
-        needed = checkpoints[table.keep_checkpoints] * student.state_bytes() + student.export_bytes()
+        needed = kept_checkpoints(self.recipe.run, steps) * student.state_bytes() + student.export_bytes()
         needed -= sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
         free = shutil.disk_usage(folder.path).free
         if needed > free:
@@ -239,11 +250,6 @@ def score_model(
     score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer))
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     return score
-
-
-def read_config(folder: Path) -> dict:
-    """A model folder's config.json."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _vocabulary_rows(folder: Path) -> int:

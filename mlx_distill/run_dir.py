@@ -176,6 +176,11 @@ class RunFolder:
         found = (STEP_FOLDER.fullmatch(entry.name) for entry in self.checkpoints.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
+    def what_is_saved(self) -> str:
+        """For an error's text."""
+        steps = self.steps()
+        return f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written yet"
+
     def last_state(self) -> TrainState:
         """The newest checkpoint's state, or the state before the first step."""
         steps = self.steps()

@@ -122,17 +122,13 @@ class Training:
 
     def _diverged(self, index: int, what: str, value: float, ids: Sequence[str]) -> DivergedError:
         return DivergedError(
-            f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were not touched and {self._saved()}; "
-            "look at these examples, or lower optim.learning_rate"
+            f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were not touched and "
+            f"{self.run.what_is_saved()}; look at these examples, or lower optim.learning_rate"
         )
 
     def _diverged_in_validation(self, value: float) -> DivergedError:
         advice = "lower optim.learning_rate" if self.state.step else "the student's or the teacher's own weights do that: name others"
-        return DivergedError(f"validation after step {self.state.step}: the loss is {value}; {self._saved()}; {advice}")
-
-    def _saved(self) -> str:
-        steps = self.run.steps()
-        return f"the checkpoint of step {steps[-1]} is intact" if steps else "no checkpoint was written yet"
+        return DivergedError(f"validation after step {self.state.step}: the loss is {value}; {self.run.what_is_saved()}; {advice}")
 
     def _log(self, step: Step, sums: LossSums, rate: float, norm: float, seconds: float) -> None:
         row = {

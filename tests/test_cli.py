@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("run", "teach", "show", "eval", "report", "doctor")
+COMMANDS = ("run", "plan", "teach", "show", "eval", "report", "doctor")
 
 
 @pytest.fixture(scope="module")

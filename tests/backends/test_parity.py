@@ -263,7 +263,7 @@ def shifted(monkeypatch):
 def half_scaled(monkeypatch):
     """Gradients of the head left out by a half."""
     added = torch_loss._add_product
-    monkeypatch.setattr(torch_loss, "_add_product", lambda total, left, right: added(total, left, 0.5 * right))
+    monkeypatch.setattr(torch_loss, "_add_product", lambda total, left, right, first: added(total, left, 0.5 * right, first))
 
 
 def unscaled(monkeypatch):

@@ -173,7 +173,7 @@ def test_no_gradient_work_where_no_gradient_is_asked_for(train_head: bool, monke
     made, add = [], []
     product, add_product = subject._product, subject._add_product
     monkeypatch.setattr(subject, "_product", lambda *args: made.append(0) or product(*args))
-    monkeypatch.setattr(subject, "_add_product", lambda *args: add.append(0) or add_product(*args))
+    monkeypatch.setattr(subject, "_add_product", lambda *args, **options: add.append(0) or add_product(*args, **options))
     case = make_case(0, rows=16)
     hidden, matrix, teacher_hidden, teacher_matrix, targets, weight = map(TORCH.array, case.__dict__.values())
     arguments = (teacher_hidden, MatrixHead(teacher_matrix), targets, weight, Objective())

@@ -155,7 +155,7 @@ class _Walk:
         count, size = len(hidden), min(self.chunk_tokens, len(hidden))
         work = [torch.empty((size, len(matrix)), device=hidden.device) for _ in range(3 if self.teacher_hidden is not None else 2)]
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
-        head_grad = torch.zeros(head_weight.shape, device=hidden.device) if train_head else None
+        head_grad = torch.empty(head_weight.shape, device=hidden.device) if train_head else None
         columns = []
         for start in range(0, count, size):
             place = slice(start, start + size)
@@ -165,9 +165,11 @@ class _Walk:
             if train_hidden:
                 hidden_grad[place] = _product(slope, matrix)
             if train_head:
-                _add_product(head_grad[: len(matrix)], slope.T, inputs)
+                _add_product(head_grad[: len(matrix)], slope.T, inputs, first=start == 0)
         loss, kd, ce, agree = (torch.cat(column) for column in zip(*columns, strict=True))
-        head_grad = head_grad.to(head_weight.dtype) if train_head else None
+        if train_head:
+            head_grad[len(matrix) :] = 0  # of a head that is cut
+            head_grad = head_grad.to(head_weight.dtype)
         return LossRows(loss.sum(), kd, ce, agree), hidden_grad, head_grad
 
     def _chunk(self, hidden: Tensor, matrix: Tensor, place: slice, work: list[Tensor], wants_slope: bool) -> tuple:
@@ -340,9 +342,11 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return sum(left[:, start : start + BLOCK_ROWS] @ right[start : start + BLOCK_ROWS].float() for start in blocks)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in place."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """total += left @ right, in place; the first one replaces what `total` holds."""
     if right.dtype == torch.float32:
-        total.addmm_(left, right)
+        total.addmm_(left, right, beta=0 if first else 1)
+    elif first:
+        total.copy_(_product(left, right))
     else:
         total += _product(left, right)
