@@ -49,10 +49,11 @@ def accuracy(teacher: Path, student: Path, rows: Path, problems: int = 8, backen
         for key, row in _errors(z, t, tokens).items():
             found.setdefault(key, []).append(row)
     for (kind, size), parts in found.items():
-        value, estimate, slope, variance, distinct = np.concatenate(parts).mean(0)
+        value, estimate, slope, variance, squares, distinct = np.concatenate(parts).mean(0)
         _append("cache_accuracy", {
-            **facts(*SOURCES), "teacher": teacher.parent.name, "student": student.parent.name, "tokens": tokens, "kind": kind, "size": size,
-            "kl": value, "bias": (estimate - value) / value, "slope_error": slope, "slope_noise": np.sqrt(variance),
+            **facts(*SOURCES), "teacher": teacher.parent.name, "student": student.parent.name, "tokens": tokens,
+            "kind": kind, "size": size, "kl": value, "bias": (estimate - value) / value, "slope_error": np.sqrt(slope / squares),
+            "slope_noise": np.sqrt(variance / squares),
             "distinct": distinct, "bytes": _bytes(kind, size, distinct),
         })
 
@@ -76,10 +77,10 @@ def _logits(teacher: Path, student: Path, rows: Path, problems: int, backend: st
 
 
 def _errors(z: np.ndarray, t: np.ndarray, seed: int) -> dict[tuple[str, int], np.ndarray]:
-    """(kind, K or S) → [N, 5]: exact value, estimate, relative error of the (mean) slope, relative variance of the slope, ids kept."""
+    """(kind, K or S) → [N, 6]: exact value, estimate, squared error of the (mean) slope, of one draw, squared slope, ids."""
     u, v = log_softmax(z), log_softmax(t)
     value, slope = definition.kl(v, u), np.exp(u) - np.exp(v)
-    length = np.linalg.norm(slope, axis=1)
+    squares = (slope**2).sum(1)
     order, found, objective = np.argsort(-v, axis=1), {}, Objective()
     zeros = np.zeros(len(z))
     for k in KEPT:
@@ -87,26 +88,26 @@ def _errors(z: np.ndarray, t: np.ndarray, seed: int) -> dict[tuple[str, int], np
         kept = np.take_along_axis(v, ids, 1).astype(np.float16).astype(np.float64)
         tail = np.log(np.exp(np.take_along_axis(v, order[:, k:], 1)).sum(1))
         estimate = definition.coarse_divergence(z, ids, kept, tail, objective)
-        error = np.linalg.norm(definition.coarse_divergence_grad(z, ids, kept, tail, objective) - slope, axis=1) / length
-        found["top_k", k] = np.stack([value, estimate, error, zeros, zeros + k], 1)
+        error = ((definition.coarse_divergence_grad(z, ids, kept, tail, objective) - slope) ** 2).sum(1)
+        found["top_k", k] = np.stack([value, estimate, error, zeros, squares, zeros + k], 1)
         chosen = log_softmax(kept)  # what many programs do: both renormalised to the K ids
         mine = log_softmax(np.take_along_axis(z, ids, 1))
         part = np.zeros_like(slope)
         np.put_along_axis(part, ids, np.exp(mine) - np.exp(chosen), 1)
-        error = np.linalg.norm(part - slope, axis=1) / length
-        found["renormalised", k] = np.stack([value, definition.kl(chosen, mine), error, zeros, zeros + k], 1)
+        error = ((part - slope) ** 2).sum(1)
+        found["renormalised", k] = np.stack([value, definition.kl(chosen, mine), error, zeros, squares, zeros + k], 1)
     cumulated = np.exp(v).cumsum(1)
     entropy = -(np.exp(v) * v).sum(1)
     for kind in ("sampled", "independent draws"):
         for draws in DRAWS:
-            found[kind, draws] = _drawn(kind, draws, u, v, cumulated, entropy, np.stack([value, length], 1), seed)
+            found[kind, draws] = _drawn(kind, draws, u, v, cumulated, entropy, np.stack([value, squares], 1), seed)
     return found
 
 
 def _drawn(
     kind: str, draws: int, u: np.ndarray, v: np.ndarray, cumulated: np.ndarray, entropy: np.ndarray, exact: np.ndarray, seed: int
 ) -> np.ndarray:
-    """Over `SEEDS` draws of S: [N, 5] as `_errors`; the slope's error is that of their mean, its variance that of one."""
+    """Over `SEEDS` draws of S: [N, 6] as `_errors`."""
     random, rows = np.random.default_rng([seed, draws]), []
     for row in range(len(u)):
         values, errors, distinct, mean = [], [], [], np.zeros(u.shape[1])
@@ -120,8 +121,7 @@ def _drawn(
             errors.append((t * t).sum() + (share * share - 2 * share * t[ids]).sum())
             distinct.append(len(ids))
             mean[ids] += share / SEEDS
-        length = exact[row, 1]
-        rows.append([exact[row, 0], np.mean(values), np.linalg.norm(mean - t) / length, np.mean(errors) / length**2, np.mean(distinct)])
+        rows.append([exact[row, 0], np.mean(values), ((mean - t) ** 2).sum(), np.mean(errors), exact[row, 1], np.mean(distinct)])
     return np.array(rows)
 
 
@@ -159,17 +159,18 @@ def _append(name: str, row: dict) -> None:
 
 
 def _size(cache: list[Path]) -> dict[str, float]:
+    """Tokens and their bytes; the head, kept once, does not count."""
     if not cache:
         return {"cache_bytes": 0, "cache_tokens": 0}
     examples = [row for index in cache[0].glob("part-*/index.json") for row in json.loads(index.read_text())["examples"]]
     tokens = sum(stop - start for _, start, stop, _ in examples)
-    return {"cache_bytes": sum(file.stat().st_size for file in cache[0].rglob("*.npy")), "cache_tokens": tokens}
+    return {"cache_bytes": sum(file.stat().st_size for file in cache[0].glob("part-*/*.npy")), "cache_tokens": tokens}
 
 
 @app.command()
 def table() -> None:
-    """Rewrite the sections `cache_accuracy` and `cache_steps` of README.md from the rows of the newest commit."""
-    rows = _newest(read_rows("cache_accuracy"))
+    """Rewrite the sections `cache_accuracy` and `cache_steps` of README.md from the newest rows."""
+    rows = _newest(read_rows("cache_accuracy"), "kind", "size")
     first = rows[0]
     lines = [
         f"{first['teacher']} teaches {first['student']}: {rows[-1]['tokens']} tokens of reasoning, exact KL {float(first['kl']):.4f} nats; "
@@ -185,7 +186,7 @@ def table() -> None:
     lines = [
         "| recipe | backend | teacher | a step | peak memory | GFLOP a step | bytes a token on disk |", "|---|---|---|---:|---:|---:|---:|",
     ]
-    for row in _newest(read_rows("cache_steps")):
+    for row in _newest(read_rows("cache_steps"), "recipe", "backend", "kind"):
         size = float(row["cache_bytes"]) / max(1.0, float(row["cache_tokens"]))
         seconds, peak, flops = (float(row[name]) for name in ("seconds", "peak_bytes", "flops"))
         numbers = f"{seconds:.2f} s | {peak / 1e6:,.0f} MB | {flops / 1e9:,.0f} | {size:,.0f}"
@@ -194,8 +195,9 @@ def table() -> None:
     rewrite_section("cache_steps", "\n".join(lines))
 
 
-def _newest(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    return [row for row in rows if row["commit"] == rows[-1]["commit"]]
+def _newest(rows: list[dict[str, str]], *names: str) -> list[dict[str, str]]:
+    """The last row of each combination."""
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
 
 
 if __name__ == "__main__":

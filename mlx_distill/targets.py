@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,27 +87,32 @@ class Part:
     """One part's files, each checked against its SHA-256 and memory-mapped when it is first asked for."""
 
     def __init__(self, path: Path):
-        self.path, self._arrays = path, {}
+        self.path, self._checked = path, set()
         try:
             self.index = json.loads((path / "index.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CacheError(f"{path / 'index.json'} cannot be read ({error}): {_ADVICE}") from None
 
     def array(self, name: str) -> np.ndarray:
-        if name not in self._arrays:
-            file = self.path / f"{name}.npy"
-            try:
+        file, expected = self.path / f"{name}.npy", self.index["sha256"][name]
+        try:
+            if name not in self._checked:
                 found = _sha256(file)
-                if found != self.index["sha256"][name]:
-                    raise CacheError(f"{file}: SHA-256 {self.index['sha256'][name][:12]}… expected, {found[:12]}… found: {_ADVICE}")
-                self._arrays[name] = np.load(file, mmap_mode="r")
-            except OSError as error:
-                raise CacheError(f"{file} cannot be read ({error.strerror or error}): {_ADVICE}") from None
-        return self._arrays[name]
+                if found != expected:
+                    raise CacheError(f"{file}: SHA-256 {expected[:12]}… expected, {found[:12]}… found: {_ADVICE}")
+                self._checked.add(name)
+            return _mapped(file, expected)
+        except OSError as error:
+            raise CacheError(f"{file} cannot be read ({error.strerror or error}): {_ADVICE}") from None
 
     def records(self) -> Iterator[tuple[str, Record]]:
         for example, start, stop, first in self.index["examples"]:
             yield example, Record(self, start, stop, first)
+
+
+@lru_cache(maxsize=64)  # each holds a file descriptor, of which macOS gives a process 256
+def _mapped(file: Path, sha256: str) -> np.ndarray:
+    return np.load(file, mmap_mode="r")
 
 
 _ADVICE = "delete this part's folder and run `mlx-distill teach` again, which makes what is missing"
@@ -147,7 +152,10 @@ class TeacherCache:
         """For each other cache under the root: its name and in which fields it differs."""
         found = []
         for manifest in sorted(self.root.glob(f"{self.fields.kind}-*/manifest.json")):
-            fields = json.loads(manifest.read_text(encoding="utf-8")).get("fields", {})
+            try:
+                fields = json.loads(manifest.read_text(encoding="utf-8"))["fields"]
+            except (OSError, ValueError, KeyError):
+                continue  # not ours to mend
             differing = [f"{key} {fields.get(key)!r} (asked: {value!r})" for key, value in dataclasses.asdict(self.fields).items()
                          if fields.get(key) != value]
             if differing:
