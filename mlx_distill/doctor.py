@@ -1,6 +1,5 @@
 """A self-check that can be pasted into an issue: what is installed, where it runs, whether the loss is right, how fast it is."""
 
-import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
@@ -9,6 +8,7 @@ from rich.console import Console
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.manifest import PACKAGES, git_commit, processor_name
+from mlx_distill.memory import total_memory_bytes
 
 OPTIONAL = ("datasets", "pyarrow", "gguf", "math-verify")
 LOSS_TOLERANCE = 1e-5  # float32 against float64, relative
@@ -42,11 +42,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "-"
-
-
-def total_memory_bytes() -> int:
-    """Physical memory, 0 where it cannot be asked."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0

@@ -68,7 +68,7 @@ def this_machine(backend_name: str = "auto") -> Machine:
     """What `choose_backend` would choose, found without importing a framework."""
     if platform.system() == "Darwin" and backend_name != "torch":
         return Machine("mlx", "metal", "bfloat16", *device_memory("metal"))
-    cuda = _has_cuda()
+    cuda = has_nvidia_driver()
     torch = backend_name == "torch" or (backend_name == "auto" and cuda and importlib.util.find_spec("torch") is not None)
     on_gpu = cuda and (torch or _installed("mlx-cuda"))
     device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
@@ -79,14 +79,15 @@ def device_memory(kind: str) -> tuple[int, str]:
     """Bytes that a run may use on a cpu, metal or cuda device, and what limits them; 0 where nobody says."""
     if kind == "cuda":
         return _asked("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") * 2**20, "GPU memory"
-    physical = _physical_bytes()
+    physical = total_memory_bytes()
     if kind != "metal":
         return physical, "physical memory"
     wired = _asked("sysctl", "-n", "iogpu.wired_limit_mb") * 2**20
     return (wired, "iogpu.wired_limit_mb") if wired else (physical * 3 // 4, "75 % of memory, the GPU's working set")
 
 
-def _has_cuda() -> bool:
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver is installed, found without importing a framework."""
     if platform.system() != "Linux":
         return False
     try:
@@ -100,7 +101,8 @@ def _installed(prefix: str) -> bool:
     return any((found.name or "").startswith(prefix) for found in distributions())
 
 
-def _physical_bytes() -> int:
+def total_memory_bytes() -> int:
+    """Physical memory, 0 where it cannot be asked."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):

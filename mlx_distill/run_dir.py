@@ -212,9 +212,9 @@ class RunFolder:
                 temporary.mkdir()
                 write(temporary)
                 (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
-                _flush_to_disk(temporary)
+                flush_to_disk(temporary)
                 os.replace(temporary, final)
-                _flush_folder(self.checkpoints)
+                flush_folder(self.checkpoints)
             except (OSError, RuntimeError) as error:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise RunError(self._unsaved(state.step, error)) from error
@@ -243,9 +243,9 @@ class RunFolder:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             write(temporary)
-            _flush_to_disk(temporary)
+            flush_to_disk(temporary)
             os.replace(temporary, self.student)
-            _flush_folder(self.path)
+            flush_folder(self.path)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(
@@ -290,16 +290,18 @@ def _written(path: Path, temporary: Path | None = None) -> Iterator[None]:
         ) from error
 
 
-def _flush_to_disk(folder: Path) -> None:
+def flush_to_disk(folder: Path) -> None:
+    """Wait until every file and folder of it lies on the disk."""
     for path in (*folder.rglob("*"), folder):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         else:
-            _flush_folder(path)
+            flush_folder(path)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """The same for a folder's list of names, after a rename in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -34,7 +34,7 @@ from mlx_distill.data.batches import Batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import CacheError
 from mlx_distill.recipe import BatchTable, TeacherTable
-from mlx_distill.run_dir import _flush_folder, _flush_to_disk
+from mlx_distill.run_dir import flush_folder, flush_to_disk
 
 FORMAT = 1
 PART_TOKENS = 2**17  # what a kill can lose
@@ -441,9 +441,9 @@ class _Writer:
                 np.save(temporary / f"{column}.npy", array)
             digests = {column: _sha256(temporary / f"{column}.npy") for column in columns}
             (temporary / "index.json").write_text(json.dumps({"sha256": digests, "examples": examples}), encoding="utf-8")
-            _flush_to_disk(temporary)
+            flush_to_disk(temporary)
             os.replace(temporary, self.path / name)
-            _flush_folder(self.path)
+            flush_folder(self.path)
 
 
 @contextmanager

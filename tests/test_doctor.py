@@ -67,7 +67,7 @@ def test_advice_is_printed(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_memory_is_unknown_where_it_cannot_be_asked(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(doctor.os, "sysconf", lambda name: (_ for _ in ()).throw(ValueError(name)))
+    monkeypatch.setattr("os.sysconf", lambda name: (_ for _ in ()).throw(ValueError(name)))
     assert doctor.total_memory_bytes() == 0
     assert lines(run())["memory"] == "unknown"
 

@@ -324,7 +324,7 @@ def test_a_family_that_cannot_be_planned_is_no_reason_to_refuse(tmp_path):
 
 def test_a_mac_has_a_working_set(monkeypatch):
     monkeypatch.setattr(memory.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(memory, "_physical_bytes", lambda: 16 * 2**30)
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 16 * 2**30)
     answers = {"sysctl": 0}
     monkeypatch.setattr(memory, "_asked", lambda command, *rest: answers[command])
     machine = memory.this_machine()
@@ -339,9 +339,9 @@ def test_a_mac_has_a_working_set(monkeypatch):
 ])
 def test_linux_with_an_nvidia_gpu(asked, torch, expected, monkeypatch):
     monkeypatch.setattr(memory.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(memory, "_has_cuda", lambda: True)
+    monkeypatch.setattr(memory, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(memory, "_installed", lambda prefix: False)
-    monkeypatch.setattr(memory, "_physical_bytes", lambda: 7)
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 7)
     monkeypatch.setattr(memory, "_asked", lambda command, *rest: {"nvidia-smi": 80_000}[command])
     monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: torch or None)
     machine = memory.this_machine(asked)
@@ -387,7 +387,7 @@ def test_a_plan_is_printed_in_80_columns_and_needs_no_weights(without_weights):
 
 
 def test_advice_is_printed_where_it_does_not_fit(without_weights, monkeypatch):
-    monkeypatch.setattr(memory, "_physical_bytes", lambda: 10**6)
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 10**6)
     made, text = printed(without_weights)
     assert not made.fits and "does not fit" in text and "- batch.micro_batch_size=1: saves" in text
 
@@ -446,7 +446,7 @@ def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(what, wher
 
 @pytest.mark.parametrize("force", [False, True])
 def test_run_refuses_what_cannot_fit_unless_forced(force, tiny_recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "_physical_bytes", lambda: 10**6)
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 10**6)
     monkeypatch.setattr("sys.argv", ["mlx-distill", *arguments(tiny_recipe, tmp_path), *(["--force"] if force else [])])
     if force:
         main_without_exit()

@@ -20,7 +20,7 @@ KILLS = {
     "in a validation": dict(at=f"{STUDENT}.score", call=4),
     "between a validation and its checkpoint": dict(at=f"{RUN}.append", call=5, when="after"),
     "between a checkpoint's files": dict(at="mlx.core:save_safetensors", call=6),
-    "before a checkpoint's rename": dict(at="mlx_distill.run_dir:_flush_to_disk", call=3, when="after"),
+    "before a checkpoint's rename": dict(at="mlx_distill.run_dir:flush_to_disk", call=3, when="after"),
     "between rename and prune": dict(at=f"{RUN}._prune", call=2),
     "between the last rename and prune": dict(at=f"{RUN}._prune", call=4),
     "in a prune": dict(at="os:unlink", call=2),

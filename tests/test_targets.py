@@ -331,7 +331,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["np.save", "json.dumps", "os.replace", "_flush_folder"])
+@pytest.mark.parametrize("where", ["np.save", "json.dumps", "os.replace", "flush_folder"])
 def test_a_writer_that_was_stopped_goes_on_and_ends_equal(root, tmp_path, monkeypatch, kind, where):
     backend = choose_backend("torch")
     teacher = backend.load_teacher(root / "teacher", "teacher")

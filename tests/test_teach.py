@@ -94,7 +94,7 @@ def test_teach_completes_and_says_what_there_is(ask, loads):
 
 def test_teach_killed_between_parts_goes_on(tiny_recipe, command_line, tmp_path, monkeypatch):
     words = ("teach", tiny_recipe, "--backend", "mlx", "--set", "teacher.cache=top_k", "--set", f"teacher.cache_folder={tmp_path}")
-    assert command_line(*words, at="mlx_distill.targets:_flush_to_disk", when="after").code == -9
+    assert command_line(*words, at="mlx_distill.targets:flush_to_disk", when="after").code == -9
     (folder,) = tmp_path.glob("top_k-*")
     assert [path.name for path in folder.glob(".part*")] == [".part-000000.tmp"] and not list(folder.glob("part-*"))
     result = command_line(*words)

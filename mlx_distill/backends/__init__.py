@@ -1,11 +1,11 @@
 """Which framework trains: chosen here, printed with its reason, imported only then."""
 
-import ctypes
 import importlib.util
 import platform
 from typing import TYPE_CHECKING
 
 from mlx_distill.errors import DistillError
+from mlx_distill.memory import has_nvidia_driver
 
 if TYPE_CHECKING:
     from mlx_distill.backends.protocol import Backend
@@ -26,11 +26,7 @@ def choose_backend(asked: str = "auto") -> "Backend":
 
 def _torch_has_gpu() -> bool:
     """Whether torch sees a CUDA GPU; it is imported only where it and NVIDIA's driver are installed."""
-    if platform.system() != "Linux" or importlib.util.find_spec("torch") is None:
-        return False
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    if not has_nvidia_driver() or importlib.util.find_spec("torch") is None:
         return False
     import torch
 
