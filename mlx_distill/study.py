@@ -1,0 +1,249 @@
+"""What the runs of a sweep say together: conditions, their means over training seeds and problems, and how sure those are.
+
+In: `Row`s, one for each run, as a sweep's `results.csv` keeps them. Out: `Condition`s (the runs that differ in nothing but the
+seed), `Estimate`s with 95 % intervals, the Pareto front of accuracy against cost, the best condition for each budget.
+Decided here: every interval. Runs are a sample of seeds and problems are a sample of problems, crossed: each seed's student
+answers the same problems. So an interval here covers another seed *and* other problems, which a single run's cannot.
+Axes: `S` seeds, `P` problems.
+"""
+
+import csv
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.special import stdtrit
+
+from mlx_distill.errors import DataError, NotFound
+from mlx_distill.evaluate import wilson
+
+DONE = "done"
+BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the dearest condition's cost
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a sweep.
+
+    role: "student", or "teacher" and "base" for the models that every run shares (their settings are {} and their cost is 0).
+    settings: what sets the run apart from the sweep's base, by `table.field`, the seed aside. status: `DONE`, or the line that
+    says why there is no result; numbers are 0 then. right: the share of right answers to each problem, in the problems' order;
+    problems: a digest of which ones. flops, tokens_read, loss_tokens and train_seconds are of all training steps (a teacher
+    pass that was shared, validation and scoring aside); peak_bytes is the largest of them.
+    """
+
+    run: str
+    role: str
+    label: str
+    settings: dict[str, Any]
+    seed: int
+    status: str = DONE
+    accuracy: float = 0.0
+    unfinished: float = 0.0
+    well_formed: float = 0.0
+    mean_tokens: float = 0.0
+    steps: int = 0
+    exported_step: int = 0
+    tokens_read: int = 0
+    loss_tokens: int = 0
+    flops: float = 0.0
+    train_seconds: float = 0.0
+    peak_bytes: int = 0
+    kl: float = float("nan")  # to the teacher, over held-out tokens of the supervised segments; nan: not measured
+    backend: str = ""
+    device: str = ""
+    commit: str = ""
+    problems: str = ""
+    right: tuple[float, ...] = ()
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """One line a run. `right` is one digit a problem where there was one answer to each, else shares with a blank between."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        for row in rows:
+            whole = all(share in (0.0, 1.0) for share in row.right)
+            right = "".join(str(int(share)) for share in row.right) if whole else " ".join(f"{share:.6g}" for share in row.right)
+            values = dataclasses.asdict(row) | {"settings": json.dumps(row.settings), "right": right}
+            writer.writerow(values.values())
+
+
+def read_rows(path: Path) -> list[Row]:
+    """What `write_rows` wrote; raises `NotFound` or `DataError`."""
+    if not path.is_file():
+        raise NotFound(f"no results at {path}: run the sweep first")
+    with path.open(newline="", encoding="utf-8") as file:
+        try:
+            return [_row(fields) for fields in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path} holds no results of this version ({error!r}): run the sweep again") from None
+
+
+def _row(fields: dict[str, str]) -> Row:
+    kinds = {field.name: field.type for field in dataclasses.fields(Row)}
+    read = {str: str, int: int, float: float}
+    values = {name: read[kinds[name]](text) for name, text in fields.items() if kinds[name] in read}
+    right = fields["right"]
+    shares = right.split() if " " in right or "." in right else right
+    return Row(**values, settings=json.loads(fields["settings"]), right=tuple(float(share) for share in shares))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Condition:
+    """The runs that differ in nothing but the seed, ordered by it."""
+
+    label: str
+    settings: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        return tuple(row.seed for row in self.rows)
+
+    @property
+    def right(self) -> np.ndarray:
+        """float64 [S, P]: the share of right answers."""
+        return np.array([row.right for row in self.rows])
+
+    @property
+    def accuracy(self) -> Estimate:
+        """Over seeds and problems."""
+        return accuracy(self.right)
+
+    def cost(self, name: str) -> float:
+        """The mean over seeds of a number that a row holds: flops, tokens_read, train_seconds, peak_bytes."""
+        return float(np.mean([getattr(row, name) for row in self.rows]))
+
+
+def conditions(rows: Iterable[Row], role: str = "student") -> list[Condition]:
+    """The finished runs of a role by condition, in the order in which they first appear.
+
+    Raises `DataError` where two runs answered other problems: their scores cannot be set side by side.
+    """
+    found: dict[str, list[Row]] = {}
+    done = [row for row in rows if row.role == role and row.status == DONE]
+    if len({row.problems for row in done}) > 1:
+        raise DataError(f"the {role}s of this sweep were scored on different problems: keep [eval] the same in all of its runs")
+    for row in done:
+        found.setdefault(json.dumps([row.label, row.settings]), []).append(row)
+    return [
+        Condition(group[0].label, group[0].settings, tuple(sorted(group, key=lambda row: row.seed))) for group in found.values()
+    ]
+
+
+# intervals
+
+
+def accuracy(right: np.ndarray) -> Estimate:
+    """The mean of shares [S, P] in [0, 1]: Wilson's interval at the effective number of trials mean(1 − mean) / variance."""
+    mean = float(right.mean())
+    variance, degrees = crossed_variance(right)
+    trials = right.shape[1] if variance == 0 else max(1.0, mean * (1 - mean) / variance)
+    return Estimate(mean, *wilson(mean, trials, _t(degrees)))
+
+
+def difference(a: Condition, b: Condition) -> Estimate | None:
+    """a − b in accuracy, paired over the seeds and problems that both have; None where they share no seed.
+
+    As in `evaluate.compare`, the interval is that of the differences with two problems added, one that only a and one that
+    only b solves, so that it keeps a width where nothing differs.
+    """
+    pair = _shared(a, b)
+    if pair is None:
+        return None
+    d = pair[0] - pair[1]
+    ones = np.ones((len(d), 1))
+    padded = np.concatenate([d, ones, -ones], axis=1)
+    variance, degrees = crossed_variance(padded)
+    half, middle = _t(degrees) * np.sqrt(variance), padded.mean()
+    return Estimate(float(d.mean()), float(max(-1, middle - half)), float(min(1, middle + half)))
+
+
+def retention(a: Condition, full: Condition) -> Estimate | None:
+    """The accuracy of `a` as a share of that of `full`; None where they share no seed or `full` solves nothing."""
+    pair = _shared(a, full)
+    return pair and _ratio(*pair)
+
+
+def gain_retention(a: Condition, full: Condition, base: Condition) -> Estimate | None:
+    """(a − base) / (full − base): what `a` keeps of full's gain over the undistilled student; None where there is no gain."""
+    pair = _shared(a, full)
+    return pair and _ratio(pair[0] - base.right.mean(0), pair[1] - base.right.mean(0))
+
+
+def _shared(a: Condition, b: Condition) -> tuple[np.ndarray, np.ndarray] | None:
+    seeds = [seed for seed in a.seeds if seed in b.seeds]
+    if not seeds:
+        return None
+    return a.right[[a.seeds.index(seed) for seed in seeds]], b.right[[b.seeds.index(seed) for seed in seeds]]
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> Estimate | None:
+    """mean(a) / mean(b) of paired [S, P], its variance that of the linearised ratio (a − R·b) / mean(b)."""
+    below = float(b.mean())
+    if below <= 0:
+        return None
+    ratio = float(a.mean()) / below
+    variance, degrees = crossed_variance((a - ratio * b) / below)
+    half = _t(degrees) * np.sqrt(variance)
+    return Estimate(ratio, float(ratio - half), float(ratio + half))
+
+
+def crossed_variance(x: np.ndarray) -> tuple[float, float]:
+    """The variance of the mean of x [S, P] over new seeds and new problems, and its degrees of freedom.
+
+    With MS_S, MS_P and MS_E the mean squares of seeds, problems and their interaction in a two-way layout with one value a
+    cell, the variance is (MS_P + max(MS_S − MS_E, 0)) / (S·P); its degrees of freedom are Satterthwaite's. (Both factors random,
+    as in Obuchowski and Rockette, Commun. Stat. Simul. 24, 1995, with the bound of Hillis, Stat. Med. 26, 2007.) One seed says
+    nothing about seeds: then it is var(x) / P over problems alone. One problem likewise.
+    """
+    seeds, problems = x.shape
+    if seeds == 1 or problems == 1:
+        values = x.ravel()
+        return (float(values.var(ddof=1)) / values.size, values.size - 1.0) if values.size > 1 else (0.0, 1.0)
+    mean, by_seed, by_problem = x.mean(), x.mean(1, keepdims=True), x.mean(0, keepdims=True)
+    ms_seed = problems * float(((by_seed - mean) ** 2).sum()) / (seeds - 1)
+    ms_problem = seeds * float(((by_problem - mean) ** 2).sum()) / (problems - 1)
+    ms_error = float(((x - by_seed - by_problem + mean) ** 2).sum()) / ((seeds - 1) * (problems - 1))
+    total, spread = ms_problem, ms_problem**2 / (problems - 1)
+    if ms_seed > ms_error:
+        total += ms_seed - ms_error
+        spread += ms_seed**2 / (seeds - 1) + ms_error**2 / ((seeds - 1) * (problems - 1))
+    return total / (seeds * problems), total**2 / spread if spread else problems - 1.0
+
+
+def _t(degrees: float) -> float:
+    return float(stdtrit(degrees, 0.975))
+
+
+# quality against cost
+
+
+def pareto_front(found: Sequence[Condition], cost: str = "flops") -> list[Condition]:
+    """Those that no other beats in accuracy at the same or a lower cost, the cheapest first."""
+    front: list[Condition] = []
+    for condition in sorted(found, key=lambda one: (one.cost(cost), -one.accuracy.mean)):
+        if not front or condition.accuracy.mean > front[-1].accuracy.mean:
+            front.append(condition)
+    return front
+
+
+def best_within(found: Sequence[Condition], share: float, cost: str = "flops") -> Condition | None:
+    """The most accurate condition that costs at most `share` of the dearest one; None where all cost more."""
+    most = share * max(one.cost(cost) for one in found)
+    affordable = [one for one in pareto_front(found, cost) if one.cost(cost) <= most]
+    return affordable[-1] if affordable else None
