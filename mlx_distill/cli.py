@@ -58,14 +58,37 @@ def plan(
 
 
 @app.command()
-def teach(recipe: RecipeArgument, set_: SetOption = None, backend: BackendOption = "auto") -> None:
+def teach(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="Recipes; those that share a cache share one pass.")],
+    set_: SetOption = None, backend: BackendOption = "auto",
+) -> None:
     """Ask the teacher once: write or complete the cache that [teacher] cache names, for any number of runs."""
     from mlx_distill import pipeline
     from mlx_distill.view import View
 
     with View(console) as view:
         try:
-            pipeline.teach(load_recipe(recipe, tuple(set_ or ())), view, backend)
+            pipeline.teach([load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend)
+        except KeyboardInterrupt:
+            view.say("stopped. The same command continues from what was saved last.")
+            raise typer.Exit(130) from None
+
+
+@app.command()
+def sweep(
+    sweeps: Annotated[list[Path], typer.Argument(metavar="SWEEP…", help="Sweep files, for example recipes/sweeps/fraction.toml.")],
+    set_: SetOption = None, backend: BackendOption = "auto",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side, as far as memory allows.")] = 1,
+) -> None:
+    """Run a base recipe along axes and seeds with one teacher pass: one table, one page, the best recipe for each budget."""
+    from mlx_distill.sweep import sweep as run_sweeps
+    from mlx_distill.sweep_file import load_sweep
+    from mlx_distill.view import View
+
+    loaded = [load_sweep(path, tuple(set_ or ())) for path in sweeps]
+    with View(console) as view:
+        try:
+            run_sweeps(loaded, view, backend, jobs)
         except KeyboardInterrupt:
             view.say("stopped. The same command continues from what was saved last.")
             raise typer.Exit(130) from None

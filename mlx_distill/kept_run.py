@@ -197,3 +197,19 @@ def method_of(recipe: dict[str, dict], reference: dict[str, dict]) -> str:
     ]
     more = f" and {len(changes) - 4} more changes" if len(changes) > 4 else ""
     return f"same recipe with {', '.join(changes[:4])}{more}" if changes else "same recipe"
+
+
+def kl_before_after(run: Run) -> tuple[float | None, float | None]:
+    """KL to the teacher on held-out tokens of the supervised segments: before training (step 0) and at the step whose weights
+    became the student (else the last); None where it was not measured."""
+    known = dict(finite([row["step"] for row in run.validation], [_supervised_kl(run, row) for row in run.validation]))
+    exported = finite([run.manifest.get("exported_step")], [0])
+    step = exported[0][0] if exported else max(known, default=0.0)
+    return known.get(0.0), known.get(step)
+
+
+def _supervised_kl(run: Run, row: dict[str, Any]) -> float | None:
+    names = run.recipe.get("objective", {}).get("segments") or SEGMENTS
+    pairs = [(row[f"kl_{name}"], row[f"tokens_{name}"]) for name in names if f"kl_{name}" in row and f"tokens_{name}" in row]
+    tokens = sum(count for _, count in pairs)
+    return sum(value * count for value, count in pairs) / tokens if tokens else None

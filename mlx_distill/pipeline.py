@@ -7,7 +7,7 @@ that was stopped anywhere.
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
 from mlx_distill.data.prepare import Prepared, prepare
-from mlx_distill.data.sequences import stop_ids
+from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
 from mlx_distill.flops import Adapters, Shape, step_flops, total_flops
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
@@ -47,14 +47,25 @@ def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = Fa
     return folder.path
 
 
-def teach(recipe: Recipe, view: View, backend_name: str = "auto") -> Path:
-    """Write or complete the teacher cache that a recipe names; returns its folder. Raises `DistillError`."""
-    if recipe.teacher.cache == "off":
-        raise RecipeError('[teacher] cache = "off" keeps nothing: set top_k, sampled or hidden, for example --set teacher.cache=top_k')
+def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:
+    """Write or complete the teacher caches that recipes name, one pass for all that share one; returns the caches' folders.
+
+    Raises `DistillError`.
+    """
+    for recipe in recipes:
+        if recipe.teacher.cache == "off":
+            raise RecipeError(f'{recipe.run.name}: [teacher] cache = "off" keeps nothing: set top_k, sampled or hidden, for example '
+                              "--set teacher.cache=top_k")
     backend = choose_backend(backend_name)
-    pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
+    shared: dict[Path, list[Pipeline]] = {}
+    for recipe in recipes:
+        pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
+        shared.setdefault(pipeline.open_cache().path, []).append(pipeline)
     pipeline.announce()
-    return pipeline.cached_teacher(prepare(recipe, pipeline.tokenizer)).cache.path
+    for pipelines in shared.values():
+        whole = [sequence for one in pipelines for sequence in one.whole_sequences(prepare(one.recipe, one.tokenizer))]
+        pipelines[0].fill_cache(whole)
+    return list(shared)
 
 
 def open_folder(recipe: Recipe, backend: Backend, fresh: bool) -> RunFolder:
@@ -129,15 +140,25 @@ class Pipeline:
 
     def cached_teacher(self, prepared: Prepared) -> CachedTeacher:
         """A teacher that answers from the cache; what the cache lacks of training and validation is asked of the real one first."""
-        table = self.recipe.teacher
-        cache = TeacherCache(Path(table.cache_folder).expanduser(), self._cache_fields())
-        made = {"teacher": table.model, **make_start(self.backend.device(), 0)}
-        whole = (*prepared.train_whole, *prepared.validation)
+        return CachedTeacher(self.fill_cache(self.whole_sequences(prepared)), self.backend)
+
+    def whole_sequences(self, prepared: Prepared) -> tuple[TokenSequence, ...]:
+        """All that a run may ask the teacher about."""
+        return (*prepared.train_whole, *prepared.validation)
+
+    def open_cache(self) -> TeacherCache:
+        """The cache that the recipe names, as it is."""
+        return TeacherCache(Path(self.recipe.teacher.cache_folder).expanduser(), self._cache_fields())
+
+    def fill_cache(self, whole: Sequence[TokenSequence]) -> TeacherCache:
+        """The cache, after the teacher was asked for what it lacked of some whole sequences."""
+        cache = self.open_cache()
+        made = {"teacher": self.recipe.teacher.model, **make_start(self.backend.device(), 0)}
         fill(cache, whole, self._load_teacher, self.backend, self.recipe.batch, made, self.view.say, self.view.count)
         self.backend.release()
         examples, tokens, size = cache.size()
         self.view.say(f"teacher cache {cache.path}: {examples:,} sequences, {tokens:,} tokens, {size / 1e6:,.1f} MB")
-        return CachedTeacher(cache, self.backend)
+        return cache
 
     def _cache_fields(self) -> CacheFields:
         teacher_rows, student_rows = (_vocabulary_rows(folder) for folder in (self.teacher_folder, self.student_folder))

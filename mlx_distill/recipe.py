@@ -9,8 +9,9 @@ import difflib
 import hashlib
 import json
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,7 +24,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 # where things are kept and what a run is shown beside
-OUTSIDE_DIGEST = {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare"}}
+OUTSIDE_DIGEST = {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare", "score_teacher", "score_base"}}
 
 
 class Table(BaseModel):
@@ -222,6 +223,12 @@ def _cache_contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
     ]
 
 
+def cache_serves(recipe: Recipe, kind: str) -> bool:
+    """Whether a teacher's kept answers of this kind can train a recipe that now asks the teacher itself."""
+    cached = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": kind})})
+    return not any(found for found, _ in _cache_contradictions(cached))
+
+
 _WHEN_READ = {
     ("objective", "jsd_beta"): 'only divergence = "jsd" does',
     ("student", "rank"): 'only tuning = "lora" or "dora" does',
@@ -268,20 +275,31 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
     Raises `NotFound` (no such file) or `RecipeError` (file, table, field, what was found and the choices), one line each.
     """
-    tables = _read_toml(path)
+    return build_recipe(read_tables(path, overrides), path)
+
+
+def read_tables(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A TOML file's tables with overrides applied, not yet checked. Raises as `load_recipe` does."""
+    tables = read_toml(path)
     for override in overrides:
-        _apply(tables, override)
-    _refuse_unknown(tables, path)
+        apply_override(tables, override)
+    return tables
+
+
+def build_recipe(tables: dict[str, Any], path: Path) -> Recipe:
+    """The recipe of these tables; `path` is where they come from, for errors and for a run's name. Raises `RecipeError`."""
+    refuse_unknown(tables, path)
     try:
         recipe = Recipe.model_validate(tables)
     except ValidationError as error:
-        raise RecipeError(f"{path}: {_describe(error)}") from None
+        raise RecipeError(f"{path}: {describe(error)}") from None
     if not recipe.run.name:
         recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": path.stem})})
     return recipe
 
 
-def _read_toml(path: Path) -> dict:
+def read_toml(path: Path) -> dict[str, Any]:
+    """A file's content; raises `NotFound` with the nearest name there is, or `RecipeError`."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes/ has examples"
@@ -292,7 +310,8 @@ def _read_toml(path: Path) -> dict:
         raise RecipeError(f"{path}: not valid TOML: {error}") from None
 
 
-def _apply(tables: dict, override: str) -> None:
+def apply_override(tables: dict[str, Any], override: str) -> None:
+    """Set what `table.field=value` says, the value read as TOML, or as a bare word; raises `RecipeError`."""
     name, equals, text = override.partition("=")
     table, dot, field = name.strip().partition(".")
     if not (equals and dot and field):
@@ -306,29 +325,32 @@ def _apply(tables: dict, override: str) -> None:
     tables[table][field.strip()] = value
 
 
-def _refuse_unknown(tables: dict, path: Path) -> None:
+def refuse_unknown(tables: dict[str, Any], path: Path) -> None:
+    """Raise `RecipeError` for a table or field that no recipe has, with the nearest one that it has."""
     for table, fields in tables.items():
         if table not in Recipe.model_fields:
-            raise RecipeError(f"{path}: no table [{table}] in a recipe{_near(table, Recipe.model_fields)}")
+            raise RecipeError(f"{path}: no table [{table}] in a recipe{near(table, Recipe.model_fields)}")
         if not isinstance(fields, dict):
             raise RecipeError(f"{path}: [{table}] must be a table, found {fields!r}")
         known = Recipe.model_fields[table].annotation.model_fields
         for field in fields:
             if field not in known:
-                raise RecipeError(f"{path}: [{table}] has no field {field!r}{_near(field, known)}")
+                raise RecipeError(f"{path}: [{table}] has no field {field!r}{near(field, known)}")
 
 
-def _near(name: str, known) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return (f"; did you mean {near[0]!r}?" if near else ";") + f" Choices: {', '.join(known)}"
+def near(name: str, known: Iterable[str]) -> str:
+    """For an error's end: the nearest known name, and all of them."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return (f"; did you mean {found[0]!r}?" if found else ";") + f" Choices: {', '.join(known)}"
 
 
-def _describe(error: ValidationError) -> str:
+def describe(error: ValidationError) -> str:
+    """Pydantic's first complaint in a line: table and field, what it should be, what was found."""
     first = error.errors()[0]
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
     table, field, *rest = (*first["loc"], "")
-    where = f"[{table}] {field}" + "".join(f"[{part}]" for part in rest if part != "")
+    where = (f"[{table}] {field}" if field != "" else table) + "".join(f"[{part}]" for part in rest if part != "")
     found = first.get("input")
     expected = first["msg"].removeprefix("Input ").removeprefix("should be ").replace("a valid tuple", "a list")
     if first["type"] == "too_short":
@@ -342,9 +364,9 @@ def eval_table(settings: tuple[str, ...]) -> EvalTable:
     """The `[eval]` table with `field=value` settings, checked as in a recipe."""
     tables: dict = {}
     for setting in settings:
-        _apply(tables, f"eval.{setting}")
-    _refuse_unknown(tables, Path("--set"))
+        apply_override(tables, f"eval.{setting}")
+    refuse_unknown(tables, Path("--set"))
     try:
         return Recipe.model_validate(tables | {"data": {"source": "none"}}).eval
     except ValidationError as error:
-        raise RecipeError(f"--set: {_describe(error)}") from None
+        raise RecipeError(f"--set: {describe(error)}") from None

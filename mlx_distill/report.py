@@ -7,7 +7,7 @@ look is in `report.html.jinja`; its curves are placed by `charts.py`.
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from mlx_distill import charts
 from mlx_distill.charts import Chart, Series, line_chart, number, smoothed
 from mlx_distill.errors import NotFound, RunError
 from mlx_distill.evaluate import Difference, Score, compare, retention
-from mlx_distill.kept_run import SEGMENTS, Compared, Run, method_of, read_run
+from mlx_distill.kept_run import SEGMENTS, Compared, Run, kl_before_after, method_of, read_run
 from mlx_distill.recipe import Recipe
 
 TEMPLATE = "report.html.jinja"
@@ -104,7 +104,7 @@ def _solved(run: Run) -> str:
 def _headline_of_one(run: Run) -> str:
     student, base, teacher = (run.scores.get(model) for model in ("student", "base", "teacher"))
     if student is None:
-        first, last = _before_after(run, _supervised_kl(run))
+        first, last = kl_before_after(run)
         if first is None or last is None:
             return f"{run.name} has not been scored."
         return (f"{run.name} has not been scored; its validation KL to the teacher went from "
@@ -237,19 +237,7 @@ def _models(run: Run) -> list[tuple[str, str, Score]]:
 
 def _kl(run: Run) -> list[str]:
     """KL to the teacher on held-out tokens of the supervised segments, before and after, as text."""
-    return [number(value) if value is not None else DASH for value in _before_after(run, _supervised_kl(run))]
-
-
-def _supervised_kl(run: Run) -> Callable[[dict], float | None]:
-    """A validation row's KL over the tokens of the segments that the recipe supervises."""
-    names = run.recipe.get("objective", {}).get("segments") or SEGMENTS
-
-    def mean(row: dict) -> float | None:
-        pairs = [(row[f"kl_{name}"], row[f"tokens_{name}"]) for name in names if f"kl_{name}" in row and f"tokens_{name}" in row]
-        tokens = sum(count for _, count in pairs)
-        return sum(value * count for value, count in pairs) / tokens if tokens else None
-
-    return mean
+    return [number(value) if value is not None else DASH for value in kl_before_after(run)]
 
 
 # numbers of a run
@@ -257,14 +245,6 @@ def _supervised_kl(run: Run) -> Callable[[dict], float | None]:
 
 def _column(rows: Sequence[dict], name: str) -> list[float]:
     return [value for _, value in charts.finite(range(len(rows)), [row.get(name) for row in rows])]
-
-
-def _before_after(run: Run, value: Callable[[dict], float | None]) -> tuple[float | None, float | None]:
-    """A value of validation rows before training (step 0) and at the step whose weights became the student (else the last)."""
-    known = dict(charts.finite([row["step"] for row in run.validation], [value(row) for row in run.validation]))
-    exported = _known(run.manifest.get("exported_step"))
-    last = known[max(known)] if known else None
-    return known.get(0.0), last if exported is None else known.get(exported)
 
 
 def _known(value: Any) -> float | None:

@@ -123,6 +123,17 @@ class RunFolder:
                 raise RunError(f"{self.path} is in use by another mlx-distill process: wait for it or choose another run.name") from None
             yield
 
+    def in_use(self) -> bool:
+        """Whether a process holds the folder now."""
+        try:
+            with (self.path / "run.lock").open("a+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
     # small files
 
     def write_text(self, name: str, text: str) -> None:

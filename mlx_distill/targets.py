@@ -127,6 +127,15 @@ class TeacherCache:
         self._records: dict[str, list[Record]] = {}
         self.refresh()
 
+    @classmethod
+    def at(cls, path: Path) -> "TeacherCache":
+        """The cache that lies in a folder; raises `CacheError` where none does."""
+        try:
+            fields = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["fields"]
+            return cls(path.parent, CacheFields(**fields))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"{path} holds no teacher cache of this version ({error!r})") from None
+
     def refresh(self) -> None:
         """See what other processes have written since. Raises `CacheError` if the manifest is not of these fields."""
         manifest = self.path / "manifest.json"

@@ -1,0 +1,260 @@
+"""A sweep: many runs of one recipe, which share one teacher pass and end in one table and one page.
+
+In: `Sweep`s with their points. Out: a folder for each, and the run folders. Decided here: what runs when and what becomes of a
+failure. Runs are ordinary run folders made by `mlx-distill run`, each in a process of its own; a sweep that is started again goes
+on where it stopped.
+
+    FOLDER/     recipes/RUN.toml  logs/RUN.log  results.csv  report.md  report.html  best/budget-0.50.toml
+    RUNS/RUN/   a run folder
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mlx_distill.data.prepare import prepare
+from mlx_distill.errors import DistillError, RecipeError, RunError
+from mlx_distill.evaluate import Score
+from mlx_distill.hub import load_tokenizer, model_folder
+from mlx_distill.jobs import Ended, Job, side_by_side
+from mlx_distill.kept_run import Run, kl_before_after, read_run
+from mlx_distill.memory import this_machine
+from mlx_distill.plan import make_plan, read_config
+from mlx_distill.report import duration, percent
+from mlx_distill.run_dir import RunFolder
+from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, write_rows
+from mlx_distill.sweep_file import Point, Sweep, with_values
+from mlx_distill.sweep_report import Swept, write_report
+from mlx_distill.targets import TeacherCache
+from mlx_distill.view import View
+
+STOPPED = 130  # the exit code of a run that saved and stopped on Ctrl-C
+
+
+def sweep(sweeps: Sequence[Sweep], view: View, backend: str = "auto", at_once: int = 1) -> list[Path]:
+    """Run what is missing of some sweeps, `at_once` runs side by side, each sweep to its report; returns the reports' paths.
+
+    Raises `RunError` before anything runs if a folder holds another recipe's run, and in the end if a run failed; then, and
+    before the `KeyboardInterrupt` of a Ctrl-C, the reports of what there is have been written.
+    """
+    points = _distinct(sweeps)
+    for point in points.values():
+        _refuse_changed(point)
+    with ExitStack() as stack:
+        for one in sweeps:
+            one.folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(RunFolder(one.folder).locked())
+        queue = Queue(sweeps, points, view, backend, at_once)
+        try:
+            queue.run()
+        finally:
+            reports = [write_results(one, queue.troubles) for one in sweeps]
+            for path in reports:
+                view.say(f"report: {path}")
+    if queue.troubles:
+        path, trouble = next(iter(queue.troubles.items()))
+        raise RunError(f"{len(queue.troubles)} of {len(points)} runs failed, the others are kept; {path}: {trouble}; "
+                       "the same command tries again")
+    return reports
+
+
+def _distinct(sweeps: Sequence[Sweep]) -> dict[Path, Point]:
+    """Each run once, by its folder; if any sweep has it score the teacher or the base, it does."""
+    points: dict[Path, Point] = {}
+    for point in (point for one in sweeps for point in one.points):
+        path = point.folder.path
+        other = points.setdefault(path, point)
+        if other.recipe.digest() != point.recipe.digest():
+            changes = "; ".join(other.recipe.differences(point.recipe))
+            raise RecipeError(f"{path} would hold two different runs ({changes}): give these sweeps different folders for their runs")
+        if point.scored > other.scored:
+            points[path] = point
+    return points
+
+
+def _refuse_changed(point: Point) -> None:
+    folder = point.folder
+    if (folder.path / "recipe.toml").exists() and (changes := folder.recipe().differences(point.recipe)):
+        raise RunError(f"{folder.path} holds a run of another recipe ({'; '.join(changes)}): the sweep was changed since; "
+                       "name another folder for its runs, or delete this run")
+
+
+class Queue:
+    """The runs that are missing, in order, after one teacher pass for all of them; `troubles` says which failed, and why."""
+
+    def __init__(self, sweeps: Sequence[Sweep], points: dict[Path, Point], view: View, backend: str, at_once: int):
+        self.sweeps, self.points, self.view, self.backend, self.at_once = sweeps, points, view, backend, at_once
+        self.missing = [point for point in points.values() if not point.done]
+        self.troubles: dict[Path, str] = {}
+        self._left = len(self.missing)
+
+    def run(self) -> None:
+        before = len(self.points) - len(self.missing)
+        self.view.say(f"{len(self.points)} runs" + (f", {before} of them done before" if before else ""))
+        if not self.missing:
+            return
+        self._teach()
+        by_job = {self._job(point): point for point in self.missing}
+        memory = this_machine(self.backend).memory_bytes if self.at_once > 1 else 0
+        progress = self.view.count("runs", len(by_job))
+        for ended in side_by_side(list(by_job), self.at_once, memory, self.view.say):
+            if ended.code != STOPPED:
+                self._account(by_job[ended.job], ended)
+                progress(1)
+
+    def _account(self, point: Point, ended: Ended) -> None:
+        self._left -= 1
+        if ended.trouble:
+            self.troubles[point.folder.path] = ended.trouble
+            self.view.say(f"{point.name}: failed: {ended.trouble}")
+        else:
+            row = student_row(point)
+            self.view.say(f"{point.name}: {percent(row.accuracy)}, {duration(ended.seconds)}, "
+                          f"{self._left} runs left")
+        for one in self.sweeps:
+            if any(other.folder.path == point.folder.path for other in one.points):
+                write_results(one, self.troubles)
+
+    # the teacher
+
+    def _teach(self) -> None:
+        """One pass over all sequences that any of the missing runs needs. Where it fails, each run asks for what it lacks itself."""
+        recipes = {}
+        for point in self.missing:
+            recipe = point.recipe
+            if recipe.teacher.cache != "off":
+                what = [table.model_dump(mode="json") for table in (recipe.teacher, recipe.data, recipe.student)]
+                recipes.setdefault(json.dumps([*what, recipe.run.seed]), self._recipe_file(point))
+        if not recipes:
+            return
+        folder = self.sweeps[0].folder
+        self.view.say("asking the teacher once for all of them")
+        job = Job("teacher", ("teach", *map(str, recipes.values()), "--backend", self.backend), folder / "logs" / "teacher.log")
+        for ended in side_by_side([job]):
+            if ended.trouble:
+                self.view.say(f"note: the teacher pass failed, so each run makes what it lacks: {ended.trouble}")
+            for one in self.sweeps:
+                results = RunFolder(one.folder)
+                seconds = results.read_json("teacher.json").get("seconds", 0) + ended.seconds
+                results.write_json("teacher.json", {"seconds": seconds})
+
+    # the jobs
+
+    def _job(self, point: Point) -> Job:
+        log = self._home(point) / "logs" / f"{point.name}.log"
+        arguments = ("run", str(self._recipe_file(point)), "--backend", self.backend)
+        peak = peak_bytes(point, self.backend) if self.at_once > 1 else 0.0
+        return Job(point.name, arguments, log, peak, point.folder.in_use)
+
+    def _recipe_file(self, point: Point) -> Path:
+        path = self._home(point) / "recipes" / f"{point.name}.toml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(point.recipe.toml(), encoding="utf-8")
+        return path
+
+    def _home(self, point: Point) -> Path:
+        """The folder of the first sweep that the run belongs to."""
+        return next(one.folder for one in self.sweeps if any(other.folder.path == point.folder.path for other in one.points))
+
+
+def peak_bytes(point: Point, backend: str) -> float:
+    """What the plan expects a run to need; 0 for a model whose cost cannot be planned, or data that the run itself will refuse."""
+    recipe = point.recipe
+    try:
+        student = model_folder(recipe.student.model, recipe.student.revision)
+        teacher = read_config(model_folder(recipe.teacher.model, recipe.teacher.revision)) if recipe.teacher.model else None
+        prepared = prepare(recipe, load_tokenizer(student))
+        return make_plan(recipe, prepared, teacher, read_config(student), this_machine(backend), advise=False).peak.total
+    except DistillError:
+        return 0.0
+
+
+# the results
+
+
+def write_results(one: Sweep, troubles: dict[Path, str]) -> Path:
+    """results.csv, report and best recipes of a sweep, from the runs that are there; returns the page's path."""
+    rows = collect(one, troubles)
+    write_rows(rows, one.folder / "results.csv")
+    page = write_report(Swept(one.name, one.file.question, one.axes, one.full, rows, teacher_pass(one)), one.folder)
+    _write_best(one, rows)
+    return page
+
+
+def collect(one: Sweep, troubles: dict[Path, str]) -> list[Row]:
+    """A row for teacher and base, if they were scored, and one for each run that is done or failed."""
+    rows = []
+    for point in one.points:
+        if point.done:
+            run = read_run(point.folder.path)
+            rows += [_row(run, role, "", {}, point) for role in ("base", "teacher") if role in run.scores]
+            rows.append(student_row(point))
+        elif point.folder.path in troubles:
+            rows.append(Row(point.name, "student", point.label, point.settings, point.recipe.run.seed, troubles[point.folder.path]))
+    return rows
+
+
+def student_row(point: Point) -> Row:
+    """What a finished run says."""
+    run = read_run(point.folder.path)
+    row = _row(run, "student", point.label, point.settings, point)
+    steps, manifest = run.metrics, run.manifest
+    return dataclasses.replace(
+        row, steps=len(steps), exported_step=manifest["exported_step"], tokens_read=sum(step["tokens"] for step in steps),
+        loss_tokens=sum(step["loss_tokens"] for step in steps), flops=manifest["flops"].get("total", 0.0),
+        train_seconds=sum(step["seconds"] for step in steps), peak_bytes=max(step["peak_bytes"] for step in steps),
+        kl=float("nan") if (kl := kl_before_after(run)[1]) is None else kl,
+    )
+
+
+def _row(run: Run, role: str, label: str, settings: dict[str, Any], point: Point) -> Row:
+    """The score of one model of a run."""
+    score, made = run.scores[role], run.manifest
+    return Row(
+        point.name, role, label, settings, point.recipe.run.seed, accuracy=score.accuracy, unfinished=score.unfinished,
+        well_formed=score.well_formed, mean_tokens=score.mean_tokens, backend=made["backend"], device=made["device"],
+        commit=made["git_commit"], problems=_which(score), right=tuple(map(fmean, score.correct.values())),
+    )
+
+
+def _which(score: Score) -> str:
+    return sha256("\n".join(score.correct).encode()).hexdigest()[:12]
+
+
+def teacher_pass(one: Sweep) -> dict[str, Any]:
+    """What the teacher was asked, and what its answers take: sequences, tokens, bytes, seconds; {} where nothing was kept."""
+    names = {(point.recipe.teacher.cache_folder, point.folder.read_json("manifest.json").get("teacher_cache")) for point in one.points}
+    caches = [TeacherCache.at(Path(root).expanduser() / name) for root, name in sorted(names, key=str) if name]
+    if not caches:
+        return {}
+    sizes = [cache.size() for cache in caches]
+    sequences, tokens, size = (sum(column) for column in zip(*sizes, strict=True))
+    return {"sequences": sequences, "tokens": tokens, "bytes": size, **RunFolder(one.folder).read_json("teacher.json")}
+
+
+def _write_best(one: Sweep, rows: list[Row]) -> None:
+    """The recipe of the most accurate condition within each budget, ready to run."""
+    found = conditions(rows)
+    folder = one.folder / "best"
+    folder.mkdir(exist_ok=True)
+    for share in BUDGETS if found else ():
+        best = best_within(found, share)
+        if best:
+            (folder / f"budget-{share:.2f}.toml").write_text(_best_recipe(one, best, share, len(found)), encoding="utf-8")
+
+
+def _best_recipe(one: Sweep, best: Condition, share: float, of: int) -> str:
+    point = next(point for point in one.points if (point.label, point.settings) == (best.label, best.settings))
+    table = one.base.eval
+    recipe = with_values(point.recipe, run={"name": f"{one.name}-budget-{share:.2f}", "folder": one.base.run.folder},
+                         eval={"score_base": table.score_base, "score_teacher": table.score_teacher})
+    sure = best.accuracy
+    return (
+        f"# The most accurate of {of} conditions that cost at most {100 * share:.0f} % of the dearest one's arithmetic: {best.name},\n"
+        f"# {percent(sure.mean)} ({percent(sure.low)} to {percent(sure.high)}, {len(best.rows)} seeds) in the sweep {one.name}.\n\n"
+    ).replace("\u00a0", " ") + recipe.toml()
