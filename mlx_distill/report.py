@@ -7,7 +7,7 @@ look is in `report.html.jinja`; its curves are placed by `charts.py`.
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mlx_distill.charts import Chart, Series, line_chart, number, smoothed
 from mlx_distill.errors import NotFound, RunError
 from mlx_distill.evaluate import Difference, Score, compare, retention
 from mlx_distill.kept_run import SEGMENTS, Compared, Run, kl_before_after, method_of, read_run
+from mlx_distill.markdown import bullets, plain, table
 from mlx_distill.recipe import Recipe
 
 TEMPLATE = "report.html.jinja"
@@ -51,13 +52,19 @@ def report(runs: list[Path], out: Path) -> Report:
     if not runs:
         raise NotFound("no run to report on: name at least one run folder")
     read = [read_run(Path(folder)) for folder in runs]
+    return write(markdown(read), html(read), headline(read), out)
+
+
+def write(markdown: str, html: str, headline: str, out: Path) -> Report:
+    """Put `report.md` and `report.html` into the folder `out`; raises `RunError` where that cannot be done."""
+    written = Report(out / "report.md", out / "report.html", headline)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "report.md").write_text(markdown(read), encoding="utf-8")
-        (out / "report.html").write_text(html(read), encoding="utf-8")
+        written.markdown.write_text(markdown, encoding="utf-8")
+        written.html.write_text(html, encoding="utf-8")
     except OSError as error:
         raise RunError(f"report in {out}: cannot be written ({error.strerror}); choose another folder or free some space") from None
-    return Report(out / "report.md", out / "report.html", headline(read))
+    return written
 
 
 # sentences
@@ -182,11 +189,11 @@ def amount(value: float, unit: str = "") -> str:
 
 def markdown(runs: Sequence[Run]) -> str:
     """The report as Markdown: the headline, a table of scores, a table of cost, the comparisons in words."""
-    scores = _table(
+    scores = table(
         ["run", "model", "accuracy", "95 % interval", "problems", "unfinished", "well formed", "tokens an answer"],
         [row for run in runs for row in _score_cells(run)], "llrrrrrr",
     )
-    cost = _table(
+    cost = table(
         ["run", "steps", "tokens", "time", "peak memory", "FLOPs", "KL before", "KL after"],
         [[run.name, *(facts[key] for key in ("steps", "tokens", "time", "memory", "flops")), *_kl(run)]
          for run in runs for facts in [cost_of(run)]], "lrrrrrrr",
@@ -194,28 +201,14 @@ def markdown(runs: Sequence[Run]) -> str:
     lines = leads(runs) if len(runs) == 1 else leads(runs) + [sentence for run in runs for sentence in subline(run)]
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes.values()]
     blocks = [f"# {headline(runs)}", *lines, "## Scores", scores, "## Cost", cost, *(["## Missing"] if notes else []),
-              *([_bullets(notes)] if notes else []), INTERVALS]
-    return "\n\n".join(block if block.startswith(("|", "#", "-")) else _plain(block) for block in blocks).replace("\u00a0", " ") + "\n"
+              *([bullets(notes)] if notes else []), INTERVALS]
+    return "\n\n".join(block if block.startswith(("|", "#", "-")) else plain(block) for block in blocks).replace("\u00a0", " ") + "\n"
 
 
 INTERVALS = (
     "Intervals are 95\u00a0% and cover the choice of problems and the sampling of answers, not the choice of a training seed. "
     "A generation without a stop token or without its </think> is unfinished and counts as wrong."
 )
-
-
-def _plain(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
-
-
-def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {_plain(line)}" for line in lines)
-
-
-def _table(head: list[str], rows: list[list[str]], align: str) -> str:
-    rule = ["---:" if side == "r" else "---" for side in align]
-    cells = [[_plain(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *cells])
 
 
 def _score_cells(run: Run) -> list[list[str]]:
@@ -340,19 +333,29 @@ def overlays(runs: Sequence[Run]) -> list[Chart]:
 
 @dataclass(frozen=True)
 class Bar:
-    """One score to draw: `value`, `low` and `high` in per cent of the track."""
+    """One score to draw."""
 
     label: str
     remark: str
     role: str
     score: Score
-    value: float
-    low: float
-    high: float
+    dots: tuple[float, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        return self.score.accuracy
+
+    @property
+    def low(self) -> float:
+        return self.score.low
+
+    @property
+    def high(self) -> float:
+        return self.score.high
 
 
-def html(runs: Sequence[Run]) -> str:
-    """The report as one page that needs no other file and no network; all text of the runs is escaped."""
+def page(template: str, **content: Any) -> str:
+    """A template of this package filled with `content`: one page that needs no other file and no network, all text escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -360,8 +363,14 @@ def html(runs: Sequence[Run]) -> str:
         trim_blocks=True, lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "points": points, "duration": duration, "number": number}
+    return environment.get_template(template).render(**content)
+
+
+def html(runs: Sequence[Run]) -> str:
+    """The report as one page."""
     several = len(runs) > 1
-    return environment.get_template(TEMPLATE).render(
+    return page(
+        TEMPLATE,
         headline=headline(runs), sentences=leads(runs), views=[_view(run) for run in runs], intervals=INTERVALS, several=several,
         bars=_run_bars(runs) if several else [], overlays=overlays(runs) if several else [],
         rows=[_summary_row(run) for run in runs] if several else [],
@@ -390,7 +399,7 @@ def _bars(run: Run) -> list[Bar]:
     own = [(label, "", role, score) for label, role, score in _models(run)]
     others = [(other.name, other.method, "compared", other.score) for other in run.compared if other.score]
     last = [entry for entry in own if entry[2] == "teacher"]
-    return _placed([*[entry for entry in own if entry[2] != "teacher"], *others, *last])
+    return [Bar(*entry) for entry in [*[entry for entry in own if entry[2] != "teacher"], *others, *last]]
 
 
 def _run_bars(runs: Sequence[Run]) -> list[Bar]:
@@ -399,12 +408,7 @@ def _run_bars(runs: Sequence[Run]) -> list[Bar]:
     def remark(run: Run) -> str:
         return run.task if several_tasks else "" if run is runs[0] else method_of(run.recipe, runs[0].recipe)
 
-    return _placed([(run.name, remark(run), role, run.scores["student"]) for run, role in _coloured(runs) if "student" in run.scores])
-
-
-def _placed(entries: list[tuple[str, str, str, Score]]) -> list[Bar]:
-    return [Bar(label, remark, role, score, 100 * score.accuracy, 100 * score.low, 100 * score.high)
-            for label, remark, role, score in entries]
+    return [Bar(run.name, remark(run), role, run.scores["student"]) for run, role in _coloured(runs) if "student" in run.scores]
 
 
 def _differences(run: Run) -> list[tuple[str, Difference]]:

@@ -111,6 +111,11 @@ class Condition:
     rows: tuple[Row, ...]
 
     @property
+    def name(self) -> str:
+        """Its label, else its settings in words."""
+        return self.label or in_words(self.settings) or "as in the recipe"
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         return tuple(row.seed for row in self.rows)
 
@@ -143,6 +148,19 @@ def conditions(rows: Iterable[Row], role: str = "student") -> list[Condition]:
     return [
         Condition(group[0].label, group[0].settings, tuple(sorted(group, key=lambda row: row.seed))) for group in found.values()
     ]
+
+
+def in_words(settings: dict[str, Any]) -> str:
+    """`{"truncation.fraction": 0.5, "objective.segments": ["cot", "answer"]}` → "fraction 0.5, segments cot + answer"."""
+    short = [name.rpartition(".")[2] for name in settings]
+    names = [one if short.count(one) == 1 else name for one, name in zip(short, settings, strict=True)]
+    return ", ".join(f"{name} {_value(value)}" for name, value in zip(names, settings.values(), strict=True))
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " + ".join(map(_value, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 # intervals

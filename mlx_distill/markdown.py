@@ -1,0 +1,23 @@
+"""Markdown: text, lists and tables in which nothing that a user wrote is taken for markup.
+
+In: text. Out: Markdown.
+"""
+
+from collections.abc import Iterable
+
+
+def plain(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return text.replace("\\", "\\\\").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list, its lines escaped."""
+    return "\n".join(f"- {plain(line)}" for line in lines)
+
+
+def table(head: list[str], rows: list[list[str]], align: str) -> str:
+    """A pipe table, its cells escaped; `align` has one letter a column, "l" or "r"."""
+    rule = ["---:" if side == "r" else "---" for side in align]
+    cells = [[plain(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *cells])
