@@ -32,12 +32,12 @@ def read_rows(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def rewrite_section(name: str, text: str) -> None:
-    """Put `text` between the markers of `name` in the README; a README without them gets them at its end."""
+def rewrite_section(name: str, text: str, path: Path = README) -> None:
+    """Put `text` between the markers of `name` in a Markdown file; one without them gets them at its end."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    readme = README.read_text() if README.exists() else "# Benchmarks\n"
-    if start not in readme:
-        readme += f"\n{start}\n{end}\n"
-    before, rest = readme.split(start, 1)
+    content = path.read_text() if path.exists() else "# Benchmarks\n"
+    if start not in content:
+        content += f"\n{start}\n{end}\n"
+    before, rest = content.split(start, 1)
     _, after = rest.split(end, 1)
-    README.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}")
+    path.write_text(f"{before}{start}\n{text.strip()}\n{end}{after}")

@@ -79,13 +79,18 @@ def sweep(
     sweeps: Annotated[list[Path], typer.Argument(metavar="SWEEP…", help="Sweep files, for example recipes/sweeps/fraction.toml.")],
     set_: SetOption = None, backend: BackendOption = "auto",
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side, as far as memory allows.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which runs there are and what each will cost, and run none.")] = False,
 ) -> None:
     """Run a base recipe along axes and seeds with one teacher pass: one table, one page, the best recipe for each budget."""
+    from mlx_distill.sweep import outline
     from mlx_distill.sweep import sweep as run_sweeps
     from mlx_distill.sweep_file import load_sweep
     from mlx_distill.view import View
 
     loaded = [load_sweep(path, tuple(set_ or ())) for path in sweeps]
+    if dry_run:
+        outline(loaded, console, backend)
+        return
     with View(console) as view:
         try:
             run_sweeps(loaded, view, backend, jobs)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+PROGRAM = (sys.executable, "-m", "mlx_distill")
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 POLL_SECONDS = 0.2
 
@@ -78,9 +79,11 @@ def side_by_side(
             yield from _ended(running)
             time.sleep(POLL_SECONDS)
         raise
-    finally:
+    finally:  # whoever reads us has stopped, for whatever reason: nothing is left behind
         for process, _ in running.values():
-            process.terminate()
+            process.send_signal(signal.SIGINT)
+        for process, _ in running.values():
+            process.wait()
 
 
 def _next(waiting: list[Job], running: list[Job], at_once: int, memory_bytes: float, say: Callable[[str], None]) -> Job | None:
@@ -103,7 +106,7 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "mlx_distill", *job.arguments],
+            [*PROGRAM, *job.arguments],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
         )
 

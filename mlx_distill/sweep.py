@@ -17,6 +17,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from mlx_distill.data.prepare import prepare
 from mlx_distill.errors import DistillError, RecipeError, RunError
 from mlx_distill.evaluate import Score
@@ -24,8 +27,8 @@ from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.jobs import Ended, Job, side_by_side
 from mlx_distill.kept_run import Run, kl_before_after, read_run
 from mlx_distill.memory import this_machine
-from mlx_distill.plan import make_plan, read_config
-from mlx_distill.report import duration, percent
+from mlx_distill.plan import Plan, make_plan, read_config
+from mlx_distill.report import DASH, amount, duration, percent
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, write_rows
 from mlx_distill.sweep_file import Point, Sweep, with_values
@@ -91,7 +94,6 @@ class Queue:
         self.sweeps, self.points, self.view, self.backend, self.at_once = sweeps, points, view, backend, at_once
         self.missing = [point for point in points.values() if not point.done]
         self.troubles: dict[Path, str] = {}
-        self._left = len(self.missing)
 
     def run(self) -> None:
         before = len(self.points) - len(self.missing)
@@ -108,14 +110,11 @@ class Queue:
                 progress(1)
 
     def _account(self, point: Point, ended: Ended) -> None:
-        self._left -= 1
         if ended.trouble:
             self.troubles[point.folder.path] = ended.trouble
             self.view.say(f"{point.name}: failed: {ended.trouble}")
         else:
-            row = student_row(point)
-            self.view.say(f"{point.name}: {percent(row.accuracy)}, {duration(ended.seconds)}, "
-                          f"{self._left} runs left")
+            self.view.say(f"{point.name}: {percent(student_row(point).accuracy)} after {duration(ended.seconds)}")
         for one in self.sweeps:
             if any(other.folder.path == point.folder.path for other in one.points):
                 write_results(one, self.troubles)
@@ -148,8 +147,8 @@ class Queue:
     def _job(self, point: Point) -> Job:
         log = self._home(point) / "logs" / f"{point.name}.log"
         arguments = ("run", str(self._recipe_file(point)), "--backend", self.backend)
-        peak = peak_bytes(point, self.backend) if self.at_once > 1 else 0.0
-        return Job(point.name, arguments, log, peak, point.folder.in_use)
+        plan = planned(point, self.backend) if self.at_once > 1 else None
+        return Job(point.name, arguments, log, plan.peak.total if plan else 0.0, point.folder.in_use)
 
     def _recipe_file(self, point: Point) -> Path:
         path = self._home(point) / "recipes" / f"{point.name}.toml"
@@ -162,16 +161,33 @@ class Queue:
         return next(one.folder for one in self.sweeps if any(other.folder.path == point.folder.path for other in one.points))
 
 
-def peak_bytes(point: Point, backend: str) -> float:
-    """What the plan expects a run to need; 0 for a model whose cost cannot be planned, or data that the run itself will refuse."""
+def planned(point: Point, backend: str) -> Plan | None:
+    """A run's plan; None for a model whose cost cannot be planned, or for data that the run itself will refuse."""
     recipe = point.recipe
     try:
-        student = model_folder(recipe.student.model, recipe.student.revision)
-        teacher = read_config(model_folder(recipe.teacher.model, recipe.teacher.revision)) if recipe.teacher.model else None
+        student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
+        teacher = model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False) if recipe.teacher.model else None
         prepared = prepare(recipe, load_tokenizer(student))
-        return make_plan(recipe, prepared, teacher, read_config(student), this_machine(backend), advise=False).peak.total
+        configs = read_config(teacher) if teacher else None, read_config(student)
+        return make_plan(recipe, prepared, *configs, this_machine(backend), advise=False)
     except DistillError:
-        return 0.0
+        return None
+
+
+def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") -> None:
+    """Print which runs there are, what each is planned to cost, and which are done. Runs nothing."""
+    table = Table()
+    for column in ("run", "teacher's answers", "FLOPs", "peak memory", ""):
+        table.add_column(column, justify="right" if column in ("FLOPs", "peak memory") else "left", overflow="fold")
+    total = 0.0
+    for point in _distinct(sweeps).values():
+        plan, teacher = planned(point, backend), point.recipe.teacher
+        asked = "none" if point.recipe.objective.kd_weight == 0 else "live" if teacher.cache == "off" else "kept"
+        cost = (amount(plan.total_flops), amount(plan.peak.total, "B")) if plan else (DASH, DASH)
+        total += plan.total_flops if plan and not point.done else 0.0
+        table.add_row(point.name, asked, *cost, "done" if point.done else "")
+    console.print(table)
+    console.print(f"{amount(total, 'FLOP')} of training are left to do", markup=False, highlight=False)
 
 
 # the results

@@ -208,7 +208,7 @@ class _Builder:
         except RecipeError as error:
             what = label or ", ".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
             raise RecipeError(f"{error} (at {what})") from None
-        return Point(label, settings, with_values(recipe, run={"name": run_name(recipe, self.base), "folder": self.runs}))
+        return Point(label, settings, with_values(recipe, run={"name": run_name(recipe, self.base, settings), "folder": self.runs}))
 
     def _cached_where_it_serves(self, tables: dict[str, Any], insist: bool) -> Recipe:
         """The recipe with the teacher's cache that the tables ask for, or without one where none can serve it."""
@@ -228,14 +228,16 @@ def with_values(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
     return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=values) for name, values in tables.items()})
 
 
-def run_name(recipe: Recipe, base: Recipe) -> str:
-    """What a run's folder is called: the fields in which it differs from the base, and its seed; the same in every sweep of this base."""
+def run_name(recipe: Recipe, base: Recipe, settings: Settings) -> str:
+    """What a run's folder is called: the fields in which it differs from the base, and its seed; the same in every sweep of this base.
+
+    How the teacher's answers are kept is a part of it only where the settings ask for it."""
     ours, theirs = (one.model_dump(mode="json", exclude=OUTSIDE_DIGEST) for one in (recipe, base))
     tables_of = Counter(name for fields in ours.values() for name in fields)
     changed = [
         f"{name if tables_of[name] == 1 else f'{table}.{name}'}={_slug(value)}"
         for table, fields in ours.items() for name, value in fields.items()
-        if value != theirs[table][name] and (table, name) != ("run", "seed") and name not in CACHE_FIELDS
+        if value != theirs[table][name] and (table, name) != ("run", "seed") and (name not in CACHE_FIELDS or f"{table}.{name}" in settings)
     ]
     name = "_".join([*changed, f"seed={recipe.run.seed}"])
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_digest(name)}"

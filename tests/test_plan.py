@@ -477,6 +477,6 @@ def test_a_teacher_cache_is_planned_and_spares_the_teacher(kind, settings, tiny_
     live = make_plan(made.model_copy(update={"teacher": TeacherTable(model=made.teacher.model)}), whole, *configs, CPU)
     assert live.cache_bytes == 0 < planned.cache_bytes and planned.disk_bytes == live.disk_bytes + planned.cache_bytes
     assert (planned.peak.teacher == 0) == (kind != "hidden") and planned.peak.total <= live.peak.total
-    pipeline.teach(made, silent(), "mlx")
+    pipeline.teach([made], silent(), "mlx")
     written = sum(file.stat().st_size - 128 for file in tmp_path.rglob("*.npy"))
     assert written <= planned.cache_bytes and (kind == "sampled" or written >= 0.97 * planned.cache_bytes)

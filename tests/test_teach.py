@@ -32,6 +32,12 @@ def loads(monkeypatch) -> list[str]:
     return found
 
 
+def teach(recipe, view, backend):
+    """One recipe's cache."""
+    (folder,) = pipeline.teach([recipe], view, backend)
+    return folder
+
+
 @pytest.fixture
 def ask(tiny_recipe, tmp_path):
     """`run` or `teach` with settings; what it returned and what it said."""
@@ -79,17 +85,30 @@ def test_a_student_of_hidden_states_is_the_live_one(ask, backend, objective):
 
 
 def test_teach_completes_and_says_what_there_is(ask, loads):
-    folder, said = ask(pipeline.teach, "teacher.cache=top_k", "data.train_examples=4")
+    folder, said = ask(teach, "teacher.cache=top_k", "data.train_examples=4")
     assert "8 sequences" in said and loads == ["teacher"]
-    _, said = ask(pipeline.teach, "teacher.cache=top_k")
+    _, said = ask(teach, "teacher.cache=top_k")
     assert "24 sequences" in said and "asking the teacher" in said and loads == ["teacher", "teacher"]
     assert len(list(folder.glob("part-*"))) == 2
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["fields"]["kind"] == "top_k" and manifest["fields"]["top_k"] == 64 and manifest["fields"]["dtype"] == "float16"
-    _, said = ask(pipeline.teach, "teacher.cache=top_k", backend="torch")
+    _, said = ask(teach, "teacher.cache=top_k", backend="torch")
     assert "asking" not in said and loads == ["teacher", "teacher"]
-    _, said = ask(pipeline.teach, "teacher.cache=top_k", "teacher.cache_top_k=5")
+    _, said = ask(teach, "teacher.cache=top_k", "teacher.cache_top_k=5")
     assert "has top_k 64 (asked: 5)" in said and len(loads) == 3
+
+
+def test_recipes_that_share_a_cache_share_one_pass(tiny_recipe, tmp_path, loads):
+    console = Console(file=io.StringIO(), width=200)
+    common = ("teacher.cache=top_k", f"teacher.cache_folder={tmp_path}", "data.train_examples=4")
+    settings = ((), ("run.seed=7",), ("truncation.fraction=1.0",), ("teacher.cache_top_k=3",))
+    recipes = [load_recipe(tiny_recipe, (*common, *more)) for more in settings]
+    with View(console) as view:
+        folders = pipeline.teach(recipes, view, "mlx")
+    assert len(folders) == 2 and loads == ["teacher", "teacher"]
+    ids = [{example for path in folder.glob("part-*/index.json") for example, *_ in json.loads(path.read_text())["examples"]}
+           for folder in folders]
+    assert ids[1] < ids[0] and len(list(folders[0].glob("part-*"))) == 1
 
 
 def test_teach_killed_between_parts_goes_on(tiny_recipe, command_line, tmp_path, monkeypatch):
@@ -104,8 +123,8 @@ def test_teach_killed_between_parts_goes_on(tiny_recipe, command_line, tmp_path,
 
 
 def test_a_teacher_that_changed_makes_another_cache(ask, loads, tiny_recipe):
-    first, _ = ask(pipeline.teach, "teacher.cache=hidden")
-    second, said = ask(pipeline.teach, "teacher.cache=hidden", f"teacher.model={tiny_recipe.parent}/student")
+    first, _ = ask(teach, "teacher.cache=hidden")
+    second, said = ask(teach, "teacher.cache=hidden", f"teacher.model={tiny_recipe.parent}/student")
     assert first != second and "teacher_fingerprint" in said and loads == ["teacher", "student"]
 
 

@@ -1,0 +1,282 @@
+"""The small-scale reproduction of the paper: kept rows of three sweeps → its page, its figure and the README's section.
+
+    python benchmarks/findings.py keep runs/reproduction    copy each sweep's results.csv to reproduction/
+    python benchmarks/findings.py write                     tables, figure and sentences from the kept rows
+
+What the paper says is quoted; every number beside it, and whether it agrees, is computed from the rows. The figure needs matplotlib.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from tables import rewrite_section  # noqa: E402
+
+from mlx_distill.report import amount, duration, percent, points  # noqa: E402
+from mlx_distill.study import (  # noqa: E402
+    Condition,
+    Estimate,
+    Row,
+    conditions,
+    difference,
+    gain_retention,
+    read_rows,
+    retention,
+)
+
+KEPT = HERE / "reproduction"
+SWEEPS = ("segments", "fraction", "position")
+TITLE = HERE.parent / "README.md"
+COT, WITHOUT = ("cot", "cot + answer", "prompt + cot", "prompt + cot + answer"), ("answer", "prompt + answer")
+app = typer.Typer(add_completion=False)
+
+
+class Rows:
+    """The three sweeps' conditions, by what they are called here."""
+
+    def __init__(self):
+        kept = {name: read_rows(KEPT / f"{name}.csv") for name in SWEEPS}
+        self.rows: dict[str, list[Row]] = kept
+        self.base = conditions(kept["fraction"], "base")[0]
+        self.teacher = conditions(kept["fraction"], "teacher")[0]
+        self.segments = {" + ".join(one.settings["objective.segments"]): one for one in conditions(kept["segments"])}
+        self.position = {one.label: one for one in conditions(kept["position"])}
+        grid = [one for one in conditions(kept["fraction"]) if not one.label]
+        self.kd, self.ce = (
+            {one.settings["truncation.fraction"]: one for one in grid if (one.settings["objective.kd_weight"] > 0) == taught}
+            for taught in (True, False)
+        )
+        self.matched = next(one for one in conditions(kept["fraction"]) if one.label)
+
+    @property
+    def all_conditions(self) -> list[Condition]:
+        return [*self.segments.values(), *self.kd.values(), *self.ce.values(), self.matched, *self.position.values()]
+
+    @property
+    def runs(self) -> int:
+        return len({row.run for one in self.all_conditions for row in one.rows})
+
+
+# words
+
+
+def share(estimate: Estimate | None) -> str:
+    """An accuracy or a retention with its interval."""
+    return "–" if estimate is None else f"{percent(estimate.mean)} ({percent(estimate.low)} to {percent(estimate.high)})"
+
+
+def gap(estimate: Estimate) -> str:
+    """A difference in points with its interval."""
+    return f"{points(estimate.mean)} points ({points(estimate.low)} to {points(estimate.high)})"
+
+
+def clear(estimate: Estimate) -> bool:
+    """Whether the interval excludes zero."""
+    return estimate.low > 0 or estimate.high < 0
+
+
+def verdict(agrees: bool, doubt: str) -> str:
+    return "agrees" if agrees else doubt
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    align = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, align, *rows]).replace("\u00a0", " ")
+
+
+# findings: (what, the paper, what was measured, verdict)
+
+
+def segments_finding(rows: Rows) -> tuple[str, str, str, str]:
+    full = rows.segments["prompt + cot + answer"]
+    near = {name: difference(one, full) for name, one in rows.segments.items() if name in COT[:3]}
+    cot = rows.segments["cot"]
+    far = {name: difference(cot, rows.segments[name]) for name in WITHOUT}
+    low, high = (pick(rows.segments[name].accuracy.mean for name in COT) for pick in (min, max))
+    measured = (
+        f"with the chain of thought {percent(low)} to {percent(high)}, without it "
+        + " and ".join(f"{percent(rows.segments[name].accuracy.mean)} ({name})" for name in WITHOUT)
+        + f"; before training {percent(rows.base.accuracy.mean)}. Against all three segments: "
+        + ", ".join(f"{name} {gap(d)}" for name, d in near.items())
+    )
+    apart = [name for name, d in near.items() if clear(d)]
+    said = "agrees" if not apart else f"agrees on the gap; {' and '.join(apart)} differ{'s' if len(apart) == 1 else ''} from all three"
+    return ("segments", "CoT ≈ CoT+A ≈ P+CoT ≈ P+CoT+A ≫ A, P+A", measured,
+            said if all(clear(d) and d.mean > 0 for d in far.values()) else "differs")
+
+
+def fraction_finding(rows: Rows) -> tuple[str, str, str, str]:
+    full, half = rows.kd[1.0], rows.kd[0.5]
+    kept, gained = retention(half, full), gain_retention(half, full, rows.base)
+    late, early = difference(full, rows.kd[0.75]), difference(rows.kd[0.5], rows.kd[0.25])
+    measured = (
+        f"at 0.5 {share(kept)} of the accuracy and {share(gained)} of the gain are kept. From 0.75 to 1.0 {gap(late)}, "
+        f"from 0.25 to 0.5 {gap(early)}"
+    )
+    return ("fraction", "the first half keeps about 91 % (abstract v2, v3; 94 % in v1); quality saturates before 1.0", measured,
+            verdict(kept.high >= 0.91 and late.mean < early.mean / 2, "differs"))
+
+
+def position_finding(rows: Rows) -> tuple[str, str, str, str]:
+    first = rows.position["first half"]
+    dropped, read = (difference(first, rows.position[f"last half, context {how}"]) for how in ("dropped", "read"))
+    measured = f"first − last half: {gap(dropped)} with the context dropped, {gap(read)} with the context read"
+    if not (clear(dropped) and dropped.mean > 0):
+        said = "differs"
+    else:
+        said = "agrees, in the fair form too" if clear(read) and read.mean > 0 else "agrees in the paper's form; not clear in the fair one"
+    return ("position", "the left half beats the right half (its right half also loses the prompt and the first half)", measured, said)
+
+
+def cost_finding(rows: Rows) -> tuple[str, str, str, str]:
+    full, half = rows.kd[1.0], rows.kd[0.5]
+    parts = {"training time": "train_seconds", "peak memory": "peak_bytes", "FLOPs": "flops"}
+    ratios = {name: half.cost(field) / full.cost(field) for name, field in parts.items()}
+    measured = ", ".join(f"{name} {percent(ratio)}" for name, ratio in ratios.items()) + " of whole sequences"
+    return ("cost at 0.5", "time, memory and FLOPs fall by about 50 %", measured,
+            verdict(all(0.4 <= ratio <= 0.6 for ratio in ratios.values()), "differs in part"))
+
+
+def matched_finding(rows: Rows) -> tuple[str, str, str, str]:
+    full, half = difference(rows.matched, rows.kd[1.0]), difference(rows.matched, rows.kd[0.5])
+    measured = f"{share(rows.matched.accuracy)}: {gap(full)} against all the tokens of once, {gap(half)} against half of them"
+    return ("token-matched", "half the tokens of twice the examples: named as open", measured,
+            ("better" if full.mean > 0 else "worse") + " than whole sequences" if clear(full) else "no clear difference")
+
+
+def kd_finding(rows: Rows) -> tuple[str, str, str, str]:
+    gaps = {fraction: difference(rows.kd[fraction], rows.ce[fraction]) for fraction in rows.kd}
+    measured = "KD − CE: " + ", ".join(f"{gap(d)} at {fraction:g}" for fraction, d in gaps.items())
+    helps = [f"{fraction:g}" for fraction, d in gaps.items() if clear(d) and d.mean > 0]
+    return ("teacher or none", "trains with both terms; CE alone is not its subject", measured,
+            f"the teacher helps at {', '.join(helps)}" if helps else "no clear difference")
+
+
+FINDINGS = (segments_finding, fraction_finding, position_finding, cost_finding, matched_finding, kd_finding)
+
+
+# tables
+
+
+def accuracy_table(found: dict[str, Condition], full: Condition, base: Condition) -> str:
+    def row(name: str, one: Condition) -> list[str]:
+        d = difference(one, full)
+        return [name, str(len(one.rows)), share(one.accuracy), "–" if one is full else gap(d), share(retention(one, full)),
+                share(gain_retention(one, full, base)), f"{one.cost('kl'):.3f}", amount(one.cost("tokens_read")),
+                amount(one.cost("flops"), "FLOP"), percent(one.cost("flops") / full.cost("flops")), duration(one.cost("train_seconds")),
+                amount(one.cost("peak_bytes"), "B")]
+
+    head = ["", "seeds", "accuracy", "against full", "of full's accuracy", "of full's gain", "KL", "tokens", "arithmetic", "of full's",
+            "training", "peak memory"]
+    return table(head, [row(name, one) for name, one in found.items()])
+
+
+def page(rows: Rows) -> str:
+    """The tables of every condition."""
+    one = rows.kd[1.0].rows[0]
+    fractions = {f"fraction {f:g}, KD": c for f, c in rows.kd.items()} | {f"fraction {f:g}, CE alone": c for f, c in rows.ce.items()}
+    fractions |= {"token-matched: half of twice the examples, KD": rows.matched}
+    seeds = sorted({row.seed for one in rows.all_conditions for row in one.rows})
+    return "\n\n".join((
+        f"{rows.runs} runs, seeds {', '.join(map(str, seeds))}, {len(one.right)} held-out problems, {one.backend} on {one.device}, commit "
+        f"{one.commit}. Before training: {share(rows.base.accuracy)}; teacher: {share(rows.teacher.accuracy)}. Intervals are 95 % over "
+        "seeds and problems (crossed), differences paired by both; costs are of the training steps, means over seeds.",
+        "## Segments (whole sequences)", accuracy_table(rows.segments, rows.segments["prompt + cot + answer"], rows.base),
+        "## Fraction, with the teacher and without", accuracy_table(fractions, rows.kd[1.0], rows.base),
+        "## Position (half of the tokens)", accuracy_table(rows.position, rows.position["all tokens"], rows.base),
+    ))
+
+
+def section(rows: Rows) -> str:
+    """The README's table, a row a finding."""
+    return table(["", "the paper", "measured here", ""], [list(find(rows)) for find in FINDINGS]).replace("---:", "---")
+
+
+# the figure
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Accuracy over the fraction with bands, and bars of the segments and of the positions, on one scale."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "mlx-distill", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.9), sharey=True, layout="constrained", width_ratios=(1.5, 1, 1))
+    _fractions(panels[0], rows)
+    segments = {name.replace("prompt", "P").replace("cot", "CoT").replace("answer", "A").replace(" ", ""): one
+                for name, one in rows.segments.items()}
+    positions = {name.replace(", context", ",\ncontext"): one for name, one in rows.position.items()}
+    _bars(panels[1], segments, "which segments carry loss", rows.base)
+    _bars(panels[2], positions, "which half carries loss", rows.base)
+    panels[0].set(ylim=(0, 1.02), ylabel="held-out problems solved")
+    panels[0].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    pyplot.close(figure)
+
+
+BLUE, ORANGE, GREEN, GREY = "#2559ab", "#c06a14", "#1c8068", "#75828f"
+
+
+def _fractions(axes, rows: Rows) -> None:
+    for found, label, colour in ((rows.kd, "with the teacher", BLUE), (rows.ce, "cross-entropy alone", ORANGE)):
+        places, sure = list(found), [one.accuracy for one in found.values()]
+        axes.fill_between(places, [e.low for e in sure], [e.high for e in sure], color=colour, alpha=0.15, linewidth=0)
+        axes.plot(places, [e.mean for e in sure], color=colour, marker="o", markersize=4, label=label)
+        axes.plot([f for f, one in found.items() for _ in one.rows], [row.accuracy for one in found.values() for row in one.rows],
+                  color=colour, marker=".", markersize=3, linestyle="", alpha=0.6)
+    sure = rows.matched.accuracy
+    axes.errorbar([0.5], [sure.mean], [[sure.mean - sure.low], [sure.high - sure.mean]], color=GREEN, marker="D", markersize=4, capsize=3,
+                  label="half of twice the examples")
+    _before(axes, rows.base)
+    axes.set(xlabel="fraction of the tokens kept", xlim=(0, 1.05), title="how much of the sequence")
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
+
+
+def _bars(axes, found: dict[str, Condition], title: str, base: Condition) -> None:
+    sure = [one.accuracy for one in found.values()]
+    means = [e.mean for e in sure]
+    spread = [[e.mean - e.low for e in sure], [e.high - e.mean for e in sure]]
+    axes.bar(range(len(found)), means, color=BLUE, alpha=0.8, width=0.65, yerr=spread, error_kw={"capsize": 3, "elinewidth": 1})
+    axes.set_xticks(range(len(found)), found, rotation=40, ha="right", fontsize=8)
+    axes.set_title(title)
+    _before(axes, base)
+
+
+def _before(axes, base: Condition) -> None:
+    axes.axhline(base.accuracy.mean, color=GREY, linestyle=":", linewidth=1)
+    axes.annotate("before training", (1, base.accuracy.mean), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                  textcoords="offset points", ha="right", color=GREY, fontsize=7)
+
+
+# commands
+
+
+@app.command()
+def keep(folder: Annotated[Path, typer.Argument(help="Where the sweeps' folders lie.")] = Path("runs/reproduction")) -> None:
+    """Copy each sweep's rows."""
+    for name in SWEEPS:
+        shutil.copy(folder / name / "results.csv", KEPT / f"{name}.csv")
+
+
+@app.command()
+def write() -> None:
+    """Tables, figure and the README's section."""
+    rows = Rows()
+    draw(rows, KEPT / "findings.svg")
+    rewrite_section("reproduction", page(rows), KEPT / "README.md")
+    rewrite_section("findings", section(rows), TITLE)
+    for find in FINDINGS:
+        print(*find(rows), sep="\n  ")
+
+
+if __name__ == "__main__":
+    app()

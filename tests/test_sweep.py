@@ -1,0 +1,134 @@
+"""`mlx-distill sweep`, end to end on tiny models, each run in a process of its own: results, failures, kills, sharing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlx_distill import study
+from mlx_distill.recipe import load_recipe
+from mlx_distill.report import amount
+from mlx_distill.run_dir import RunFolder
+from mlx_distill.sweep import collect, planned, teacher_pass
+from mlx_distill.sweep_file import load_sweep
+
+SWEEP = """
+question = "What does the fraction do?"
+recipe = "{recipe}"
+folder = "{out}/{name}"
+runs = "{out}/runs"
+
+[set]
+optim.steps = 2
+run.checkpoint_every = 0
+run.validate_every = 0
+teacher.cache = "hidden"
+teacher.cache_folder = "{out}/cache"
+"""
+FRACTIONS = "[axes]\ntruncation.fraction = [0.5, 1.0]\n"
+BAD = '[[arms]]\nname = "too fast"\noptim.learning_rate = 1e30\n'
+
+
+@pytest.fixture
+def write(tiny_recipe, tmp_path):
+    def write(text: str, name: str = "mine") -> Path:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(SWEEP.format(recipe=tiny_recipe, out=tmp_path, name=name) + text)
+        return path
+
+    return write
+
+
+def rows_of(path: Path) -> dict[str, study.Row]:
+    return {row.run if row.role == "student" else row.role: row for row in study.read_rows(path.with_suffix("") / "results.csv")}
+
+
+def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_path):
+    path = write(FRACTIONS + BAD)
+    result = command_line("sweep", path, "--jobs", "2", "--backend", "mlx")
+    assert result.code == 2 and "Traceback" not in result.out + result.err
+    (line,) = result.err.strip().splitlines()
+    assert "1 of 3 runs failed, the others are kept" in line and "learning_rate=1e+30_seed=42: step 2: the gradient norm is" in line
+    assert "report: " in result.out and (tmp_path / "mine" / "report.html").exists()
+
+    rows = rows_of(path)
+    assert set(rows) == {"seed=42", "fraction=1.0_seed=42", "learning_rate=1e+30_seed=42", "base", "teacher"}
+    half, whole, bad = rows["seed=42"], rows["fraction=1.0_seed=42"], rows["learning_rate=1e+30_seed=42"]
+    run = RunFolder(tmp_path / "runs" / half.run)
+    logged = run.rows("metrics.jsonl")
+    assert half.settings == {"truncation.fraction": 0.5} and half.status == study.DONE and len(half.right) == 4
+    assert half.tokens_read == sum(row["tokens"] for row in logged) < whole.tokens_read
+    assert half.flops == pytest.approx(sum(sum(row["flops"].values()) for row in logged)) and half.flops < whole.flops
+    assert half.train_seconds == pytest.approx(sum(row["seconds"] for row in logged))
+    assert half.kl == pytest.approx(run.rows("validation.jsonl")[-1]["kl_cot"])
+    assert half.accuracy == run.read_json("eval.json")["scores"]["student"]["accuracy"] == np.mean(half.right)
+    assert bad.label == "too fast" and bad.status.startswith("step 2: the gradient norm") and bad.right == ()
+
+    assert "asking the teacher 24/24" in (tmp_path / "mine" / "logs" / "teacher.log").read_text()
+    for name in (half.run, whole.run):
+        assert "asking the teacher" not in (tmp_path / "mine" / "logs" / f"{name}.log").read_text()
+    kept = teacher_pass(load_sweep(path))
+    assert kept["sequences"] == 24 and kept["tokens"] > 0 and kept["bytes"] > 0 and kept["seconds"] > 0
+
+    best = load_recipe(tmp_path / "mine" / "best" / "budget-1.00.toml")
+    assert best.run.name == "mine-budget-1.00" and best.optim.steps == 2 and best.eval.score_base
+    assert "tiny/report.html" not in result.out
+
+    again = command_line("sweep", path, "--backend", "mlx")  # tries the failed one alone
+    assert again.code == 2 and "3 runs, 2 of them done before" in again.out and again.out.count(" after ") == 0
+
+
+@pytest.mark.parametrize(("signals", "code"), [(["KILL"], -9), (["INT"], 130)])
+def test_a_sweep_that_was_stopped_goes_on(write, command_line, tmp_path, signals, code):
+    """Stopped after its first run; the child beside it may still be at work when the sweep is started again."""
+    path = write(FRACTIONS)
+    words = ("sweep", path, "--jobs", "2", "--backend", "mlx")
+    stopped = command_line(*words, at="mlx_distill.sweep:student_row", when="after", signals=signals)
+    assert stopped.code == code, stopped.err
+    if code == 130:
+        assert "report: " in stopped.out and "The same command continues" in stopped.out and rows_of(path)
+    result = command_line(*words)
+    assert result.code == 0, result.err
+    rows = rows_of(path)
+    assert {row.status for row in rows.values()} == {study.DONE} and len(rows) == 4
+    assert not list((tmp_path / "runs").glob("*/checkpoints/.*.tmp"))
+
+
+def test_sweeps_over_one_folder_share_runs_and_one_teacher_pass(write, command_line, tmp_path):
+    one, two = write(FRACTIONS, "one"), write("[axes]\nobjective.segments = [['cot'], ['answer']]\n", "two")
+    result = command_line("sweep", one, two, "--backend", "mlx", "--set", "truncation.fraction=1.0")
+    assert result.code == 0 and "3 runs" in result.out, result.err
+    assert rows_of(one)["seed=42"].right == rows_of(two)["seed=42"].right
+    assert rows_of(one)["seed=42"].settings == {"truncation.fraction": 1.0}
+    assert rows_of(two)["seed=42"].settings == {"objective.segments": ["cot"]}
+    manifests = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/manifest.json")]
+    assert len({manifest["teacher_cache"] for manifest in manifests}) == 1 and len(manifests) == 3
+    assert len(list((tmp_path / "cache").glob("*/part-*"))) == 1
+
+    changed = write(FRACTIONS.replace("[axes]", "data.train_examples = 9\n[axes]"), "one")
+    refused = command_line("sweep", changed, "--set", "truncation.fraction=1.0")
+    assert refused.code == 2 and "holds a run of another recipe (data.train_examples: 0 → 9)" in refused.err
+    clash = command_line("sweep", one, two)  # one base, but the override of before is missing: nothing is overwritten
+    assert clash.code == 2 and len(clash.err.strip().splitlines()) == 1
+
+
+def test_two_sweeps_that_would_overwrite_each_other_are_refused(write, command_line):
+    one, two = write("optim.warmup_fraction = 0.0\n" + FRACTIONS, "one"), write("optim.warmup_fraction = 0.5\n" + FRACTIONS, "two")
+    result = command_line("sweep", one, two)
+    assert result.code == 2 and "would hold two different runs (optim.warmup_fraction: 0.0 → 0.5)" in result.err
+
+
+def test_what_a_run_needs_is_planned_and_told_before_anything_runs(write, command_line, tmp_path):
+    path = write("[axes]\nbatch.micro_batch_size = [1, 4]\nobjective.kd_weight = [0.5, 0.0]\n")
+    plans = [planned(point, "mlx") for point in load_sweep(path).points]
+    assert 0 < plans[0].peak.total < plans[2].peak.total and plans[0].total_flops > plans[1].total_flops
+    result = command_line("sweep", path, "--dry-run")
+    assert result.code == 0 and f"{amount(sum(plan.total_flops for plan in plans), 'FLOP')} of training are left" in result.out
+    assert "kept" in result.out and "none" in result.out and not (tmp_path / "mine").exists()
+    (broken,) = load_sweep(write("[axes]\ndata.source = ['nowhere.jsonl']\n")).points
+    assert planned(broken, "mlx") is None
+
+
+def test_nothing_run_yet_is_an_empty_result(write):
+    assert collect(load_sweep(write(FRACTIONS)), {}) == [] and teacher_pass(load_sweep(write(FRACTIONS))) == {}
