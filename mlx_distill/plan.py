@@ -216,10 +216,10 @@ def make_plan(
         examples=len(prepared.train), steps=work.steps, global_batch_size=table.global_batch_size, micro_batch_size=table.micro_batch_size,
         longest=max(micro.length for micro in work.training), tokens_before=tuple(map(int, before.tokens)),
         tokens_after=tuple(map(int, after.tokens)), tokens_read=int(work.lengths.sum()), loss_tokens=int(work.positions.sum()),
-        flops=work.flops(partial(
+        flops=_without_kept(recipe.teacher, work.flops(partial(
             training_flops, teacher=teacher.shape if memory.teaches else None, student=student.shape, full=memory.full,
             checkpointing=recipe.student.gradient_checkpointing, adapters=adapters,
-        )),
+        ))),
         moments=tuple(memory.moments(work.training, work.validation, accumulates)), memory_bytes=machine.memory_bytes,
         checkpoint_bytes=FLOAT * (trainable + memory.optimizer_numbers()), checkpoints=kept_checkpoints(recipe.run, work.steps),
         student_bytes=student.parameters * saved + (0 if memory.full else 2 * FLOAT * trainable),  # adapters in two layouts
@@ -231,6 +231,11 @@ def make_plan(
     changes = _changes(recipe, prepared, plan, again, machine)
     together = _together(recipe, prepared, plan, again, changes)
     return replace(plan, changes=tuple(c for _, c in changes), together=together, largest=_largest(recipe, prepared, plan, again))
+
+
+def _without_kept(table: TeacherTable, flops: dict[str, float]) -> dict[str, float]:
+    """A teacher's hidden states that are kept cost no pass through its trunk."""
+    return {part: value for part, value in flops.items() if part != "teacher" or table.cache != "hidden"}
 
 
 def cache_bytes(table: TeacherTable, prepared: Prepared, teacher: Dense, machine: Machine) -> int:

@@ -298,12 +298,12 @@ def build_recipe(tables: dict[str, Any], path: Path) -> Recipe:
     return recipe
 
 
-def read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """A file's content; raises `NotFound` with the nearest name there is, or `RecipeError`."""
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes/ has examples"
-        raise NotFound(f"no recipe at {path}{hint}")
+        raise NotFound(f"no {what} at {path}{hint}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

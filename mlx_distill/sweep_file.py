@@ -135,7 +135,7 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> Sweep:
 
 
 def _read(path: Path) -> SweepFile:
-    content = read_toml(path)
+    content = read_toml(path, "sweep")
     for key in content:
         if key not in SweepFile.model_fields:
             raise RecipeError(f"{path}: a sweep has no {key!r}{near(key, SweepFile.model_fields)}")

@@ -476,6 +476,7 @@ def test_a_teacher_cache_is_planned_and_spares_the_teacher(kind, settings, tiny_
     planned = make_plan(made, whole, *configs, CPU)
     live = make_plan(made.model_copy(update={"teacher": TeacherTable(model=made.teacher.model)}), whole, *configs, CPU)
     assert live.cache_bytes == 0 < planned.cache_bytes and planned.disk_bytes == live.disk_bytes + planned.cache_bytes
+    assert "teacher" in live.flops and "teacher" not in planned.flops
     assert (planned.peak.teacher == 0) == (kind != "hidden") and planned.peak.total <= live.peak.total
     pipeline.teach([made], silent(), "mlx")
     written = sum(file.stat().st_size - 128 for file in tmp_path.rglob("*.npy"))
