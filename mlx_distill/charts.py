@@ -224,7 +224,7 @@ def scatter(title: str, unit: str, points: Sequence[Point], x_name: str, x_text:
         return None
     least, most = ordered[0].x, ordered[-1].x
     log = most / least > LOG_RATIO
-    x_marks = log_ticks(least, most) if log else ticks(least if most / 2 < least < most else 0.0, most, 4)
+    x_marks = log_ticks(least, most) if log else ticks(0.0, most, 4)
     y_marks = ticks(min(point.low for point in ordered), max(point.high for point in ordered), 5)
     x_scale, y_scale = Scale(x_marks[0], x_marks[-1], log), Scale(y_marks[0], y_marks[-1])
     places = [(100 * x_scale.place(point.x), 100 * (1 - y_scale.place(point.y))) for point in ordered]

@@ -371,10 +371,9 @@ def best_path(share: float) -> str:
 def failures(found: Findings) -> Table:
     """The runs without a result and why."""
     rows = [
-        [Cell(row.run), Cell(row.label or in_words(row.settings) or row.role), Cell(str(row.seed)), Cell(row.status)]
-        for row in found.failed
+        [Cell(row.run, f"{row.label or in_words(row.settings) or row.role}, seed {row.seed}"), Cell(row.status)] for row in found.failed
     ]
-    return Table(["run", "condition", "seed", "why"], rows, "llrl")
+    return Table(["run", "why"], rows, "ll")
 
 
 # figures

@@ -258,10 +258,10 @@ def test_failed_runs_and_missing_seeds_are_said(tmp_path):
     swept = fail(make_grid(), "run 0-1", "run 9-0", "run 9-1", "run 9-2")
     _, text, markdown = page_of(swept, tmp_path)
     assert "4 runs did not finish" in text and "Failed runs" in text
-    assert "run 0-1 fraction 0.1, kd_weight 0.5 1 OutOfMemory: step 12 does not fit; lower micro_batch_size" in text
+    assert "run 0-1 fraction 0.1, kd_weight 0.5, seed 1 OutOfMemory: step 12 does not fit; lower micro_batch_size" in text
     assert text.count("2 of 3") == 1 and "fraction 0.1, kd_weight 0.5 2 of 3 " in text
     assert len(findings(swept).students) == 12
-    assert "| run 9-2 | fraction 1.0, kd\\_weight 0.0 | 2 | OutOfMemory" in markdown
+    assert "| run 9-2 (fraction 1.0, kd\\_weight 0.0, seed 2) | OutOfMemory" in markdown
 
 
 def test_no_finished_run_is_a_page_that_says_so(tmp_path):
