@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return text.replace("\\", "\\\\").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`")
+    return text.replace("\\", "\\\\").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[")
 
 
 def bullets(lines: Iterable[str]) -> str:

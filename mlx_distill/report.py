@@ -2,7 +2,8 @@
 
 In: run folders, which `kept_run.py` reads. Out: `report.md` and `report.html`. Decided here: what is said in words, every
 such sentence being computed from the runs' files. A part that is missing is named in a line and leaves no number. The page's
-look is in `report.html.jinja`; its curves are placed by `charts.py`.
+look is in `report.html.jinja` and, shared with the page of a sweep, `page.css.jinja` and `page.html.jinja`; its curves are placed by
+`charts.py`.
 """
 
 import json

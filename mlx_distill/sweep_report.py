@@ -35,6 +35,7 @@ from mlx_distill.study import (
 
 TEMPLATE = "sweep.html.jinja"
 ENOUGH = 0.9  # the share of the full condition's accuracy that a headline calls kept
+LESS = 0.9  # the share of its arithmetic from which on there is no saving to speak of
 MATCHED = "token-matched"  # the arm that reads as many tokens as the full condition: a curve of its own, however short
 COSTS = {"flops": "arithmetic", "train_seconds": "time", "peak_bytes": "peak memory"}
 
@@ -186,19 +187,22 @@ def _cheapest_kept(found: Findings) -> Condition | None:
     full = found.full
     for one in pareto_front(found.students) if full else []:
         share = retention(one, full)
-        if one is not full and share and share.mean >= ENOUGH and one.cost("flops") < full.cost("flops"):
+        if one is not full and share and share.mean >= ENOUGH and one.cost("flops") <= LESS * full.cost("flops"):
             return one
     return None
 
 
 def _kept_sentence(found: Findings, one: Condition) -> str:
     """What a condition keeps of the full one, and at what cost."""
-    full = found.full
-    share = full and retention(one, full)
-    if not share or one is full:
-        return f"{found.name(one)} solves {percent(one.accuracy.mean)} ({_interval(one.accuracy)})."
-    cost = f" at {_ratio(one, full, 'flops')} of its arithmetic" if full.cost("flops") else ""
-    return f"{found.name(one)} keeps {percent(share.mean)} of the accuracy of {found.name(full)} ({_interval(share)}){cost}."
+    share = retention(one, found.full)
+    return (f"{found.name(one)} keeps {percent(share.mean)} of the accuracy of {found.name(found.full)} ({_interval(share)}) "
+            f"at {_ratio(one, found.full, 'flops')} of its arithmetic.")
+
+
+def _short_sentence(found: Findings, one: Condition) -> str:
+    """The same of another condition, the full one being named already; "" where they share no seed."""
+    share = retention(one, found.full)
+    return f"{found.name(one)} keeps {percent(share.mean)} ({_range(share)}) at {_ratio(one, found.full, 'flops')}." if share else ""
 
 
 def _difference_sentence(found: Findings, a: Condition, b: Condition) -> str:
@@ -219,9 +223,12 @@ def leads(found: Findings) -> list[str]:
     lines = [f"{said[0].upper()}{said[1:]}."] if said else []
     named = _cheapest_kept(found)
     if named:
-        lines += [_kept_sentence(found, one) for one in pareto_front(found.students) if one not in (named, found.full)]
+        others = [_short_sentence(found, one) for one in pareto_front(found.students) if one not in (named, found.full)]
+        lines += [*filter(None, others)]
     elif found.students and found.swept.full and found.full is None:
         lines.append(f"No finished run has {in_words(found.swept.full)}, so nothing is compared with it.")
+    if found.most_seeds == 1:
+        lines.append("One seed each: the intervals cover other problems only, not another seed.")
     if found.failed:
         lines.append(f"{_counted(len(found.failed), 'run')} did not finish: see Failed runs.")
     return lines
@@ -231,16 +238,17 @@ def notes(found: Findings) -> list[str]:
     """What the intervals and the costs on this page mean."""
     lines = []
     if found.most_seeds == 1:
-        lines.append("Every condition was trained with one seed: the 95\u00a0% intervals cover other problems only, not another seed, "
-                     "which may well give another number.")
+        lines.append("Every condition was trained with one seed: intervals are 95\u00a0% and cover other problems only. How much another "
+                     "seed would change a number, one seed cannot tell.")
     elif found.students:
         lines.append("Intervals are 95\u00a0% and cover another training seed and other problems together: the students of all seeds "
-                     "answer the same problems, so seeds and problems are crossed. Conditions are compared over the seeds and problems that "
-                     "both have, seed by seed and problem by problem.")
+                     "answer the same problems, so seeds and problems are crossed. Conditions are compared over the seeds and problems "
+                     "that both have, seed by seed and problem by problem.")
         if any(len(condition.rows) == 1 for condition in found.students):
             lines.append("Where a condition has one seed, its intervals cover other problems only.")
-    if found.base or found.teacher:
-        lines.append("The student before training and the teacher are one model each: their intervals cover other problems only.")
+    shared = [words for words, model in (("the student before training", found.base), ("the teacher", found.teacher)) if model]
+    if shared:
+        lines.append(f"One model each, so that intervals cover other problems only: {' and '.join(shared)}.")
     if found.students:
         lines.append("Costs are means over seeds and count the training steps alone, without the teacher's shared pass, validation and "
                      "scoring; time is clock time of the training steps.")
@@ -363,10 +371,9 @@ def best_path(share: float) -> str:
 def failures(found: Findings) -> Table:
     """The runs without a result and why."""
     rows = [
-        [Cell(row.run), Cell(row.label or in_words(row.settings) or row.role), Cell(str(row.seed)), Cell(row.status)]
-        for row in found.failed
+        [Cell(row.run, f"{row.label or in_words(row.settings) or row.role}, seed {row.seed}"), Cell(row.status)] for row in found.failed
     ]
-    return Table(["run", "condition", "seed", "why"], rows, "llrl")
+    return Table(["run", "why"], rows, "ll")
 
 
 # figures
