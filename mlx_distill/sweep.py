@@ -32,7 +32,7 @@ from mlx_distill.report import DASH, amount, duration, percent
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, write_rows
 from mlx_distill.sweep_file import Point, Sweep, with_values
-from mlx_distill.sweep_report import Swept, write_report
+from mlx_distill.sweep_report import Swept, best_path, write_report
 from mlx_distill.targets import TeacherCache
 from mlx_distill.view import View
 
@@ -256,12 +256,10 @@ def teacher_pass(one: Sweep) -> dict[str, Any]:
 def _write_best(one: Sweep, rows: list[Row]) -> None:
     """The recipe of the most accurate condition within each budget, ready to run."""
     found = conditions(rows)
-    folder = one.folder / "best"
-    folder.mkdir(exist_ok=True)
+    (one.folder / "best").mkdir(exist_ok=True)
     for share in BUDGETS if found else ():
-        best = best_within(found, share)
-        if best:
-            (folder / f"budget-{share:.2f}.toml").write_text(_best_recipe(one, best, share, len(found)), encoding="utf-8")
+        if best := best_within(found, share):
+            (one.folder / best_path(share)).write_text(_best_recipe(one, best, share, len(found)), encoding="utf-8")
 
 
 def _best_recipe(one: Sweep, best: Condition, share: float, of: int) -> str:
