@@ -33,16 +33,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that ended: its exit code (negative: the signal that killed it) and how long it took."""
+    """A job that ended: its exit code (negative: the signal that killed it) and how long it took; `stopped` if we asked it to."""
 
     job: Job
     code: int
     seconds: float
+    stopped: bool = False
 
     @property
     def trouble(self) -> str:
-        """Why it failed in one line, the last error of its log; "" where it did not."""
-        if self.code == 0:
+        """Why it failed in one line, the last error of its log; "" where it did not, or was asked to stop."""
+        if self.code == 0 or self.stopped:
             return ""
         lines = self.job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         said = [line for line in lines if line.startswith("error")]
@@ -76,7 +77,7 @@ def side_by_side(
         for process, _ in running.values():
             process.send_signal(signal.SIGINT)
         while running:
-            yield from _ended(running)
+            yield from _ended(running, stopped=True)
             time.sleep(POLL_SECONDS)
         raise
     finally:  # whoever reads us has stopped, for whatever reason: nothing is left behind
@@ -111,11 +112,11 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
         )
 
 
-def _ended(running: dict[Job, tuple[subprocess.Popen, float]]) -> Iterator[Ended]:
+def _ended(running: dict[Job, tuple[subprocess.Popen, float]], stopped: bool = False) -> Iterator[Ended]:
     for job, (process, started) in list(running.items()):
         if process.poll() is not None:
             del running[job]
-            yield Ended(job, process.returncode, time.monotonic() - started)
+            yield Ended(job, process.returncode, time.monotonic() - started, stopped and process.returncode != 0)
 
 
 def _environment(at_once: int) -> dict[str, str]:

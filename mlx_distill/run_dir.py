@@ -64,7 +64,7 @@ class RunFolder:
         run._make(recipe)
         return run
 
-    def _has_results(self) -> bool:
+    def has_results(self) -> bool:
         """Whether there is anything that another recipe could not have made; a run that failed before its first step has nothing."""
         return bool(self.student.exists() or self.rows("validation.jsonl") or self.rows("metrics.jsonl") or self.steps())
 
@@ -84,7 +84,7 @@ class RunFolder:
             shutil.rmtree(removed)
 
     def _refuse_changed(self, recipe: Recipe) -> None:
-        if not self._has_results():  # it failed before its first step: whatever it was meant to be, nothing is lost
+        if not self.has_results():  # it failed before its first step: whatever it was meant to be, nothing is lost
             self._remove()
             return
         kept = self.recipe()

@@ -9,6 +9,7 @@ Axes: `S` seeds, `P` problems.
 
 import csv
 import dataclasses
+import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from mlx_distill.errors import DataError, NotFound
 from mlx_distill.evaluate import wilson
 
 DONE = "done"
+MATCHED = "token-matched"  # the label of arms that read as many tokens as whole sequences, of more examples
 BUDGETS = (0.1, 0.25, 0.5, 0.75, 1.0)  # shares of the dearest condition's cost
 
 
@@ -61,20 +63,21 @@ class Row:
     right: tuple[float, ...] = ()
 
 
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """One line a run. `right` is one digit a problem where there was one answer to each, else shares with a blank between."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        for row in rows:
-            whole = all(share in (0.0, 1.0) for share in row.right)
-            right = "".join(str(int(share)) for share in row.right) if whole else " ".join(f"{share:.6g}" for share in row.right)
-            values = dataclasses.asdict(row) | {"settings": json.dumps(row.settings), "right": right}
-            writer.writerow(values.values())
+def rows_text(rows: Sequence[Row]) -> str:
+    """CSV, one line a run. `right` is one digit a problem where there was one answer to each, else shares with a blank between."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([field.name for field in dataclasses.fields(Row)])
+    for row in rows:
+        whole = all(share in (0.0, 1.0) for share in row.right)
+        right = "".join(str(int(share)) for share in row.right) if whole else " ".join(map(repr, row.right))
+        values = dataclasses.asdict(row) | {"settings": json.dumps(row.settings, default=str), "right": right}
+        writer.writerow(values.values())
+    return file.getvalue()
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What `write_rows` wrote; raises `NotFound` or `DataError`."""
+    """What `rows_text` made; raises `NotFound` or `DataError`."""
     if not path.is_file():
         raise NotFound(f"no results at {path}: run the sweep first")
     with path.open(newline="", encoding="utf-8") as file:
@@ -184,8 +187,7 @@ def difference(a: Condition, b: Condition) -> Estimate | None:
     if pair is None:
         return None
     d = pair[0] - pair[1]
-    ones = np.ones((len(d), 1))
-    padded = np.concatenate([d, ones, -ones], axis=1)
+    padded = _padded(d)
     variance, degrees = crossed_variance(padded)
     half, middle = _t(degrees) * np.sqrt(variance), padded.mean()
     return Estimate(float(d.mean()), float(max(-1, middle - half)), float(min(1, middle + half)))
@@ -203,6 +205,12 @@ def gain_retention(a: Condition, full: Condition, base: Condition) -> Estimate |
     return pair and _ratio(pair[0] - base.right.mean(0), pair[1] - base.right.mean(0))
 
 
+def _padded(d: np.ndarray) -> np.ndarray:
+    """Differences [S, P] with one problem of +1 and one of −1 added."""
+    ones = np.ones((len(d), 1))
+    return np.concatenate([d, ones, -ones], axis=1)
+
+
 def _shared(a: Condition, b: Condition) -> tuple[np.ndarray, np.ndarray] | None:
     seeds = [seed for seed in a.seeds if seed in b.seeds]
     if not seeds:
@@ -211,12 +219,13 @@ def _shared(a: Condition, b: Condition) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> Estimate | None:
-    """mean(a) / mean(b) of paired [S, P], its variance that of the linearised ratio (a − R·b) / mean(b)."""
+    """mean(a) / mean(b) of paired [S, P], its variance that of the linearised ratio (a − R·b) / mean(b), two problems added as in
+    `difference`."""
     below = float(b.mean())
     if below <= 0:
         return None
     ratio = float(a.mean()) / below
-    variance, degrees = crossed_variance((a - ratio * b) / below)
+    variance, degrees = crossed_variance(_padded(a - ratio * b) / below)
     half = _t(degrees) * np.sqrt(variance)
     return Estimate(ratio, float(ratio - half), float(ratio + half))
 
@@ -252,16 +261,18 @@ def _t(degrees: float) -> float:
 
 
 def pareto_front(found: Sequence[Condition], cost: str = "flops") -> list[Condition]:
-    """Those that no other beats in accuracy at the same or a lower cost, the cheapest first."""
+    """Those that no other beats in accuracy at the same or a lower cost, the cheapest first. A cost of 0 is an unknown one: such
+    conditions are left out."""
     front: list[Condition] = []
-    for condition in sorted(found, key=lambda one: (one.cost(cost), -one.accuracy.mean)):
+    known = [one for one in found if one.cost(cost) > 0]
+    for condition in sorted(known, key=lambda one: (one.cost(cost), -one.accuracy.mean)):
         if not front or condition.accuracy.mean > front[-1].accuracy.mean:
             front.append(condition)
     return front
 
 
 def best_within(found: Sequence[Condition], share: float, cost: str = "flops") -> Condition | None:
-    """The most accurate condition that costs at most `share` of the dearest one; None where all cost more."""
-    most = share * max(one.cost(cost) for one in found)
+    """The most accurate condition that costs at most `share` of the dearest one; None where all cost more, or none is known to."""
+    most = share * max((one.cost(cost) for one in found), default=0.0)
     affordable = [one for one in pareto_front(found, cost) if one.cost(cost) <= most]
     return affordable[-1] if affordable else None

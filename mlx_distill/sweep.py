@@ -10,9 +10,12 @@ on where it stopped.
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,28 +33,25 @@ from mlx_distill.memory import this_machine
 from mlx_distill.plan import Plan, make_plan, read_config
 from mlx_distill.report import DASH, amount, duration, percent
 from mlx_distill.run_dir import RunFolder
-from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, write_rows
+from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
 from mlx_distill.sweep_file import Point, Sweep, with_values
 from mlx_distill.sweep_report import Swept, best_path, write_report
 from mlx_distill.targets import TeacherCache
 from mlx_distill.view import View
 
-STOPPED = 130  # the exit code of a run that saved and stopped on Ctrl-C
-
 
 def sweep(sweeps: Sequence[Sweep], view: View, backend: str = "auto", at_once: int = 1) -> list[Path]:
     """Run what is missing of some sweeps, `at_once` runs side by side, each sweep to its report; returns the reports' paths.
 
-    Raises `RunError` before anything runs if a folder holds another recipe's run, and in the end if a run failed; then, and
-    before the `KeyboardInterrupt` of a Ctrl-C, the reports of what there is have been written.
+    Raises `RecipeError` or `RunError` before anything runs if two sweeps get in each other's way or a folder holds another recipe's
+    run, and `RunError` in the end if a run failed; then, and before the `KeyboardInterrupt` of a Ctrl-C, the reports of what there
+    is have been written.
     """
-    points = _distinct(sweeps)
-    for point in points.values():
-        _refuse_changed(point)
+    points = distinct(sweeps)
     with ExitStack() as stack:
         for one in sweeps:
-            one.folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(RunFolder(one.folder).locked())
+            stack.enter_context(_results(one).locked())
+        stack.enter_context(_ended_by_signals())
         queue = Queue(sweeps, points, view, backend, at_once)
         try:
             queue.run()
@@ -66,25 +66,57 @@ def sweep(sweeps: Sequence[Sweep], view: View, backend: str = "auto", at_once: i
     return reports
 
 
-def _distinct(sweeps: Sequence[Sweep]) -> dict[Path, Point]:
-    """Each run once, by its folder; if any sweep has it score the teacher or the base, it does."""
+def distinct(sweeps: Sequence[Sweep]) -> dict[Path, Point]:
+    """Each run once, by its folder. Raises as `sweep` does before anything runs."""
+    folders = [one.folder for one in sweeps]
+    for one in sweeps:
+        if folders.count(one.folder) > 1:
+            raise RecipeError(f"{one.path}: another of these sweeps has the folder {one.folder} too: name one with `folder`")
+        if (one.folder / "recipe.toml").exists():
+            raise RunError(f"{one.folder} holds a run, and {one.path} would put its results there: name another `folder`")
     points: dict[Path, Point] = {}
     for point in (point for one in sweeps for point in one.points):
-        path = point.folder.path
-        other = points.setdefault(path, point)
+        other = points.setdefault(point.folder.path, point)
         if other.recipe.digest() != point.recipe.digest():
             changes = "; ".join(other.recipe.differences(point.recipe))
-            raise RecipeError(f"{path} would hold two different runs ({changes}): give these sweeps different folders for their runs")
-        if point.scored > other.scored:
-            points[path] = point
+            raise RecipeError(f"{point.folder.path} would hold two different runs ({changes}): give these sweeps different `runs`")
+    for point in points.values():
+        _refuse_changed(point)
     return points
 
 
 def _refuse_changed(point: Point) -> None:
     folder = point.folder
-    if (folder.path / "recipe.toml").exists() and (changes := folder.recipe().differences(point.recipe)):
-        raise RunError(f"{folder.path} holds a run of another recipe ({'; '.join(changes)}): the sweep was changed since; "
-                       "name another folder for its runs, or delete this run")
+    if not (folder.path / "recipe.toml").exists() or not folder.has_results():
+        return
+    try:
+        changes = "; ".join(folder.recipe().differences(point.recipe))
+    except RunError:
+        changes = "of another version of mlx-distill"
+    if changes:
+        raise RunError(f"{folder.path} holds another run than this sweep's ({changes}): name another folder with `runs`, or delete it")
+
+
+def _results(one: Sweep) -> RunFolder:
+    """A sweep's own folder, made if need be."""
+    try:
+        for part in ("recipes", "logs", "best"):
+            (one.folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{one.path}: cannot write to {one.folder} ({error.strerror}): name another `folder`") from None
+    return RunFolder(one.folder)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A polite kill, or a terminal that closes, ends a sweep as Ctrl-C does: its runs save and stop."""
+    ours = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    before = {which: signal.signal(which, signal.default_int_handler) for which in ours}
+    try:
+        yield
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 class Queue:
@@ -98,14 +130,18 @@ class Queue:
     def run(self) -> None:
         before = len(self.points) - len(self.missing)
         self.view.say(f"{len(self.points)} runs" + (f", {before} of them done before" if before else ""))
-        if not self.missing:
-            return
-        self._teach()
+        if self.missing:
+            self._teach()
+            self._train()
+        for one in self.sweeps:
+            self._score_shared(one)
+
+    def _train(self) -> None:
         by_job = {self._job(point): point for point in self.missing}
         memory = this_machine(self.backend).memory_bytes if self.at_once > 1 else 0
         progress = self.view.count("runs", len(by_job))
         for ended in side_by_side(list(by_job), self.at_once, memory, self.view.say):
-            if ended.code != STOPPED:
+            if not ended.stopped:
                 self._account(by_job[ended.job], ended)
                 progress(1)
 
@@ -119,6 +155,18 @@ class Queue:
             if any(other.folder.path == point.folder.path for other in one.points):
                 write_results(one, self.troubles)
 
+    def _score_shared(self, one: Sweep) -> None:
+        """The student before training and the teacher, scored once in one of the runs; a finished run only adds what it lacks."""
+        done = [point for point in one.points if point.done]
+        if not done or not one.shared - shared_scores(one).keys():
+            return
+        flags = {"score_base": "base" in one.shared, "score_teacher": "teacher" in one.shared}
+        scoring = dataclasses.replace(done[0], recipe=with_values(done[0].recipe, eval=flags))
+        self.view.say(f"scoring {' and '.join(sorted(one.shared))}")
+        for ended in side_by_side([self._job(scoring)]):
+            if ended.trouble:
+                self.troubles[done[0].folder.path] = f"scoring what all runs share: {ended.trouble}"
+
     # the teacher
 
     def _teach(self) -> None:
@@ -130,17 +178,14 @@ class Queue:
                 what = [table.model_dump(mode="json") for table in (recipe.teacher, recipe.data, recipe.student)]
                 recipes.setdefault(json.dumps([*what, recipe.run.seed]), self._recipe_file(point))
         if not recipes:
+            if any(point.recipe.objective.kd_weight > 0 for point in self.missing):
+                self.view.say('note: each run asks the teacher by itself; teacher.cache = "hidden" or "top_k" in [set] keeps its answers')
             return
-        folder = self.sweeps[0].folder
-        self.view.say("asking the teacher once for all of them")
-        job = Job("teacher", ("teach", *map(str, recipes.values()), "--backend", self.backend), folder / "logs" / "teacher.log")
-        for ended in side_by_side([job]):
+        log = self.sweeps[0].folder / "logs" / "teacher.log"
+        self.view.say("asking the teacher once for all runs that read its answers")
+        for ended in side_by_side([Job("teacher", ("teach", *map(str, recipes.values()), "--backend", self.backend), log)]):
             if ended.trouble:
                 self.view.say(f"note: the teacher pass failed, so each run makes what it lacks: {ended.trouble}")
-            for one in self.sweeps:
-                results = RunFolder(one.folder)
-                seconds = results.read_json("teacher.json").get("seconds", 0) + ended.seconds
-                results.write_json("teacher.json", {"seconds": seconds})
 
     # the jobs
 
@@ -148,13 +193,12 @@ class Queue:
         log = self._home(point) / "logs" / f"{point.name}.log"
         arguments = ("run", str(self._recipe_file(point)), "--backend", self.backend)
         plan = planned(point, self.backend) if self.at_once > 1 else None
-        return Job(point.name, arguments, log, plan.peak.total if plan else 0.0, point.folder.in_use)
+        return Job(point.name, arguments, log, plan.peak.total if plan else inf, point.folder.in_use)  # what cannot be planned runs alone
 
     def _recipe_file(self, point: Point) -> Path:
-        path = self._home(point) / "recipes" / f"{point.name}.toml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(point.recipe.toml(), encoding="utf-8")
-        return path
+        recipes = RunFolder(self._home(point) / "recipes")
+        recipes.write_text(f"{point.name}.toml", point.recipe.toml())
+        return recipes.path / f"{point.name}.toml"
 
     def _home(self, point: Point) -> Path:
         """The folder of the first sweep that the run belongs to."""
@@ -180,7 +224,7 @@ def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") ->
     for column in ("run", "teacher's answers", "FLOPs", "peak memory", ""):
         table.add_column(column, justify="right" if column in ("FLOPs", "peak memory") else "left", overflow="fold")
     total = 0.0
-    for point in _distinct(sweeps).values():
+    for point in distinct(sweeps).values():
         plan, teacher = planned(point, backend), point.recipe.teacher
         asked = "none" if point.recipe.objective.kd_weight == 0 else "live" if teacher.cache == "off" else "kept"
         cost = (amount(plan.total_flops), amount(plan.peak.total, "B")) if plan else (DASH, DASH)
@@ -196,8 +240,9 @@ def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") ->
 def write_results(one: Sweep, troubles: dict[Path, str]) -> Path:
     """results.csv, report and best recipes of a sweep, from the runs that are there; returns the page's path."""
     rows = collect(one, troubles)
-    write_rows(rows, one.folder / "results.csv")
-    page = write_report(Swept(one.name, one.file.question, one.axes, one.full, rows, teacher_pass(one)), one.folder)
+    RunFolder(one.folder).write_text("results.csv", rows_text(rows))
+    full = (one.full.label, one.full.settings) if one.full else None
+    page = write_report(Swept(one.name, one.file.question, one.axes, full, rows, len(one.points), teacher_pass(one)), one.folder)
     _write_best(one, rows)
     return page
 
@@ -207,12 +252,20 @@ def collect(one: Sweep, troubles: dict[Path, str]) -> list[Row]:
     rows = []
     for point in one.points:
         if point.done:
-            run = read_run(point.folder.path)
-            rows += [_row(run, role, "", {}, point) for role in ("base", "teacher") if role in run.scores]
             rows.append(student_row(point))
         elif point.folder.path in troubles:
             rows.append(Row(point.name, "student", point.label, point.settings, point.recipe.run.seed, troubles[point.folder.path]))
-    return rows
+    return [*(_row(run, role, "", {}, point) for role, (run, point) in shared_scores(one).items()), *rows]
+
+
+def shared_scores(one: Sweep) -> dict[str, tuple[Run, Point]]:
+    """The first finished run that scored the base, and the teacher, as far as all runs share them."""
+    found: dict[str, tuple[Run, Point]] = {}
+    for point in one.points:
+        scores = point.folder.read_json("eval.json").get("scores", {}) if point.done else {}
+        for role in sorted(one.shared & scores.keys() - found.keys()):
+            found[role] = read_run(point.folder.path), point
+    return found
 
 
 def student_row(point: Point) -> Row:
@@ -243,23 +296,27 @@ def _which(score: Score) -> str:
 
 
 def teacher_pass(one: Sweep) -> dict[str, Any]:
-    """What the teacher was asked, and what its answers take: sequences, tokens, bytes, seconds; {} where nothing was kept."""
-    names = {(point.recipe.teacher.cache_folder, point.folder.read_json("manifest.json").get("teacher_cache")) for point in one.points}
-    caches = [TeacherCache.at(Path(root).expanduser() / name) for root, name in sorted(names, key=str) if name]
+    """The teacher's kept answers: sequences, tokens, bytes and the seconds of asking, and how many runs read them; {} if none did."""
+    reads = [point for point in one.points if point.done and point.folder.read_json("manifest.json").get("teacher_cache")]
+    folders = {Path(point.folder.recipe().teacher.cache_folder).expanduser() / point.folder.read_json("manifest.json")["teacher_cache"]
+               for point in reads}
+    caches = [TeacherCache.at(folder) for folder in sorted(folders) if (folder / "manifest.json").exists()]
     if not caches:
         return {}
-    sizes = [cache.size() for cache in caches]
-    sequences, tokens, size = (sum(column) for column in zip(*sizes, strict=True))
-    return {"sequences": sequences, "tokens": tokens, "bytes": size, **RunFolder(one.folder).read_json("teacher.json")}
+    sequences, tokens, size = (sum(column) for column in zip(*(cache.size() for cache in caches), strict=True))
+    seconds = sum(cache.seconds() for cache in caches)
+    return {"sequences": sequences, "tokens": tokens, "bytes": size, "seconds": seconds, "runs": len(reads)}
 
 
 def _write_best(one: Sweep, rows: list[Row]) -> None:
-    """The recipe of the most accurate condition within each budget, ready to run."""
+    """The recipe of the most accurate condition within each budget, ready to run; those of an earlier state go."""
     found = conditions(rows)
-    (one.folder / "best").mkdir(exist_ok=True)
-    for share in BUDGETS if found else ():
+    for share in BUDGETS:
+        path = one.folder / best_path(share)
         if best := best_within(found, share):
-            (one.folder / best_path(share)).write_text(_best_recipe(one, best, share, len(found)), encoding="utf-8")
+            RunFolder(path.parent).write_text(path.name, _best_recipe(one, best, share, len(found)))
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _best_recipe(one: Sweep, best: Condition, share: float, of: int) -> str:

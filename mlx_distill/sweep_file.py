@@ -10,8 +10,8 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,10 +32,14 @@ from mlx_distill.recipe import (
     read_toml,
 )
 from mlx_distill.run_dir import RunFolder
+from mlx_distill.study import MATCHED
 
 Settings = dict[str, Any]  # "table.field" → value
 LONGEST_NAME = 120  # of a run folder
-MATCHED = "token-matched"
+NOT_AN_AXIS = {  # field → what to do instead
+    "run.seed": "use seeds = […]", "run.name": "runs are named by what they change", "run.folder": "use runs = \"FOLDER\"",
+    "eval.score_base": "use [set]", "eval.score_teacher": "use [set]", "eval.compare": "the sweep's page compares all of its runs",
+}
 CACHE_FIELDS = ("cache", "cache_folder", "cache_top_k", "cache_samples")
 
 
@@ -71,29 +75,26 @@ class Point:
         return RunFolder(Path(self.recipe.run.folder).expanduser() / self.name)
 
     @property
-    def scored(self) -> set[str]:
-        """What the run is to score beside its student."""
-        table = self.recipe.eval
-        wanted = {"base": table.score_base, "teacher": table.score_teacher and bool(self.recipe.teacher.model)}
-        return {role for role, asked in wanted.items() if asked}
-
-    @property
     def done(self) -> bool:
-        """Whether its run folder has all that it is to have."""
-        scores = self.folder.read_json("eval.json").get("scores", {}).keys()
-        wanted = self.scored | {"student"} if self.recipe.eval.task else set()
-        return bool(self.folder.read_json("manifest.json").get("finished")) and wanted <= scores
+        """Whether its student is trained and scored."""
+        scores = self.folder.read_json("eval.json").get("scores", {})
+        return bool(self.folder.read_json("manifest.json").get("finished")) and "student" in scores
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, read and checked, with all of its points."""
+    """A sweep file, read and checked, with all of its points.
+
+    full: the condition that the others are compared with, None for the dearest. shared: which of "base" and "teacher" are the same
+    model in all runs and are to be scored.
+    """
 
     path: Path
     file: SweepFile
     base: Recipe
     axes: dict[str, list]
-    full: Settings
+    full: Point | None
+    shared: frozenset[str]
     points: tuple[Point, ...]
 
     @property
@@ -116,22 +117,22 @@ def _results_folder(file: SweepFile, path: Path) -> Path:
 def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> Sweep:
     """Read a sweep file and make its points; `overrides` change the base recipe as its own `[set]` does, and after it.
 
-    Raises `NotFound` or `RecipeError`, in one line, for whatever a recipe would be refused for, and for points that are the same.
+    Raises `NotFound` or `RecipeError`, in one line, for whatever a recipe would be refused for, and for runs that cannot be compared.
     """
     file = _read(path)
     tables = read_toml(path.parent / file.recipe)
-    _assign(tables, flat(file.set, path, "set"))
+    _assign(tables, flat(file.set, path, "set"), path.parent / file.recipe)
     for override in overrides:
         apply_override(tables, override)
     axes = flat(file.axes, path, "axes")
     for name, values in axes.items():
+        _refuse_no_axis(path, name)
         if not isinstance(values, list) or not values:
             raise RecipeError(f"{path}: [axes] {name} should be a list of values, found {values!r}")
-    builder = _Builder(path, file, tables)
-    points = list(builder.points(axes))
+    builder = _Builder(path, file, tables, axes)
+    points = tuple(builder.points())
     _refuse_other_problems(path, points)
-    points = _scoring_once(points, builder.base)
-    return Sweep(path, file, builder.base, axes, flat(file.full, path, "full"), tuple(points))
+    return Sweep(path, file, builder.base, axes, _full(path, flat(file.full, path, "full"), points), _shared(points, builder.base), points)
 
 
 def _read(path: Path) -> SweepFile:
@@ -156,40 +157,53 @@ def flat(tables: dict[str, Any], path: Path, where: str) -> Settings:
     return {f"{table}.{name}": value for table, fields in tables.items() for name, value in fields.items()}
 
 
-def _assign(tables: dict[str, Any], settings: Settings) -> None:
+def _assign(tables: dict[str, Any], settings: Settings, path: Path) -> None:
     for name, value in settings.items():
         table, _, key = name.partition(".")
-        tables.setdefault(table, {})[key] = value
+        if not isinstance(tables.setdefault(table, {}), dict):
+            raise RecipeError(f"{path}: [{table}] must be a table, found {tables[table]!r}")
+        tables[table][key] = value
+
+
+def _refuse_no_axis(path: Path, name: str) -> None:
+    if name in NOT_AN_AXIS:
+        raise RecipeError(f"{path}: {name} does not make runs that can be compared: {NOT_AN_AXIS[name]}")
 
 
 class _Builder:
     """Turns settings into points over one base."""
 
-    def __init__(self, path: Path, file: SweepFile, tables: dict[str, Any]):
-        self.path, self.file, self.tables = path, file, tables
+    def __init__(self, path: Path, file: SweepFile, tables: dict[str, Any], axes: dict[str, list]):
+        self.path, self.file, self.tables, self.axes = path, file, tables, axes
         self.base = build_recipe(tables, path.parent / file.recipe)
         self.runs = file.runs or str(_results_folder(file, path) / "runs")
 
-    def points(self, axes: dict[str, list]) -> Iterator[Point]:
-        """Seed by seed, so that a sweep that is stopped has whole comparisons: the grid, token-matched arms, other arms."""
-        grid = [("", dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())] if axes else []
+    def points(self) -> Iterator[Point]:
+        """Seed by seed, so that a sweep that is stopped has whole comparisons: the grid, token-matched arms, other arms. One of
+        two conditions that are the same run under the same label is left out."""
+        grid = [("", dict(zip(self.axes, values, strict=True))) for values in itertools.product(*self.axes.values())] if self.axes else []
         found = [*grid, *self._matched(), *self._arms()]
         if not found:
             raise RecipeError(f"{self.path}: nothing to run: give [axes] with lists of values, or [[arms]] with a name and settings")
         made = set()
         for seed in self.file.seeds or (self.base.run.seed,):
             for label, settings in found:
-                key = json.dumps([label, settings, seed], default=str)
-                if key not in made:
-                    made.add(key)
-                    yield self._point(label, settings, seed)
+                point = self._point(label, settings, seed)
+                if (label, point.folder.path, point.recipe.digest()) not in made:
+                    made.add((label, point.folder.path, point.recipe.digest()))
+                    yield point
 
     def _matched(self) -> Iterator[tuple[str, Settings]]:
         """As many tokens as the whole sequences have, of 1/fraction times as many examples (and steps, where those are given)."""
-        examples, steps = self.base.data.train_examples, self.base.optim.steps
+        examples, steps, cut = self.base.data.train_examples, self.base.optim.steps, self.base.truncation
         if self.file.token_matched and not examples:
             raise RecipeError(f"{self.path}: token_matched asks for more examples, but data.train_examples is 0, which is all: set it")
+        if self.file.token_matched and (cut.keep, cut.span, cut.context, cut.max_tokens) != ("prefix", "sequence", "drop", 0):
+            raise RecipeError(f"{self.path}: token_matched needs a cut whose tokens grow with its fraction: keep = \"prefix\", "
+                              'span = "sequence", context = "drop" and max_tokens = 0 in the base')
         for fraction in self.file.token_matched:
+            if fraction == 1:
+                raise RecipeError(f"{self.path}: token_matched = 1.0 is the whole sequence itself: name fractions below it")
             settings = {"truncation.fraction": fraction, "data.train_examples": round(examples / fraction)}
             yield MATCHED, settings | ({"optim.steps": round(steps / fraction)} if steps else {})
 
@@ -198,17 +212,22 @@ class _Builder:
             name, settings = arm.get("name"), {key: value for key, value in arm.items() if key != "name"}
             if not isinstance(name, str) or not name:
                 raise RecipeError(f"{self.path}: [[arms]] number {number} has no name: give it one for the table")
-            yield name, flat(settings, self.path, f"arms {name!r}")
+            found = flat(settings, self.path, f"arms {name!r}")
+            for field in found:
+                _refuse_no_axis(self.path, field)
+            yield name, found
 
     def _point(self, label: str, settings: Settings, seed: int) -> Point:
         tables = copy.deepcopy(self.tables)
-        _assign(tables, settings | {"run.seed": seed, "eval.score_teacher": False, "eval.score_base": False, "eval.compare": []})
+        alone = {"run.seed": seed, "eval.score_teacher": False, "eval.score_base": False, "eval.compare": []}
+        _assign(tables, settings | alone, self.path)
         try:
             recipe = self._cached_where_it_serves(tables, insist="teacher.cache" in settings)
         except RecipeError as error:
-            what = label or ", ".join(f"{name} = {json.dumps(value)}" for name, value in settings.items())
+            what = label or ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in settings.items())
             raise RecipeError(f"{error} (at {what})") from None
-        return Point(label, settings, with_values(recipe, run={"name": run_name(recipe, self.base, settings), "folder": self.runs}))
+        named = with_values(recipe, run={"name": run_name(recipe, self.base, settings), "folder": self.runs})
+        return Point(label, {name: value_of(recipe, name) for name in self.axes} | settings, named)
 
     def _cached_where_it_serves(self, tables: dict[str, Any], insist: bool) -> Recipe:
         """The recipe with the teacher's cache that the tables ask for, or without one where none can serve it."""
@@ -221,6 +240,12 @@ class _Builder:
                 return plain
         teacher.update(asked)
         return build_recipe(tables, self.path)
+
+
+def value_of(recipe: Recipe, name: str) -> Any:
+    """The value of `table.field`, as TOML has it; None for a field that does not exist."""
+    table, _, field = name.partition(".")
+    return recipe.model_dump(mode="json").get(table, {}).get(field)
 
 
 def with_values(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
@@ -254,7 +279,7 @@ def _digest(text: str) -> str:
     return sha256(text.encode()).hexdigest()[:6]
 
 
-def _refuse_other_problems(path: Path, points: list[Point]) -> None:
+def _refuse_other_problems(path: Path, points: Sequence[Point]) -> None:
     tables = [point.recipe.eval for point in points]
     if not all(table.task for table in tables):
         raise RecipeError(f"{path}: a sweep compares scores, but [eval] task is empty: name a task in the base recipe or in [set]")
@@ -262,10 +287,21 @@ def _refuse_other_problems(path: Path, points: list[Point]) -> None:
         raise RecipeError(f"{path}: a sweep compares scores on the same problems, but its runs differ in [eval] task, examples or seed")
 
 
-def _scoring_once(points: list[Point], base: Recipe) -> list[Point]:
-    """The first point scores teacher and base as the base recipe asks, for all that have the same ones; the others never do."""
+def _full(path: Path, settings: Settings, points: Sequence[Point]) -> Point | None:
+    """The first condition with these values, rather of the grid than an arm."""
+    if not settings:
+        return None
+    fitting = [one for one in points if all(value_of(one.recipe, name) == value for name, value in settings.items())]
+    if not fitting:
+        asked = ", ".join(f"{name} = {value!r}" for name, value in settings.items())
+        raise RecipeError(f"{path}: [full] asks for {asked}, which no run of this sweep has")
+    return next((one for one in fitting if not one.label), fitting[0])
+
+
+def _shared(points: Sequence[Point], base: Recipe) -> frozenset[str]:
     recipes = [point.recipe for point in points]
     bases = {(one.student.model, one.student.revision, one.eval.model_dump_json()) for one in recipes}
     teachers = {(one.teacher.model, one.teacher.revision, one.teacher.quantize_bits, one.eval.model_dump_json()) for one in recipes}
-    flags = {"score_base": base.eval.score_base and len(bases) == 1, "score_teacher": base.eval.score_teacher and len(teachers) == 1}
-    return [replace(points[0], recipe=with_values(recipes[0], eval=flags)), *points[1:]]
+    asked = {"base": base.eval.score_base and len(bases) == 1,
+             "teacher": base.eval.score_teacher and len(teachers) == 1 and bool(base.teacher.model)}
+    return frozenset(role for role, wanted in asked.items() if wanted)

@@ -21,6 +21,7 @@ from mlx_distill.report import DASH, RUN_ROLES, amount, difference_sentence, dur
 from mlx_distill.study import (
     BUDGETS,
     DONE,
+    MATCHED,
     Condition,
     Estimate,
     Row,
@@ -36,7 +37,6 @@ from mlx_distill.study import (
 TEMPLATE = "sweep.html.jinja"
 ENOUGH = 0.9  # the share of the full condition's accuracy that a headline calls kept
 LESS = 0.9  # the share of its arithmetic from which on there is no saving to speak of
-MATCHED = "token-matched"  # the arm that reads as many tokens as the full condition: a curve of its own, however short
 COSTS = {"flops": "arithmetic", "train_seconds": "time", "peak_bytes": "peak memory"}
 
 
@@ -45,16 +45,18 @@ class Swept:
     """Everything the page is made from.
 
     name, question: of the sweep, in its author's words. axes: the values of each `table.field` that the grid crosses, {} where
-    there are only arms. full: settings of the condition that differences and retentions relate to, {} for the dearest.
+    there are only arms. full: label and settings of the condition that differences and retentions relate to, None for the dearest.
     rows: students, finished or failed, and at most one row each of role "base" and "teacher"; those of a student in the grid
-    have no label. teacher_pass: what the shared pass of the teacher took, as {"sequences", "tokens", "bytes", "seconds"}, or {}.
+    have no label. planned: how many runs there are to be. teacher_pass: the teacher's kept answers, as {"sequences", "tokens",
+    "bytes", "seconds" (0: not known), "runs" (that read them)}, or {}.
     """
 
     name: str
     question: str
     axes: dict[str, list]
-    full: dict[str, Any]
+    full: tuple[str, dict[str, Any]] | None
     rows: list[Row]
+    planned: int
     teacher_pass: dict[str, Any]
 
 
@@ -145,11 +147,14 @@ def _names(students: Sequence[Condition]) -> list[str]:
     ]
 
 
-def _full(students: Sequence[Condition], settings: dict[str, Any]) -> Condition | None:
-    if not settings:
-        return max(students, key=lambda condition: condition.cost("flops"), default=None)
-    fitting = [one for one in students if all(name in one.settings and _same(one.settings[name], settings[name]) for name in settings)]
-    return next((one for one in fitting if not one.label), fitting[0] if fitting else None)
+def _full(students: Sequence[Condition], named: tuple[str, dict[str, Any]] | None) -> Condition | None:
+    """The named condition, None where it has not finished; without a name the dearest, rather of the grid than an arm."""
+    if named is None:
+        grid = [condition for condition in students if not condition.label]
+        return max(grid or students, key=lambda condition: condition.cost("flops"), default=None)
+    label, settings = named
+    return next((one for one in students if one.label == label and one.settings.keys() == settings.keys()
+                 and all(_same(one.settings[name], value) for name, value in settings.items())), None)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -187,7 +192,7 @@ def _cheapest_kept(found: Findings) -> Condition | None:
     full = found.full
     for one in pareto_front(found.students) if full else []:
         share = retention(one, full)
-        if one is not full and share and share.mean >= ENOUGH and one.cost("flops") <= LESS * full.cost("flops"):
+        if one is not full and share and share.mean >= ENOUGH and 0 < one.cost("flops") <= LESS * full.cost("flops"):
             return one
     return None
 
@@ -226,12 +231,20 @@ def leads(found: Findings) -> list[str]:
         others = [_short_sentence(found, one) for one in pareto_front(found.students) if one not in (named, found.full)]
         lines += [*filter(None, others)]
     elif found.students and found.swept.full and found.full is None:
-        lines.append(f"No finished run has {in_words(found.swept.full)}, so nothing is compared with it.")
+        label, settings = found.swept.full
+        lines.append(f"No run of {label or in_words(settings)} has finished, so nothing is compared with it.")
     if found.most_seeds == 1:
         lines.append("One seed each: the intervals cover other problems only, not another seed.")
     if found.failed:
         lines.append(f"{_counted(len(found.failed), 'run')} did not finish: see Failed runs.")
+    if 0 < missing(found) < found.swept.planned:
+        lines.append(f"{missing(found)} of {_counted(found.swept.planned, 'run')} are still to come: this page describes the others.")
     return lines
+
+
+def missing(found: Findings) -> int:
+    """Runs that have neither finished nor failed."""
+    return found.swept.planned - sum(row.role == "student" for row in found.swept.rows)
 
 
 def notes(found: Findings) -> list[str]:
@@ -245,7 +258,7 @@ def notes(found: Findings) -> list[str]:
                      "answer the same problems, so seeds and problems are crossed. Conditions are compared over the seeds and problems "
                      "that both have, seed by seed and problem by problem.")
         if 1 < len({row.seed for condition in found.students for row in condition.rows}) < 4:
-            lines.append("With two or three seeds that differ much, simulated intervals of this kind covered about 90\u00a0% instead.")
+            lines.append("With two or three seeds that differ much, an interval covers somewhat less than it says.")
         if any(len(condition.rows) == 1 for condition in found.students):
             lines.append("Where a condition has one seed, its intervals cover other problems only.")
     shared = [words for words, model in (("the student before training", found.base), ("the teacher", found.teacher)) if model]
@@ -263,12 +276,13 @@ def notes(found: Findings) -> list[str]:
 
 
 def teacher_sentence(found: Findings) -> str:
-    """What the shared pass of the teacher took; "" without one."""
+    """The teacher's kept answers; "" without any."""
     took = found.swept.teacher_pass
     if not took:
         return ""
-    return (f"One pass of the teacher over {took['sequences']:,} sequences served all runs: {amount(took['tokens'])} tokens in "
-            f"{duration(took['seconds'])}, kept in {amount(took['bytes'], 'B')}.")
+    asked = f", asked for in {duration(took['seconds'])}" if took["seconds"] else ""
+    return (f"{_counted(took['runs'], 'run')} read the teacher's answers from a cache of {took['sequences']:,} sequences, "
+            f"{amount(took['tokens'])} tokens, {amount(took['bytes'], 'B')}{asked}.")
 
 
 def _interval(estimate: Estimate) -> str:
@@ -288,6 +302,8 @@ def _problems(condition: Condition) -> int:
 
 
 def _ratio(one: Condition, other: Condition, cost: str) -> str:
+    if not one.cost(cost) or not other.cost(cost):
+        return DASH
     share = one.cost(cost) / other.cost(cost)
     return number(share, percent=True, places=0 if share >= 0.1 else 1)
 
@@ -345,7 +361,7 @@ def _cost_row(found: Findings, one: Condition) -> list[Cell]:
         value = one.cost(name)
         return Cell(text(value) if value else DASH)
 
-    share = _ratio(one, found.full, "flops") if found.full and found.full.cost("flops") else DASH
+    share = _ratio(one, found.full, "flops") if found.full else DASH
     return [
         Cell(found.name(one)), cell("tokens_read", amount), cell("flops", lambda value: amount(value, "FLOP")), Cell(share),
         cell("train_seconds", duration), cell("peak_bytes", lambda value: amount(value, "B")),

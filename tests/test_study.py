@@ -9,7 +9,7 @@ import pytest
 from mlx_distill import study
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.evaluate import interval
-from mlx_distill.study import Condition, Row, best_within, conditions, crossed_variance, difference, pareto_front, read_rows, write_rows
+from mlx_distill.study import Condition, Row, best_within, conditions, crossed_variance, difference, pareto_front, read_rows, rows_text
 
 
 def make_row(seed=0, right=(1.0, 0.0), settings=None, label="", **numbers):
@@ -193,7 +193,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
         make_row(3, (0.5,)),
         dataclasses.replace(make_row(4), status="stopped:\nat step 3, \"x\"", right=(), accuracy=0.0),
     ]
-    write_rows(rows, tmp_path / "results.csv")
+    (tmp_path / "results.csv").write_text(rows_text(rows), encoding="utf-8")
     read = read_rows(tmp_path / "results.csv")
     assert [dataclasses.replace(row, kl=0.0) for row in read] == [dataclasses.replace(row, kl=0.0) for row in rows]
     assert read[0].kl == 0.123456789 and math.isnan(read[1].kl)
@@ -203,7 +203,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 @pytest.mark.parametrize("text", ["run,role\nx,student\n", "", "run\n"])
 def test_a_file_of_another_version_is_refused(tmp_path, text):
     path = tmp_path / "results.csv"
-    write_rows([make_row()], path)
+    path.write_text(rows_text([make_row()]))
     path.write_text(text + path.read_text().partition("\n")[2] if text else path.read_text().replace("settings", "set", 1))
     with pytest.raises(DataError, match="run the sweep again"):
         read_rows(path)

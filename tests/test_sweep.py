@@ -1,6 +1,7 @@
 """`mlx-distill sweep`, end to end on tiny models, each run in a process of its own: results, failures, kills, sharing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,17 +70,23 @@ def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_pat
     for name in (half.run, whole.run):
         assert "asking the teacher" not in (tmp_path / "mine" / "logs" / f"{name}.log").read_text()
     kept = teacher_pass(load_sweep(path))
-    assert kept["sequences"] == 24 and kept["tokens"] > 0 and kept["bytes"] > 0 and kept["seconds"] > 0
+    assert (kept["sequences"], kept["runs"]) == (24, 2) and kept["tokens"] > 0 and kept["bytes"] > 0 and kept["seconds"] > 0
 
     best = load_recipe(tmp_path / "mine" / "best" / "budget-1.00.toml")
     assert best.run.name == "mine-budget-1.00" and best.optim.steps == 2 and best.eval.score_base
-    assert "tiny/report.html" not in result.out
 
     again = command_line("sweep", path, "--backend", "mlx")  # tries the failed one alone
     assert again.code == 2 and "3 runs, 2 of them done before" in again.out and again.out.count(" after ") == 0
 
+    shutil.rmtree(tmp_path / "cache")  # to free some disk: what was made of it stays
+    shutil.rmtree(tmp_path / "mine")
+    path.write_text(path.read_text().replace(BAD, ""))
+    rebuilt = command_line("sweep", path, "--backend", "mlx")
+    assert rebuilt.code == 0 and set(rows_of(path)) == {"seed=42", "fraction=1.0_seed=42", "base", "teacher"}, rebuilt.err
+    assert teacher_pass(load_sweep(path)) == {}
 
-@pytest.mark.parametrize(("signals", "code"), [(["KILL"], -9), (["INT"], 130)])
+
+@pytest.mark.parametrize(("signals", "code"), [(["KILL"], -9), (["INT"], 130), (["TERM"], 130)])
 def test_a_sweep_that_was_stopped_goes_on(write, command_line, tmp_path, signals, code):
     """Stopped after its first run; the child beside it may still be at work when the sweep is started again."""
     path = write(FRACTIONS)
@@ -109,14 +116,33 @@ def test_sweeps_over_one_folder_share_runs_and_one_teacher_pass(write, command_l
     changed = write(FRACTIONS.replace("[axes]", "data.train_examples = 9\n[axes]"), "one")
     refused = command_line("sweep", changed, "--set", "truncation.fraction=1.0")
     assert refused.code == 2 and "holds a run of another recipe (data.train_examples: 0 → 9)" in refused.err
-    clash = command_line("sweep", one, two)  # one base, but the override of before is missing: nothing is overwritten
-    assert clash.code == 2 and len(clash.err.strip().splitlines()) == 1
+
+
+def test_a_run_that_failed_before_its_first_step_does_not_stand_in_the_way(write, command_line, tmp_path):
+    path = write("[axes]\nbatch.global_batch_size = [400]\n")
+    failed = command_line("sweep", path, "--backend", "mlx")
+    assert failed.code == 2 and "lower it or raise data.train_examples" in failed.err and "1 of 1 runs failed" in failed.err
+    (tmp_path / "runs" / "global_batch_size=400_seed=42").rename(tmp_path / "runs" / "global_batch_size=4_seed=42")
+    write("[axes]\nbatch.global_batch_size = [4]\n")
+    assert command_line("sweep", path, "--backend", "mlx").code == 0
 
 
 def test_two_sweeps_that_would_overwrite_each_other_are_refused(write, command_line):
     one, two = write("optim.warmup_fraction = 0.0\n" + FRACTIONS, "one"), write("optim.warmup_fraction = 0.5\n" + FRACTIONS, "two")
     result = command_line("sweep", one, two)
     assert result.code == 2 and "would hold two different runs (optim.warmup_fraction: 0.0 → 0.5)" in result.err
+    twice = command_line("sweep", one, one)
+    assert twice.code == 2 and "another of these sweeps has the folder" in twice.err
+
+
+def test_results_have_a_folder_of_their_own(write, command_line, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.toml").touch()
+    result = command_line("sweep", write(FRACTIONS))
+    assert result.code == 2 and "holds a run, and" in result.err and "name another `folder`" in result.err
+    (tmp_path / "other").write_text("a file")
+    result = command_line("sweep", write(FRACTIONS, "other"))
+    assert result.code == 2 and "cannot write to" in result.err and len(result.err.strip().splitlines()) == 1
 
 
 def test_what_a_run_needs_is_planned_and_told_before_anything_runs(write, command_line, tmp_path):

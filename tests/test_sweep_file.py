@@ -105,11 +105,33 @@ def test_the_teachers_cache_is_read_where_it_can_serve(write):
     assert len({one.name for one in swept}) == 2
 
 
-def test_teacher_and_base_are_scored_once_and_only_where_all_share_them(write):
-    points = load(write("seeds = [1, 2]\n[axes]\ntruncation.fraction = [0.5, 1.0]\n")).points
-    assert [one.scored for one in points] == [{"base", "teacher"}, set(), set(), set()]
-    points = load(write('[axes]\nstudent.model = ["a/b", "c/d"]\n')).points
-    assert [one.scored for one in points] == [{"teacher"}, set()]
+def test_teacher_and_base_are_scored_where_all_runs_share_them(write):
+    assert load(write("seeds = [1, 2]\n[axes]\ntruncation.fraction = [0.5, 1.0]\n")).shared == {"base", "teacher"}
+    assert load(write('[axes]\nstudent.model = ["a/b", "c/d"]\n')).shared == {"teacher"}
+    assert load(write('[set]\neval.score_base = false\n[axes]\nteacher.quantize_bits = [0, 4]\n')).shared == set()
+    assert not any(one.recipe.eval.score_base for one in load(write("[axes]\noptim.steps = [1]\n")).points)
+
+
+def test_the_full_condition_is_named_by_values_and_rather_of_the_grid(write):
+    arms = '[[arms]]\nname = "again"\ntruncation.fraction = 1.0\noptim.steps = 5\n'
+    text = "[axes]\ntruncation.fraction = [0.5, 1.0]\n[full]\ntruncation.fraction = 1.0\n"
+    assert load(write(text + arms)).full.settings == {"truncation.fraction": 1.0}
+    named = load(write(arms + "[full]\noptim.steps = 5\n")).full
+    assert (named.label, named.settings["optim.steps"]) == ("again", 5)
+    assert load(write("[axes]\ntruncation.fraction = [0.5]\n")).full is None
+
+
+def test_an_arm_knows_its_place_on_the_axes(write):
+    """So that it can be drawn against them."""
+    points = load(write("token_matched = [0.5]\n[axes]\ntruncation.fraction = [0.5, 1.0]\nobjective.kd_weight = [0.5, 0.0]\n")).points
+    matched = {"truncation.fraction": 0.5, "objective.kd_weight": 0.5, "data.train_examples": 80, "optim.steps": 60}
+    assert points[-1].settings == matched and points[-1].label == "token-matched"
+
+
+def test_one_run_under_one_label_is_one_point(write):
+    assert len(load(write("seeds = [1, 1]\n[axes]\ntruncation.fraction = [1, 1.0, 0.5]\n", BASE)).points) == 2
+    same = '[[arms]]\nname = "a"\n[[arms]]\nname = "b"\n'
+    assert [(one.label, one.name) for one in load(write(same)).points] == [("a", "seed=42"), ("b", "seed=42")]
 
 
 ERRORS = {
@@ -127,6 +149,12 @@ ERRORS = {
     "other problems": ("[axes]\neval.seed = [1, 2]\n", ("same problems",)),
     "no task": ('[set]\neval.task = ""\n[axes]\noptim.steps = [1]\n', ("[eval] task is empty",)),
     "matched of all": ("token_matched = [0.5]\n[set]\ndata.train_examples = 0\n", ("train_examples is 0",)),
+    "matched by a suffix": ("token_matched = [0.5]\n[set]\ntruncation.keep = 'suffix'\n", ("token_matched needs a cut",)),
+    "matched whole": ("token_matched = [1.0]\n", ("is the whole sequence itself",)),
+    "seed axis": ("[axes]\nrun.seed = [1, 2]\n", ("run.seed does not make runs that can be compared: use seeds",)),
+    "named arm": ("[[arms]]\nname = 'a'\nrun.folder = 'x'\n", ("run.folder does not make", "use runs")),
+    "nobody is full": ("[axes]\noptim.steps = [1]\n[full]\noptim.stepz = 1\n", ("[full] asks for optim.stepz = 1", "no run")),
+    "a date": ("[axes]\ntruncation.fraction = [1979-05-27]\n", ("[truncation] fraction should be", "1979-05-27")),
     "mistyped set": ("[set]\ntruncation.keep = 'sufix'\n[axes]\noptim.steps = [1]\n", ("base.toml", "did you mean 'suffix'?")),
 }
 
@@ -139,6 +167,11 @@ def test_a_mistake_is_one_line_that_says_where(write, case):
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value), str(caught.value)
+
+
+def test_a_base_whose_table_is_none(write):
+    with pytest.raises(RecipeError, match=r"base.toml: \[truncation\] must be a table, found 5"):
+        load(write("[set]\ntruncation.fraction = 0.5\n[axes]\noptim.steps = [1]\n", f"truncation = 5\n{BASE}"))
 
 
 def test_a_base_that_is_not_there(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from mlx_distill.errors import DataError, RunError
 from mlx_distill.report import amount, percent, points
 from mlx_distill.study import Row, best_within, conditions, difference, gain_retention, pareto_front, retention
+from mlx_distill.sweep_file import load_sweep
 from mlx_distill.sweep_report import (
     Swept,
     bars,
@@ -28,7 +29,7 @@ from mlx_distill.sweep_report import (
 
 FRACTION, KD, SEGMENTS = "truncation.fraction", "objective.kd_weight", "objective.segments"
 FRACTIONS = [0.1, 0.25, 0.5, 0.75, 1.0]
-PASS = {"sequences": 2000, "tokens": 1_234_567, "bytes": 345_678_901, "seconds": 212.3}
+PASS = {"sequences": 2000, "tokens": 1_234_567, "bytes": 345_678_901, "seconds": 212.3, "runs": 21}
 
 
 def make_rows(points, seeds=3, problems=120, shared=("base", "teacher")):
@@ -50,23 +51,30 @@ def make_rows(points, seeds=3, problems=120, shared=("base", "teacher")):
     return students + [row(role, role, "", {}, 0, ability, 0) for role, ability in (("base", -1.5), ("teacher", 3.0)) if role in shared]
 
 
+def students_of(rows):
+    """How many runs there are to be, when none is missing."""
+    return sum(row.role == "student" for row in rows)
+
+
 def make_grid(**more):
     grid = [("", {FRACTION: f, KD: kd}, -0.8 + 2.2 * f**0.3 + 0.3 * kd, f * (1 + 0.2 * kd)) for f in FRACTIONS for kd in (0.5, 0.0)]
     arms = [("token-matched", {FRACTION: f, KD: 0.5}, 1.0 + f / 2, 1.05) for f in (0.25, 0.5)]
     arms.append(("last half, context dropped", {FRACTION: 0.5, KD: 0.5, "truncation.keep": "suffix"}, 0.2, 0.55))
     axes, rows = {FRACTION: FRACTIONS, KD: [0.5, 0.0]}, make_rows(grid + arms, **more)
-    return Swept("fraction", "How much must be read?", axes, {FRACTION: 1.0}, rows, PASS)
+    return Swept("fraction", "How much must be read?", axes, ("", {FRACTION: 1.0, KD: 0.5}), rows, students_of(rows), PASS)
 
 
 def make_arms():
     arms = [("short", {}, 0.0, 0.6), ("long", {}, 1.0, 0.8), ("mixed", {}, 0.9, 1)]
-    return Swept("sources", "", {}, {}, make_rows(arms), {})
+    rows = make_rows(arms)
+    return Swept("sources", "", {}, None, rows, students_of(rows), {})
 
 
 def make_segments():
     axis = [["cot"], ["answer"], ["cot", "answer"]]
     grid = [("", {SEGMENTS: value}, ability, 1.0) for value, ability in zip(axis, (0.8, -0.5, 0.9), strict=True)]
-    return Swept("segments", "", {SEGMENTS: axis}, {SEGMENTS: ("cot", "answer")}, make_rows(grid), {})
+    rows = make_rows(grid)
+    return Swept("segments", "", {SEGMENTS: axis}, ("", {SEGMENTS: ("cot", "answer")}), rows, students_of(rows), {})
 
 
 def without(swept, *roles):
@@ -114,7 +122,8 @@ def test_the_numbers_on_the_page_are_those_of_the_study(tmp_path):
     row = next(line for line in markdown.splitlines() if line.startswith("| fraction 0.5, kd\\_weight 0.0 |"))
     assert said(f"{percent(students[5].accuracy.mean)} ({percent(students[5].accuracy.low)} to") in row
     assert f"student before – {said(percent(base.accuracy.mean))}" in text
-    assert said("One pass of the teacher over 2,000 sequences served all runs: 1.23 M tokens in 3 min 32 s, kept in 346 MB.") in text
+    kept = "21 runs read the teacher's answers from a cache of 2,000 sequences, 1.23 M tokens, 346 MB, asked for in 3 min 32 s."
+    assert said(kept) in text
     assert "13 conditions, 39 runs, 3 seeds" in text
 
 
@@ -156,16 +165,55 @@ def test_every_other_member_of_the_front_has_a_sentence(tmp_path):
 def test_full_is_what_the_sweep_says_or_the_dearest():
     swept = make_grid()
     assert findings(swept).full.settings == {FRACTION: 1.0, KD: 0.5}
-    assert findings(dataclasses.replace(swept, full={KD: 0.0, FRACTION: 0.5})).full.settings == {FRACTION: 0.5, KD: 0.0}
-    assert findings(dataclasses.replace(swept, full={"truncation.keep": "suffix"})).full.label == "last half, context dropped"
-    assert findings(dataclasses.replace(swept, full={})).full.settings == {FRACTION: 1.0, KD: 0.5}
+    assert findings(dataclasses.replace(swept, full=("", {KD: 0.0, FRACTION: 0.5}))).full.settings == {FRACTION: 0.5, KD: 0.0}
+    arm = ("last half, context dropped", {FRACTION: 0.5, KD: 0.5, "truncation.keep": "suffix"})
+    assert findings(dataclasses.replace(swept, full=arm)).full.label == "last half, context dropped"
+    assert findings(dataclasses.replace(swept, full=None)).full.settings == {FRACTION: 1.0, KD: 0.5}
     assert findings(make_arms()).full.label == "mixed"
     assert findings(make_segments()).full.settings == {SEGMENTS: ["cot", "answer"]}
 
 
 def test_a_full_condition_that_is_missing_is_said(tmp_path):
-    _, text, _ = page_of(dataclasses.replace(make_grid(), full={FRACTION: 0.9}), tmp_path)
-    assert "No finished run has fraction 0.9, so nothing is compared with it." in text
+    _, text, _ = page_of(dataclasses.replace(make_grid(), full=("", {FRACTION: 0.9, KD: 0.5})), tmp_path)
+    assert "No run of fraction 0.9, kd_weight 0.5 has finished, so nothing is compared with it." in text
+
+
+def test_the_dearest_of_the_grid_is_full_where_none_is_named():
+    grid = make_grid()
+    dear = [dataclasses.replace(row, flops=9e12) if row.label == "token-matched" else row for row in grid.rows]
+    assert findings(dataclasses.replace(grid, rows=dear, full=None)).full.settings == {FRACTION: 1.0, KD: 0.5}
+
+
+def test_an_unknown_cost_is_neither_free_nor_on_the_front(tmp_path):
+    """A model whose arithmetic cannot be counted has 0: it buys nothing, and nothing is divided by it."""
+    swept = make_arms()
+    for unknown in ({"mixed"}, {"short", "long", "mixed"}):
+        rows = [dataclasses.replace(row, flops=0.0) if row.label in unknown else row for row in swept.rows]
+        for full in (None, ("mixed", {}), ("long", {})):
+            _, text, _ = page_of(dataclasses.replace(swept, rows=rows, full=full), tmp_path)
+            assert "at 0.0 % of its arithmetic" not in text and "mixed keeps" not in text
+        found = findings(dataclasses.replace(swept, rows=rows))
+        assert not {found.name(one) for one in pareto_front(found.students)} & unknown
+
+
+def test_runs_that_are_to_come_are_said(tmp_path):
+    swept = make_segments()
+    _, text, markdown = page_of(dataclasses.replace(swept, planned=swept.planned + 4), tmp_path)
+    sentence = f"4 of {swept.planned + 4} runs are still to come: this page describes the others."
+    assert sentence in text and sentence in markdown
+    assert "still to come" not in page_of(swept, tmp_path)[1]
+
+
+def test_the_matched_arm_of_a_sweep_file_is_drawn(tmp_path):
+    """Its settings are those that a sweep gives it, not made up here."""
+    (tmp_path / "base.toml").write_text('[data]\nsource = "x"\ntrain_examples = 40\n[eval]\ntask = "jsonl:x"\n')
+    (tmp_path / "s.toml").write_text(
+        'recipe = "base.toml"\ntoken_matched = [0.5]\n[axes]\ntruncation.fraction = [0.5, 1.0]\nobjective.kd_weight = [0.5, 0.0]\n'
+    )
+    sweep = load_sweep(tmp_path / "s.toml")
+    rows = make_rows([(point.label, point.settings, 0.5, 1.0) for point in sweep.points])
+    drawn = curves(findings(Swept("s", "", sweep.axes, None, rows, students_of(rows), {})))
+    assert [label for label, _ in drawn] == ["kd_weight 0.5", "kd_weight 0.0", "token-matched, kd_weight 0.5"]
 
 
 def test_curves_are_the_grid_and_the_matched_arms():
@@ -331,8 +379,8 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 @pytest.mark.parametrize("values", [[32, 64, 4096], [1e-5, 1e-4, 1e-3], [0.5, 0.5], [True, False], [-1.0, 1.0]])
 def test_any_axis_makes_a_page(tmp_path, values):
     rows = make_rows([("", {"a.b": value}, i / 2, i + 1) for i, value in enumerate(dict.fromkeys(values))])
-    page_of(Swept("any", "", {"a.b": values}, {}, rows, {}), tmp_path)
-    chart = quality_chart(findings(Swept("any", "", {"a.b": values}, {}, rows, {})))
+    page_of(Swept("any", "", {"a.b": values}, None, rows, students_of(rows), {}), tmp_path)
+    chart = quality_chart(findings(Swept("any", "", {"a.b": values}, None, rows, students_of(rows), {})))
     assert (chart is None) == (values in ([0.5, 0.5], [True, False]))
     if chart:
         assert all(0 <= tick.place <= 100.001 for tick in chart.x_ticks) and len(chart.x_ticks) > 1
