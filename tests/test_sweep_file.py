@@ -193,6 +193,6 @@ def test_the_shipped_sweeps_load_and_share_runs(path):
     assert sweep.base.optim == base.optim and sweep.base.teacher.cache == "hidden"
 
 
-def test_the_shipped_sweeps_are_82_runs_in_all():
+def test_the_shipped_sweeps_are_90_runs_in_all():
     names = {point.folder.path: point.recipe.digest() for path in SWEEPS for point in load(path).points}
-    assert len(SWEEPS) == 3 and len(names) == 82
+    assert len(SWEEPS) == 3 and len(names) == 90
