@@ -245,8 +245,9 @@ def _fractions(axes, rows: Rows) -> None:
     sure = rows.matched.accuracy
     axes.errorbar([0.5], [sure.mean], [[sure.mean - sure.low], [sure.high - sure.mean]], color=GREEN, marker="D", markersize=4, capsize=3,
                   label="half of twice the examples")
-    _before(axes, rows.base)
-    axes.set(xlabel="fraction of the tokens kept", xlim=(0, 1.05), title="how much of the sequence")
+    _before(axes, rows.base, named=True)
+    axes.set(xlabel="fraction of the tokens kept", xlim=(0, 1.05))
+    axes.set_title("how much of the sequence", fontsize=10)
     axes.legend(frameon=False, loc="lower right", fontsize=8)
 
 
@@ -256,14 +257,15 @@ def _bars(axes, found: dict[str, Condition], title: str, base: Condition) -> Non
     spread = [[e.mean - e.low for e in sure], [e.high - e.mean for e in sure]]
     axes.bar(range(len(found)), means, color=BLUE, alpha=0.8, width=0.65, yerr=spread, error_kw={"capsize": 3, "elinewidth": 1})
     axes.set_xticks(range(len(found)), found, rotation=40, ha="right", fontsize=8)
-    axes.set_title(title)
+    axes.set_title(title, fontsize=10)
     _before(axes, base)
 
 
-def _before(axes, base: Condition) -> None:
+def _before(axes, base: Condition, named: bool = False) -> None:
     axes.axhline(base.accuracy.mean, color=GREY, linestyle=":", linewidth=1)
-    axes.annotate("before training", (1, base.accuracy.mean), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                  textcoords="offset points", ha="right", color=GREY, fontsize=7)
+    if named:
+        axes.annotate("before training", (1, base.accuracy.mean), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                      textcoords="offset points", ha="right", color=GREY, fontsize=7)
 
 
 # commands
