@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.evaluate import wilson
+from mlx_distill.evaluate import student_t, wilson
 
 DONE = "done"
 MATCHED = "token-matched"  # the label of arms that read as many tokens as whole sequences, of more examples
@@ -174,7 +173,7 @@ def accuracy(right: np.ndarray) -> Estimate:
     mean = float(right.mean())
     variance, degrees = crossed_variance(right)
     trials = right.shape[1] if variance == 0 else max(1.0, mean * (1 - mean) / variance)
-    return Estimate(mean, *wilson(mean, trials, _t(degrees)))
+    return Estimate(mean, *wilson(mean, trials, student_t(degrees)))
 
 
 def difference(a: Condition, b: Condition) -> Estimate | None:
@@ -189,7 +188,7 @@ def difference(a: Condition, b: Condition) -> Estimate | None:
     d = pair[0] - pair[1]
     padded = _padded(d)
     variance, degrees = crossed_variance(padded)
-    half, middle = _t(degrees) * np.sqrt(variance), padded.mean()
+    half, middle = student_t(degrees) * np.sqrt(variance), padded.mean()
     return Estimate(float(d.mean()), float(max(-1, middle - half)), float(min(1, middle + half)))
 
 
@@ -226,7 +225,7 @@ def _ratio(a: np.ndarray, b: np.ndarray) -> Estimate | None:
         return None
     ratio = float(a.mean()) / below
     variance, degrees = crossed_variance(_padded(a - ratio * b) / below)
-    half = _t(degrees) * np.sqrt(variance)
+    half = student_t(degrees) * np.sqrt(variance)
     return Estimate(ratio, float(ratio - half), float(ratio + half))
 
 
@@ -251,10 +250,6 @@ def crossed_variance(x: np.ndarray) -> tuple[float, float]:
         total += ms_seed - ms_error
         spread += ms_seed**2 / (seeds - 1) + ms_error**2 / ((seeds - 1) * (problems - 1))
     return total / (seeds * problems), total**2 / spread if spread else problems - 1.0
-
-
-def _t(degrees: float) -> float:
-    return float(stdtrit(degrees, 0.975))
 
 
 # quality against cost

@@ -85,7 +85,7 @@ def test_wilson_against_published_values():
 
 
 def test_students_t_against_the_table():
-    for degrees, value in [(4, 2.776), (9, 2.262), (29, 2.045), (99, 1.984)]:
+    for degrees, value in [(2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045), (99, 1.984)]:
         assert student_t(degrees) == pytest.approx(value, abs=2e-3)
 
 
