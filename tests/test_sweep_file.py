@@ -1,5 +1,7 @@
 """Sweep files: which runs they make, what these are called, and what is refused."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -196,3 +198,14 @@ def test_the_shipped_sweeps_load_and_share_runs(path):
 def test_the_shipped_sweeps_are_90_runs_in_all():
     names = {point.folder.path: point.recipe.digest() for path in SWEEPS for point in load(path).points}
     assert len(SWEEPS) == 3 and len(names) == 90
+
+
+def test_the_readmes_sweep_is_one(tmp_path):
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    (text,) = [block for block in blocks if block.startswith("recipe = ")]
+    shutil.copy(ROOT / "recipes" / "cot50.toml", tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    (tmp_path / "sweeps" / "mine.toml").write_text(text)
+    points = load(tmp_path / "sweeps" / "mine.toml").points
+    assert len(points) == 3 * (5 * 2 + 1 + 1)
+    assert {one.recipe.teacher.cache for one in points if one.recipe.objective.kd_weight} == {"hidden"}
