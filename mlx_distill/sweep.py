@@ -51,7 +51,7 @@ def sweep(sweeps: Sequence[Sweep], view: View, backend: str = "auto", at_once: i
     with ExitStack() as stack:
         for one in sweeps:
             stack.enter_context(_results(one).locked())
-        stack.enter_context(_ended_by_signals())
+        stack.enter_context(ended_by_signals())
         queue = Queue(sweeps, points, view, backend, at_once)
         try:
             queue.run()
@@ -108,7 +108,7 @@ def _results(one: Sweep) -> RunFolder:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def ended_by_signals() -> Iterator[None]:
     """A polite kill, or a terminal that closes, ends a sweep as Ctrl-C does: its runs save and stop."""
     ours = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     before = {which: signal.signal(which, signal.default_int_handler) for which in ours}
@@ -296,7 +296,7 @@ def _which(score: Score) -> str:
 
 
 def teacher_pass(one: Sweep) -> dict[str, Any]:
-    """The teacher's kept answers: sequences, tokens, bytes and the seconds of asking, and how many runs read them; {} if none did."""
+    """The teacher's kept answers: sequences, tokens and bytes, and how many runs read them; {} if none did."""
     reads = [point for point in one.points if point.done and point.folder.read_json("manifest.json").get("teacher_cache")]
     folders = {Path(point.folder.recipe().teacher.cache_folder).expanduser() / point.folder.read_json("manifest.json")["teacher_cache"]
                for point in reads}
@@ -304,8 +304,7 @@ def teacher_pass(one: Sweep) -> dict[str, Any]:
     if not caches:
         return {}
     sequences, tokens, size = (sum(column) for column in zip(*(cache.size() for cache in caches), strict=True))
-    seconds = sum(cache.seconds() for cache in caches)
-    return {"sequences": sequences, "tokens": tokens, "bytes": size, "seconds": seconds, "runs": len(reads)}
+    return {"sequences": sequences, "tokens": tokens, "bytes": size, "runs": len(reads)}
 
 
 def _write_best(one: Sweep, rows: list[Row]) -> None:

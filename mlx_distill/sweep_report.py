@@ -48,7 +48,7 @@ class Swept:
     there are only arms. full: label and settings of the condition that differences and retentions relate to, None for the dearest.
     rows: students, finished or failed, and at most one row each of role "base" and "teacher"; those of a student in the grid
     have no label. planned: how many runs there are to be. teacher_pass: the teacher's kept answers, as {"sequences", "tokens",
-    "bytes", "seconds" (0: not known), "runs" (that read them)}, or {}.
+    "bytes", "runs" (that read them)}, or {}.
     """
 
     name: str
@@ -280,9 +280,8 @@ def teacher_sentence(found: Findings) -> str:
     took = found.swept.teacher_pass
     if not took:
         return ""
-    asked = f", asked for in {duration(took['seconds'])}" if took["seconds"] else ""
     return (f"{_counted(took['runs'], 'run')} read the teacher's answers from a cache of {took['sequences']:,} sequences, "
-            f"{amount(took['tokens'])} tokens, {amount(took['bytes'], 'B')}{asked}.")
+            f"{amount(took['tokens'])} tokens, {amount(took['bytes'], 'B')}.")
 
 
 def _interval(estimate: Estimate) -> str:

@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -191,10 +190,6 @@ class TeacherCache:
     def head(self) -> np.ndarray:
         """The teacher's head [V, D] (hidden)."""
         return Part(self.path / "head").array("head")
-
-    def seconds(self) -> float:
-        """What asking the teacher took, all parts together."""
-        return sum(part.index.get("seconds", 0.0) for part in self._parts.values())
 
     def size(self) -> tuple[int, int, int]:
         """Examples, tokens and bytes."""
@@ -380,8 +375,6 @@ def _teach(
         if writer:
             writer.head(head)
     kind, size = KINDS[fields.kind], table.micro_batch_size
-    if writer:
-        writer.begin()
     for group in (sequences[start : start + size] for start in range(0, len(sequences), size)):
         answers = kind.ask(teacher, whole_batch(group, table.pad_multiple), fields)
         if writer:
@@ -416,11 +409,9 @@ class _Writer:
                 text = json.dumps({"fields": dataclasses.asdict(cache.fields), "made": made}, indent=2) + "\n"
                 (self.path / ".manifest.json.tmp").write_text(text, encoding="utf-8")
                 os.replace(self.path / ".manifest.json.tmp", self.path / "manifest.json")
-        self.begin()
+        self._begin()
 
-    def begin(self) -> None:
-        """Start a part and its clock."""
-        self._started = time.perf_counter()
+    def _begin(self) -> None:
         self._columns: dict[str, list[np.ndarray]] = {}
         self._examples: list[tuple[str, int, int, int]] = []
         self._tokens = self._drawn = self._bytes = 0
@@ -448,10 +439,7 @@ class _Writer:
             numbers = [int(path.name.removeprefix("part-")) for path in self.path.glob("part-*")]
             columns = {name: np.concatenate(arrays) for name, arrays in self._columns.items()}
             self._write(f"part-{max(numbers, default=-1) + 1:06d}", columns, self._examples)
-        self.begin()
-
-    def _index(self, digests: dict[str, str], examples: list) -> dict[str, Any]:
-        return {"sha256": digests, "examples": examples, "seconds": time.perf_counter() - self._started}
+        self._begin()
 
     def _write(self, name: str, columns: dict[str, np.ndarray], examples: list) -> None:
         """A folder of arrays and their index, whole or not at all."""
@@ -461,7 +449,7 @@ class _Writer:
             for column, array in columns.items():
                 np.save(temporary / f"{column}.npy", array)
             digests = {column: _sha256(temporary / f"{column}.npy") for column in columns}
-            (temporary / "index.json").write_text(json.dumps(self._index(digests, examples)), encoding="utf-8")
+            (temporary / "index.json").write_text(json.dumps({"sha256": digests, "examples": examples}), encoding="utf-8")
             flush_to_disk(temporary)
             os.replace(temporary, self.path / name)
             flush_folder(self.path)
