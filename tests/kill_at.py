@@ -2,9 +2,10 @@
 
 It imports everything once, and then forks a child for each job that stands as one JSON line on stdin, so that a run costs a
 second and not the start of an interpreter. A job is {"arguments": […], "at": "module:Class.function", "call": n, "when":
-"before" | "after", "signals": ["KILL"], "file_limit": bytes, "rank": "n"}: before (or after) the n-th call of that function the
-process (of several ranks the one named) sends itself the signals. The answer is one JSON line: {"code": exit code or -signal,
-"out": …, "err": …}. With a job as its argument the program is that job and nothing else.
+"before" | "after", "signals": ["KILL"], "file_limit": bytes, "rank": "n", "fork_jobs": true}: before (or after) the n-th call of
+that function the process (of several ranks the one named) sends itself the signals. With "fork_jobs" the runs of a sweep are
+forks too. The answer is one JSON line: {"code": exit code or -signal, "out": …, "err": …}. With a job as its argument the program
+is that job and nothing else.
 """
 
 import functools
@@ -18,7 +19,9 @@ import sys
 import tempfile
 
 import mlx_distill.backends.mlx.backend  # before anything else of MLX: it loads the BLAS
+import mlx_distill.jobs
 import mlx_distill.pipeline
+import mlx_distill.sweep
 import mlx_distill.tasks
 from mlx_distill.cli import main
 
@@ -66,12 +69,38 @@ def run(job: dict) -> None:
     os._exit(code)
 
 
+class Forked:
+    """A job of a sweep as `subprocess.Popen` would show it, but a fork of this process, which has imported everything."""
+
+    def __init__(self, arguments: tuple[str, ...], log: str):
+        self.returncode, self.pid = None, os.fork()
+        if not self.pid:
+            os.setsid()
+            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            run({"arguments": arguments})
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (ended := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(ended[1])
+        return self.returncode
+
+    def wait(self) -> None:
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+    def send_signal(self, which: int) -> None:
+        os.kill(self.pid, which)
+
+
 def in_child(job: dict, out: int, err: int) -> int:
     """The exit code of the job, run in a fork; in a new process where forking is not safe after imports (macOS)."""
     if sys.platform != "linux":
         return subprocess.run([sys.executable, __file__, json.dumps(job)], stdout=out, stderr=err, stdin=subprocess.DEVNULL).returncode
     process = os.fork()
     if not process:
+        if job.get("fork_jobs"):
+            mlx_distill.jobs._start = lambda one, environment: Forked(one.arguments, str(one.log))
         os.dup2(out, 1)
         os.dup2(err, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

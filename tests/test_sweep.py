@@ -45,6 +45,12 @@ def write(tiny_recipe, tmp_path):
     return write
 
 
+@pytest.fixture
+def sweep_line(command_line):
+    """`mlx-distill sweep ARGUMENTS` whose runs are forks where the system allows it: a second each instead of several."""
+    return lambda *words, **job: command_line("sweep", *words, fork_jobs=True, **job)
+
+
 def rows_of(path: Path) -> dict[str, study.Row]:
     return {row.run if row.role == "student" else row.role: row for row in study.read_rows(path.with_suffix("") / "results.csv")}
 
@@ -79,36 +85,36 @@ def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_pat
     best = load_recipe(tmp_path / "mine" / "best" / "budget-1.00.toml")
     assert best.run.name == "mine-budget-1.00" and best.optim.steps == 2 and best.eval.score_base
 
-    again = command_line("sweep", path, "--backend", "mlx")  # tries the failed one alone
+    again = command_line("sweep", path, "--backend", "mlx", fork_jobs=True)  # tries the failed one alone
     assert again.code == 2 and "3 runs, 2 of them done before" in again.out and again.out.count(" after ") == 0
 
     shutil.rmtree(tmp_path / "cache")  # to free some disk: what was made of it stays
     shutil.rmtree(tmp_path / "mine")
     path.write_text(path.read_text().replace(BAD, ""))
-    rebuilt = command_line("sweep", path, "--backend", "mlx")
+    rebuilt = command_line("sweep", path, "--backend", "mlx", fork_jobs=True)
     assert rebuilt.code == 0 and set(rows_of(path)) == {"seed=42", "fraction=1.0_seed=42", "base", "teacher"}, rebuilt.err
     assert teacher_pass(load_sweep(path)) == {}
 
 
 @pytest.mark.parametrize(("signals", "code"), [(["KILL"], -9), (["INT"], 130)])
-def test_a_sweep_that_was_stopped_goes_on(write, command_line, tmp_path, signals, code):
+def test_a_sweep_that_was_stopped_goes_on(write, sweep_line, tmp_path, signals, code):
     """Stopped after its first run; the child beside it may still be at work when the sweep is started again."""
     path = write(FRACTIONS)
-    words = ("sweep", path, "--jobs", "2", "--backend", "mlx")
-    stopped = command_line(*words, at="mlx_distill.sweep:student_row", when="after", signals=signals)
+    words = (path, "--jobs", "2", "--backend", "mlx")
+    stopped = sweep_line(*words, at="mlx_distill.sweep:student_row", when="after", signals=signals)
     assert stopped.code == code, stopped.err
     if code == 130:
         assert "report: " in stopped.out and "The same command continues" in stopped.out and rows_of(path)
-    result = command_line(*words)
+    result = sweep_line(*words)
     assert result.code == 0, result.err
     rows = rows_of(path)
     assert {row.status for row in rows.values()} == {study.DONE} and len(rows) == 4
     assert not list((tmp_path / "runs").glob("*/checkpoints/.*.tmp"))
 
 
-def test_sweeps_over_one_folder_share_runs_and_one_teacher_pass(write, command_line, tmp_path):
+def test_sweeps_over_one_folder_share_runs_and_one_teacher_pass(write, sweep_line, tmp_path):
     one, two = write(FRACTIONS, "one"), write("[axes]\nobjective.segments = [['cot'], ['answer']]\n", "two")
-    result = command_line("sweep", one, two, "--backend", "mlx", "--set", "truncation.fraction=1.0")
+    result = sweep_line(one, two, "--backend", "mlx", "--set", "truncation.fraction=1.0")
     assert result.code == 0 and "3 runs" in result.out, result.err
     assert rows_of(one)["seed=42"].right == rows_of(two)["seed=42"].right
     assert rows_of(one)["seed=42"].settings == {"truncation.fraction": 1.0}
@@ -118,7 +124,7 @@ def test_sweeps_over_one_folder_share_runs_and_one_teacher_pass(write, command_l
     assert len(list((tmp_path / "cache").glob("*/part-*"))) == 1
 
     changed = write(FRACTIONS.replace("[axes]", "data.train_examples = 9\n[axes]"), "one")
-    refused = command_line("sweep", changed, "--set", "truncation.fraction=1.0")
+    refused = sweep_line(changed, "--set", "truncation.fraction=1.0")
     assert refused.code == 2 and "holds another run than this sweep's (data.train_examples: 0 → 9)" in refused.err
 
 
@@ -143,29 +149,29 @@ def test_a_polite_kill_is_a_ctrl_c(which):
     assert signal.getsignal(which) is before
 
 
-def test_two_sweeps_that_would_overwrite_each_other_are_refused(write, command_line):
+def test_two_sweeps_that_would_overwrite_each_other_are_refused(write, sweep_line):
     one, two = write("optim.warmup_fraction = 0.0\n" + FRACTIONS, "one"), write("optim.warmup_fraction = 0.5\n" + FRACTIONS, "two")
-    result = command_line("sweep", one, two)
+    result = sweep_line(one, two)
     assert result.code == 2 and "would hold two different runs (optim.warmup_fraction: 0.0 → 0.5)" in result.err
-    twice = command_line("sweep", one, one)
+    twice = sweep_line(one, one)
     assert twice.code == 2 and "another of these sweeps has the folder" in twice.err
 
 
-def test_results_have_a_folder_of_their_own(write, command_line, tmp_path):
+def test_results_have_a_folder_of_their_own(write, sweep_line, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "recipe.toml").touch()
-    result = command_line("sweep", write(FRACTIONS))
+    result = sweep_line(write(FRACTIONS))
     assert result.code == 2 and "holds a run, and" in result.err and "name another `folder`" in result.err
     (tmp_path / "other").write_text("a file")
-    result = command_line("sweep", write(FRACTIONS, "other"))
+    result = sweep_line(write(FRACTIONS, "other"))
     assert result.code == 2 and "cannot write to" in result.err and len(result.err.strip().splitlines()) == 1
 
 
-def test_what_a_run_needs_is_planned_and_told_before_anything_runs(write, command_line, tmp_path):
+def test_what_a_run_needs_is_planned_and_told_before_anything_runs(write, sweep_line, tmp_path):
     path = write("[axes]\nbatch.micro_batch_size = [1, 4]\nobjective.kd_weight = [0.5, 0.0]\n")
     plans = [planned(point, "mlx") for point in load_sweep(path).points]
     assert 0 < plans[0].peak.total < plans[2].peak.total and plans[0].total_flops > plans[1].total_flops
-    result = command_line("sweep", path, "--dry-run")
+    result = sweep_line(path, "--dry-run")
     assert result.code == 0 and f"{amount(sum(plan.total_flops for plan in plans), 'FLOP')} of training are left" in result.out
     assert "kept" in result.out and "none" in result.out and not (tmp_path / "mine").exists()
     (broken,) = load_sweep(write("[axes]\ndata.source = ['nowhere.jsonl']\n")).points
