@@ -197,6 +197,7 @@ MLX = Calibration(
 )
 # Live bytes of each phase were counted below torch's allocator (malloc and free), resident bytes beside them, on Linux's CPU:
 # what is kept and the walk are as autograd's saved tensors and backends/torch/loss.py say; the rest is fitted.
+# The slack is glibc's: another C library was not measured.
 TORCH = Calibration(
     lazy=False,
     ffn_kept=4.0,  # gate, its activation, up, and the product

@@ -29,7 +29,7 @@ from mlx_distill.show import count_table
 
 TIGHT = 0.85  # of the memory: more than this may not fit, since a plan can be off by 15 %
 # seconds of a step / (its FLOPs / the rate of large products), on a CPU: medians of benchmarks/bench_plan.py
-SECONDS_FACTOR = {"mlx": 2.5, "torch": 1.6}
+SECONDS_FACTOR = {"mlx": 2.5, "torch": 1.5}
 UNMEASURED = f"memory was measured on CPUs ({', '.join(CALIBRATIONS)}); on CUDA it is an extrapolation, and a run may need more"
 MEANING = {
     "teacher": "teacher's weights", "student": "student's weights", "gradients": "gradients", "optimizer": "optimizer's state",

@@ -1,4 +1,7 @@
-"""Memory of this process as the operating system counts it: torch's CPU allocator has no counter."""
+"""Memory of this process as the operating system counts it: torch's CPU allocator has no counter.
+
+Decided here: what is counted, and that freed memory may be asked back.
+"""
 
 import ctypes
 import os
