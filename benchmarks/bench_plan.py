@@ -46,7 +46,12 @@ RECIPES: dict[str, tuple[dict, dict | None, int, tuple[str, ...]]] = {
                             ("student.tuning=lora", "student.gradient_checkpointing=true")),
     "half a trace, 4-bit teacher": ({"layers": 12}, {"width": 512, "heads": 8, "ffn": 1536}, 512,
                                     ("teacher.quantize_bits=4", "truncation.fraction=0.5", "objective.temperature=2.0")),
+    "full, no teacher": ({"width": 384, "heads": 6, "ffn": 1024}, None, 128, ("objective.kd_weight=0.0",)),
+    "half a trace": ({"layers": 12}, {"width": 512, "heads": 8, "ffn": 1536}, 512,
+                     ("truncation.fraction=0.5", "objective.temperature=2.0")),
 }
+# on torch, which has no Lion and quantises on CUDA alone
+INSTEAD = {"full, no teacher, Lion": "full, no teacher", "half a trace, 4-bit teacher": "half a trace"}
 RECIPE = """
 [data]
 source = "{root}/rows.jsonl"
@@ -65,14 +70,20 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def run(
     backend: Annotated[str, typer.Option(help="mlx or torch")] = "mlx",
-    recipe: Annotated[list[str] | None, typer.Option(help="names; default: all that the backend can run")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="names; default: the backend's ten")] = None,
 ) -> None:
     """Measure the recipes one after the other and keep the rows."""
-    for name in recipe or [name for name in RECIPES if backend == "mlx" or "Lion" not in name]:
+    for name in recipe or names(backend):
         row = measure(backend, name)
         append_rows("bench_plan", [row])
         print({key: value for key, value in row.items() if key not in ("date", "cpu", "cores", "python")}, flush=True)
         table()
+
+
+def names(backend: str) -> list[str]:
+    """The recipes of a backend."""
+    others = INSTEAD if backend == "torch" else INSTEAD.values()
+    return [name for name in RECIPES if name not in others]
 
 
 @app.command()
@@ -248,8 +259,9 @@ def render(rows: list[dict[str, str]]) -> str:
     newest = {(row["backend"], row["recipe"]): row for row in rows}
     last = rows[-1]
     lines = [
-        f"{last['cpu']}, {last['cores']} cores shared with other work, MLX {versions(rows, 'mlx')}, Python {last['python']}, "
-        f"{last['date'][:10]}, commit {last['commit']}. Peaks in MB: planned, measured, and the plan's error. FLOPs of the step: "
+        f"{last['cpu']}, {last['cores']} cores shared with other work, MLX {versions(rows, 'mlx')}, "
+        f"torch {versions(rows, 'torch')}, Python {last['python']}, {last['date'][:10]}, "
+        f"commit {last['commit']}. Peaks in MB: planned, measured, and the plan's error. FLOPs of the step: "
         "planned, counted by torch, error. The last column is the step's seconds × the rate of large products / FLOPs.",
         "",
         "| backend | recipe | peak planned | measured | error | moment | GFLOP planned | counted | error | s × rate / FLOP |",

@@ -14,10 +14,12 @@ and the optimizer's state there are
     update            all gradients + what the optimizer has under way
     validation        a forward pass or a walk over whole sequences
 
-and all but the last two the gradients held from the micro-batches before, if a step has several. `kept` is what the backward
-pass needs of the forward pass, counted from the Llama block in `_kept_per_token`. What is under way at one moment (a block's
-working set, the walk's window) cannot be counted on paper, since execution runs ahead of what frees memory: these numbers are
-in `Calibration` and come from measurement (benchmarks/bench_plan.py, which also says how far off the sum is).
+and all but the last two the gradients held from the micro-batches before, if a step has several. An eager backend's teacher has
+finished before the student keeps anything, its head's gradient is made in one piece, and it adds a gradient to the held one as
+soon as it is there. `kept` is what the backward pass needs of the forward pass, counted from the Llama block in
+`_kept_per_token`. What is under way at one moment (a block's working set, the walk's window) cannot be counted on paper where
+execution runs ahead of what frees memory, nor what an allocator does not give back: these numbers are in `Calibration` and come
+from measurement (benchmarks/bench_plan.py, which also says how far off the sum is).
 Axes: B sequences, T tokens, N loss positions, V vocabulary, D width, F width of the MLP, H heads.
 """
 
@@ -28,7 +30,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING
 
@@ -146,23 +148,40 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Slack:
+    """What a process holds beyond its live tensors, where memory is what the operating system counts."""
+
+    fixed: float  # bytes: code that is loaded with the models, the workspace of a matrix library
+    # full → bytes a kept byte of the model's widths and of the MLP's: what is freed between kept tensors is not filled again.
+    # None under checkpointing, see backends/torch/resident.py
+    holes: dict[bool, tuple[float, float]]
+    largest: int  # bytes: tensors of this size and more are given back when they are freed, and leave none
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Constants of one backend, fitted to measured peaks of random dense models. Another backend is another instance."""
 
+    lazy: bool  # a micro-batch is one graph: teacher and student run together, new gradients lie beside held ones
     ffn_kept: float  # tensors of the MLP's width a token keeps
-    scores_kept: float  # attention's probabilities a token keeps: 0 where training runs a fused kernel
+    scores_kept: float  # attention's probabilities a token keeps: 0 where training runs a fused kernel, which keeps its result
+    dora_kept: float  # tensors of an adapted matrix's outputs that DoRA keeps
     backward: dict[tuple[bool, bool], Working]  # (full, checkpointing) → a block in the backward pass
     backward_end: float  # share of that under checkpointing when the last block is reached
     forward: Working
     teacher_share: dict[bool, float]  # of the teacher's forward that meets the student's kept tensors, by checkpointing
     window: dict[str, tuple[float, float]]  # blocks of logits the walk holds: fixed, and for each block of the vocabulary
+    jsd: float  # more of these blocks where the divergence is JSD
     block_elements: dict[str, int]
     update: dict[str, Update]
+    slack: dict[str, Slack]  # by device; absent where a framework counts its own arrays
 
 
 MLX = Calibration(
+    lazy=True,
     ffn_kept=5.0,  # gate, its sigmoid, their product, up, and the product that enters the last matrix
     scores_kept=1.0,  # MLX trains through the unfused form, on the CPU and on Metal
+    dora_kept=1.0,
     backward={
         (True, False): Working(18.5, 4.5, 1.7, 2.0), (False, False): Working(14.0, 3.0, 1.9, 1.9),
         (True, True): Working(37.0, 3.0, 16.5, 3.2), (False, True): Working(16.0, 8.0, 18.5, 1.3),
@@ -171,10 +190,33 @@ MLX = Calibration(
     forward=Working(14.0, 4.0, 2.3, 0.9),
     teacher_share={False: 0.75, True: 1.05},
     window={"alone": (8.0, 1.0), "plain": (14.0, 2.0), "heated": (19.0, 3.0)},  # heated: at a temperature other than 1
+    jsd=0.0,  # not measured
     block_elements={"cpu": 2**20, "metal": 2**23, "cuda": 2**23},  # backends/mlx/loss.py
     update={"adamw": Update(0, 4, 1.5), "lion": Update(1, 4, 1), "adafactor": Update(0, 5.3, 2.1)},
+    slack={},
 )
-CALIBRATIONS = {"mlx": MLX}  # a backend without its own is planned with MLX's
+# Live bytes of each phase were counted below torch's allocator (malloc and free), resident bytes beside them, on Linux's CPU:
+# what is kept and the walk are as autograd's saved tensors and backends/torch/loss.py say; the rest is fitted.
+# The slack is glibc's: another C library was not measured.
+TORCH = Calibration(
+    lazy=False,
+    ffn_kept=4.0,  # gate, its activation, up, and the product
+    scores_kept=0.0,  # the fused kernel, grouped queries too
+    dora_kept=2.0,  # a matrix's result and its adapter's
+    backward={
+        (True, False): Working(1.0, 0.0, 1.5, 0.0), (False, False): Working(0.0, 0.0, 1.0, 0.0),
+        (True, True): Working(8.0, 2.0, 7.0, 0.0), (False, True): Working(6.0, 2.0, 7.3, 0.0),  # with what the block keeps anew
+    },
+    backward_end=1.0,
+    forward=Working(5.0, 2.0, 3.0, 0.0),
+    teacher_share={False: 1.0, True: 1.0},
+    window={"alone": (2.0, 0.0), "plain": (3.0, 0.0), "heated": (5.0, 0.0)},  # buffers [C, V], whatever C · V
+    jsd=4.25,  # the distance, the two ratios, the two terms less the one that is the distance, and where one is larger
+    block_elements={"cpu": 2**62, "cuda": 2**62},  # the vocabulary is not cut
+    update={"adamw": Update(0, 0, 0), "lion": Update(0, 0, 0), "adafactor": Update(0, 0, 3)},  # AdamW's is fused; torch has no Lion
+    slack={"cpu": Slack(fixed=35e6, holes={True: (1.0, 0.0), False: (1.1, 1.1)}, largest=2**25)},  # glibc's own limit, 32 MiB
+)
+CALIBRATIONS = {"mlx": MLX, "torch": TORCH}
 
 
 # the models
@@ -277,6 +319,7 @@ class Moment:
     optimizer: float
     activations: float
     loss: float
+    allocator: float = 0.0  # beyond what is live
 
     @property
     def total(self) -> float:
@@ -366,10 +409,17 @@ class Memory:
         return list(found.values())
 
     def _moment(self, name: str, gradients: float = 0.0, activations: float = 0.0, loss: float = 0.0, updating: float = 0.0) -> Moment:
-        optimizer = FLOAT * self.optimizer_numbers() + updating
-        return Moment(name, self.teacher_bytes(), self.student_bytes(), gradients, optimizer, activations, loss)
+        optimizer, slack = FLOAT * self.optimizer_numbers() + updating, self.constants.slack.get(self.machine.device)
+        fixed = slack.fixed if slack else 0.0
+        return Moment(name, self.teacher_bytes(), self.student_bytes(), gradients, optimizer, activations, loss, fixed)
 
     def _training_moments(self, micro: Micro, accumulates: bool) -> Iterator[Moment]:
+        """What is in the holes of the forward pass stays to the end of the step."""
+        holes = self._holes_bytes(micro)
+        for moment in self._live_moments(micro, accumulates):
+            yield replace(moment, allocator=moment.allocator + holes)
+
+    def _live_moments(self, micro: Micro, accumulates: bool) -> Iterator[Moment]:
         c, checkpointing = self.constants, self.recipe.student.gradient_checkpointing
         gradients = float(FLOAT * self.trainable())
         held = gradients if accumulates else 0.0
@@ -379,12 +429,13 @@ class Memory:
         hidden = self._hidden_bytes(micro)
         if self.teaches:
             forward = c.teacher_share[checkpointing] * self._forward_bytes(self.teacher, micro)
-            yield self._moment("teacher", held, kept + forward)
+            yield self._moment("teacher", held, c.lazy * kept + forward)
         yield self._moment("loss", held, kept, self._walk_bytes(micro, self.recipe.objective.temperature) + hidden + head)
-        yield self._moment("joining", held, kept, 2 * head + hidden)
+        if c.lazy:
+            yield self._moment("joining", held, kept, 2 * head + hidden)
         yield self._moment("backward begins", held, kept + working, head)
         last = c.backward_end * working if checkpointing else one + working
-        yield self._moment("backward ends", held + gradients + head * self.student.tied, last)
+        yield self._moment("backward ends", c.lazy * held + gradients + head * self.student.tied, last)
         yield self._moment("update", gradients, updating=self._update_bytes(gradients, head))
 
     def _validation_moments(self, micro: Micro, accumulates: bool) -> Iterator[Moment]:
@@ -405,13 +456,14 @@ class Memory:
         shape = self.student.shape
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         plain = 2 * shape.width + queries + 2 * keys + (self.constants.ffn_kept - 1) * shape.ffn
-        norms = (queries + keys) * self.student.head_norms
+        norms, fused = (queries + keys) * self.student.head_norms, not self.constants.scores_kept
         if self.full:
             return plain + 4 * shape.width + queries + shape.ffn + 2 * norms
         names = set(self._targets())
         inputs = shape.width * (bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"}))
-        inputs += queries * ("o_proj" in names) + shape.ffn * ("down_proj" in names) + self.recipe.student.rank * len(names)
-        return plain + norms + inputs + (sum(self._adapted_outputs()) if self.recipe.student.tuning == "dora" else 0)
+        inputs += queries * (fused or "o_proj" in names) + shape.ffn * ("down_proj" in names) + self.recipe.student.rank * len(names)
+        dora = self.constants.dora_kept * sum(self._adapted_outputs()) if self.recipe.student.tuning == "dora" else 0
+        return plain + norms + inputs + dora
 
     def _block_kept_bytes(self, micro: Micro) -> float:
         scores = self.constants.scores_kept * self.student.shape.heads * micro.scores
@@ -421,6 +473,18 @@ class Memory:
         if self.recipe.student.gradient_checkpointing:
             return float(self.number * self.blocks * micro.tokens * self.student.shape.width)
         return self.blocks * self._block_kept_bytes(micro)
+
+    def _holes_bytes(self, micro: Micro) -> float:
+        """What the allocator holds between kept tensors: the forward pass frees its temporaries there and does not fill them again."""
+        slack = self.constants.slack.get(self.machine.device)
+        if slack is None or self.recipe.student.gradient_checkpointing:
+            return 0.0
+        shape, size = self.student.shape, self.number * micro.tokens
+        of_ffn = (self.constants.ffn_kept - 1 + (self.full or "down_proj" in self._targets())) * shape.ffn
+        widths, ffn = slack.holes[self.full]
+        small = widths * (self._kept_per_token() - of_ffn) * (size * shape.width < slack.largest)
+        small += ffn * of_ffn * (size * shape.ffn < slack.largest)
+        return self.blocks * size * small
 
     def _forward_bytes(self, model: Dense, micro: Micro) -> float:
         number = FLOAT if self.machine.dtype == "float32" else DTYPE_BYTES.get(model.stored, 2)
@@ -437,6 +501,8 @@ class Memory:
         rows = min(self.recipe.objective.chunk_tokens, micro.positions)
         blocks = max(1, math.ceil(vocabulary * rows / self.constants.block_elements[self.machine.device]))
         fixed, each = self.constants.window["alone" if alone else "plain" if temperature == 1 else "heated"]
+        if not alone and self.recipe.objective.divergence == "jsd":
+            fixed += self.constants.jsd
         widths = self.student.shape.width * (not self.full) + (0 if alone else self.teacher.shape.width)
         promoted = FLOAT * vocabulary / blocks * widths if self.machine.dtype != "float32" else 0.0
         return (fixed + each * blocks) * FLOAT * rows * vocabulary / blocks + promoted

@@ -22,17 +22,18 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.flops import Adapters, training_flops
 from mlx_distill.hub import load_tokenizer, model_folder
-from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, MLX, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
+from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable
 from mlx_distill.report import amount, duration
 from mlx_distill.show import count_table
 
 TIGHT = 0.85  # of the memory: more than this may not fit, since a plan can be off by 15 %
 # seconds of a step / (its FLOPs / the rate of large products), on a CPU: medians of benchmarks/bench_plan.py
-SECONDS_FACTOR = {"mlx": 2.5, "torch": 1.6}
+SECONDS_FACTOR = {"mlx": 2.5, "torch": 1.5}
+UNMEASURED = f"memory was measured on CPUs ({', '.join(CALIBRATIONS)}); on CUDA it is an extrapolation, and a run may need more"
 MEANING = {
     "teacher": "teacher's weights", "student": "student's weights", "gradients": "gradients", "optimizer": "optimizer's state",
-    "activations": "activations", "loss": "loss workspace",
+    "activations": "activations", "loss": "loss workspace", "allocator": "code and freed blocks",
 }
 
 
@@ -207,7 +208,7 @@ def make_plan(
     teacher = described = Dense.of(teacher_config, recipe.teacher.model) if teacher_config is not None else None
     if recipe.teacher.cache in ("top_k", "sampled"):
         teacher = None  # its answers lie on disk, and none of its weights are loaded
-    work, memory = _Work.of(recipe, prepared), Memory(recipe, teacher, student, machine, CALIBRATIONS.get(machine.backend, MLX))
+    work, memory = _Work.of(recipe, prepared), Memory(recipe, teacher, student, machine, CALIBRATIONS[machine.backend])
     table, accumulates = recipe.batch, recipe.batch.global_batch_size > recipe.batch.micro_batch_size
     before, after = (count_tokens(part, recipe.objective.segments) for part in (prepared.train_whole, prepared.train))
     saved = {"float32": 4, "bfloat16": 2, "base": DTYPE_BYTES.get(student.stored, 4)}[recipe.student.save_dtype]
@@ -385,8 +386,8 @@ def announce(
         return
     for line in made.lines():
         say(line)
-    if machine.backend not in CALIBRATIONS:
-        say(f"plan: memory is counted as measured with {', '.join(CALIBRATIONS)}; {machine.backend} may need more")
+    if machine.device == "cuda":
+        say(f"plan: {UNMEASURED}")
     if ranks > 1:
         say(f"plan: its memory is that of one process; {ranks} ranks share weights, gradients and optimizer state")
     elif not force:
@@ -432,6 +433,8 @@ def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Tex
         + f"{amount(plan.disk_bytes, 'B')} at most"
     )
     yield Text(f"{machine.backend} on {machine.device}, {recipe.student.compute_dtype.replace('auto', machine.dtype)}; {machine.limit}")
+    if machine.device == "cuda":
+        yield Text(UNMEASURED)
     yield Text(plan.verdict(), "bold" if plan.fits else "bold red")
     if advice := plan.advice():
         yield Text("\n".join(f"- {line}" for line in advice))
@@ -456,7 +459,9 @@ def _memory_table(plan: Plan) -> Table:
     for column in (f"at the peak ({peak.name})", "at most"):
         table.add_column(column, justify="right")
     for part in PARTS:
-        table.add_row(MEANING[part], amount(getattr(peak, part), "B"), amount(max(getattr(m, part) for m in plan.moments), "B"))
+        most = max(getattr(moment, part) for moment in plan.moments)
+        if most or part != "allocator":
+            table.add_row(MEANING[part], amount(getattr(peak, part), "B"), amount(most, "B"))
     table.add_section()
     table.add_row("all", amount(peak.total, "B"), "", style="bold")
     return table

@@ -5,6 +5,8 @@ import gc
 import io
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from tiny import llama_config, model_folder, random_weights
 
 from mlx_distill import memory, pipeline
 from mlx_distill import plan as plans
+from mlx_distill.backends import BACKENDS
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.protocol import DeviceInfo
 from mlx_distill.backends.torch import backend as torch_backend
@@ -39,6 +42,8 @@ from mlx_distill.view import silent
 
 CPU = Machine("mlx", "cpu", "float32", 10**9, "physical memory")
 GPU = replace(CPU, device="metal", dtype="bfloat16")
+TORCH = replace(CPU, backend="torch")
+CUDA = replace(TORCH, device="cuda", dtype="bfloat16")
 CONFIG = llama_config(layers=3, width=64, vocabulary=512)
 
 
@@ -48,7 +53,7 @@ def recipe(**tables) -> Recipe:
 
 def memory_of(tables: dict, config: dict = CONFIG, machine: Machine = CPU, teacher: dict | None = None) -> Memory:
     dense = partial(Dense.of, name="a model")
-    return Memory(recipe(**tables), dense(teacher) if teacher else None, dense(config), machine, memory.MLX)
+    return Memory(recipe(**tables), dense(teacher) if teacher else None, dense(config), machine, memory.CALIBRATIONS[machine.backend])
 
 
 def sequences(lengths: list[int]) -> tuple[TokenSequence, ...]:
@@ -241,6 +246,114 @@ def test_the_peak_of_a_real_step_is_planned_within_15_percent(settings, tmp_path
         student.accumulate(batch, teacher.targets(batch), Objective(), step.loss_tokens)
     student.apply(1e-4)
     assert planned == pytest.approx(backend.memory().peak_bytes - before, rel=0.15)
+
+
+# torch
+
+
+def saved_by_autograd(settings: dict, layers: int, folder: Path, tokens: torch.Tensor, family: str, tokenizer) -> int:
+    """Bytes of the distinct tensors that a forward pass keeps, parameters aside."""
+    model_folder(folder, tokenizer, layers=layers, width=64, family=family)
+    student = torch_backend.TorchBackend().load_student(folder, "it", recipe(student=settings))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in student.split.model.parameters()}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.setdefault(id(tensor), tensor), lambda tensor: tensor):
+        hidden = student.split.hidden(tokens)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    assert hidden.requires_grad
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what the CPU's kernels keep")
+@pytest.mark.parametrize(("settings", "family"), [
+    ({}, "llama"), ({}, "qwen3"), ({"tuning": "lora"}, "llama"), ({"tuning": "lora", "lora_targets": ["q_proj"]}, "llama"),
+])
+def test_a_torch_block_keeps_what_is_planned(settings, family, tmp_path, bytes_tokenizer):
+    """Two blocks' tensors less one's, but for the norms' and attention's one number a row."""
+    tokens = torch.ones((2, 96), dtype=torch.long)
+    sizes = [saved_by_autograd(settings, layers, tmp_path / str(layers), tokens, family, bytes_tokenizer()) for layers in (2, 3)]
+    config = read_config(tmp_path / "2")
+    planned = memory_of({"student": settings}, config, TORCH)._block_kept_bytes(Micro(2, 96, 96))
+    assert planned == pytest.approx(sizes[1] - sizes[0], rel=0.03)
+
+
+def test_each_backend_is_planned_with_its_own_constants():
+    assert set(memory.CALIBRATIONS) == set(BACKENDS) - {"auto"} == set(plans.SECONDS_FACTOR)
+    assert plan_of([96] * 8, TORCH).peak.total != plan_of([96] * 8).peak.total
+    assert plan_of([96] * 8, TORCH).peak.allocator > 0 == plan_of([96] * 8).peak.allocator
+
+
+def test_the_moments_of_an_eager_backend():
+    """Its teacher meets nothing kept, the head's gradient is one piece, and a gradient is added to the held one in place."""
+    teacher = {"teacher": {"model": "it"}, "objective": {"kd_weight": 0.5, "chunk_tokens": 30}}
+    model = memory_of(teacher, machine=TORCH, teacher=CONFIG)
+    micro, weights, head = Micro(2, 16, 30), model.student.parameters, 4 * 512 * 64
+    found = {moment.name: moment for moment in model.moments([micro], [], accumulates=True)}
+    assert set(found) == {"teacher", "loss", "backward begins", "backward ends", "update"}
+    assert found["teacher"].activations == model._forward_bytes(model.teacher, micro)
+    assert found["loss"].loss == 3 * 4 * 30 * 512 + 4 * 30 * 4 * 64 + head
+    assert found["backward ends"].gradients == 4 * weights + head
+    assert found["update"].optimizer == 8 * weights
+    divergences = [memory_of({**teacher, "objective": teacher["objective"] | {"divergence": name}}, machine=TORCH, teacher=CONFIG)
+                   ._walk_bytes(micro, 1.0) for name in ("jsd", "reverse_kl")]
+    assert divergences[0] - divergences[1] == 4.25 * 4 * 30 * 512
+
+
+def test_what_torch_does_not_give_back():
+    """Holes beside small kept tensors on a CPU; none beside large ones, under checkpointing, or where torch counts its own arrays."""
+    widths, micro = 6 * 64 + 2 * 64 + 2 * 32, Micro(2, 100, 16)
+    assert memory_of({}, machine=TORCH)._holes_bytes(micro) == 3 * 4 * 200 * widths
+    lora = memory_of({"student": {"tuning": "lora"}}, machine=TORCH)
+    assert lora._holes_bytes(micro) == pytest.approx(1.1 * lora._kept_bytes(micro))
+    between = Micro(2, 2**16 // 2, 16)  # 16 MiB of the width, 32 MiB of the MLP's
+    ffn = 4 * CONFIG["intermediate_size"]
+    assert CONFIG["intermediate_size"] == 128
+    assert lora._holes_bytes(between) == pytest.approx(1.1 * 3 * 4 * 2**16 * (lora._kept_per_token() - ffn))
+    assert lora._holes_bytes(Micro(2, 2**16, 16)) == 0
+    assert memory_of({"student": {"gradient_checkpointing": True}}, machine=TORCH)._holes_bytes(micro) == 0
+    assert memory_of({}, machine=CUDA)._holes_bytes(micro) == memory_of({})._holes_bytes(micro) == 0
+    assert {moment.allocator for moment in memory_of({}, machine=CUDA).moments([micro], [micro], True)} == {0}
+
+
+FREES = """
+import numpy as np
+from mlx_distill.backends.torch import resident
+if {asked}: assert resident.return_freed_blocks()
+np.ones(2**21)[0]  # freed at once: glibc's threshold rises above what follows
+blocks = [np.ones(2**17) for _ in range(64)]
+held = resident.memory().active_bytes
+del blocks[::2]
+print(held - resident.memory().active_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize("asked", [True, False])
+def test_freed_blocks_are_returned_where_that_is_asked_for(asked):
+    answer = subprocess.run([sys.executable, "-c", FREES.format(asked=asked)], capture_output=True, text=True, check=True)
+    assert (int(answer.stdout) > 24 * 2**20) == asked
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's allocator")
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_checkpointing_asks_for_it(checkpointing, tmp_path, bytes_tokenizer, monkeypatch):
+    asked: list[bool] = []
+    monkeypatch.setattr(torch_backend.resident, "return_freed_blocks", lambda: asked.append(True))
+    folder = model_folder(tmp_path / "student", bytes_tokenizer(), layers=1, width=64)
+    torch_backend.TorchBackend().load_student(folder, "it", recipe(student={"gradient_checkpointing": checkpointing}))
+    assert asked == [True] * checkpointing
+
+
+@pytest.mark.parametrize(("machine", "unmeasured"), [(CPU, False), (TORCH, False), (CUDA, True)])
+def test_what_was_not_measured_is_said(machine, unmeasured, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    said: list[str] = []
+    announce(recipe(), prepared([96] * 8), tmp_path, None, machine, said.append)
+    plan, console = plan_of([96] * 8, machine), Console(file=io.StringIO(), width=80)
+    console.print(*plans.render(plan, machine, recipe()))
+    assert [line for line in said if "extrapolation" in line] == [f"plan: {plans.UNMEASURED}"] * unmeasured
+    assert ("extrapolation" in console.file.getvalue()) == unmeasured
+    assert ("freed blocks" in console.file.getvalue()) == (machine == TORCH)
 
 
 # what does not fit

@@ -216,6 +216,8 @@ class TorchStudent(TorchModel):
         self.chunk_tokens, self.max_grad_norm = recipe.objective.chunk_tokens, recipe.optim.max_grad_norm
         if recipe.student.gradient_checkpointing:
             models.checkpoint_layers(split)
+            if self.device.type == "cpu":
+                resident.return_freed_blocks()
         self.head_path = split.head_path
         together.shard(split, trains=True)
         named = dict(split.model.named_parameters())
