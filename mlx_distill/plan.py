@@ -293,7 +293,8 @@ def _candidates(recipe: Recipe, plan: Plan, machine: Machine) -> Iterator[tuple[
         return lambda recipe, prepared: (_with(recipe, table, **values), prepared)
 
     student, half, shorter = recipe.student, recipe.batch.micro_batch_size // 2, plan.longest // 2
-    if recipe.teacher.model and not recipe.teacher.quantize_bits:
+    quantises = machine.backend == "mlx" or machine.device == "cuda"  # torch has no kernels for it on a CPU
+    if recipe.teacher.model and not recipe.teacher.quantize_bits and quantises:
         yield "teacher.quantize_bits=4", setting("teacher", quantize_bits=4)
     if student.tuning == "full":
         yield 'student.tuning="lora"', setting("student", tuning="lora")

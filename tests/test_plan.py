@@ -403,6 +403,8 @@ def test_a_quantised_teacher_is_advised_where_it_is_large():
     plan = make_plan(asked, prepared([16] * 8), teacher, CONFIG, replace(CPU, memory_bytes=60 * 10**6))
     assert plan.changes[0].what == "teacher.quantize_bits=4" and plan.changes[0].fits
     assert plan.peak.teacher == 4 * Dense.of(teacher, "it").parameters > 50 * 10**6
+    refuses = make_plan(asked, prepared([16] * 8), teacher, CONFIG, replace(TORCH, memory_bytes=60 * 10**6))  # torch's CPU cannot
+    assert not any("quantize" in change.what for change in refuses.changes)
 
 
 def test_nothing_fits():
