@@ -8,7 +8,6 @@ What the paper says is quoted; every number beside it, and whether it agrees, is
 
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -19,6 +18,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from tables import rewrite_section  # noqa: E402
 
+from mlx_distill.markdown import table  # noqa: E402
 from mlx_distill.report import amount, duration, percent, points  # noqa: E402
 from mlx_distill.study import (  # noqa: E402
     Condition,
@@ -90,11 +90,6 @@ def gap(estimate: Estimate) -> str:
 def clear(estimate: Estimate) -> bool:
     """Whether the interval excludes zero."""
     return estimate.low > 0 or estimate.high < 0
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    align = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, align, *rows]).replace("\u00a0", " ")
 
 
 # findings
@@ -182,7 +177,7 @@ def accuracy_table(found: dict[str, Condition], full: Condition, base: Condition
 
     head = ["", "seeds", "accuracy", "against full", "of full's accuracy", "of full's gain", "KL", "tokens", "arithmetic", "of full's",
             "training", "peak memory"]
-    return table(head, [row(name, one) for name, one in found.items()])
+    return table(head, [row(name, one) for name, one in found.items()], "l" + "r" * (len(head) - 1)).replace("\u00a0", " ")
 
 
 def page(rows: Rows) -> str:
@@ -205,7 +200,7 @@ def page(rows: Rows) -> str:
 
 def section(rows: Rows) -> str:
     """The README's table, a row a finding."""
-    return table(["", "the paper", "measured here", ""], [list(find(rows)) for find in FINDINGS]).replace("---:", "---")
+    return table(["", "the paper", "measured here", ""], [list(find(rows)) for find in FINDINGS], "llll").replace("\u00a0", " ")
 
 
 # the figure

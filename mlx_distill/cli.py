@@ -2,8 +2,10 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +13,9 @@ from rich.console import Console
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from mlx_distill.view import View
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -32,17 +37,13 @@ def run(
     """Distil: train, export, score, report. On an unfinished run folder, continue where it stopped."""
     from mlx_distill import pipeline
     from mlx_distill.train import Interrupted
-    from mlx_distill.view import View
 
     loaded = load_recipe(recipe, tuple(set_ or ()))
-    with View(console) as view:
+    with _stoppable() as view:
         try:
             pipeline.run(loaded, view, backend, fresh, force)
         except Interrupted as stop:
             view.say(f"stopped; {stop}. The same command continues.")
-            raise typer.Exit(130) from None
-        except KeyboardInterrupt:
-            view.say("stopped. The same command continues from what was saved last.")
             raise typer.Exit(130) from None
 
 
@@ -64,14 +65,9 @@ def teach(
 ) -> None:
     """Ask the teacher once: write or complete the cache that [teacher] cache names, for any number of runs."""
     from mlx_distill import pipeline
-    from mlx_distill.view import View
 
-    with View(console) as view:
-        try:
-            pipeline.teach([load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend)
-        except KeyboardInterrupt:
-            view.say("stopped. The same command continues from what was saved last.")
-            raise typer.Exit(130) from None
+    with _stoppable() as view:
+        pipeline.teach([load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend)
 
 
 @app.command()
@@ -85,18 +81,13 @@ def sweep(
     from mlx_distill.sweep import outline
     from mlx_distill.sweep import sweep as run_sweeps
     from mlx_distill.sweep_file import load_sweep
-    from mlx_distill.view import View
 
     loaded = [load_sweep(path, tuple(set_ or ())) for path in sweeps]
     if dry_run:
         outline(loaded, console, backend)
         return
-    with View(console) as view:
-        try:
-            run_sweeps(loaded, view, backend, jobs)
-        except KeyboardInterrupt:
-            view.say("stopped. The same command continues from what was saved last.")
-            raise typer.Exit(130) from None
+    with _stoppable() as view:
+        run_sweeps(loaded, view, backend, jobs)
 
 
 @app.command()
@@ -144,6 +135,19 @@ def doctor(backend: BackendOption = "auto") -> None:
 
     if not check(console, backend):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _stoppable() -> Iterator["View"]:
+    """A view to work in; Ctrl-C ends the work with a line and exit code 130."""
+    from mlx_distill.view import View
+
+    with View(console) as view:
+        try:
+            yield view
+        except KeyboardInterrupt:
+            view.say("stopped. The same command continues from what was saved last.")
+            raise typer.Exit(130) from None
 
 
 @app.callback(invoke_without_command=True)

@@ -23,7 +23,7 @@ from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.flops import Adapters, training_flops
 from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
-from mlx_distill.recipe import Recipe, RunTable, TeacherTable
+from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
 from mlx_distill.report import amount, duration
 from mlx_distill.show import count_table
 
@@ -264,13 +264,9 @@ def _peak(recipe: Recipe, prepared: Prepared, teacher_config: dict | None, stude
     return make_plan(recipe, prepared, teacher_config, student_config, machine, advise=False).peak.total
 
 
-def _with(recipe: Recipe, table: str, **values) -> Recipe:
-    return recipe.model_copy(update={table: getattr(recipe, table).model_copy(update=values)})
-
-
 def _recut(recipe: Recipe, prepared: Prepared, max_tokens: int) -> tuple[Recipe, Prepared]:
     """The recipe with `max_tokens` and its training sequences cut anew; the same where nothing supervised would be left."""
-    shorter = _with(recipe, "truncation", max_tokens=max_tokens)
+    shorter = with_values(recipe, truncation={"max_tokens": max_tokens})
     cut = [cut_sequence(sequence, shorter) for sequence in prepared.train_whole]
     learning = tuple(sequence for sequence in cut if sequence.supervised(recipe.objective.segments).any())
     if len(learning) < recipe.batch.global_batch_size:
@@ -290,7 +286,7 @@ def _changes(recipe: Recipe, prepared: Prepared, plan: Plan, again: Again, machi
 
 def _candidates(recipe: Recipe, plan: Plan, machine: Machine) -> Iterator[tuple[str, Callable]]:
     def setting(table: str, **values) -> Callable:
-        return lambda recipe, prepared: (_with(recipe, table, **values), prepared)
+        return lambda recipe, prepared: (with_values(recipe, **{table: values}), prepared)
 
     student, half, shorter = recipe.student, recipe.batch.micro_batch_size // 2, plan.longest // 2
     quantises = machine.backend == "mlx" or machine.device == "cuda"  # torch has no kernels for it on a CPU
@@ -327,11 +323,11 @@ def _largest(recipe: Recipe, prepared: Prepared, plan: Plan, again: Again) -> Ch
     """The largest micro-batch that fits, or at one sequence the most tokens; None where nothing does."""
 
     def batch(size: int) -> Change:
-        peak = again(_with(recipe, "batch", micro_batch_size=size), prepared)
+        peak = again(with_values(recipe, batch={"micro_batch_size": size}), prepared)
         return Change(f"batch.micro_batch_size={size}", peak, peak <= plan.memory_bytes)
 
     def tokens(most: int) -> Change | None:
-        alone, cut = _recut(_with(recipe, "batch", micro_batch_size=1), prepared, most)
+        alone, cut = _recut(with_values(recipe, batch={"micro_batch_size": 1}), prepared, most)
         if cut is prepared:
             return None
         peak = again(alone, cut)
@@ -356,14 +352,19 @@ def _last_that_fits(change: Callable[[int], Change | None], most: int) -> Change
 # what is printed
 
 
-def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bool = False) -> Plan:
-    """Print what a recipe will cost; `timed` measures this machine's rate first, for which the backend is loaded."""
+def plan_of(recipe: Recipe, machine: Machine, advise: bool = True) -> tuple[Prepared, Plan]:
+    """A recipe's data and its plan, from the models' configs alone. Raises `DistillError` as `prepare` and `make_plan` do."""
     student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
     teacher = model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False) if recipe.teacher.model else None
+    prepared = prepare(recipe, load_tokenizer(student))
+    return prepared, make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine, advise)
+
+
+def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bool = False) -> Plan:
+    """Print what a recipe will cost; `timed` measures this machine's rate first, for which the backend is loaded."""
     backend = _backend(backend_name) if timed else None
     machine = Machine.of(backend.device()) if backend else this_machine(backend_name)
-    prepared = prepare(recipe, load_tokenizer(student))
-    made = make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine)
+    prepared, made = plan_of(recipe, machine)
     console.print(count_table(prepared, recipe))
     for renderable in render(made, machine, recipe):
         console.print(renderable)

@@ -225,8 +225,7 @@ def _cache_contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
 
 def cache_serves(recipe: Recipe, kind: str) -> bool:
     """Whether a teacher's kept answers of this kind can train a recipe that now asks the teacher itself."""
-    cached = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"cache": kind})})
-    return not any(found for found, _ in _cache_contradictions(cached))
+    return not any(found for found, _ in _cache_contradictions(with_values(recipe, teacher={"cache": kind})))
 
 
 _WHEN_READ = {
@@ -275,15 +274,10 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
     Raises `NotFound` (no such file) or `RecipeError` (file, table, field, what was found and the choices), one line each.
     """
-    return build_recipe(read_tables(path, overrides), path)
-
-
-def read_tables(path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A TOML file's tables with overrides applied, not yet checked. Raises as `load_recipe` does."""
     tables = read_toml(path)
     for override in overrides:
         apply_override(tables, override)
-    return tables
+    return build_recipe(tables, path)
 
 
 def build_recipe(tables: dict[str, Any], path: Path) -> Recipe:
@@ -294,8 +288,13 @@ def build_recipe(tables: dict[str, Any], path: Path) -> Recipe:
     except ValidationError as error:
         raise RecipeError(f"{path}: {describe(error)}") from None
     if not recipe.run.name:
-        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"name": path.stem})})
+        recipe = with_values(recipe, run={"name": path.stem})
     return recipe
+
+
+def with_values(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
+    """The recipe with some fields of some tables replaced, unchecked."""
+    return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=values) for name, values in tables.items()})
 
 
 def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:

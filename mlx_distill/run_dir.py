@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from mlx_distill.errors import RecipeError, RunError
 from mlx_distill.recipe import Recipe, load_recipe
@@ -45,6 +46,11 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.student = path / "student"
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """Where the run of this recipe lies, whether it is there or not."""
+        return cls(Path(recipe.run.folder).expanduser() / recipe.run.name)
+
     # opening
 
     @classmethod
@@ -54,7 +60,7 @@ class RunFolder:
         Raises `RunError` if the folder holds another recipe's run (the differing fields are shown) or something else, and
         with `fresh` if another process works in it.
         """
-        run = cls(Path(recipe.run.folder).expanduser() / recipe.run.name)
+        run = cls.of(recipe)
         if run.path.is_dir() and any(run.path.iterdir()):
             run._refuse_foreign()
             if fresh:
@@ -270,7 +276,7 @@ class SilentFolder(RunFolder):
 
     @classmethod
     def open(cls, recipe: Recipe, fresh: bool = False) -> "SilentFolder":
-        return cls(Path(recipe.run.folder).expanduser() / recipe.run.name)
+        return cls.of(recipe)
 
     def locked(self) -> AbstractContextManager:
         return nullcontext()

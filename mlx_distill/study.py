@@ -13,6 +13,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +122,12 @@ class Condition:
     def seeds(self) -> tuple[int, ...]:
         return tuple(row.seed for row in self.rows)
 
-    @property
+    @cached_property
     def right(self) -> np.ndarray:
         """float64 [S, P]: the share of right answers."""
         return np.array([row.right for row in self.rows])
 
-    @property
+    @cached_property
     def accuracy(self) -> Estimate:
         """Over seeds and problems."""
         return accuracy(self.right)

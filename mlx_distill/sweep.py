@@ -23,18 +23,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_distill.data.prepare import prepare
 from mlx_distill.errors import DistillError, RecipeError, RunError
 from mlx_distill.evaluate import Score
-from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.jobs import Ended, Job, side_by_side
 from mlx_distill.kept_run import Run, kl_before_after, read_run
 from mlx_distill.memory import this_machine
-from mlx_distill.plan import Plan, make_plan, read_config
+from mlx_distill.plan import Plan, plan_of
+from mlx_distill.recipe import with_values
 from mlx_distill.report import DASH, amount, duration, percent
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
-from mlx_distill.sweep_file import Point, Sweep, with_values
+from mlx_distill.sweep_file import Point, Sweep
 from mlx_distill.sweep_report import Swept, best_path, write_report
 from mlx_distill.targets import TeacherCache
 from mlx_distill.view import View
@@ -151,9 +150,8 @@ class Queue:
             self.view.say(f"{point.name}: failed: {ended.trouble}")
         else:
             self.view.say(f"{point.name}: {percent(student_row(point).accuracy)} after {duration(ended.seconds)}")
-        for one in self.sweeps:
-            if any(other.folder.path == point.folder.path for other in one.points):
-                write_results(one, self.troubles)
+        for one in self._sweeps_of(point):
+            write_results(one, self.troubles)
 
     def _score_shared(self, one: Sweep) -> None:
         """The student before training and the teacher, scored once in one of the runs; a finished run only adds what it lacks."""
@@ -202,18 +200,16 @@ class Queue:
 
     def _home(self, point: Point) -> Path:
         """The folder of the first sweep that the run belongs to."""
-        return next(one.folder for one in self.sweeps if any(other.folder.path == point.folder.path for other in one.points))
+        return self._sweeps_of(point)[0].folder
+
+    def _sweeps_of(self, point: Point) -> list[Sweep]:
+        return [one for one in self.sweeps if any(other.folder.path == point.folder.path for other in one.points)]
 
 
 def planned(point: Point, backend: str) -> Plan | None:
     """A run's plan; None for a model whose cost cannot be planned, or for data that the run itself will refuse."""
-    recipe = point.recipe
     try:
-        student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
-        teacher = model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False) if recipe.teacher.model else None
-        prepared = prepare(recipe, load_tokenizer(student))
-        configs = read_config(teacher) if teacher else None, read_config(student)
-        return make_plan(recipe, prepared, *configs, this_machine(backend), advise=False)
+        return plan_of(point.recipe, this_machine(backend), advise=False)[1]
     except DistillError:
         return None
 
@@ -297,10 +293,9 @@ def _which(score: Score) -> str:
 
 def teacher_pass(one: Sweep) -> dict[str, Any]:
     """The teacher's kept answers: sequences, tokens and bytes, and how many runs read them; {} if none did."""
-    reads = [point for point in one.points if point.done and point.folder.read_json("manifest.json").get("teacher_cache")]
-    folders = {Path(point.folder.recipe().teacher.cache_folder).expanduser() / point.folder.read_json("manifest.json")["teacher_cache"]
-               for point in reads}
-    caches = [TeacherCache.at(folder) for folder in sorted(folders) if (folder / "manifest.json").exists()]
+    named = [(point, point.folder.read_json("manifest.json").get("teacher_cache")) for point in one.points if point.done]
+    reads = [Path(point.folder.recipe().teacher.cache_folder).expanduser() / name for point, name in named if name]
+    caches = [TeacherCache.at(folder) for folder in sorted(set(reads)) if (folder / "manifest.json").exists()]
     if not caches:
         return {}
     sequences, tokens, size = (sum(column) for column in zip(*(cache.size() for cache in caches), strict=True))

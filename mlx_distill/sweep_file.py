@@ -24,12 +24,14 @@ from mlx_distill.recipe import (
     Fraction,
     Recipe,
     Table,
+    TeacherTable,
     apply_override,
     build_recipe,
     cache_serves,
     describe,
     near,
     read_toml,
+    with_values,
 )
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.study import MATCHED
@@ -40,7 +42,7 @@ NOT_AN_AXIS = {  # field → what to do instead
     "run.seed": "use seeds = […]", "run.name": "runs are named by what they change", "run.folder": "use runs = \"FOLDER\"",
     "eval.score_base": "use [set]", "eval.score_teacher": "use [set]", "eval.compare": "the sweep's page compares all of its runs",
 }
-CACHE_FIELDS = ("cache", "cache_folder", "cache_top_k", "cache_samples")
+CACHE_FIELDS = tuple(name for name in TeacherTable.model_fields if name.startswith("cache"))
 
 
 class SweepFile(Table):
@@ -72,7 +74,7 @@ class Point:
 
     @property
     def folder(self) -> RunFolder:
-        return RunFolder(Path(self.recipe.run.folder).expanduser() / self.name)
+        return RunFolder.of(self.recipe)
 
     @property
     def done(self) -> bool:
@@ -246,11 +248,6 @@ def value_of(recipe: Recipe, name: str) -> Any:
     """The value of `table.field`, as TOML has it; None for a field that does not exist."""
     table, _, field = name.partition(".")
     return recipe.model_dump(mode="json").get(table, {}).get(field)
-
-
-def with_values(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
-    """The recipe with some fields of some tables replaced, unchecked."""
-    return recipe.model_copy(update={name: getattr(recipe, name).model_copy(update=values) for name, values in tables.items()})
 
 
 def run_name(recipe: Recipe, base: Recipe, settings: Settings) -> str:
