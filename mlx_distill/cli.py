@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -164,4 +164,18 @@ def main() -> None:
     except DistillError as error:
         rank = os.environ.get("RANK") or os.environ.get("MLX_RANK") or "0"
         print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(2)
+    except SystemExit as ending:
+        _end(ending.code)
+
+
+def _end(code: int) -> NoReturn:
+    """End the process; one of several ranks at once, without taking the interpreter down.
+
+    A thread of torch's group that lets go of a tensor meanwhile would abort it (pytorch issue 190489).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -114,3 +114,9 @@ def test_a_refusal_is_one_line_and_nobody_waits(tiny_recipe, tmp_path):
     lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
     assert lines and all('optim.optimizer = "lion" asked, but torch has none' in line for line in lines)
     assert "[rank" not in result.stderr
+
+
+def test_a_rank_ends_while_its_last_sum_is_let_go():
+    """Once in a few hundred runs, torch's thread takes the interpreter down with it; here always."""
+    result = torchrun(program=(str(Path(__file__).parent / "ends_early.py"),))
+    assert result.returncode == 0, result.stderr

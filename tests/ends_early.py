@@ -1,0 +1,25 @@
+"""A command that ends while a thread of torch's group waits for the interpreter, to let go of a tensor. Started on several ranks."""
+
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from mlx_distill import cli
+
+kept = torch.ones(4)
+
+
+def command() -> None:
+    dist.init_process_group("gloo")
+    sys.setswitchinterval(100)  # seconds: the thread gets the interpreter only when this one ends
+    dist.all_reduce(kept, async_op=True)
+    ready = time.monotonic() + 1
+    while time.monotonic() < ready:
+        pass
+    sys.exit(0)
+
+
+cli.app = command
+cli.main()
