@@ -22,7 +22,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import bench_step, models_torch, workers
-from benchmarks.bench_step import Case, Model, Shape, TeacherModel
+from benchmarks.bench_step import Case, ChunkTokens, Model, Shape, TeacherModel
 from benchmarks.tables import README, append_rows, read_rows, rewrite_section
 from mlx_distill.flops import step_flops
 
@@ -40,7 +40,7 @@ def run(
     batch: int = 2, tokens: Annotated[int, typer.Option(help="of a whole sequence")] = 512,
     supervised_share: Annotated[float, typer.Option(help="of a whole sequence; what comes before is the prompt")] = 0.95,
     fraction: Annotated[list[float], typer.Option()] = FRACTIONS,
-    kd_weight: float = 0.5, chunk_tokens: int = 128, device: str = "cpu", dtype: str = "float32",
+    kd_weight: float = 0.5, chunk_tokens: ChunkTokens = 0, device: str = "cpu", dtype: str = "float32",
     gradient_checkpointing: bool = False, contender: str = "ours", rounds: int = 3, repetitions: int = 1, threads: int = 0,
     scratch: str = "", keep: Annotated[bool, typer.Option(help="append the rows, rewrite table and figure")] = True,
 ) -> None:

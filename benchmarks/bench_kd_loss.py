@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import contenders_mlx, contenders_torch, machines, workers
 from benchmarks.tables import append_rows, read_rows, rewrite_section
+from mlx_distill import objective
 
 WIDTHS = (256, 512)
 FAMILIES = {"mlx": contenders_mlx, "torch": contenders_torch}
@@ -45,17 +46,17 @@ def run(
     positions: Annotated[list[int], typer.Option()] = [512, 1024, 2048, 4096],  # noqa: B006
     head: Annotated[list[str], typer.Option(help="frozen, trained")] = ["frozen", "trained"],  # noqa: B006
     contender: Annotated[list[str], typer.Option(help="default: all of the framework's")] = [],  # noqa: B006
-    chunk_tokens: int = 128,
+    chunk_tokens: Annotated[int, typer.Option(help="0: as a recipe that does not say")] = 0,
     repetitions: int = 3,
     blas_threads: Annotated[int, typer.Option(help="0: the library's choice")] = 0,
     keep: Annotated[bool, typer.Option(help="append the rows and rewrite the table")] = True,
 ) -> None:
     """Measure every combination and keep the rows."""
-    contenders = contender or list(FAMILIES[framework].CONTENDERS)
+    contenders, chunk = contender or list(FAMILIES[framework].CONTENDERS), objective.chunk_tokens(chunk_tokens, framework, "cpu")
     for v in vocab:
         for h in head:
             for n in positions:
-                rows = measure(framework, contenders, n, v, h, chunk_tokens, repetitions, blas_threads)
+                rows = measure(framework, contenders, n, v, h, chunk, repetitions, blas_threads)
                 if keep:
                     append_rows(FILES[framework], rows)
                     table(framework)

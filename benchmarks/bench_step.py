@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import agreement, machines, models_torch, steps_table, steps_torch, workers
 from benchmarks import contenders_torch as losses
 from benchmarks.tables import append_rows, read_rows, rewrite_section
+from mlx_distill import objective
 from mlx_distill.flops import step_flops
 
 FILE, CHECKS = "bench_step", "bench_step_check"
@@ -98,13 +99,14 @@ Model = Annotated[str, typer.Option(help="a Hugging Face folder, e.g. models/Smo
 Shape = Annotated[str, typer.Option(help=f"random weights instead: {', '.join(models_torch.SHAPES)}")]
 TeacherModel = Annotated[str, typer.Option(help="a folder; neither it nor --teacher-shape: the student's weights with noise")]
 Share = Annotated[float, typer.Option(help="of each sequence that carries loss; the rest is its prompt")]
+ChunkTokens = Annotated[int, typer.Option(help="ours: positions whose logits exist at once; 0: as a recipe that does not say")]
 Contenders = Annotated[list[str], typer.Option(help=f"default: {', '.join(losses.CONTENDERS)}; on CUDA also liger-triton")]
 
 
 @app.command()
 def run(
     model: Model = NOWHERE, shape: Shape = "", teacher_model: TeacherModel = "", teacher_shape: Shape = "",
-    batch: int = 2, tokens: int = 512, supervised_share: Share = 0.8, kd_weight: float = 0.5, chunk_tokens: int = 128,
+    batch: int = 2, tokens: int = 512, supervised_share: Share = 0.8, kd_weight: float = 0.5, chunk_tokens: ChunkTokens = 0,
     device: str = "cpu", dtype: str = "float32", gradient_checkpointing: bool = False,
     part: Annotated[list[str], typer.Option(help="head, step")] = ["head", "step"],  # noqa: B006
     contender: Contenders = [],  # noqa: B006
@@ -176,8 +178,8 @@ def make_case(
         raise SystemExit(f"--supervised-share {share} of {tokens} tokens leaves a prompt of {prompt}: 1 to {tokens - 1} are possible")
     if not 0 < kd_weight <= 1:
         raise SystemExit(f"--kd-weight {kd_weight} leaves no divergence to compare: more than 0, 1 at most")
-    return Case("" if shape else model, shape, teacher_model, teacher_shape, batch, tokens, prompt, kd_weight, chunk_tokens,
-                device, dtype, gradient_checkpointing)
+    return Case("" if shape else model, shape, teacher_model, teacher_shape, batch, tokens, prompt, kd_weight,
+                objective.chunk_tokens(chunk_tokens, "torch", device), device, dtype, gradient_checkpointing)
 
 
 def with_folders(case: Case, scratch: Path) -> Case:

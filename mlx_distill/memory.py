@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING
 
 from mlx_distill.errors import ModelError
 from mlx_distill.flops import Adapters, Shape
+from mlx_distill.objective import chunk_tokens
 from mlx_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class Calibration:
     teacher_share: dict[bool, float]  # of the teacher's forward that meets the student's kept tensors, by checkpointing
     window: dict[str, tuple[float, float]]  # blocks of logits the walk holds: fixed, and for each block of the vocabulary
     jsd: float  # more of these blocks where the divergence is JSD
+    cross_rows: dict[str, int]  # positions of a block that exist at once, the logits themselves aside; all where nothing is said
     block_elements: dict[str, int]
     update: dict[str, Update]
     slack: dict[str, Slack]  # by device; absent where a framework counts its own arrays
@@ -191,6 +193,7 @@ MLX = Calibration(
     teacher_share={False: 0.75, True: 1.05},
     window={"alone": (8.0, 1.0), "plain": (14.0, 2.0), "heated": (19.0, 3.0)},  # heated: at a temperature other than 1
     jsd=0.0,  # not measured
+    cross_rows={},
     block_elements={"cpu": 2**20, "metal": 2**23, "cuda": 2**23},  # backends/mlx/loss.py
     update={"adamw": Update(0, 4, 1.5), "lion": Update(1, 4, 1), "adafactor": Update(0, 5.3, 2.1)},
     slack={},
@@ -211,6 +214,7 @@ TORCH = Calibration(
     forward=Working(5.0, 2.0, 3.0, 0.0),
     teacher_share={False: 1.0, True: 1.0},
     window={"alone": (2.0, 0.0), "plain": (3.0, 0.0), "heated": (5.0, 0.0)},  # buffers [C, V], whatever C · V
+    cross_rows={"cpu": 16},  # backends/torch/loss.py
     jsd=4.25,  # the distance, the two ratios, the two terms less the one that is the distance, and where one is larger
     block_elements={"cpu": 2**62, "cuda": 2**62},  # the vocabulary is not cut
     update={"adamw": Update(0, 0, 0), "lion": Update(0, 0, 0), "adafactor": Update(0, 0, 3)},  # AdamW's is fused; torch has no Lion
@@ -498,14 +502,19 @@ class Memory:
         """The loss: so many blocks [C, V / blocks] of float32, and on a GPU the promoted blocks of the heads."""
         alone = not self.teaches if alone is None else alone
         vocabulary = self.student.shape.vocabulary if alone else min(self.student.shape.vocabulary, self.teacher.shape.vocabulary)
-        rows = min(self.recipe.objective.chunk_tokens, micro.positions)
+        chunk = chunk_tokens(self.recipe.objective.chunk_tokens, self.machine.backend, self.machine.device)
+        rows = min(chunk, micro.positions)
+        if not self.constants.lazy and rows:
+            rows = math.ceil(micro.positions / math.ceil(micro.positions / chunk))  # even chunks
         blocks = max(1, math.ceil(vocabulary * rows / self.constants.block_elements[self.machine.device]))
         fixed, each = self.constants.window["alone" if alone else "plain" if temperature == 1 else "heated"]
         if not alone and self.recipe.objective.divergence == "jsd":
             fixed += self.constants.jsd
         widths = self.student.shape.width * (not self.full) + (0 if alone else self.teacher.shape.width)
         promoted = FLOAT * vocabulary / blocks * widths if self.machine.dtype != "float32" else 0.0
-        return (fixed + each * blocks) * FLOAT * rows * vocabulary / blocks + promoted
+        logits, crossed = 1 if alone else 2, min(rows, self.constants.cross_rows.get(self.machine.device, rows))
+        buffers = logits * rows + (fixed + each * blocks - logits) * crossed
+        return FLOAT * buffers * vocabulary / blocks + promoted
 
     def _update_bytes(self, gradients: float, head: float) -> float:
         update = self.constants.update[self.recipe.optim.optimizer]

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mlx_distill.recipe import ObjectiveTable
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+# Measured on CPUs: MLX's walk gains nothing beyond 128, torch's products do up to 512. A GPU that reads a head of V numbers and adds
+# to its gradient computes longer than it moves numbers from about 800 positions on (H200: 206 operations a byte); not measured.
+CHUNK_TOKENS = {("torch", "cpu"): 512, ("torch", "cuda"): 1024}
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Objective:
     def divergence_scale(self) -> float:
         """What multiplies the divergence: temperature squared under "hinton" (Hinton et al. 2015, §2.1), else 1."""
         return self.temperature**2 if self.temperature_scaling == "hinton" else 1.0
+
+
+def chunk_tokens(asked: int, backend: str, device: str) -> int:
+    """Positions whose logits exist at once; 0 asks for what suits a backend's device (torch: cpu, cuda; MLX: all the same)."""
+    return asked or CHUNK_TOKENS.get((backend, device), 128)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ class ObjectiveTable(Table):
     kd_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # 1 - kd_weight weighs cross-entropy
     temperature: Annotated[float, Field(gt=0)] = 1.0
     temperature_scaling: Literal["none", "hinton"] = "hinton"  # hinton multiplies the divergence by T^2
-    chunk_tokens: Positive = 128  # positions whose logits exist at once
+    chunk_tokens: Count = 0  # positions whose logits exist at once; 0 = what suits backend and device
 
 
 class BatchTable(Table):

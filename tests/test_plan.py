@@ -283,6 +283,14 @@ def test_each_backend_is_planned_with_its_own_constants():
     assert plan_of([96] * 8, TORCH).peak.allocator > 0 == plan_of([96] * 8).peak.allocator
 
 
+@pytest.mark.parametrize("machine, chunk", [(CPU, 128), (TORCH, 512), (replace(TORCH, device="cuda"), 1024)])
+def test_a_chunk_nobody_asked_for_is_the_backends(machine: Machine, chunk: int):
+    """4,096 positions: `backends/test_contract.py` has what the backends take."""
+    walks = [memory_of({"objective": {"kd_weight": 0.0, "chunk_tokens": asked}}, machine=machine)._walk_bytes(Micro(4, 1025, 4096), 1.0)
+             for asked in (0, chunk, chunk // 2)]
+    assert walks[0] == walks[1] > walks[2]
+
+
 def test_the_moments_of_an_eager_backend():
     """Its teacher meets nothing kept, the head's gradient is one piece, and a gradient is added to the held one in place."""
     teacher = {"teacher": {"model": "it"}, "objective": {"kd_weight": 0.5, "chunk_tokens": 30}}
@@ -291,12 +299,12 @@ def test_the_moments_of_an_eager_backend():
     found = {moment.name: moment for moment in model.moments([micro], [], accumulates=True)}
     assert set(found) == {"teacher", "loss", "backward begins", "backward ends", "update"}
     assert found["teacher"].activations == model._forward_bytes(model.teacher, micro)
-    assert found["loss"].loss == 3 * 4 * 30 * 512 + 4 * 30 * 4 * 64 + head
+    assert found["loss"].loss == (2 * 30 + 16) * 4 * 512 + 4 * 30 * 4 * 64 + head
     assert found["backward ends"].gradients == 4 * weights + head
     assert found["update"].optimizer == 8 * weights
     divergences = [memory_of({**teacher, "objective": teacher["objective"] | {"divergence": name}}, machine=TORCH, teacher=CONFIG)
                    ._walk_bytes(micro, 1.0) for name in ("jsd", "reverse_kl")]
-    assert divergences[0] - divergences[1] == 4.25 * 4 * 30 * 512
+    assert divergences[0] - divergences[1] == 4.25 * 4 * 16 * 512
 
 
 def test_what_torch_does_not_give_back():

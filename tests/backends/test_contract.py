@@ -152,6 +152,11 @@ def test_chunked_is_whole(backend: Backend, root: Path, teacher: Teacher, tuning
     assert_close(gradients(chunked, teacher, [batch()]), gradients(whole, teacher, [batch()]))
 
 
+def test_a_chunk_nobody_asked_for_is_the_devices(backend: Backend, root: Path):
+    chosen = {"mlx": 128, "torch": 512}
+    assert load_student(backend, root, chunk_tokens=0).chunk_tokens == chosen[backend.device().backend]
+
+
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_two_batches_are_their_union(backend: Backend, root: Path, teacher: Teacher, tuning: str):
     parts = [batch(SEQUENCES[:1]), batch(SEQUENCES[1:])]  # 8 and 31 loss positions: a mean of means would show

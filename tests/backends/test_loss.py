@@ -127,10 +127,11 @@ def assert_no_worse(got: dict[str, np.ndarray], naive: dict[str, np.ndarray], wa
         assert error(got, want, name) <= 2 * max(error(naive, want, name), rounding), name
 
 
-BLOCKS = {  # how the walk is cut: MLX's by logits of a block, torch's by rows of a head in half precision
+BLOCKS = {  # how the walk is cut: MLX's by logits of a block, torch's by positions, and by rows of a head in half precision
     "mlx, many blocks": ("mlx", "BLOCK_ELEMENTS", dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 300)),
     "mlx, one block": ("mlx", "BLOCK_ELEMENTS", dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 2**20)),
-    "torch": ("torch", "BLOCK_ROWS", 50),
+    "torch, three positions at once": ("torch", "CROSS_ROWS", 3),
+    "torch, 50 rows of a head at once": ("torch", "BLOCK_ROWS", 50),
 }
 
 

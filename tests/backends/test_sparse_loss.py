@@ -87,13 +87,15 @@ def on_mlx(hidden, head, targets, weight, sparse: SparseTargets, objective: Obje
 
 
 RUN = {"torch": on_torch, "mlx": on_mlx}
-BY_BLOCK = pytest.mark.parametrize("run", ["torch", "mlx", "mlx by blocks"])
+BY_BLOCK = pytest.mark.parametrize("run", ["torch", "torch by blocks", "mlx", "mlx by blocks"])
 
 
 @pytest.fixture
 def by_block(run, monkeypatch):
     if run == "mlx by blocks":  # of 15 ids
         monkeypatch.setattr(mlx_loss, "BLOCK_ELEMENTS", dict.fromkeys(mlx_loss.BLOCK_ELEMENTS, 70))
+    if run == "torch by blocks":  # of positions
+        monkeypatch.setattr(torch_loss, "CROSS_ROWS", 2)
     return RUN[run.split()[0]]
 
 

@@ -24,7 +24,7 @@ from mlx_distill.backends.mlx.loss import FLOOR, Head, MatrixHead, QuantizedHead
 from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, SparseTargets, check_indices
 from mlx_distill.blas import load_blas
 from mlx_distill.data.batches import Batch
-from mlx_distill.objective import Objective
+from mlx_distill.objective import Objective, chunk_tokens
 from mlx_distill.recipe import Recipe
 
 TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written
@@ -199,7 +199,8 @@ class MlxStudent(MlxModel):
     def __init__(self, split: models.SplitModel, base: Path, recipe: Recipe, dtype: mx.Dtype):
         super().__init__(split)
         self.base, self.table, self.dtype = base, recipe.student, dtype
-        self.chunk_tokens, self.max_grad_norm = recipe.objective.chunk_tokens, recipe.optim.max_grad_norm
+        self.chunk_tokens = chunk_tokens(recipe.objective.chunk_tokens, "mlx", mx.default_device().type.name)
+        self.max_grad_norm = recipe.optim.max_grad_norm
         if recipe.student.tuning != "full":
             models.cast_frozen(split.model, dtype)
         if recipe.student.gradient_checkpointing:

@@ -27,7 +27,7 @@ from mlx_distill.backends.torch import resident
 from mlx_distill.backends.torch.loss import FLOOR, Head, MatrixHead, SparseHead, kd_loss, score_rows
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import ModelError, OutOfMemory
-from mlx_distill.objective import Objective
+from mlx_distill.objective import Objective, chunk_tokens
 from mlx_distill.recipe import Recipe
 
 TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written
@@ -213,7 +213,8 @@ class TorchStudent(TorchModel):
     def __init__(self, split: models.SplitModel, base: Path, recipe: Recipe, dtype: torch.dtype):
         super().__init__(split)
         self.base, self.table, self.dtype = base, recipe.student, dtype
-        self.chunk_tokens, self.max_grad_norm = recipe.objective.chunk_tokens, recipe.optim.max_grad_norm
+        self.chunk_tokens = chunk_tokens(recipe.objective.chunk_tokens, "torch", self.device.type)
+        self.max_grad_norm = recipe.optim.max_grad_norm
         if recipe.student.gradient_checkpointing:
             models.checkpoint_layers(split)
             if self.device.type == "cpu":

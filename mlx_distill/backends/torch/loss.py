@@ -10,14 +10,16 @@ Decided here: how the walk is cut and what it keeps. The naive equivalent, in fl
     loss = sum(weight * (kd_weight * kd + (1 - kd_weight) * ce)) / loss_tokens
 
 A chunk makes its logits, its rows and the gradients of the hidden states and of the head in one visit; `backward` only
-scales what was made. Three buffers [C, V] are all that a chunk works in, so it is written with `out=` and in place: on a
-CPU fresh pages cost more than the arithmetic, and on CUDA the elementwise part is compiled into a few kernels. Torch runs
-eagerly, so chunks need no ordering (MLX's do). A bfloat16 head is promoted to float32 block by block on a CPU; on CUDA the
-products take bfloat16 and sum in float32 where the student computes in bfloat16.
+scales what was made. A buffer [C, V] for each model's logits is what a chunk works in, so it is written with `out=` and in
+place: on a CPU fresh pages cost more than the arithmetic. There the elementwise part goes over a few rows at a time, which
+stay in the cache from one pass to the next; on CUDA it is compiled into a few kernels over the chunk, with a third buffer.
+Torch runs eagerly, so chunks need no ordering (MLX's do). A bfloat16 head is promoted to float32 block by block on a CPU; on
+CUDA the products take bfloat16 and sum in float32 where the student computes in bfloat16.
 Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from mlx_distill.objective import Objective
 
+CROSS_ROWS = 16  # positions that the elementwise part works on at once on a CPU
 BLOCK_ROWS = 8192  # of a half-precision head that are promoted at once on a CPU
 FEW_ROWS = 8  # as in a last chunk: BLAS loses a decimal of their sums over a vocabulary (MKL: of one to three rows)
 FLOOR = -1e9  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
@@ -152,15 +155,16 @@ class _Walk:
         """(rows, gradient of the hidden states, gradient of the head); a gradient that is not asked for is None."""
         matrix = head_weight[: self.vocab or len(head_weight)]
         matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
-        count, size = len(hidden), min(self.chunk_tokens, len(hidden))
-        work = [torch.empty((size, len(matrix)), device=hidden.device) for _ in range(3 if self.teacher_hidden is not None else 2)]
+        count = len(hidden)
+        size = math.ceil(count / math.ceil(count / self.chunk_tokens))  # even chunks: a small last one costs nearly as much
+        heights = [size, *([size] if self.teacher_hidden is not None else []), size if matrix.is_cuda else min(size, CROSS_ROWS)]
+        work = [torch.empty((height, len(matrix)), device=hidden.device) for height in heights]
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
         head_grad = torch.empty(head_weight.shape, device=hidden.device) if train_head else None
         columns = []
         for start in range(0, count, size):
             place = slice(start, start + size)
-            part = [buffer[: min(size, count - start)] for buffer in work]
-            inputs, slope, rows = self._chunk(hidden, matrix, place, part, train_hidden or train_head)
+            inputs, slope, rows = self._chunk(hidden, matrix, place, work, train_hidden or train_head)
             columns.append(rows)
             if train_hidden:
                 hidden_grad[place] = _product(slope, matrix)
@@ -177,21 +181,36 @@ class _Walk:
         weight = self.weight[place, None].float()
         live = weight != 0
         inputs = torch.where(live, hidden[place], 0).to(self.dtype if matrix.is_cuda else torch.float32)  # dead rows may hold NaN
-        logits = _project(inputs, matrix, work[0]).clamp_(min=FLOOR)
-        targets, teacher_logits = self.targets[place, None].long(), None
+        logits, answers = _project(inputs, matrix, work[0][: len(inputs)]), None
         if self.teacher_hidden is not None:
             teacher_hidden = torch.where(live, self.teacher_hidden[place], 0)
             teacher_hidden = teacher_hidden if teacher_hidden.is_cuda else teacher_hidden.float()
-            teacher_logits = self.teacher_head.logits(teacher_hidden, len(matrix), work[1]).clamp_(min=FLOOR)
-        if isinstance(self.teacher_head, SparseHead):
-            cross, teacher_logits = _cross_sparse, self.teacher_head.rows(place)
-        else:
-            cross = _compiled(_cross) if logits.is_cuda else _cross
-        slope, kd, ce, agree = cross(logits, teacher_logits, work[-1], targets, self.objective, wants_slope)
+            answers = self.teacher_head.logits(teacher_hidden, len(matrix), work[1][: len(inputs)])
+        elif self.teacher_head is not None:
+            answers = self.teacher_head.rows(place)
         share = weight / self.loss_tokens
+        kd, ce, agree = self._cross(logits, answers, work[-1], self.targets[place, None].long(), share, wants_slope)
         loss = (self.objective.kd_weight * kd + (1 - self.objective.kd_weight) * ce) * share
         rows = tuple(torch.where(live, column, 0)[:, 0] for column in (loss, kd, ce, agree))
-        return inputs, slope.mul_(share) if wants_slope else None, rows
+        return inputs, logits if wants_slope else None, rows
+
+    def _cross(
+        self, logits: Tensor, answers: Tensor | SparseHead | None, spare: Tensor, targets: Tensor, share: Tensor, wants_slope: bool
+    ) -> Iterator[Tensor]:
+        """(kd, ce, agree), each [C, 1]; replaces the logits by `share` of their slope. As many rows at once as `spare` has."""
+        columns = []
+        for start in range(0, len(logits), len(spare)):
+            place = slice(start, start + len(spare))
+            z = logits[place]
+            if isinstance(answers, SparseHead):
+                cross, t = _cross_sparse, answers.rows(place)
+            else:
+                cross, t = _compiled(_cross) if logits.is_cuda else _cross, None if answers is None else answers[place]
+            slope, *column = cross(z, t, spare[: len(z)], targets[place], self.objective, wants_slope)
+            columns.append(column)
+            if wants_slope:
+                torch.mul(slope, share[place], out=logits[place])
+        return map(torch.cat, zip(*columns, strict=True))
 
 
 def _cross(
@@ -199,7 +218,9 @@ def _cross(
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Logits [C, V] of student and teacher, both overwritten, and a spare buffer → (d loss / d z in one of them, kd, ce, agree)."""
     kd = agree = z.new_zeros((len(z), 1))
+    z.clamp_(min=FLOOR)
     if t is not None:
+        t.clamp_(min=FLOOR)
         agree = (z.gather(1, t.argmax(1, keepdim=True)) == z.amax(1, keepdim=True)).float()
     temperature, kd_weight = objective.temperature, objective.kd_weight
     plain = z if temperature == 1 else z.clone()
@@ -235,6 +256,7 @@ def _cross_sparse(
     The last outcome's logit is the log-sum-exp of all other ids, so its slope is shared among them by their softmax.
     """
     known, ids = teacher.ids >= 0, teacher.ids.clamp(min=0).long()
+    z.clamp_(min=FLOOR)
     agree = (z.gather(1, teacher.top[:, None].long()) == z.amax(1, keepdim=True)).float()
     target_logit, kept = z.gather(1, targets), torch.where(known, z.gather(1, ids), FLOOR)
     others = z.scatter_add_(1, ids, torch.where(known, FLOOR, 0.0))
@@ -338,8 +360,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     if left.is_cuda:
         return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
-    blocks = range(0, len(right), BLOCK_ROWS)
-    return sum(left[:, start : start + BLOCK_ROWS] @ right[start : start + BLOCK_ROWS].float() for start in blocks)
+    size = BLOCK_ROWS if len(left) > FEW_ROWS else max(1, BLOCK_ROWS // 8)
+    return sum(left[:, start : start + size] @ right[start : start + size].float() for start in range(0, len(right), size))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
