@@ -364,7 +364,7 @@ def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
 def _subtract_at(slope: Tensor, targets: Tensor, amount: float) -> None:
     """`amount` less at one id of each row; a compiler fuses the comparison, while scattering would have it write [C, V] and read it."""
     if torch.compiler.is_compiling():
-        slope.sub_(torch.arange(slope.shape[1], device=slope.device) == targets, alpha=amount)
+        slope.sub_((torch.arange(slope.shape[1], device=slope.device) == targets).to(slope.dtype), alpha=amount)
     else:
         slope.scatter_add_(1, targets, slope.new_full((len(slope), 1), -amount))
 
