@@ -92,6 +92,7 @@ class Pipeline:
         if not (folder.student / "config.json").exists():
             self._train_and_export(folder)
         self.backend.part()
+        self.backend.release()
         if self.backend.ranks.first:
             if task:
                 self._evaluate(folder, task)

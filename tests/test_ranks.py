@@ -10,9 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from endings import TORCH_STUDENT, arguments
 from safetensors.numpy import load_file
+from torch.distributed.tensor import DTensor
 
+from mlx_distill.backends.torch import model as models
+from mlx_distill.backends.torch import ranks as together
+from mlx_distill.recipe import load_recipe
 from mlx_distill.run_dir import RunFolder
 
 SCRIPTS = Path(sys.executable).parent
@@ -120,3 +126,47 @@ def test_a_rank_ends_while_its_last_sum_is_let_go():
     """Once in a few hundred runs, torch's thread takes the interpreter down with it; here always."""
     result = torchrun(program=(str(Path(__file__).parent / "ends_early.py"),))
     assert result.returncode == 0, result.stderr
+
+
+def test_two_ranks_in_half_precision(one_process, tiny_recipe, tmp_path):
+    """Near one process, and no nearer: norms' weights are gathered in bfloat16 too, which it reads in float32."""
+    settings = (*UNEVEN, "student.compute_dtype=bfloat16")
+    result = torchrun(*arguments(tiny_recipe, tmp_path / "two", "torch"), *sets(*settings))
+    assert result.returncode == 0, result.stderr
+    ours, theirs = (RunFolder(path).rows("metrics.jsonl") for path in (tmp_path / "two" / "tiny", one_process("torch", *settings)))
+    assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)
+
+
+@pytest.fixture
+def pretended_ranks(monkeypatch):
+    """A group of this process alone, which believes to be one of two."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(together, "size", lambda: 2)
+    yield
+    dist.destroy_process_group()
+
+
+def student(tiny_recipe: Path) -> models.SplitModel:
+    table = load_recipe(tiny_recipe).student
+    return models.load_student(Path(table.model), "student", table, 0, torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_are_gathered_in_what_they_compute_in(pretended_ranks, tiny_recipe, dtype: torch.dtype):
+    """Autocast would keep a cast of every block's weights from the forward pass to the backward pass, whole on each rank."""
+    split, seen = student(tiny_recipe), set()
+    together.shard(split, trains=True, dtype=dtype)
+    weight = split.layers[0].self_attn.q_proj.weight
+    split.layers[0].self_attn.q_proj.register_forward_hook(lambda module, *_: seen.add(module.weight.dtype))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        hidden = split.hidden(torch.arange(6)[None])
+    hidden.float().sum().backward()
+    assert seen == {dtype} and hidden.dtype == torch.float32  # what blocks add up stays exact
+    assert weight.dtype == weight.grad.dtype == torch.float32
+
+
+def test_int8_weights_stay_whole(pretended_ranks, tiny_recipe):
+    split = student(tiny_recipe)
+    split.model.is_loaded_in_8bit = True
+    together.shard(split)
+    assert not any(isinstance(parameter, DTensor) for parameter in split.model.parameters())

@@ -1,10 +1,12 @@
 """What only torch's chunked loss has: two buffers used again and again, gradients that are handed out once, fused kernels."""
 
+import re
 import shutil
 import sys
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from frameworks import FRAMEWORKS
@@ -207,24 +209,87 @@ def test_what_is_given_is_left_alone():
 
 
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch):
+def compiler():
     """`_compiled`, and torch's settings as they were afterwards; the function itself off Linux or without a C++ compiler."""
     import torch._dynamo
 
-    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)
-    yield subject._compiled if sys.platform == "linux" and shutil.which("c++") else lambda function: function
+    with torch._dynamo.config.patch(suppress_errors=False):
+        yield subject._compiled if sys.platform == "linux" and shutil.which("c++") else lambda function: function
     subject._compiled.cache_clear()
     torch._dynamo.reset()
 
 
-def test_the_fused_kernels_tell_the_same_numbers(compiler: Callable, monkeypatch: pytest.MonkeyPatch):
-    """As CUDA runs them, here through the CPU's compiler."""
-    case, objective = make_case(0, rows=16), Objective("reverse_kl")
-    eager = answer(TORCH, case, objective)
-    calls, fused_cross = [], compiler(subject._cross)
+@pytest.fixture
+def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the CPU that say they lie on CUDA, and the one product of CUDA's that the CPU lacks."""
+    product = torch.mm
+
+    def mm(left: torch.Tensor, right: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        assert left.dtype == right.dtype
+        return product(left.float(), right.float()).to(out_dtype)
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
+    monkeypatch.setattr(torch, "mm", mm)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("temperature, kd_weight", [(1.0, 0.4), (2.0, 0.4), (1.0, 1.0), (2.0, 0.0)])
+def test_cudas_branch_computes_the_definition(
+    pretended_cuda, monkeypatch: pytest.MonkeyPatch, divergence: str, temperature: float, kd_weight: float
+):
+    monkeypatch.setattr(subject, "_compiled", lambda function: function)
+    case, objective = make_case(0), Objective(divergence, 0.3, kd_weight, temperature)
+    got, want = answer(TORCH, case, objective), exact(case, objective)
+    for name, array in want.items():
+        assert got[name] == pytest.approx(array, rel=1e-5, abs=2e-6), name
+
+
+@pytest.mark.parametrize("train_head", [False, True])
+def test_cudas_products_in_half_precision(pretended_cuda, monkeypatch: pytest.MonkeyPatch, train_head: bool):
+    """Of bfloat16 alone, float32 without: its 8 bits are what the gradients differ by, and the rows do not lose them again."""
+    monkeypatch.setattr(subject, "_compiled", lambda function: function)
+    case, objective = make_case(0, rows=64, masked=False), Objective()
+    want = exact(case, objective)
+    hidden, matrix, teacher_hidden, teacher_matrix, targets, weight = map(TORCH.array, case.__dict__.values())
+    hidden, matrix = hidden.bfloat16().requires_grad_(), matrix.requires_grad_(train_head)
+    head = MatrixHead(teacher_matrix.bfloat16())
+    rows = kd_loss(hidden, matrix, teacher_hidden.bfloat16(), head, targets, weight, objective, 64.0, 16, train_head, dtype=torch.bfloat16)
+    rows.loss.backward()
+    assert (rows.loss.dtype, rows.kd.dtype, hidden.grad.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert rows.loss.item() == pytest.approx(want["loss"], rel=2e-3)
+    for found, name in [(hidden.grad, "hidden_grad"), *([(matrix.grad, "weight_grad")] if train_head else [])]:
+        error = np.linalg.norm(found.double().numpy() - want[name]) / np.linalg.norm(want[name])
+        assert 1e-4 < error < 1e-2, name
+
+
+@pytest.mark.parametrize("divergence, dtype", [("forward_kl", torch.bfloat16), ("jsd", torch.float32)])
+def test_the_fused_kernels_tell_the_same_numbers(compiler: Callable, divergence: str, dtype: torch.dtype):
+    """As CUDA runs them, here through the CPU's compiler; the logits stay as they were."""
+    random = torch.Generator().manual_seed(0)
+    logits, answers = (2 * torch.randn(16, 203, generator=random) for _ in range(2))
+    targets, share = torch.randint(0, 203, (16, 1), generator=random), torch.rand(16, 1, generator=random)
+    kept = logits.clone(), answers.clone()
+    arguments = (targets, share, Objective(divergence), True, dtype)
+    eager = subject._cross_by_rows(logits.clone(), answers.clone(), torch.empty(4, 203), *arguments[:-1])
+    fused_cross = compiler(subject._cross_at_once)
     torch._dynamo.config.suppress_errors = False  # a failure to compile would fall back to what is compared with
-    monkeypatch.setattr(subject, "_cross", lambda *args: calls.append(0) or fused_cross(*args))
-    fused = answer(TORCH, case, objective)
-    assert len(calls) == 2
-    for name, array in eager.items():
-        assert fused[name] == pytest.approx(array, rel=1e-5, abs=2e-6), name
+    fused = fused_cross(logits, answers, *arguments)
+    assert torch.equal(logits, kept[0]) and torch.equal(answers, kept[1])
+    assert fused[0].dtype == dtype
+    torch.testing.assert_close(fused[0].float(), eager[0], rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-6)
+    for found, expected in zip(fused[1:], eager[1:], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_fused_forward_kl_writes_its_slope_alone(compiler: Callable):
+    """No other [C, V] is made or written: traffic is what the elementwise part costs a GPU."""
+    if compiler is not subject._compiled:
+        pytest.skip("no compiler")  # which tests/conftest.py lets nobody miss
+    from torch._inductor.utils import run_and_get_code
+
+    logits, answers = torch.zeros(16, 1003), torch.ones(16, 1003)
+    targets, share = torch.zeros(16, 1, dtype=torch.long), torch.ones(16, 1)
+    _, code = run_and_get_code(compiler(subject._cross_at_once), logits, answers, targets, share, Objective(), True, torch.bfloat16)
+    made = re.findall(r"empty_strided_cpu\(\(16, 1003\), \(1003, 1\), torch\.(\w+)\)", "".join(code))
+    assert made == ["bfloat16"]
+

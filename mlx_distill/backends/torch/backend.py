@@ -5,12 +5,14 @@ what a checkpoint of the student holds (MLX's names and shapes, so that either b
 Mirrors `backends/mlx/backend.py`.
 """
 
+import gc
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -101,8 +103,9 @@ class TorchBackend:
         """Largest relative error of a tiny loss and its gradient against the float64 definition."""
         return oracle.loss_error(lambda *case: _mean_loss(*case, device=self._device))
 
-    def matmul_rate(self, size: int = 1024, repeats: int = 8) -> float:
-        """Measured operations a second of `size`³ products in the dtype that "auto" trains in."""
+    def matmul_rate(self, size: int = 0, repeats: int = 8) -> float:
+        """Measured operations a second of `size`³ products in the dtype that "auto" trains in; by default large enough to keep it busy."""
+        size = size or (8192 if self._device.type == "cuda" else 1024)
         left = torch.ones((size, size), dtype=self.dtype("auto"), device=self._device)
         (left @ left).sum().item()  # which waits for a GPU
         started = time.perf_counter()
@@ -112,7 +115,8 @@ class TorchBackend:
         return repeats * 2 * size**3 / (time.perf_counter() - started)
 
     def release(self) -> None:
-        """Give back the allocator's cache, after a model has gone."""
+        """Give back the allocator's cache, after a model has gone; checkpointed and sharded blocks refer to themselves."""
+        gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -220,7 +224,7 @@ class TorchStudent(TorchModel):
             if self.device.type == "cpu":
                 resident.return_freed_blocks()
         self.head_path = split.head_path
-        together.shard(split, trains=True)
+        together.shard(split, trains=True, dtype=dtype if recipe.student.tuning == "full" else torch.float32)
         named = dict(split.model.named_parameters())
         self.head = named[self.head_path]
         self.weights = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -290,21 +294,25 @@ class TorchStudent(TorchModel):
 
     def save_state(self, folder: Path | None) -> None:
         """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`; other ranks than the first help with None."""
-        weights = {models.canonical(name): _kept(name, parameter) for name, parameter in self.weights.items()}
-        optimizer = self._optimizer_arrays()
+        with _explained("gathering a checkpoint"):
+            weights = _gathered(self._weight_arrays(), folder is not None)
+            optimizer = _gathered(self._optimizer_arrays(), folder is not None)
         if folder:
             save_file(weights, folder / "weights.safetensors")
             save_file(optimizer, folder / "optimizer.safetensors")
 
-    def _optimizer_arrays(self) -> dict[str, np.ndarray]:
-        step, rate = 0, self.optimizer.param_groups[0]["lr"]
-        arrays = {}
+    def _weight_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        return ((models.canonical(name), _kept(name, parameter)) for name, parameter in self.weights.items())
+
+    def _optimizer_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        yield "learning_rate", np.array(self.optimizer.param_groups[0]["lr"], np.float32)
+        step = 0
         for name, parameter in self.weights.items():
             state = self.optimizer.state[parameter]
             step = int(state["step"])
             for ours, theirs in _state_names(name, state).items():
-                arrays[f"{models.canonical(name)}.{theirs}"] = _kept(name, state[ours])
-        return {"step": np.array(step, np.uint64), "learning_rate": np.array(rate, np.float32)} | arrays
+                yield f"{models.canonical(name)}.{theirs}", _kept(name, state[ours])
+        yield "step", np.array(step, np.uint64)
 
     @torch.no_grad()
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
@@ -337,12 +345,12 @@ class TorchStudent(TorchModel):
     def export(self, folder: Path | None, stop_ids: list[int]) -> None:
         """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and `adapters-peft` in it."""
         if self.table.tuning == "full":
-            fused = {name: together.whole(parameter.detach()) for name, parameter in self.weights.items()}
+            with _explained("gathering the student"):
+                fused = _gathered(((name, _whole(parameter)) for name, parameter in self.weights.items()), folder is not None)
         if folder is None:
             return
         if self.table.tuning != "full":
-            fused = models.fused_weights(self.split, self.base)
-            adapters = {models.canonical(name): _kept(name, parameter) for name, parameter in self.weights.items()}
+            fused, adapters = models.fused_weights(self.split, self.base), dict(self._weight_arrays())
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
         models.save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
 
@@ -356,7 +364,7 @@ def make_optimizer(recipe: Recipe, parameters: list[Tensor], ranked: bool = Fals
     table = recipe.optim
     if table.optimizer == "adamw":
         made = torch.optim.AdamW(
-            parameters, table.learning_rate, (table.beta1, table.beta2), table.eps, table.weight_decay, fused=not ranked,
+            parameters, table.learning_rate, (table.beta1, table.beta2), table.eps, table.weight_decay, fused=True,
         )
     elif table.optimizer == "adafactor" and not ranked:
         made = transformers.Adafactor(parameters, table.learning_rate, weight_decay=table.weight_decay, relative_step=False)
@@ -390,6 +398,17 @@ def _state_names(name: str, state: dict) -> dict[str, str]:
         return {"exp_avg_sq": "exp_avg_sq"}
     rows, columns = "exp_avg_sq_row", "exp_avg_sq_col"
     return {rows: columns, columns: rows} if models.is_transposed(name) else {rows: rows, columns: columns}
+
+
+def _gathered(arrays: Iterable[tuple[str, Any]], keep: bool) -> dict[str, Any]:
+    """All of them where `keep`; other ranks than the first help to make each one and drop it."""
+    return {name: array for name, array in arrays if keep}
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The trained values; on the CPU if their shards had to be gathered, since a GPU may not hold all of them at once."""
+    whole = together.whole(parameter.detach())
+    return whole.cpu() if together.size() > 1 else whole
 
 
 def _kept(name: str, tensor: Tensor) -> np.ndarray:

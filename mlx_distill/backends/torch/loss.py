@@ -10,16 +10,16 @@ Decided here: how the walk is cut and what it keeps. The naive equivalent, in fl
     loss = sum(weight * (kd_weight * kd + (1 - kd_weight) * ce)) / loss_tokens
 
 A chunk makes its logits, its rows and the gradients of the hidden states and of the head in one visit; `backward` only
-scales what was made. A buffer [C, V] for each model's logits is what a chunk works in, so it is written with `out=` and in
-place: on a CPU fresh pages cost more than the arithmetic. There the elementwise part goes over a few rows at a time, which
-stay in the cache from one pass to the next; on CUDA it is compiled into a few kernels over the chunk, with a third buffer.
+scales what was made. On a CPU fresh pages cost more than the arithmetic: a buffer [C, V] for each model's logits serves all
+chunks, the elementwise part is written with `out=` and in place, and it goes over a few rows at a time, which stay in the
+cache from one pass to the next. On CUDA it is compiled over the chunk into a few kernels, which write its results alone.
 Torch runs eagerly, so chunks need no ordering (MLX's do). A bfloat16 head is promoted to float32 block by block on a CPU; on
 CUDA the products take bfloat16 and sum in float32 where the student computes in bfloat16.
 Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, Protocol
@@ -80,6 +80,17 @@ class SparseHead(NamedTuple):
 
     def rows(self, place: slice) -> "SparseHead":
         return SparseHead(*(column[place] for column in self))
+
+
+Answers = Tensor | SparseHead | None  # the teacher's logits [C, V], or what is known of them
+
+
+class Work(NamedTuple):
+    """Buffers that chunks share on a CPU: logits [C, V] of student and teacher, and [CROSS_ROWS, V]."""
+
+    student: Tensor
+    teacher: Tensor
+    spare: Tensor
 
 
 class LossRows(NamedTuple):
@@ -157,8 +168,8 @@ class _Walk:
         matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
         count = len(hidden)
         size = math.ceil(count / math.ceil(count / self.chunk_tokens))  # even chunks: a small last one costs nearly as much
-        heights = [size, *([size] if self.teacher_hidden is not None else []), size if matrix.is_cuda else min(size, CROSS_ROWS)]
-        work = [torch.empty((height, len(matrix)), device=hidden.device) for height in heights]
+        heights = (size, size if self.teacher_hidden is not None else 0, min(size, CROSS_ROWS))
+        work = None if matrix.is_cuda else Work(*(torch.empty((height, len(matrix))) for height in heights))
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
         head_grad = torch.empty(head_weight.shape, device=hidden.device) if train_head else None
         columns = []
@@ -176,47 +187,64 @@ class _Walk:
             head_grad = head_grad.to(head_weight.dtype)
         return LossRows(loss.sum(), kd, ce, agree), hidden_grad, head_grad
 
-    def _chunk(self, hidden: Tensor, matrix: Tensor, place: slice, work: list[Tensor], wants_slope: bool) -> tuple:
-        """(inputs [C, D], d loss / d logits [C, V], (weighted loss, kd, ce, agree) [C] each); the slope lies in `work`."""
+    def _chunk(self, hidden: Tensor, matrix: Tensor, place: slice, work: Work | None, wants_slope: bool) -> tuple:
+        """(inputs [C, D], d loss / d logits [C, V], (weighted loss, kd, ce, agree) [C] each); the slope may lie in `work`."""
         weight = self.weight[place, None].float()
         live = weight != 0
-        inputs = torch.where(live, hidden[place], 0).to(self.dtype if matrix.is_cuda else torch.float32)  # dead rows may hold NaN
-        logits, answers = _project(inputs, matrix, work[0][: len(inputs)]), None
+        inputs = torch.where(live, hidden[place], 0).to(torch.float32 if work else self.dtype)  # dead rows may hold NaN
+        logits, answers = _project(inputs, matrix, work and work.student[: len(inputs)]), None
         if self.teacher_hidden is not None:
             teacher_hidden = torch.where(live, self.teacher_hidden[place], 0)
-            teacher_hidden = teacher_hidden if teacher_hidden.is_cuda else teacher_hidden.float()
-            answers = self.teacher_head.logits(teacher_hidden, len(matrix), work[1][: len(inputs)])
+            teacher_hidden = teacher_hidden.float() if work else teacher_hidden
+            answers = self.teacher_head.logits(teacher_hidden, len(matrix), work and work.teacher[: len(inputs)])
         elif self.teacher_head is not None:
             answers = self.teacher_head.rows(place)
-        share = weight / self.loss_tokens
-        kd, ce, agree = self._cross(logits, answers, work[-1], self.targets[place, None].long(), share, wants_slope)
+        targets, share = self.targets[place, None].long(), weight / self.loss_tokens
+        if work:
+            slope, kd, ce, agree = _cross_by_rows(logits, answers, work.spare, targets, share, self.objective, wants_slope)
+        else:
+            at_once = _cross_at_once if isinstance(answers, SparseHead) else _compiled(_cross_at_once)
+            slope, kd, ce, agree = at_once(logits, answers, targets, share, self.objective, wants_slope, self.dtype)
         loss = (self.objective.kd_weight * kd + (1 - self.objective.kd_weight) * ce) * share
-        rows = tuple(torch.where(live, column, 0)[:, 0] for column in (loss, kd, ce, agree))
-        return inputs, logits if wants_slope else None, rows
+        return inputs, slope, tuple(torch.where(live, column, 0)[:, 0] for column in (loss, kd, ce, agree))
 
-    def _cross(
-        self, logits: Tensor, answers: Tensor | SparseHead | None, spare: Tensor, targets: Tensor, share: Tensor, wants_slope: bool
-    ) -> Iterator[Tensor]:
-        """(kd, ce, agree), each [C, 1]; replaces the logits by `share` of their slope. As many rows at once as `spare` has."""
-        columns = []
-        for start in range(0, len(logits), len(spare)):
-            place = slice(start, start + len(spare))
-            z = logits[place]
-            if isinstance(answers, SparseHead):
-                cross, t = _cross_sparse, answers.rows(place)
-            else:
-                cross, t = _compiled(_cross) if logits.is_cuda else _cross, None if answers is None else answers[place]
-            slope, *column = cross(z, t, spare[: len(z)], targets[place], self.objective, wants_slope)
-            columns.append(column)
-            if wants_slope:
-                torch.mul(slope, share[place], out=logits[place])
-        return map(torch.cat, zip(*columns, strict=True))
+
+def _cross_by_rows(
+    logits: Tensor, answers: Answers, spare: Tensor, targets: Tensor, share: Tensor, objective: Objective, wants_slope: bool
+) -> tuple[Tensor, ...]:
+    """(`share` of the slope, which replaces the logits, kd, ce, agree): as many rows at once as `spare` has."""
+    columns = []
+    for start in range(0, len(logits), len(spare)):
+        rows = slice(start, start + len(spare))
+        z, t = logits[rows], _rows_of(answers, rows)
+        slope, *column = _cross(z, t, spare[: len(z)], targets[rows], objective, wants_slope)
+        columns.append(column)
+        if wants_slope:
+            torch.mul(slope, share[rows], out=z)
+    return logits, *map(torch.cat, zip(*columns, strict=True))
+
+
+def _rows_of(answers: Answers, rows: slice) -> Answers:
+    if answers is None:
+        return None
+    return answers.rows(rows) if isinstance(answers, SparseHead) else answers[rows]
+
+
+def _cross_at_once(
+    logits: Tensor, answers: Answers, targets: Tensor, share: Tensor, objective: Objective, wants_slope: bool, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """The same over all rows, the slope in `dtype`. What is overwritten are copies: compiled, they are never made."""
+    answers = answers.clone() if isinstance(answers, Tensor) else answers
+    slope, *column = _cross(logits.clone(), answers, torch.empty_like(logits), targets, objective, wants_slope)
+    return slope.mul(share).to(dtype) if wants_slope else None, *column
 
 
 def _cross(
-    z: Tensor, t: Tensor | None, spare: Tensor, targets: Tensor, objective: Objective, wants_slope: bool
+    z: Tensor, t: Answers, spare: Tensor, targets: Tensor, objective: Objective, wants_slope: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Logits [C, V] of student and teacher, both overwritten, and a spare buffer → (d loss / d z in one of them, kd, ce, agree)."""
+    if isinstance(t, SparseHead):
+        return _cross_sparse(z, t, spare, targets, objective, wants_slope)
     kd = agree = z.new_zeros((len(z), 1))
     z.clamp_(min=FLOOR)
     if t is not None:
@@ -244,7 +272,7 @@ def _cross(
         plain = u_plain.exp_().mul_(1 - kd_weight)
         slope = plain if slope is None else slope.add_(plain)
     if kd_weight < 1:
-        slope.scatter_add_(1, targets, slope.new_full((len(slope), 1), kd_weight - 1))
+        _subtract_at(slope, targets, 1 - kd_weight)
     return slope, kd, ce, agree
 
 
@@ -331,6 +359,14 @@ def _compiled(function: Callable) -> Callable:
 
 def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten._log_softmax.out(x, 1, False, out=out)
+
+
+def _subtract_at(slope: Tensor, targets: Tensor, amount: float) -> None:
+    """`amount` less at one id of each row; a compiler fuses the comparison, while scattering would have it write [C, V] and read it."""
+    if torch.compiler.is_compiling():
+        slope.sub_((torch.arange(slope.shape[1], device=slope.device) == targets).to(slope.dtype), alpha=amount)
+    else:
+        slope.scatter_add_(1, targets, slope.new_full((len(slope), 1), -amount))
 
 
 def _row_dot(x: Tensor, y: Tensor, work: Tensor) -> Tensor:

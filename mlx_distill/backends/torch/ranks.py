@@ -5,18 +5,20 @@ In: the environment that `torchrun` sets. Each rank reads other micro-batches; p
 """
 
 import os
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from mlx_distill.backends.protocol import Ranks
 from mlx_distill.errors import RankLost
 
-LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "NCCL", "Socket", "Timed out", "peer")
+LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Socket", "Timed out", "remote process exited")
+PATIENCE = timedelta(hours=2)  # the first rank may be writing, or waiting for another run's teacher cache
 
 
 def local_rank() -> int:
@@ -30,7 +32,9 @@ def join(device: torch.device) -> Ranks:
     if not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
@@ -56,14 +60,22 @@ def all_sum(values: np.ndarray, device: torch.device) -> np.ndarray:
     return total.cpu().numpy()
 
 
-def shard(split, trains: bool = False) -> None:
-    """Spread a split model's frozen and fully trained parameters over the ranks, a block at a time; adapters stay whole on each."""
-    if size() == 1:
+def shard(split, trains: bool = False, dtype: torch.dtype = torch.float32) -> None:
+    """Spread a split model's frozen and fully trained parameters over the ranks, a block at a time; adapters stay whole on each.
+
+    Blocks of float32 are gathered in `dtype`, which autocast would cast each of them to and keep until the backward pass. int8
+    weights stay whole: bitsandbytes keeps their scales on the parameter, which sharding replaces.
+    """
+    if size() == 1 or getattr(split.model, "is_loaded_in_8bit", False):
         return
+    gathered = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = {} if dtype == torch.float32 else {"mp_policy": gathered}
     adapters = {parameter for name, parameter in split.model.named_parameters() if "lora_" in name}
     head, embedding = split.model.get_output_embeddings(), split.model.get_input_embeddings()
     tied = head.weight is embedding.weight
-    for module in (*split.layers, split.trunk, *(() if tied or not trains else (head,))):
+    for layer in split.layers:
+        fully_shard(layer, ignored_params=adapters, **policy)
+    for module in (split.trunk, *(() if tied or not trains else (head,))):
         fully_shard(module, ignored_params=adapters)
     if tied:
         head.weight = embedding.weight  # now its shards; the head lies outside of the trunk
