@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from mlx_distill.errors import RecipeError, RunError
+from mlx_distill.errors import DistillError, RecipeError, RunError
 from mlx_distill.recipe import Recipe, load_recipe
 
 STEP_FOLDER = re.compile(r"step-(\d{6,})")
@@ -223,18 +223,9 @@ class RunFolder:
         """
         final = self.checkpoint(state.step)
         if not final.exists():
-            temporary = self.checkpoints / f".{final.name}.tmp"
-            try:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
+            with _made_whole(final, lambda error: self._unsaved(state.step, error)) as temporary:
                 write(temporary)
                 (temporary / "state.json").write_text(json.dumps(dataclasses.asdict(state)))
-                flush_to_disk(temporary)
-                os.replace(temporary, final)
-                flush_folder(self.checkpoints)
-            except (OSError, RuntimeError) as error:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise RunError(self._unsaved(state.step, error)) from error
         self._prune(state, keep)
 
     def _unsaved(self, step: int, error: Exception) -> str:
@@ -255,20 +246,14 @@ class RunFolder:
 
     def write_student(self, write: Callable[[Path], None]) -> None:
         """The exported student, whole or not at all."""
-        temporary = self.path / ".student.tmp"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
+        with _made_whole(self.student, self._unwritten) as temporary:
             write(temporary)
-            flush_to_disk(temporary)
-            os.replace(temporary, self.student)
-            flush_folder(self.path)
-        except (OSError, RuntimeError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise RunError(
-                f"{self.student}: the student could not be written ({error}); the checkpoints are intact; "
-                "free some disk and run the same command again"
-            ) from error
+
+    def _unwritten(self, error: Exception) -> str:
+        return (
+            f"{self.student}: the student could not be written ({error}); the checkpoints are intact; "
+            "free some disk and run the same command again"
+        )
 
 
 class SilentFolder(RunFolder):
@@ -292,6 +277,25 @@ class SilentFolder(RunFolder):
 
     def write_student(self, write: Callable[[Path | None], None]) -> None:
         write(None)
+
+
+@contextmanager
+def _made_whole(final: Path, explained: Callable[[Exception], str]) -> Iterator[Path]:
+    """A new folder to write to, which appears as `final` by one rename, or not at all: then a `RunError` says why."""
+    temporary = final.parent / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        flush_to_disk(temporary)
+        os.replace(temporary, final)
+        flush_folder(final.parent)
+    except DistillError:  # says itself what failed: a GPU's memory, a lost rank
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(explained(error)) from error
 
 
 @contextmanager

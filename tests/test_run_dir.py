@@ -12,7 +12,7 @@ from endings import STUDENT, arguments, assert_same
 from rich.console import Console
 
 from mlx_distill import pipeline
-from mlx_distill.errors import RunError
+from mlx_distill.errors import OutOfMemory, RankLost, RunError
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.run_dir import RunFolder, TrainState
 from mlx_distill.view import View
@@ -139,6 +139,19 @@ def test_a_student_that_cannot_be_written_leaves_nothing(folder, error):
     with pytest.raises(RunError, match=r"the student could not be written.*the checkpoints are intact"):
         folder.write_student(fail)
     assert snapshot(folder.path) == before
+
+
+@pytest.mark.parametrize("error", [RankLost("another rank is gone"), OutOfMemory("the GPU's memory")], ids=["rank", "memory"])
+def test_what_fails_beside_the_disk_is_not_blamed_on_it(folder, error):
+    def fail(path: Path) -> None:
+        (path / "config.json").write_text("{")
+        raise error
+
+    before = snapshot(folder.path)
+    for written in (lambda: folder.save_checkpoint(TrainState(4), fail, "last"), lambda: folder.write_student(fail)):
+        with pytest.raises(type(error), match=f"^{error}$"):
+            written()
+        assert snapshot(folder.path) == before
 
 
 def test_small_files_and_logs_on_a_full_disk_are_plain_errors(folder, monkeypatch):
