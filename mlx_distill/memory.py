@@ -152,7 +152,7 @@ class Update:
 class Slack:
     """What a process holds beyond its live tensors, where memory is what the operating system counts."""
 
-    fixed: float  # bytes: code that is loaded with the models, the workspace of a matrix library
+    fixed: float  # bytes: code that is loaded with the models, the workspace of a matrix library for products of a chunk
     # full → bytes a kept byte of the model's widths and of the MLP's: what is freed between kept tensors is not filled again.
     # None under checkpointing, see backends/torch/resident.py
     holes: dict[bool, tuple[float, float]]
@@ -218,7 +218,7 @@ TORCH = Calibration(
     jsd=4.25,  # the distance, the two ratios, the two terms less the one that is the distance, and where one is larger
     block_elements={"cpu": 2**62, "cuda": 2**62},  # the vocabulary is not cut
     update={"adamw": Update(0, 0, 0), "lion": Update(0, 0, 0), "adafactor": Update(0, 0, 3)},  # AdamW's is fused; torch has no Lion
-    slack={"cpu": Slack(fixed=35e6, holes={True: (1.0, 0.0), False: (1.1, 1.1)}, largest=2**25)},  # glibc's own limit, 32 MiB
+    slack={"cpu": Slack(fixed=60e6, holes={True: (1.0, 0.0), False: (1.1, 1.1)}, largest=2**25)},  # glibc's own limit, 32 MiB
 )
 CALIBRATIONS = {"mlx": MLX, "torch": TORCH}
 
