@@ -8,6 +8,7 @@ forks too. The answer is one JSON line: {"code": exit code or -signal, "out": â€
 is that job and nothing else.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -76,6 +77,7 @@ class Forked:
         self.returncode, self.pid = None, os.fork()
         if not self.pid:
             os.setsid()
+            _close_locks()
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 1)
             os.dup2(out, 2)
@@ -91,6 +93,14 @@ class Forked:
 
     def send_signal(self, which: int) -> None:
         os.kill(self.pid, which)
+
+
+def _close_locks() -> None:
+    """What a new program would not inherit: a sweep that was killed holds its folder no longer, though its runs go on."""
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the folder's own
+            if os.readlink(f"/proc/self/fd/{number}").endswith(".lock"):
+                os.close(int(number))
 
 
 def in_child(job: dict, out: int, err: int) -> int:
