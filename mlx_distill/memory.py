@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 
 from mlx_distill.errors import ModelError
 from mlx_distill.flops import Adapters, Shape
-from mlx_distill.objective import chunk_tokens
+from mlx_distill.objective import chunk_tokens, even_chunk
 from mlx_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -505,7 +505,7 @@ class Memory:
         chunk = chunk_tokens(self.recipe.objective.chunk_tokens, self.machine.backend, self.machine.device)
         rows = min(chunk, micro.positions)
         if not self.constants.lazy and rows:
-            rows = math.ceil(micro.positions / math.ceil(micro.positions / chunk))  # even chunks
+            rows = even_chunk(micro.positions, chunk)
         blocks = max(1, math.ceil(vocabulary * rows / self.constants.block_elements[self.machine.device]))
         fixed, each = self.constants.window["alone" if alone else "plain" if temperature == 1 else "heated"]
         if not alone and self.recipe.objective.divergence == "jsd":

@@ -8,6 +8,7 @@ really is: forward KL where the student forbids what the teacher gives, reverse 
 student gives. Axes: `N` loss positions, `V` vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -60,6 +61,11 @@ class Objective:
 def chunk_tokens(asked: int, backend: str, device: str) -> int:
     """Positions whose logits exist at once; 0 asks for what suits a backend's device (torch: cpu, cuda; MLX: all the same)."""
     return asked or CHUNK_TOKENS.get((backend, device), 128)
+
+
+def even_chunk(positions: int, most: int) -> int:
+    """Positions per chunk where 1 or more are cut into as few chunks of at most `most` as can be, all of one size but for the last."""
+    return math.ceil(positions / math.ceil(positions / most))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

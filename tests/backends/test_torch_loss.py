@@ -292,4 +292,3 @@ def test_the_fused_forward_kl_writes_its_slope_alone(compiler: Callable):
     _, code = run_and_get_code(compiler(subject._cross_at_once), logits, answers, targets, share, Objective(), True, torch.bfloat16)
     made = re.findall(r"empty_strided_cpu\(\(16, 1003\), \(1003, 1\), torch\.(\w+)\)", "".join(code))
     assert made == ["bfloat16"]
-

@@ -18,7 +18,6 @@ CUDA the products take bfloat16 and sum in float32 where the student computes in
 Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +26,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mlx_distill.objective import Objective
+from mlx_distill.objective import Objective, even_chunk
 
 CROSS_ROWS = 16  # positions that the elementwise part works on at once on a CPU
 BLOCK_ROWS = 8192  # of a half-precision head that are promoted at once on a CPU
@@ -167,7 +166,7 @@ class _Walk:
         matrix = head_weight[: self.vocab or len(head_weight)]
         matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
         count = len(hidden)
-        size = math.ceil(count / math.ceil(count / self.chunk_tokens))  # even chunks: a small last one costs nearly as much
+        size = even_chunk(count, self.chunk_tokens)  # a small last one costs nearly as much
         heights = (size, size if self.teacher_hidden is not None else 0, min(size, CROSS_ROWS))
         work = None if matrix.is_cuda else Work(*(torch.empty((height, len(matrix))) for height in heights))
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
