@@ -20,9 +20,9 @@ from tables import rewrite_section  # noqa: E402
 
 from mlx_distill.markdown import table  # noqa: E402
 from mlx_distill.report import amount, duration, percent, points  # noqa: E402
+from mlx_distill.scoring.intervals import Estimate  # noqa: E402
 from mlx_distill.study import (  # noqa: E402
     Condition,
-    Estimate,
     Row,
     conditions,
     difference,

@@ -1,15 +1,14 @@
 """Scores: a model answers a task's problems, and the share it gets right is stated with its uncertainty.
 
 In: anything that can `generate`, a tokenizer, a `Task`. Out: a `Score`, the `Difference` of two, the `Retention` of a
-student. Decided here: what counts as finished, and every interval. All intervals are 95 % and cover the choice of problems
-(and the sampling of answers), not the choice of a training seed.
+student. Decided here: what counts as finished. All intervals are 95 % and cover the choice of problems (and the sampling of
+answers), not the choice of a training seed; how they are made is in `scoring/intervals.py`.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from math import sqrt
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.data.examples import Skip
@@ -17,13 +16,11 @@ from mlx_distill.data.sequences import generation_ids
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import EvalTable
+from mlx_distill.scoring.intervals import interval, paired
 from mlx_distill.tasks import THINK_END, Problem, Task
 
 if TYPE_CHECKING:
     from mlx_distill.backends.protocol import Model
-
-Z = NormalDist().inv_cdf(0.975)
-
 
 @dataclass(frozen=True)
 class Score:
@@ -136,63 +133,17 @@ def summarize(problems: list[Problem], answers: list[Answer], samples: int, seco
     )
 
 
-def wilson(p: float, n: float, z: float = Z) -> tuple[float, float]:
-    """The score interval of a share `p` seen in `n` independent trials (Wilson 1927).
-
-    (p + z²/2n ± z·√(p(1−p)/n + z²/4n²)) / (1 + z²/n). It stays inside [0, 1] and has a width at p = 0 and p = 1.
-    """
-    middle, scale = p + z * z / (2 * n), 1 + z * z / n
-    half = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = (middle - half) / scale, (middle + half) / scale
-    return low if p > 0 else 0.0, high if p < 1 else 1.0  # exact where rounding would leave 1e-17
-
-
-def interval(correct: Iterable[list[float]]) -> tuple[float, float]:
-    """The 95 % interval of the mean over n problems of the share p_i of right answers in k samples each.
-
-    One sample a problem: `wilson(p, n)`. More: samples of one problem are not independent, so problems are the clusters:
-    SE² = Σ(p_i − p)² / (n(n−1)), the effective number of trials is n* = p(1−p)/SE² kept within [n, nk], and the interval is
-    `wilson(p, n*)` with Student's t of n−1 degrees of freedom in the place of z. (Effective sample size: Korn and Graubard,
-    Survey Methodology 24, 1998; in Wilson's interval: Franco, Little, Louis and Slud, J. Surv. Stat. Methodol. 7, 2019.)
-    """
-    rows = list(correct)
-    shares = [fmean(samples) for samples in rows]
-    n, k, p = len(rows), len(rows[0]), fmean(shares)
-    if k == 1 or n == 1:
-        return wilson(p, n)
-    squared_error = sum((share - p) ** 2 for share in shares) / (n * (n - 1))
-    spread = p * (1 - p)
-    trials = spread / squared_error if squared_error > 0 else (n * k if spread > 0 else n)
-    return wilson(p, min(max(trials, n), n * k), student_t(n - 1))
-
-
-def student_t(degrees: float) -> float:
-    """The 97.5 % quantile of Student's t."""
-    from scipy.special import stdtrit  # half a second, and only scores need it
-
-    return float(stdtrit(degrees, 0.975))
-
-
 def compare(a: Score, b: Score) -> Difference:
     """a − b, paired over the problems that both answered.
 
-    With d_i the difference of the two shares of right answers on problem i, `mean` is the mean of d. The interval is that of
-    d with two pseudo-problems added, one of +1 and one of −1: m ± z·√(v/(n+2)), where m = Σd/(n+2) and
-    v = (Σd² + 2)/(n+2) − m². With one sample a problem this is the interval of Bonett and Price (J. Educ. Behav. Stat. 37,
-    2012) for paired proportions; it keeps a width where the plain paired interval collapses. Raises `DataError` where no
-    problem is shared.
+    The interval is `intervals.paired`'s. Raises `DataError` where no problem is shared.
     """
     shared = [key for key in a.correct if key in b.correct]
     if not shared:
         raise DataError("two scores share no problem, so they cannot be compared: score both on the same task and seed")
     differences = [fmean(a.correct[key]) - fmean(b.correct[key]) for key in shared]
-    padded = len(shared) + 2
-    middle = sum(differences) / padded
-    variance = (sum(d * d for d in differences) + 2) / padded - middle**2
-    half = Z * sqrt(variance / padded)
-    low, high = max(-1.0, middle - half), min(1.0, middle + half)
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no clear difference"
-    return Difference(fmean(differences), low, high, len(shared), verdict)
+    gap = paired(differences)
+    return Difference(gap.mean, gap.low, gap.high, len(shared), gap.verdict)
 
 
 def retention(student: Score, base: Score, full: Score) -> Retention:

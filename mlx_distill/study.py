@@ -1,10 +1,8 @@
 """What the runs of a sweep say together: conditions, their means over training seeds and problems, and how sure those are.
 
 In: `Row`s, one for each run, as a sweep's `results.csv` keeps them. Out: `Condition`s (the runs that differ in nothing but the
-seed), `Estimate`s with 95 % intervals, the Pareto front of accuracy against cost, the best condition for each budget.
-Decided here: every interval. Runs are a sample of seeds and problems are a sample of problems, crossed: each seed's student
-answers the same problems. So an interval here covers another seed *and* other problems, which a single run's cannot.
-Axes: `S` seeds, `P` problems.
+seed), the `Estimate`s of `scoring/intervals.py`, which cover other seeds and other problems, the Pareto front of accuracy
+against cost, the best condition for each budget. Decided here: which runs are paired. Axes: `S` seeds, `P` problems.
 """
 
 import csv
@@ -20,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.evaluate import student_t, wilson
+from mlx_distill.scoring.intervals import Estimate, crossed_difference, crossed_mean, crossed_ratio
 
 DONE = "done"
 MATCHED = "token-matched"  # the label of arms that read as many tokens as whole sequences, of more examples
@@ -97,15 +95,6 @@ def _row(fields: dict[str, str]) -> Row:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95 % interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
 class Condition:
     """The runs that differ in nothing but the seed, ordered by it."""
 
@@ -130,7 +119,7 @@ class Condition:
     @cached_property
     def accuracy(self) -> Estimate:
         """Over seeds and problems."""
-        return accuracy(self.right)
+        return crossed_mean(self.right)
 
     def cost(self, name: str) -> float:
         """The mean over seeds of a number that a row holds: flops, tokens_read, train_seconds, peak_bytes."""
@@ -166,49 +155,25 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-# intervals
-
-
-def accuracy(right: np.ndarray) -> Estimate:
-    """The mean of shares [S, P] in [0, 1]: Wilson's interval at the effective number of trials mean(1 − mean) / variance."""
-    mean = float(right.mean())
-    variance, degrees = crossed_variance(right)
-    trials = right.shape[1] if variance == 0 else max(1.0, mean * (1 - mean) / variance)
-    return Estimate(mean, *wilson(mean, trials, student_t(degrees)))
+# comparisons
 
 
 def difference(a: Condition, b: Condition) -> Estimate | None:
-    """a − b in accuracy, paired over the seeds and problems that both have; None where they share no seed.
-
-    As in `evaluate.compare`, the interval is that of the differences with two problems added, one that only a and one that
-    only b solves, so that it keeps a width where nothing differs.
-    """
+    """a − b in accuracy, paired over the seeds and problems that both have; None where they share no seed."""
     pair = _shared(a, b)
-    if pair is None:
-        return None
-    d = pair[0] - pair[1]
-    padded = _padded(d)
-    variance, degrees = crossed_variance(padded)
-    half, middle = student_t(degrees) * np.sqrt(variance), padded.mean()
-    return Estimate(float(d.mean()), float(max(-1, middle - half)), float(min(1, middle + half)))
+    return pair and crossed_difference(pair[0] - pair[1])
 
 
 def retention(a: Condition, full: Condition) -> Estimate | None:
     """The accuracy of `a` as a share of that of `full`; None where they share no seed or `full` solves nothing."""
     pair = _shared(a, full)
-    return pair and _ratio(*pair)
+    return pair and crossed_ratio(*pair)
 
 
 def gain_retention(a: Condition, full: Condition, base: Condition) -> Estimate | None:
     """(a − base) / (full − base): what `a` keeps of full's gain over the undistilled student; None where there is no gain."""
     pair = _shared(a, full)
-    return pair and _ratio(pair[0] - base.right.mean(0), pair[1] - base.right.mean(0))
-
-
-def _padded(d: np.ndarray) -> np.ndarray:
-    """Differences [S, P] with one problem of +1 and one of −1 added."""
-    ones = np.ones((len(d), 1))
-    return np.concatenate([d, ones, -ones], axis=1)
+    return pair and crossed_ratio(pair[0] - base.right.mean(0), pair[1] - base.right.mean(0))
 
 
 def _shared(a: Condition, b: Condition) -> tuple[np.ndarray, np.ndarray] | None:
@@ -216,41 +181,6 @@ def _shared(a: Condition, b: Condition) -> tuple[np.ndarray, np.ndarray] | None:
     if not seeds:
         return None
     return a.right[[a.seeds.index(seed) for seed in seeds]], b.right[[b.seeds.index(seed) for seed in seeds]]
-
-
-def _ratio(a: np.ndarray, b: np.ndarray) -> Estimate | None:
-    """mean(a) / mean(b) of paired [S, P], its variance that of the linearised ratio (a − R·b) / mean(b), two problems added as in
-    `difference`."""
-    below = float(b.mean())
-    if below <= 0:
-        return None
-    ratio = float(a.mean()) / below
-    variance, degrees = crossed_variance(_padded(a - ratio * b) / below)
-    half = student_t(degrees) * np.sqrt(variance)
-    return Estimate(ratio, float(ratio - half), float(ratio + half))
-
-
-def crossed_variance(x: np.ndarray) -> tuple[float, float]:
-    """The variance of the mean of x [S, P] over new seeds and new problems, and its degrees of freedom.
-
-    With MS_S, MS_P and MS_E the mean squares of seeds, problems and their interaction in a two-way layout with one value a
-    cell, the variance is (MS_P + max(MS_S − MS_E, 0)) / (S·P); its degrees of freedom are Satterthwaite's. (Both factors random,
-    as in Obuchowski and Rockette, Commun. Stat. Simul. 24, 1995, with the bound of Hillis, Stat. Med. 26, 2007.) One seed says
-    nothing about seeds: then it is var(x) / P over problems alone. One problem likewise.
-    """
-    seeds, problems = x.shape
-    if seeds == 1 or problems == 1:
-        values = x.ravel()
-        return (float(values.var(ddof=1)) / values.size, values.size - 1.0) if values.size > 1 else (0.0, 1.0)
-    mean, by_seed, by_problem = x.mean(), x.mean(1, keepdims=True), x.mean(0, keepdims=True)
-    ms_seed = problems * float(((by_seed - mean) ** 2).sum()) / (seeds - 1)
-    ms_problem = seeds * float(((by_problem - mean) ** 2).sum()) / (problems - 1)
-    ms_error = float(((x - by_seed - by_problem + mean) ** 2).sum()) / ((seeds - 1) * (problems - 1))
-    total, spread = ms_problem, ms_problem**2 / (problems - 1)
-    if ms_seed > ms_error:
-        total += ms_seed - ms_error
-        spread += ms_seed**2 / (seeds - 1) + ms_error**2 / ((seeds - 1) * (problems - 1))
-    return total / (seeds * problems), total**2 / spread if spread else problems - 1.0
 
 
 # quality against cost

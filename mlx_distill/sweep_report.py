@@ -18,12 +18,12 @@ from mlx_distill.charts import Chart, Level, Point, Scatter, Series, line_chart,
 from mlx_distill.evaluate import Difference
 from mlx_distill.markdown import bullets, plain, table
 from mlx_distill.report import DASH, RUN_ROLES, amount, difference_sentence, duration, page, percent, points, write
+from mlx_distill.scoring.intervals import Estimate
 from mlx_distill.study import (
     BUDGETS,
     DONE,
     MATCHED,
     Condition,
-    Estimate,
     Row,
     best_within,
     conditions,
@@ -214,8 +214,7 @@ def _difference_sentence(found: Findings, a: Condition, b: Condition) -> str:
     gap = difference(a, b)
     if gap is None:
         return ""
-    verdict = "better" if gap.low > 0 else "worse" if gap.high < 0 else "no clear difference"
-    return difference_sentence(found.name(a), found.name(b), Difference(gap.mean, gap.low, gap.high, _problems(a), verdict))
+    return difference_sentence(found.name(a), found.name(b), Difference(gap.mean, gap.low, gap.high, _problems(a), gap.verdict))
 
 
 def leads(found: Findings) -> list[str]:

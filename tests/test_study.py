@@ -8,8 +8,8 @@ import pytest
 
 from mlx_distill import study
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.evaluate import interval
-from mlx_distill.study import Condition, Row, best_within, conditions, crossed_variance, difference, pareto_front, read_rows, rows_text
+from mlx_distill.scoring.intervals import crossed_mean, crossed_variance, interval
+from mlx_distill.study import Condition, Row, best_within, conditions, difference, pareto_front, read_rows, rows_text
 
 
 def make_row(seed=0, right=(1.0, 0.0), settings=None, label="", **numbers):
@@ -61,7 +61,7 @@ def test_the_crossed_interval_covers_the_truth(seeds, seed_spread):
     """Seeds whose accuracies spread by 4 points, or not at all. (Of 3 seeds that spread by 15 points it covers 91 %.)"""
     random = np.random.default_rng(seeds)
     truth = answers(random, 2000, 2000, seed_spread=seed_spread).mean()
-    drawn = [study.accuracy(answers(random, seeds, 200, seed_spread=seed_spread)) for _ in range(400)]
+    drawn = [crossed_mean(answers(random, seeds, 200, seed_spread=seed_spread)) for _ in range(400)]
     assert 0.92 <= np.mean([one.low <= truth <= one.high for one in drawn]) <= 0.99
 
 
@@ -72,18 +72,18 @@ def test_intervals_over_problems_alone_miss_it():
     drawn = [answers(random, 3, 200, seed_spread=0.6) for _ in range(300)]
     pooled = [interval([[share] for share in right.ravel()]) for right in drawn]
     assert np.mean([low <= truth <= high for low, high in pooled]) < 0.8
-    assert np.mean([one.low <= truth <= one.high for one in map(study.accuracy, drawn)]) > 0.88
+    assert np.mean([one.low <= truth <= one.high for one in map(crossed_mean, drawn)]) > 0.88
 
 
 def test_one_seed_is_close_to_wilson():
     right = answers(np.random.default_rng(2), 1, 400)
-    known = study.accuracy(right)
+    known = crossed_mean(right)
     assert (known.low, known.high) == pytest.approx(interval([[share] for share in right[0]]), abs=2e-3)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_nothing_and_everything_right_keep_a_width(share):
-    known = study.accuracy(np.full((3, 50), share))
+    known = crossed_mean(np.full((3, 50), share))
     assert known.mean == share and known.high - known.low > 0.05 and 0 <= known.low <= known.high <= 1
 
 
