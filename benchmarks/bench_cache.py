@@ -24,7 +24,7 @@ from benchmarks.machines import facts, versions
 from benchmarks.tables import append_rows, read_rows, rewrite_section
 from mlx_distill import objective as definition
 from mlx_distill.backends import choose_backend
-from mlx_distill.data.examples import read_examples
+from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import Segment, render
 from mlx_distill.hub import load_tokenizer
 from mlx_distill.objective import Objective, log_softmax

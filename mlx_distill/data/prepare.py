@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_distill.data.examples import Example, Skip, read_examples, split_examples
+from mlx_distill.data.examples import Example, Skip, split_examples
+from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import TokenSequence, render
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.errors import DataError
