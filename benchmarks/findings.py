@@ -19,7 +19,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from tables import rewrite_section  # noqa: E402
 
 from mlx_distill.markdown import table  # noqa: E402
-from mlx_distill.report import amount, duration, percent, points  # noqa: E402
 from mlx_distill.scoring.intervals import Estimate  # noqa: E402
 from mlx_distill.study import (  # noqa: E402
     Condition,
@@ -30,6 +29,7 @@ from mlx_distill.study import (  # noqa: E402
     read_rows,
     retention,
 )
+from mlx_distill.words import amount, duration, percent, points  # noqa: E402
 
 KEPT = HERE / "reproduction"
 SWEEPS = ("segments", "fraction", "position")

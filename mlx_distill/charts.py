@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mlx_distill.words import decimals, finite, is_number, number
+
 MOST_POINTS = 300
 TICK_ROOM = 5.5  # per cent of an axis that the text of a tick takes
 WIDTHS, HEIGHT = (270, 420, 640, 880), 340  # pixels of a scatter's box, on a phone and on a desk
@@ -270,17 +272,8 @@ def smoothed(values: Sequence[float | None]) -> list[float | None]:
     if half == 0:
         return list(values)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    known = ([v for v in window if _is_finite(v)] for window in windows)
+    known = ([v for v in window if is_number(v)] for window in windows)
     return [sum(window) / len(window) if window else None for window in known]
-
-
-def finite(x: Sequence, y: Sequence) -> list[tuple[float, float]]:
-    """The (x, y) pairs that are numbers; a gap or a NaN leaves no point."""
-    return [(float(a), float(b)) for a, b in zip(x, y, strict=True) if _is_finite(a) and _is_finite(b)]
-
-
-def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -309,24 +302,3 @@ def log_ticks(low: float, high: float) -> list[float]:
     thin = [m for m in inside if f"{m:e}".startswith("1")]
     keep = inside if len(inside) <= 6 else [inside[0], *[m for m in thin if inside[0] < m < inside[-1]], inside[-1]]
     return keep if len(keep) > 1 else [keep[0], keep[0] * 10]
-
-
-def decimals(step: float) -> int:
-    """How many decimals tell multiples of `step` apart."""
-    return max(0, -math.floor(math.log10(step) + 1e-9))
-
-
-def number(value: float, percent: bool = False, places: int | None = None) -> str:
-    """A value as text: three significant digits unless `places` says how many decimals; true minus, no break before %."""
-    if percent:
-        text = f"{100 * value:.{1 if places is None else places}f}\u00a0%"
-    elif places is not None:
-        text = f"{value:,.{places}f}"
-    elif value == 0:
-        text = "0"
-    elif 1e-3 <= abs(value) < 1e5:
-        digits = max(0, 2 - math.floor(math.log10(abs(value))))
-        text = f"{value:,.{digits}f}"
-    else:
-        text = f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
-    return text.replace("-", "−")

@@ -6,7 +6,7 @@ answers), not the choice of a training seed; how they are made is in `scoring/in
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.charts import finite
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.evaluate import Difference, Score, compare
+from mlx_distill.words import finite
 
 SEGMENTS = ("prompt", "cot", "answer")
 NOT_THE_METHOD = {("run", "name"), ("run", "folder"), ("run", "checkpoint_every"), ("run", "keep_checkpoints"),

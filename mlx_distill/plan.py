@@ -24,8 +24,8 @@ from mlx_distill.flops import Adapters, training_flops
 from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
-from mlx_distill.report import amount, duration
 from mlx_distill.show import count_table
+from mlx_distill.words import amount, duration
 
 TIGHT = 0.85  # of the memory: more than this may not fit, since a plan can be off by 15 %
 # seconds of a step / (its FLOPs / the rate of large products), on a CPU: medians of benchmarks/bench_plan.py

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_distill import charts
-from mlx_distill.charts import Chart, Series, line_chart, number, smoothed
+from mlx_distill.charts import Chart, Series, line_chart, smoothed
 from mlx_distill.errors import NotFound, RunError
 from mlx_distill.evaluate import Difference, Score, compare, retention
 from mlx_distill.kept_run import SEGMENTS, Compared, Run, kl_before_after, method_of, read_run
 from mlx_distill.markdown import bullets, plain, table
 from mlx_distill.recipe import Recipe
+from mlx_distill.words import DASH, amount, duration, finite, number, percent, points
 
 TEMPLATE = "report.html.jinja"
 SEGMENT_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
@@ -29,7 +29,6 @@ FACTS = {
     "dtype": "number format", "seed": "seed", "recipe_digest": "recipe digest", "git_commit": "git commit",
     "exported_step": "student's step",
 }
-DASH = "–"
 
 
 @dataclass(frozen=True)
@@ -156,35 +155,6 @@ def difference_sentence(a: str, b: str, difference: Difference) -> str:
     return f"{a} is {difference.verdict} than {b}: {facts}"
 
 
-def percent(share: float) -> str:
-    """0.7123 → "71.2 %"."""
-    return number(share, percent=True)
-
-
-def points(share: float) -> str:
-    """0.054 → "+5.4"; what rounds to nothing has no sign."""
-    text = f"{100 * share:+.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as the two largest units."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def amount(value: float, unit: str = "") -> str:
-    """A large count with a decimal prefix: 1.23 GB, 4.5 M, 12.0 TFLOP."""
-    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:.3g} {prefix}{unit}"
-    return f"{value:.0f} {unit}".strip()
-
-
 # markdown
 
 
@@ -238,11 +208,11 @@ def _kl(run: Run) -> list[str]:
 
 
 def _column(rows: Sequence[dict], name: str) -> list[float]:
-    return [value for _, value in charts.finite(range(len(rows)), [row.get(name) for row in rows])]
+    return [value for _, value in finite(range(len(rows)), [row.get(name) for row in rows])]
 
 
 def _known(value: Any) -> float | None:
-    return float(value) if charts.finite([0], [value]) else None
+    return float(value) if finite([0], [value]) else None
 
 
 def cost_of(run: Run) -> dict[str, str]:
@@ -308,7 +278,7 @@ VALIDATION = (
 def _by_segment(run: Run, name: str) -> list[Series]:
     steps = [row["step"] for row in run.validation]
     parts = [Series(SEGMENT_NAMES[part], part, steps, [row.get(f"{name}_{part}") for row in run.validation]) for part in SEGMENTS]
-    known = [part for part in parts if charts.finite(part.x, part.y)]
+    known = [part for part in parts if finite(part.x, part.y)]
     whole = Series("all", "accent", steps, [row.get(name) for row in run.validation])
     return known if len(known) == 1 else [*known, whole]  # of one segment, "all" would be the same curve
 

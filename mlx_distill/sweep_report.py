@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_distill.charts import Chart, Level, Point, Scatter, Series, line_chart, number, scatter
+from mlx_distill.charts import Chart, Level, Point, Scatter, Series, line_chart, scatter
 from mlx_distill.evaluate import Difference
 from mlx_distill.markdown import bullets, plain, table
-from mlx_distill.report import DASH, RUN_ROLES, amount, difference_sentence, duration, page, percent, points, write
+from mlx_distill.report import RUN_ROLES, difference_sentence, page, write
 from mlx_distill.scoring.intervals import Estimate
 from mlx_distill.study import (
     BUDGETS,
@@ -33,6 +33,7 @@ from mlx_distill.study import (
     pareto_front,
     retention,
 )
+from mlx_distill.words import DASH, amount, counted, duration, number, percent, points
 
 TEMPLATE = "sweep.html.jinja"
 ENOUGH = 0.9  # the share of the full condition's accuracy that a headline calls kept
@@ -173,7 +174,7 @@ def headline(swept: Swept) -> str:
 def _headline(found: Findings) -> str:
     runs = sum(row.role == "student" for row in found.swept.rows)
     if not found.students:
-        return f"{found.swept.name}: none of {_counted(runs, 'run')} finished." if runs else f"{found.swept.name}: there is no run yet."
+        return f"{found.swept.name}: none of {counted(runs, 'run')} finished." if runs else f"{found.swept.name}: there is no run yet."
     kept = _cheapest_kept(found)
     if kept:
         return _kept_sentence(found, kept)
@@ -235,9 +236,9 @@ def leads(found: Findings) -> list[str]:
     if found.most_seeds == 1:
         lines.append("One seed each: the intervals cover other problems only, not another seed.")
     if found.failed:
-        lines.append(f"{_counted(len(found.failed), 'run')} did not finish: see Failed runs.")
+        lines.append(f"{counted(len(found.failed), 'run')} did not finish: see Failed runs.")
     if 0 < missing(found) < found.swept.planned:
-        lines.append(f"{missing(found)} of {_counted(found.swept.planned, 'run')} are still to come: this page describes the others.")
+        lines.append(f"{missing(found)} of {counted(found.swept.planned, 'run')} are still to come: this page describes the others.")
     return lines
 
 
@@ -279,7 +280,7 @@ def teacher_sentence(found: Findings) -> str:
     took = found.swept.teacher_pass
     if not took:
         return ""
-    return (f"{_counted(took['runs'], 'run')} read the teacher's answers from a cache of {took['sequences']:,} sequences, "
+    return (f"{counted(took['runs'], 'run')} read the teacher's answers from a cache of {took['sequences']:,} sequences, "
             f"{amount(took['tokens'])} tokens, {amount(took['bytes'], 'B')}.")
 
 
@@ -289,10 +290,6 @@ def _interval(estimate: Estimate) -> str:
 
 def _range(estimate: Estimate) -> str:
     return f"{percent(estimate.low)} to {percent(estimate.high)}"
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _problems(condition: Condition) -> int:
@@ -471,7 +468,7 @@ def bars(found: Findings) -> list[Bar]:
 
 def _bar(one: Condition, label: str, role: str) -> Bar:
     known, several = one.accuracy, len(one.rows) > 1
-    return Bar(label, _counted(len(one.rows), "seed") if several else "", role, known.mean, known.low, known.high,
+    return Bar(label, counted(len(one.rows), "seed") if several else "", role, known.mean, known.low, known.high,
                tuple(row.accuracy for row in one.rows) if several else ())
 
 

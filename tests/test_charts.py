@@ -14,12 +14,12 @@ from mlx_distill.charts import (
     apart,
     line_chart,
     log_ticks,
-    number,
     scatter,
     smoothed,
     thinned,
     ticks,
 )
+from mlx_distill.words import number
 
 
 def test_ticks_are_round_and_cover_the_range():

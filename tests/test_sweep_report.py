@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import DataError, RunError
-from mlx_distill.report import amount, percent, points
 from mlx_distill.study import Row, best_within, conditions, difference, gain_retention, pareto_front, retention
 from mlx_distill.sweep_file import load_sweep
 from mlx_distill.sweep_report import (
@@ -26,6 +25,7 @@ from mlx_distill.sweep_report import (
     write_report,
     x_axis,
 )
+from mlx_distill.words import amount, percent, points
 
 FRACTION, KD, SEGMENTS = "truncation.fraction", "objective.kd_weight", "objective.segments"
 FRACTIONS = [0.1, 0.25, 0.5, 0.75, 1.0]
