@@ -168,6 +168,14 @@ def cross_entropy(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray
     return -log_softmax(student_logits)[np.arange(len(targets)), targets]
 
 
+def same_choice(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
+    """Whether the student's first most likely id is the teacher's first most likely id, as bool[N].
+
+    Of ids that are equally likely the lowest is the first. At any temperature: dividing logits changes no order.
+    """
+    return student_logits.argmax(axis=-1) == teacher_logits.argmax(axis=-1)
+
+
 def loss(
     student_logits: np.ndarray, teacher_logits: np.ndarray | None, targets: np.ndarray, objective: Objective
 ) -> np.ndarray:

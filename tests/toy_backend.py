@@ -49,7 +49,7 @@ class ToyStudent(ToyTeacher):
         teaches = targets is not None and objective.needs_teacher
         kd = definition.divergence(logits, targets, objective) if teaches else np.zeros(len(logits))
         ce = definition.cross_entropy(logits, batch.targets)
-        agree = logits.argmax(-1) == targets.argmax(-1) if targets is not None else np.zeros(len(logits))
+        agree = definition.same_choice(logits, targets) if targets is not None else np.zeros(len(logits))
         return LossSums.of(batch, kd, ce, agree)
 
     def accumulate(self, batch, targets, objective, loss_tokens) -> LossSums:

@@ -25,7 +25,7 @@ class SparseTargets:
 
     ids `int32[N, K]` (-1 pads), log_probs `float32[N, K]`, tail `float32[N]`: log of the mass on all other ids (-inf: none).
     The divergence is `objective.coarse_divergence`, plus offset `float32[N]`, which is constant to the student. top `int32[N]`:
-    the teacher's most likely id.
+    the teacher's first most likely id (`objective.same_choice`).
     """
 
     ids: np.ndarray
@@ -46,8 +46,8 @@ class SparseTargets:
 class LossSums:
     """Sums over the weighted positions of one or more batches, by segment (index `Segment`), as float64[3].
 
-    kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats, agree: positions where student and teacher have
-    the same most likely token, tokens: sum of weights.
+    kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats, agree: positions of
+    `objective.same_choice`, tokens: sum of weights.
     """
 
     kd: np.ndarray
@@ -139,10 +139,13 @@ class Teacher(Model, Protocol):
     # for the cache on disk (`targets.py`); `rows` ids of the head are compared, at temperature 1
 
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The k most likely ids `int32[N, k]`, the likeliest first, their log-probabilities float32 [N, k], the log of the rest [N]."""
+        """The k most likely ids `int32[N, k]`, their log-probabilities float32 [N, k], the log of the rest [N].
+
+        The first most likely id stands first, and the less likely after the more likely.
+        """
 
     def draw(self, batch: Batch, uniform: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids `int32[N, S]` drawn by inverting the distribution at `uniform` float32 [N, S], entropy float32 [N], most likely id [N]."""
+        """Ids `int32[N, S]` drawn by inverting the distribution at `uniform` float32 [N, S], entropy float32 [N], first most likely id [N]."""
 
     def states(self, batch: Batch) -> np.ndarray:
         """Hidden states [N, D]: float32, or bfloat16 as uint16 bits."""

@@ -236,6 +236,29 @@ def test_agreement_is_of_the_most_likely_tokens(walker: Framework):
     assert (answer(walker, case, Objective())["agree"] == same).all()
 
 
+def tied_logits() -> tuple[np.ndarray, np.ndarray]:
+    """Logits [N, 203] of student and teacher in which two ids share the first place, or one of them has it alone."""
+    edges = [(0, 202), (99, 100), (19, 20), (9, 150)]
+    ties = [pair for a, b in edges for pair in (((a, b), (a, b)), ((a, b), (a,)), ((a, b), (b,)), ((b,), (a, b)), ((a,), (a, b)))]
+    student, teacher = np.zeros((2, len(ties), 203), np.float32)
+    for row, (of_student, of_teacher) in enumerate(ties):
+        student[row, list(of_student)] = teacher[row, list(of_teacher)] = 2
+    return student, teacher
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_of_equally_likely_ids_the_lowest_is_the_choice(walker: Framework, temperature: float, monkeypatch: pytest.MonkeyPatch):
+    """Also where the two lie in different blocks. The mutant that takes any of the student's for its choice failed here."""
+    monkeypatch.setattr(FRAMEWORKS["torch"].loss, "ARGMAX_IDS", 20)
+    student, teacher = tied_logits()
+    rows = np.eye(len(student), dtype=np.float32)  # hidden states that pick a column of the head: logits without rounding
+    ones = np.ones(len(student), np.float32)
+    case = Case(rows, student.T.copy(), rows, teacher.T.copy(), np.zeros(len(student), np.int32), ones)
+    same = definition.same_choice(student, teacher)
+    assert 0 < same.sum() < len(same)
+    assert (answer(walker, case, Objective(temperature=temperature))["agree"] == same).all()
+
+
 def test_a_frozen_head_has_no_gradient_and_the_hidden_states_the_same(walker: Framework):
     case = make_case(4)
     trained, frozen = answer(walker, case, Objective()), answer(walker, case, Objective(), train_head=False)

@@ -6,10 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from test_loss import tied_logits
 
 from mlx_distill import objective as definition
+from mlx_distill.backends.mlx import backend as mlx_backend
 from mlx_distill.backends.mlx import loss as mlx_loss
 from mlx_distill.backends.protocol import SparseTargets
+from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.objective import Objective
 
@@ -29,7 +32,7 @@ def case(seed: int, scale: float = 0.3) -> tuple[np.ndarray, ...]:
 
 def top_k(teacher: np.ndarray, k: int) -> SparseTargets:
     v = definition.log_softmax(teacher)
-    ids = np.argsort(-v, axis=1)
+    ids = np.argsort(-v, axis=1, kind="stable")
     rest = np.take_along_axis(v, ids[:, k:], 1)
     with np.errstate(divide="ignore"):
         tail = np.log(np.exp(rest).sum(1))
@@ -126,6 +129,40 @@ def test_drawn_answers_are_their_definition(run, by_block, kd_weight):
     assert_near(by_block(hidden, head, targets, weight, sparse, objective, 5), expected)
     for name, column in zip(("kd", "ce", "agree"), by_block(hidden, head, targets, weight, sparse, objective, 5, score=True), strict=True):
         np.testing.assert_allclose(column, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@BY_BLOCK
+def test_of_equally_likely_ids_the_lowest_is_the_choice(run, by_block, monkeypatch):
+    monkeypatch.setattr(torch_loss, "ARGMAX_IDS", 20)
+    student, teacher = tied_logits()
+    count = len(student)
+    rows, targets, weight = np.eye(count, dtype=np.float32), np.zeros(count, np.int32), np.ones(count, np.float32)
+    found = by_block(rows, student.T.copy(), targets, weight, top_k(teacher, 2), Objective(), 5)
+    assert (found["agree"] == definition.same_choice(student, teacher)).all()
+
+
+def asked_of(log_probs, k):
+    """What each backend's teacher keeps for top_k, and names as its first choice for sampled, as numpy."""
+    uniform = np.full((len(log_probs), 2), 0.5, np.float32)
+    on_torch, on_mlx = torch.from_numpy(log_probs), mx.array(log_probs)
+    kept = [x.numpy() for x in torch_backend._top_k(on_torch, k)]
+    yield kept, torch_backend._draw(on_torch, torch.from_numpy(uniform))[-1].numpy()
+    kept = [np.array(x) for x in mlx_backend._top_k(on_mlx, k)]
+    yield kept, np.array(mlx_backend._draw(on_mlx, mx.array(uniform))[-1])
+
+
+@pytest.mark.parametrize("vocab", [5, 203, 1203])
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_a_teacher_that_is_asked_for_some_ids_names_the_first_of_equals(vocab, k):
+    """`topk` and `argpartition` alone leave any of them in front."""
+    logits = np.random.default_rng(vocab).integers(0, 3, (40, vocab))
+    log_probs = definition.log_softmax(logits).astype(np.float32)
+    for (ids, values, tail), top in asked_of(log_probs, k):
+        assert (ids[:, 0] == log_probs.argmax(1)).all() and (top == ids[:, 0]).all()
+        assert (np.diff(np.sort(ids)) > 0).all()  # each once
+        assert (values == np.take_along_axis(log_probs, ids, 1)).all() and (np.diff(values) <= 0).all()
+        left = 1 - np.exp(values.astype(np.float64)).sum(1)
+        np.testing.assert_allclose(np.exp(tail), left, rtol=1e-5, atol=1e-6)
 
 
 @BY_BLOCK

@@ -366,11 +366,16 @@ def _top_k(log_probs: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
     ids = mx.argpartition(-log_probs, k - 1, axis=1)[:, :k]
     values = mx.take_along_axis(log_probs, ids, axis=1)
     order = mx.argsort(-values, axis=1)
+    ids = mx.take_along_axis(ids, order, axis=1).astype(mx.int32)
+    values = mx.take_along_axis(values, order, axis=1)
+    # sorting may leave any of equally likely ids in front, and the first one out
+    top = mx.argmax(log_probs, axis=1, keepdims=True).astype(mx.int32)
+    ids = mx.where(mx.arange(k) == 0, top, mx.where(ids == top, ids[:, :1], ids))
     if k == log_probs.shape[1]:
         tail = mx.full((len(ids),), -mx.inf)
     else:
         tail = mx.logsumexp(mx.put_along_axis(log_probs, ids, mx.array(-mx.inf), axis=1), axis=1)
-    return mx.take_along_axis(ids, order, axis=1).astype(mx.int32), mx.take_along_axis(values, order, axis=1), tail
+    return ids, values, tail
 
 
 def _draw(log_probs: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -452,6 +452,9 @@ def _mean_loss(
 def _top_k(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Ids and log-probabilities [C, k], the likeliest first, and the log of what is left [C]."""
     values, ids = log_probs.topk(k, dim=1)
+    # `topk` may leave any of equally likely ids in front, and the first one out
+    top = log_probs.argmax(1, keepdim=True)
+    ids = torch.where(torch.arange(k, device=ids.device) == 0, top, torch.where(ids == top, ids[:, :1], ids))
     return ids.int(), values, log_probs.scatter(1, ids, -torch.inf).logsumexp(1)
 
 
