@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.errors import ModelError, NotFound
+from mlx_distill.models.folder import WEIGHT_FILES, read_config, read_weights, weight_files
+from mlx_distill.readers import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "embedded" / "weights"
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
-WEIGHT_FILES = "model*.safetensors"  # the pattern mlx-lm loads; skips consolidated.safetensors and adapters
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WHOLE_HASH_BYTES = 2 * 1024**3
 SAMPLE_BYTES = 1024**2
@@ -35,7 +36,7 @@ def model_folder(name: str, revision: str = "main", weights: bool = True) -> Pat
     """
     if name.startswith("embedded:"):
         return _checked(_embedded(name), name, weights)
-    path = Path(name).expanduser()
+    path = path_of(name, f"model {_shown(name)}", ModelError)
     if path.is_file():
         return _checked(_converted(path), name, weights)
     if name and path.is_dir():
@@ -70,12 +71,12 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
 
 
 def model_fingerprint(folder: Path) -> str:
-    """A hex digest of `config.json` and the weights, equal for equal models wherever they lie.
+    """A hex digest of `config.json` and the weights (the files that are loaded), equal for equal models wherever they lie.
 
     Weights of at most 2 GB are hashed whole (SHA-256); of larger ones the sizes, the safetensors headers and 64 evenly
     spaced megabytes of each file are. Tokenizer files do not count.
     """
-    files = sorted(folder.glob(WEIGHT_FILES))
+    files = weight_files(folder, str(folder))
     whole = sum(file.stat().st_size for file in files) <= WHOLE_HASH_BYTES
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
@@ -102,21 +103,37 @@ def _embedded(name: str) -> Path:
 
 
 def _checked(folder: Path, name: str, weights: bool) -> Path:
+    """The folder, whose config can be read and whose weights (if asked for) are whole by their headers."""
+    named = f"model {_shown(name)}"
     if not (folder / "config.json").is_file():
-        raise ModelError(f"model {name!r}: the folder has no config.json; {_advice(folder)}")
-    if weights and not any(folder.glob(WEIGHT_FILES)):
-        other = next(
-            (file.name for pattern in ("*.bin", "*.safetensors", "*.gguf") for file in folder.glob(pattern)), "none"
-        )
+        raise ModelError(f"{named}: the folder has no config.json; {_advice(folder)}")
+    read_config(folder, named)
+    if not weights:
+        return folder
+    if not any(folder.glob(WEIGHT_FILES)) and (other := _other_weights(folder)):
         raise ModelError(
-            f"model {name!r}: the folder has no {WEIGHT_FILES} (weights found: {other}); convert it to safetensors"
+            f"{named}: the folder has no {WEIGHT_FILES} (weights found: {other}); convert it to safetensors"
         )
+    read_weights(folder, named)
     return folder
+
+
+def _other_weights(folder: Path) -> str | None:
+    """A file of weights in another format; adapters are known by `read_weights`."""
+    found = (file.name for pattern in ("*.bin", "*.safetensors", "*.gguf") for file in folder.glob(pattern))
+    return next((file for file in found if not file.startswith("adapter")), None)
+
+
+def _shown(name: str) -> str:
+    """A model's name in a message, cut where it is longer than any path."""
+    return repr(name if len(name) <= 200 else f"{name[:60]}…")
 
 
 def _advice(folder: Path) -> str:
     if (folder / "student" / "config.json").is_file():
         return f"it looks like a run: name {folder / 'student'}"
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter: fuse it into its base model (peft's merge_and_unload) and name the folder of the result"
     if found := sorted(folder.glob("*.gguf")):
         return f"name the file in it: {found[0]}"
     if found := sorted(folder.glob("*/config.json")):

@@ -4,7 +4,6 @@ In: a recipe, its prepared sequences and the two models' config.json. Out: a `Pl
 weights and imports no framework unless a time is asked for. Decided here: what counts as fitting, and what to change if not.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.flops import Adapters, training_flops
 from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
+from mlx_distill.models.folder import read_config
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
 from mlx_distill.show import count_table
 from mlx_distill.words import amount, duration
@@ -409,9 +409,6 @@ def shortage(recipe: Recipe, prepared: Prepared, student: Path, teacher: Path | 
     return f"planned was {expected.verdict()}; set {', or '.join(saves)}"
 
 
-def read_config(folder: Path) -> dict:
-    """A model folder's config.json."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _backend(name: str):

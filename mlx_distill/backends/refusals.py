@@ -5,14 +5,10 @@ from pathlib import Path
 from mlx_distill.errors import ModelError
 
 
-def no_weights(name: str, folder: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"{name}: no weights to load in {folder} ({one_line(error)}); a model folder holds config.json and model*.safetensors"
-    )
-
-
-def unloadable(name: str, folder: Path, library: str, error: Exception) -> ModelError:
-    return ModelError(f"{name}: {library} cannot load {folder}: {one_line(error)}")
+def unloadable(name: str, folder: Path, library: str, error: Exception, seen: Path | None = None) -> ModelError:
+    """`seen` is where the library thought that the folder is."""
+    reason = one_line(error)
+    return ModelError(f"{name}: {library} cannot load {folder}: {reason.replace(str(seen), str(folder)) if seen else reason}")
 
 
 def no_trunk(name: str, kind: type) -> ModelError:
@@ -53,4 +49,4 @@ def other_state(folder: Path) -> ModelError:
 
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -20,6 +20,7 @@ from mlx_distill.backends import export, refusals
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.errors import ModelError
+from mlx_distill.models.folder import read_config, read_weights
 from mlx_distill.recipe import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -265,23 +266,25 @@ def cast(parameters: dict, dtype: mx.Dtype) -> dict:
 
 
 def _load(folder: Path, name: str, lazy: bool) -> tuple[nn.Module, dict]:
-    try:
-        return mlx_lm.utils.load_model(folder, lazy=lazy)
-    except FileNotFoundError as error:
-        raise refusals.no_weights(name, folder, error) from None
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise refusals.unloadable(name, folder, "mlx-lm", error) from None
+    weights = read_weights(folder, name)
+    weights.refuse_unusable(read_config(folder, name), name)
+    with weights.alone() as alone:
+        try:
+            return mlx_lm.utils.load_model(alone, lazy=lazy)
+        except Exception as error:  # a family's code, run on a config it was not written for, fails in any way
+            raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
 
 
-def stored_weights(folder: Path) -> dict[str, mx.array]:
+def stored_weights(folder: Path, name: str = "") -> dict[str, mx.array]:
     """The tensors of a model folder's files, buffers of rotary embeddings left out."""
-    stored = {key: value for file in sorted(folder.glob("model*.safetensors")) for key, value in mx.load(str(file)).items()}
+    files = read_weights(folder, name or str(folder)).files
+    stored = {key: value for file in files for key, value in mx.load(str(file)).items()}
     return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
 
 
 def _refuse_rewritten(model: nn.Module, folder: Path, name: str) -> None:
     """Refuse a family whose tensors mlx-lm renames or changes on load: its export would not open in transformers."""
-    loaded, stored = dict(tree_flatten(model.parameters())), stored_weights(folder)
+    loaded, stored = dict(tree_flatten(model.parameters())), stored_weights(folder, name)
     if "lm_head.weight" not in loaded and "lm_head.weight" in stored:  # a tied head that is stored all the same, or is it one?
         loaded["lm_head.weight"] = loaded.get("model.embed_tokens.weight", mx.array(0.0))
     for key in sorted(stored.keys() ^ loaded.keys()):

@@ -5,7 +5,6 @@ how the split is made, which models may be students, and what a saved student lo
 """
 
 import copy
-import json
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from mlx_distill.backends import export, refusals
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.torch.loss import CallableHead, Finish, Head, MatrixHead
 from mlx_distill.errors import ModelError
+from mlx_distill.models.folder import read_config, read_weights
 from mlx_distill.recipe import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -183,7 +183,7 @@ def load_teacher(folder: Path, name: str, quantize_bits: int, device: torch.devi
 
 def _quantisation(folder: Path, name: str, bits: int, device: torch.device) -> dict:
     """bitsandbytes' NF4 or int8, which need CUDA."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, name)
     if stored := config.get("quantization_config") or config.get("quantization"):
         raise refusals.quantised_already(name, bits, stored.get("bits", "fewer"))
     if device.type != "cuda":
@@ -204,10 +204,10 @@ def _quantisation(folder: Path, name: str, bits: int, device: torch.device) -> d
 
 def load_student(folder: Path, name: str, table: StudentTable, seed: int, device: torch.device, dtype: torch.dtype) -> SplitModel:
     """A model whose tensors equal the folder's by name and value, float32 where it trains, `dtype` where frozen; others are refused."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_config(folder, name)
     if "quantization" in config or "quantization_config" in config:
         raise refusals.quantised_student(name)
-    stored = stored_weights(folder)
+    stored = stored_weights(folder, name)
     dtypes = {value.dtype for value in stored.values() if value.is_floating_point()}
     model = _load(folder, name, torch.device("cpu"), dtypes.pop() if len(dtypes) == 1 else torch.float32)  # whatever config.json says
     _refuse_rewritten(model, stored, name)
@@ -236,21 +236,22 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | None, **options) -> transformers.PreTrainedModel:
-    if not any(folder.glob("model*.safetensors")):
-        raise refusals.no_weights(name, folder, FileNotFoundError(f"No safetensors found in {folder}"))
+    weights = read_weights(folder, name)
+    weights.refuse_unusable(read_config(folder, name), name)
     if device.type == "cuda":
         options |= {"device_map": {"": device}}
     quiet = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is refused below
-    try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False,
-            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options,
-        )
-    except (ValueError, KeyError, TypeError, RuntimeError, OSError, ImportError, AttributeError) as error:
-        raise refusals.unloadable(name, folder, "transformers", error) from None
-    finally:
-        transformers.utils.logging.set_verbosity(quiet)
+    with weights.alone() as alone:
+        try:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                alone, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False,
+                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options,
+            )
+        except Exception as error:  # a family's code, run on a config it was not written for, fails in any way
+            raise refusals.unloadable(name, folder, "transformers", error, alone) from None
+        finally:
+            transformers.utils.logging.set_verbosity(quiet)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if wrong := sorted(map(str, found[kind])):
             reason = f"{len(wrong)} tensors are {kind.partition('_')[0]}, {wrong[0]} among them"
@@ -258,9 +259,10 @@ def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | No
     return model
 
 
-def stored_weights(folder: Path) -> dict[str, Tensor]:
+def stored_weights(folder: Path, name: str = "") -> dict[str, Tensor]:
     """The tensors of a model folder's files, buffers of rotary embeddings left out."""
-    stored = {key: value for file in sorted(folder.glob("model*.safetensors")) for key, value in load_file(file).items()}
+    files = read_weights(folder, name or str(folder)).files
+    stored = {key: value for file in files for key, value in load_file(file).items()}
     return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
 
 
@@ -327,7 +329,7 @@ def fused_weights(split: SplitModel, base: Path) -> dict[str, Tensor]:
     adapted = adapted_modules(split.model)
     if not adapted:
         return {name: parameter.detach() for name, parameter in split.model.named_parameters()}
-    stored = stored_weights(base)
+    stored = stored_weights(base, split.name)
     return stored | {f"{path}.weight": _fused(module, stored[f"{path}.weight"]) for path, module in adapted.items()}
 
 
