@@ -18,6 +18,9 @@ from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
 
+for _library in ("OMP", "OPENBLAS", "MKL"):  # before any of them is loaded: workers share the cores
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
