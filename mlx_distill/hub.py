@@ -1,8 +1,7 @@
 """Where a model's files are: from the name in a recipe to a local Hugging Face folder.
 
 In: `embedded:teacher`, a local folder, a `.gguf` file or a hub id `org/name`. Out: a folder with `config.json`,
-tokenizer files and, when asked for, `model*.safetensors`; the tokenizer of such a folder; a digest that tells two
-models apart. Decided here: in which order a name is tried, which files of a hub repository are fetched, where a
+tokenizer files and, when asked for, `model*.safetensors`; a digest that tells two models apart. Decided here: in which order a name is tried, which files of a hub repository are fetched, where a
 converted `.gguf` is kept. Only a hub id uses the network, and no code from a model's folder is ever run.
 """
 
@@ -10,14 +9,13 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.models.folder import WEIGHT_FILES, read_config, read_weights, weight_files
+from mlx_distill.models.tokenizer import load_tokenizer
 from mlx_distill.readers import path_of
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+__all__ = ["cache_folder", "load_tokenizer", "model_fingerprint", "model_folder"]
 
 EMBEDDED_WEIGHTS = Path(__file__).parent / "embedded" / "weights"
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -48,26 +46,6 @@ def model_folder(name: str, revision: str = "main", weights: bool = True) -> Pat
     if not HUB_ID.fullmatch(name):
         raise NotFound(f"model {name!r}: not a folder here and not a hub id; give a folder, a .gguf file or org/name")
     return _checked(_downloaded(name, revision, weights), name, weights)
-
-
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a local model folder, without network and without running code from the folder.
-
-    Raises `ModelError` where the folder has no tokenizer that `transformers` reads as a fast (Rust) one.
-    """
-    from transformers import AutoTokenizer
-
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        raise ModelError(f"tokenizer in {folder}: there is no tokenizer.json; copy it from the model it belongs to")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a broken tokenizer.json surfaces as a bare Exception of the Rust library
-        raise ModelError(
-            f"tokenizer in {folder}: cannot be read ({_first_line(error)}); it needs tokenizer.json"
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"tokenizer in {folder}: only a slow one was found; it needs tokenizer.json")
-    return tokenizer
 
 
 def model_fingerprint(folder: Path) -> str:
