@@ -91,19 +91,19 @@ def read_toml(path: Path, error: Error = RecipeError) -> dict[str, Any]:
 def parse_toml(text: str, where: str, error: Error = RecipeError) -> dict[str, Any]:
     """The tables that TOML text says; `where` begins the line of an error."""
     try:
-        tables = tomllib.loads(text, parse_float=_float)
+        return _tables(text, where, error)
     except tomllib.TOMLDecodeError as why:
         end = f"at line {_line(text.rstrip(), len(text))}, the last"
         raise error(f"{where}: not valid TOML: {str(why).replace('at end of document', end)}") from None
-    except RecursionError:
-        raise error(_too_deep(where, text, "")) from None
-    except ValueError as why:  # a number
-        raise error(f"{where}{_line_of_number(text, why)}: not valid TOML: {_of_a_number(why)}") from None
-    if _depth(tables) > DEEPEST:
-        raise error(_too_deep(where, text, ""))
-    if _largest_bits(tables) > sys.float_info.max_exp:  # hexadecimal digits have no limit of their own
-        raise error(f"{where}: not valid TOML: an integer of more than {sys.float_info.max_exp:,} bits")
-    return tables
+
+
+def toml_value(text: str, where: str, error: Error = RecipeError) -> Any:
+    """The value that TOML text says; text that is no single value is a bare word, and the value itself."""
+    try:
+        tables = _tables(f"value = {text}", where, error)
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+    return tables["value"] if len(tables) == 1 else text.strip()
 
 
 def is_text(value: Any) -> bool:
@@ -151,7 +151,9 @@ def _opened(path: Path, name: str, error: Error) -> IO[bytes]:
         raise error(f"{name}: {_unread(why)}") from None
     except ValueError:  # a path with a NUL, or half of a character
         raise error(f"{name!r} is not a path that a file can have") from None
-    raise error(f"{name}: {'a folder' if stat.S_ISDIR(kind) else 'a device or pipe'}, expected a file")
+    if stat.S_ISDIR(kind):
+        raise NotFound(f"no file at {name}, which is a folder")
+    raise error(f"{name}: a device or pipe, expected a file")
 
 
 def _unread(why: Exception) -> str:
@@ -210,6 +212,25 @@ def _parsed(text: str, where: str, error: Error, lines: bool) -> Any:
     if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
         raise error(_too_deep(where, text, "" if lines else None))
     return value
+
+
+def _tables(text: str, where: str, error: Error) -> dict[str, Any]:
+    """What TOML text says; raises `TOMLDecodeError` where it is none, an `error` for what no one can use."""
+    try:
+        tables = tomllib.loads(text, parse_float=_float)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise error(_too_deep(where, text, "")) from None
+    except ValueError as why:  # a number
+        at = _line_of_number(text, why)
+        raise error(f"{where}{at}: not valid TOML: {_of_a_number(why)}") from None
+    if _depth(tables) > DEEPEST:
+        raise error(_too_deep(where, text, ""))
+    bits = sys.float_info.max_exp  # hexadecimal digits have no limit of their own
+    if _largest_bits(tables) > bits:
+        raise error(f"{where}: not valid TOML: an integer of more than {bits:,} bits")
+    return tables
 
 
 def _none(_: str) -> None:

@@ -8,21 +8,55 @@ which combinations make no sense. Unknown fields are refused with the nearest kn
 import difflib
 import hashlib
 import json
-import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from mlx_distill import readers
 from mlx_distill.errors import NotFound, RecipeError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field can hold; `or_zero` where 0 is not one of them but has a meaning of its own."""
+
+    low: float
+    high: float
+    or_zero: bool = False
+
+    def __call__(self, value: float) -> float:
+        if self.low <= value <= self.high or (self.or_zero and value == 0):
+            return value
+        raise PydanticCustomError("range", str(self))
+
+    def __str__(self) -> str:
+        return f"{'0, or ' if self.or_zero else ''}from {_number(self.low)} to {_number(self.high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if 0 < value < 1e-3 else f"{value:,}"
+
+
+def within(low: float, high: float, or_zero: bool = False) -> AfterValidator:
+    return AfterValidator(Range(low, high, or_zero))
+
 
 Segments = Literal["prompt", "cot", "answer"]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tuples
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# Every number has both ends, so that arithmetic in float32 and int32 stays what it says and no time is asked for that no one has.
+Fraction = Annotated[float, within(1e-6, 1.0)]
+Weight = Annotated[float, within(1e-6, 1.0, or_zero=True)]
+Momentum = Annotated[float, within(1e-6, 0.999999, or_zero=True)]  # float32 knows no number nearer to 1 that a sum of 1 - beta survives
+Rows = Annotated[int, within(1, 10**9)]
+Tokens = Annotated[int, within(1, 2**24)]
+Cadence = Annotated[int, within(0, 10**9)]  # every so many steps; 0 = only at the end
+Seed = Annotated[int, within(0, 2**63 - 1)]  # TOML's integers end there, torch's and MLX's seeds soon after
+LONGEST_NAME = 200  # bytes of a run's name; the files beside its folder have longer ones
 # where things are kept and what a run is shown beside
 OUTSIDE_DIGEST = {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare", "score_teacher", "score_base"}}
 
@@ -39,17 +73,17 @@ class TeacherTable(Table):
     quantize_bits: Literal[0, 4, 6, 8] = 0  # quantise on load; 0 = as stored
     cache: Literal["off", "top_k", "sampled", "hidden"] = "off"  # answers kept on disk: K a token, drawn ones, hidden states
     cache_folder: str = "teacher-cache"  # may serve any number of runs, at once too
-    cache_top_k: Positive = 64  # answers kept a token
-    cache_samples: Annotated[int, Field(ge=1, le=65535)] = 50  # draws a token
+    cache_top_k: Annotated[int, within(1, 2**20)] = 64  # answers kept a token
+    cache_samples: Annotated[int, within(1, 65_535)] = 50  # draws a token
 
 
 class StudentTable(Table):
     model: str = "embedded:student"
     revision: str = "main"
     tuning: Literal["full", "lora", "dora"] = "full"
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    lora_layers: Count = 0  # adapt the last n blocks; 0 = all
+    rank: Annotated[int, within(1, 16_384)] = 8
+    alpha: Annotated[float, within(1e-3, 1e6)] = 16.0
+    lora_layers: Annotated[int, within(0, 10_000)] = 0  # adapt the last n blocks; 0 = all
     lora_targets: Names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     gradient_checkpointing: bool = False
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, bfloat16 on a GPU
@@ -67,16 +101,16 @@ class DataTable(Table):
     response_column: str = ""  # response: <think>reasoning</think>answer
     messages_column: str = ""  # messages, conversations
     where: dict[str, str] = {}  # keep rows whose column equals the value
-    train_examples: Count = 0  # 0 = all
-    validation_examples: Positive = 64  # held out of the same source before training rows are taken
-    longest_tokens: Positive = 4096  # longer rendered examples are dropped and counted
+    train_examples: Annotated[int, within(0, 10**9)] = 0  # 0 = all
+    validation_examples: Rows = 64  # held out of the same source before training rows are taken
+    longest_tokens: Tokens = 4096  # longer rendered examples are dropped and counted
 
 
 class TruncationTable(Table):
     keep: Literal["prefix", "suffix", "middle", "cot"] = "prefix"  # cot = everything up to </think>
     span: Literal["sequence", "cot"] = "sequence"  # what fraction is a fraction of
     fraction: Fraction = 1.0  # Lead-Span Proportion of the paper
-    max_tokens: Count = 0  # cap on the window; prompt or context that is only read comes on top; 0 = none
+    max_tokens: Annotated[int, within(0, 2**24)] = 0  # cap on the window; prompt or context that is only read comes on top; 0 = none
     context: Literal["drop", "keep"] = "drop"  # tokens before the window: removed, or read without loss
     token_share: Fraction = 1.0  # a seeded random share of the remaining tokens carries loss
 
@@ -84,42 +118,42 @@ class TruncationTable(Table):
 class ObjectiveTable(Table):
     segments: Annotated[tuple[Segments, ...], Field(min_length=1, strict=False)] = ("cot",)
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    kd_weight: Annotated[float, Field(ge=0, le=1)] = 0.5  # 1 - kd_weight weighs cross-entropy
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    jsd_beta: Annotated[float, within(1e-3, 0.999)] = 0.5
+    kd_weight: Weight = 0.5  # 1 - kd_weight weighs cross-entropy
+    temperature: Annotated[float, within(0.01, 100.0)] = 1.0
     temperature_scaling: Literal["none", "hinton"] = "hinton"  # hinton multiplies the divergence by T^2
-    chunk_tokens: Count = 0  # positions whose logits exist at once; 0 = what suits backend and device
+    chunk_tokens: Annotated[int, within(0, 2**20)] = 0  # positions whose logits exist at once; 0 = what suits backend and device
 
 
 class BatchTable(Table):
-    micro_batch_size: Positive = 4
-    global_batch_size: Positive = 8
-    pad_multiple: Positive = 32  # sequences are padded to a multiple, to keep shapes few
+    micro_batch_size: Annotated[int, within(1, 65_536)] = 4
+    global_batch_size: Annotated[int, within(1, 2**20)] = 8
+    pad_multiple: Annotated[int, within(1, 65_536)] = 32  # sequences are padded to a multiple, to keep shapes few
 
 
 class OptimTable(Table):
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    learning_rate: Annotated[float, within(1e-10, 1000.0)] = 1e-4
     schedule: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
-    warmup_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0  # 0 = no clipping
-    epochs: Positive = 1
-    steps: Count = 0  # 0 = what epochs ask for
+    warmup_fraction: Annotated[float, within(1e-6, 0.999999, or_zero=True)] = 0.1
+    weight_decay: Annotated[float, within(1e-8, 1000.0, or_zero=True)] = 0.0
+    beta1: Momentum = 0.9
+    beta2: Momentum = 0.999
+    eps: Annotated[float, within(1e-20, 1.0)] = 1e-8
+    max_grad_norm: Annotated[float, within(1e-6, 1e9, or_zero=True)] = 1.0  # 0 = no clipping
+    epochs: Annotated[int, within(1, 10_000)] = 1
+    steps: Annotated[int, within(0, 10**6)] = 0  # 0 = what epochs ask for
 
 
 class EvalTable(Table):
     task: str = ""  # embedded:NAME, gsm8k:PATH or jsonl:PATH; "" = no scoring
-    examples: Positive = 500
-    max_new_tokens: Positive = 512
-    batch_size: Positive = 64
-    temperature: Annotated[float, Field(ge=0)] = 0.0  # 0 = greedy
+    examples: Rows = 500
+    max_new_tokens: Tokens = 512
+    batch_size: Annotated[int, within(1, 65_536)] = 64
+    temperature: Annotated[float, within(0.01, 100.0, or_zero=True)] = 0.0  # 0 = greedy
     top_p: Fraction = 1.0
-    seed: Count = 42  # draws the problems and the samples; the same ones whatever run.seed is
-    samples: Positive = 1  # generations a problem; accuracy is their mean
+    seed: Seed = 42  # draws the problems and the samples; the same ones whatever run.seed is
+    samples: Annotated[int, within(1, 65_536)] = 1  # generations a problem; accuracy is their mean
     score_teacher: bool = True
     score_base: bool = True
     compare: Names = ()  # kept run folders that the report sets beside this run
@@ -128,9 +162,9 @@ class EvalTable(Table):
 class RunTable(Table):
     name: str = ""  # "" = the recipe file's name
     folder: str = "runs"
-    seed: Count = 42
-    checkpoint_every: Count = 100  # steps; 0 = only at the end
-    validate_every: Count = 100  # steps; 0 = only at the end
+    seed: Seed = 42
+    checkpoint_every: Cadence = 100  # steps; 0 = only at the end
+    validate_every: Cadence = 100  # steps; 0 = only at the end
     keep_checkpoints: Literal["last_and_best", "last", "all"] = "last_and_best"
     export: Literal["best", "last"] = "best"  # which checkpoint becomes the student; best = lowest validation loss
 
@@ -182,8 +216,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
     teacher, objective, truncation = recipe.teacher, recipe.objective, recipe.truncation
     return [
         (not recipe.student.model, "[student] model is empty: name a hub id, a folder, a .gguf or embedded:student"),
-        (recipe.run.name in (".", "..") or "/" in recipe.run.name or "\\" in recipe.run.name,
-         f"[run] name {recipe.run.name!r} is not the plain name of a folder; run.folder says where it lies"),
+        *((True, wrong) for wrong in _wrong_paths(recipe)),
         (not recipe.data.source, "[data] source is empty: name a file, a hub dataset or embedded:dial"),
         (not teacher.model and objective.kd_weight > 0,
          f"[teacher] model is empty but [objective] kd_weight is {objective.kd_weight}: name a teacher or set kd_weight = 0"),
@@ -199,6 +232,31 @@ def _contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
         (recipe.eval.samples > 1 and recipe.eval.temperature == 0,
          f"[eval] samples = {recipe.eval.samples} at temperature 0 would repeat one greedy answer: raise temperature"),
     ]
+
+
+def _wrong_paths(recipe: Recipe) -> Iterator[str]:
+    """What no file can be called, before anything is looked for."""
+    paths = {
+        "[teacher] model": recipe.teacher.model, "[teacher] cache_folder": recipe.teacher.cache_folder,
+        "[student] model": recipe.student.model, "[data] source": recipe.data.source, "[run] folder": recipe.run.folder,
+        "[eval] task": recipe.eval.task.partition(":")[2],
+    }
+    named = [*paths.items(), *(("[eval] compare", name) for name in recipe.eval.compare)]
+    for field, text in named:
+        try:
+            readers.path_of(text, field)
+        except RecipeError as error:
+            yield str(error)
+    if wrong := _wrong_name(recipe.run.name):
+        yield wrong
+
+
+def _wrong_name(name: str) -> str:
+    """Why a run cannot be called so; "" where it can."""
+    if name in (".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        return f"[run] name {name[:60]!r} is not the plain name of a folder; run.folder says where it lies"
+    size = len(name.encode())
+    return f"[run] name has {size} bytes ({name[:20]}…), a run's can have {LONGEST_NAME}" if size > LONGEST_NAME else ""
 
 
 def _cache_contradictions(recipe: Recipe) -> list[tuple[bool, str]]:
@@ -288,6 +346,8 @@ def build_recipe(tables: dict[str, Any], path: Path) -> Recipe:
     except ValidationError as error:
         raise RecipeError(f"{path}: {describe(error)}") from None
     if not recipe.run.name:
+        if wrong := _wrong_name(path.stem):
+            raise RecipeError(f"{path}: {wrong}: set run.name, which is else the file's")
         recipe = with_values(recipe, run={"name": path.stem})
     return recipe
 
@@ -299,14 +359,12 @@ def with_values(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:
 
 def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
     """A file's content; raises `NotFound` with the nearest name there is, or `RecipeError`."""
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes/ has examples"
-        raise NotFound(f"no {what} at {path}{hint}")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid TOML: {error}") from None
+        return readers.read_toml(path)
+    except NotFound:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else "; recipes/ has examples"
+    raise NotFound(f"no {what} at {path}{', which is a folder' if path.is_dir() else ''}{hint}")
 
 
 def apply_override(tables: dict[str, Any], override: str) -> None:
@@ -317,11 +375,7 @@ def apply_override(tables: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: expected table.field=value, for example --set truncation.fraction=0.25")
     if not isinstance(tables.setdefault(table, {}), dict):
         raise RecipeError(f"--set {override}: {table} is not a table of the recipe")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
-    tables[table][field.strip()] = value
+    tables[table][field.strip()] = readers.toml_value(text, f"--set {name.strip()}")
 
 
 def refuse_unknown(tables: dict[str, Any], path: Path) -> None:
@@ -330,11 +384,13 @@ def refuse_unknown(tables: dict[str, Any], path: Path) -> None:
         if table not in Recipe.model_fields:
             raise RecipeError(f"{path}: no table [{table}] in a recipe{near(table, Recipe.model_fields)}")
         if not isinstance(fields, dict):
-            raise RecipeError(f"{path}: [{table}] must be a table, found {fields!r}")
+            raise RecipeError(f"{path}: [{table}] must be a table, found {_found(fields)}")
         known = Recipe.model_fields[table].annotation.model_fields
         for field in fields:
             if field not in known:
                 raise RecipeError(f"{path}: [{table}] has no field {field!r}{near(field, known)}")
+            if not readers.is_text(fields[field]):
+                raise RecipeError(f"{path}: [{table}] {field} is not text in UTF-8, found {_found(fields[field])}")
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -355,8 +411,14 @@ def describe(error: ValidationError) -> str:
     if first["type"] == "too_short":
         expected = f"a list of at least {first['ctx']['min_length']}"
     choices = first.get("ctx", {}).get("expected", "")
-    near = difflib.get_close_matches(str(found), choices.replace("'", "").replace(" or ", ", ").split(", "), 1)
-    return f"{where} should be {expected}, found {found!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    near = difflib.get_close_matches(str(found)[:60], choices.replace("'", "").replace(" or ", ", ").split(", "), 1)
+    return f"{where} should be {expected}, found {_found(found)}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _found(value: Any) -> str:
+    """A value as an error shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}…{text[-20:]}"
 
 
 def eval_table(settings: tuple[str, ...]) -> EvalTable:

@@ -211,7 +211,7 @@ def test_what_is_no_file_is_one_line(read, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_text("1")
     assert "no file at" in refused(NotFound, read, tmp_path / "missing")
-    assert "a folder, expected a file" in refused(DistillError, read, tmp_path)
+    assert "which is a folder" in refused(NotFound, read, tmp_path)
     assert "a device or pipe, expected a file" in refused(DistillError, read, Path("/dev/zero"))
     for wrong in ("loop", "y" * 300, "file/inside", "nul\0", "half \udcff"):
         refused(DistillError, read, tmp_path / wrong)

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_distill.embedded import task
 from mlx_distill.errors import NotFound, RecipeError
-from mlx_distill.recipe import OUTSIDE_DIGEST, Recipe, eval_table, load_recipe
+from mlx_distill.recipe import OUTSIDE_DIGEST, Range, Recipe, build_recipe, eval_table, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FIELDS = [(table, field) for table, part in Recipe.model_fields.items() for field in part.annotation.model_fields]
@@ -77,11 +77,11 @@ def test_a_field_outside_of_its_table_is_refused(write, tmp_path):
     ("[objective]\nsegments = []\n", "[objective] segments", "a list of at least 1", "[]"),
     ("[student]\ntuning='lora'\nlora_targets = [1]\n", "[student] lora_targets[0]", "a valid string", "1"),
     ("where = {level = 3}\n", "[data] where[level]", "a valid string", "3"),
-    ("[truncation]\nfraction = 0.0\n", "[truncation] fraction", "greater than 0", "0.0"),
-    ("[truncation]\nfraction = 1.01\n", "[truncation] fraction", "less than or equal to 1", "1.01"),
-    ("[batch]\nmicro_batch_size = 0\n", "[batch] micro_batch_size", "greater than or equal to 1", "0"),
+    ("[truncation]\nfraction = 0.0\n", "[truncation] fraction", "from 1e-06 to 1.0", "0.0"),
+    ("[truncation]\nfraction = 1.01\n", "[truncation] fraction", "from 1e-06 to 1.0", "1.01"),
+    ("[batch]\nmicro_batch_size = 0\n", "[batch] micro_batch_size", "from 1 to 65,536", "0"),
     ("[optim]\nlearning_rate = nan\n", "[optim] learning_rate", "a finite number", "nan"),
-    ("[objective]\nkd_weight = -0.1\n", "[objective] kd_weight", "greater than or equal to 0", "-0.1"),
+    ("[objective]\nkd_weight = -0.1\n", "[objective] kd_weight", "0, or from 1e-06 to 1.0", "-0.1"),
     ("[teacher]\nquantize_bits = 5\n", "[teacher] quantize_bits", "0, 4, 6 or 8", "5"),
     ('[optim]\noptimizer = "sgd"\n', "[optim] optimizer", "'adamw', 'adafactor' or 'lion'", "'sgd'"),
 ])
@@ -199,7 +199,7 @@ def test_a_set_of_another_form_is_refused_with_an_example(write, override):
 
 def test_settings_of_eval_pass_the_same_checks():
     assert eval_table(("examples=7", "temperature=0.5")).examples == 7
-    for settings, said in ((("exampels=7",), "did you mean 'examples'"), (("examples=0",), "greater than or equal to 1"),
+    for settings, said in ((("exampels=7",), "did you mean 'examples'"), (("examples=0",), "should be from 1 to 1,000,000,000, found 0"),
                            (("samples=3",), "raise temperature"), (("7",), "expected")):
         with pytest.raises(RecipeError, match=said):
             eval_table(settings)
@@ -219,11 +219,117 @@ def test_a_missing_file_names_its_neighbour(write, tmp_path):
         load_recipe(tmp_path)
 
 
-@pytest.mark.parametrize("text", [b"[data\n", b"[data]\nsource = rows\n", b"[data]\n[data]\n", b"\xff\xfe"])
+@pytest.mark.parametrize("text", [b"[data\n", b"[data]\nsource = rows\n", b"[data]\n[data]\n"])
 def test_a_file_that_is_not_toml_is_refused_with_the_place(tmp_path, text):
     (tmp_path / "bad.toml").write_bytes(text)
     with pytest.raises(RecipeError, match=r"bad\.toml: not valid TOML: "):
         load_recipe(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"\xff\xfe", "UTF-16"), (b"[data]\nsource = '\xff'", ", line 2: byte 0xff is not UTF-8"),
+    (b"run.seed = " + b"9" * 5000, ", line 1: not valid TOML: a number of more than 4,300 digits"),
+    (b"run.seed = " + b"[" * 5000, ", line 1: nested more than 100 levels deep"),
+])
+def test_a_file_that_no_one_can_read_is_one_line(tmp_path, content, said):
+    (tmp_path / "bad.toml").write_bytes(content)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(tmp_path / "bad.toml")
+    assert str(error.value).startswith(f"{tmp_path}/bad.toml") and said in str(error.value)
+
+
+def test_a_mark_and_windows_line_ends_are_read(tmp_path):
+    (tmp_path / "windows.toml").write_bytes(b"\xef\xbb\xbf[optim]\r\nsteps = 3\r\n")
+    assert load_recipe(tmp_path / "windows.toml").optim.steps == 3
+
+
+@pytest.mark.parametrize(("override", "said"), [
+    ("run.seed=" + "[" * 2000, "--set run.seed, line 1: nested more than 100 levels deep"),
+    ("run.seed=" + "9" * 5000, "a number of more than 4,300 digits"),
+    ("run.seed=" + "9" * 4000, "an integer of more than 1,024 bits"), ("run.seed=" + "9" * 300, "…99999"),
+    ("run.seed=07:32:00", "a valid integer, found datetime.time(7, 32)"),
+    ("run.name=07:32:00", "a valid string, found datetime.time(7, 32)"),
+    ("optim.eps=1e-999", "the number 1e-999 is out of a float's range"),
+    ("run.seed", "expected table.field=value"),
+    ("=", "expected table.field=value"),
+    ("data.source=half \udcff", "is not text in UTF-8"),
+    ("data.where={a = '\ud83d'}", "is not text in UTF-8"),
+    ("run.name=" + "y" * 300, "[run] name has 300 bytes"),
+    ('run.name="a\\u001b[2J"', "is not the plain name of a folder"),
+    ('run.name="a\\u0000"', "is not the plain name of a folder"),
+    ("teacher.model=~nobody-here/x", "[teacher] model: there is no home folder '~nobody-here'"),
+    ("student.model=" + "y" * 300, "[student] model: a name in a path can have 255 bytes"),
+    ("data.source=~nobody-here/x.jsonl", "[data] source: there is no home folder"),
+    ("run.folder=~nobody-here/x", "[run] folder: there is no home folder"),
+    ("run.folder=a/" + "y" * 256, "[run] folder: a name in a path can have 255 bytes, found one of 256"),
+    ('run.folder="a\\u0000b"', "[run] folder: a path cannot hold a NUL character"),
+    ("teacher.cache_folder=" + "y/" * 3000, "[teacher] cache_folder: a path can have 4,096 bytes"),
+    ("eval.task=jsonl:~nobody-here/x", "[eval] task: there is no home folder"),
+    ('eval.compare=["' + "y" * 300 + '"]', "[eval] compare: a name in a path can have 255 bytes"),
+])
+def test_an_override_that_cannot_be_is_one_short_line(write, override, said):
+    message = refused(write, '[teacher]\ncache = "hidden"\n', override)
+    assert said in message and len(message) < 400
+
+
+def test_an_override_is_one_value_and_never_a_second_line_of_toml(write):
+    assert load(write, "", "data.source=a\nb = 2").data.source == "a\nb = 2"
+    assert load(write, "", 'data.source="a" # b').data.source == "a"
+    assert load(write, "", "data.source=a # b").data.source == "a # b"
+
+
+def test_a_file_whose_name_no_run_can_have_is_refused_and_may_name_its_run(write):
+    path = write(MINIMAL, "two\nlines.toml")
+    with pytest.raises(RecipeError, match=r"set run\.name, which is else the file's"):
+        load_recipe(path)
+    assert load_recipe(path, ("run.name=plain",)).run.name == "plain"
+
+
+# ranges
+
+NUMBERS = [
+    (table, field, info) for table, part in Recipe.model_fields.items()
+    for field, info in part.annotation.model_fields.items() if info.annotation in (int, float)
+]
+
+
+def range_of(info) -> Range:
+    (found,) = (one.func for one in info.metadata if isinstance(getattr(one, "func", None), Range))
+    return found
+
+
+@pytest.mark.parametrize(("table", "field", "info"), NUMBERS, ids=[f"{table}.{field}" for table, field, _ in NUMBERS])
+def test_every_number_has_a_range_that_ends_where_it_says(table, field, info):
+    """Of the table alone, so that no other field of a recipe has a say."""
+    part, bounds, kind = Recipe.model_fields[table].annotation, range_of(info), info.annotation
+    assert bounds.low <= info.default <= bounds.high or (bounds.or_zero and info.default == 0)
+    assert 0 <= bounds.low < bounds.high < 2**63
+    for good in (bounds.low, bounds.high, *([0] if bounds.or_zero else [])):
+        assert getattr(part.model_validate({field: kind(good)}), field) == good
+    below, above = (bounds.low - 1, bounds.high + 1) if kind is int else (bounds.low * 0.999, bounds.high * 1.001)
+    for bad in (below, above, -1, 2**63, 2**64, 10**400, *([5e-324, 1e300, -1e-30] if kind is float else [])):
+        with pytest.raises(RecipeError) as error:
+            build_recipe({table: {field: bad}}, Path("mine.toml"))
+        line = str(error.value)
+        assert line.startswith(f"mine.toml: [{table}] {field} should be ") and ", found " in line and len(line) < 300
+        assert str(bounds) in line or "a valid number" in line  # 10**400 is no float at all
+
+
+@pytest.mark.parametrize("override", [
+    "objective.temperature=1e-30", "objective.temperature=1e300", "optim.eps=1e300", "optim.learning_rate=5e-324",
+    "optim.max_grad_norm=1e-30", "objective.chunk_tokens=2147483648", "batch.pad_multiple=18446744073709551616",
+    "run.seed=9223372036854775808", "eval.seed=18446744073709551616", "optim.beta2=0.9999999999999999",
+])
+def test_numbers_that_made_nonsense_in_silence_are_refused_with_their_range(write, override):
+    table, field = override.partition("=")[0].split(".")
+    assert re.search(rf"\[{table}\] {field} should be (0, or )?from .* to .*, found ", refused(write, "", override))
+
+
+def test_the_reference_says_every_range():
+    lines = (RECIPES / "reference.toml").read_text().splitlines()
+    for _, field, info in NUMBERS:
+        said = [line for line in lines if line.split(" = ")[0] == field]
+        assert any(str(range_of(info)) in line for line in said), (field, str(range_of(info)))
 
 
 def test_a_recipe_without_a_name_is_called_after_its_file(write):

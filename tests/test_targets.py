@@ -19,7 +19,7 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import truncate
 from mlx_distill.errors import CacheError
 from mlx_distill.objective import Objective, log_softmax
-from mlx_distill.recipe import BatchTable, Recipe, TeacherTable, TruncationTable
+from mlx_distill.recipe import BatchTable, Recipe, TeacherTable, TruncationTable, with_values
 from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, fill
 
 ROWS = 96
@@ -100,8 +100,8 @@ def update(backend: Backend, root: Path, batch: Batch, targets, objective: Objec
     from safetensors.numpy import load_file
 
     descent = {"learning_rate": 1e9, "beta1": 0.0, "beta2": 0.0, "eps": 1e6, "max_grad_norm": 0.0}  # 1000 times the gradient
-    one = backend.load_student(root / "student", "student", Recipe.model_validate({
-        "objective": {"chunk_tokens": 7}, "optim": descent, "data": {"source": "rows.jsonl"}}))
+    recipe = Recipe.model_validate({"objective": {"chunk_tokens": 7}, "data": {"source": "rows.jsonl"}})
+    one = backend.load_student(root / "student", "student", with_values(recipe, optim=descent))  # unchecked
     found = []
     with TemporaryDirectory() as folder:
         one.save_state(Path(folder))

@@ -246,8 +246,8 @@ def test_a_validation_loss_that_is_not_finite_stops_and_is_never_the_best(traini
 
 def test_a_diverging_run_exits_with_2_and_one_line_and_keeps_its_checkpoint(tiny_recipe, command_line, tmp_path):
     words = ["run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task=", "--set", "optim.schedule=constant"]
-    far = ["--set", "optim.learning_rate=1e30", "--set", "optim.warmup_fraction=0.0", "--set", "run.checkpoint_every=1",
-           "--set", "run.validate_every=0"]
+    far = ["--set", "optim.learning_rate=1000", "--set", "optim.weight_decay=1000", "--set", "optim.warmup_fraction=0.0",
+           "--set", "run.checkpoint_every=1", "--set", "run.validate_every=0"]
     result = command_line(*words, *far)
     assert result.code == 2
     assert result.err.startswith("error: step 2: ") and len(result.err.strip().splitlines()) == 1

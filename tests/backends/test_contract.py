@@ -24,7 +24,7 @@ from mlx_distill.data.batches import Batch, Steps, make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import BatchTable, Recipe
+from mlx_distill.recipe import BatchTable, Recipe, with_values
 
 BACKENDS = ["mlx", "torch"]
 OPTIMIZERS = {"mlx": ["adamw", "lion", "adafactor"], "torch": ["adamw", "adafactor"]}
@@ -67,10 +67,11 @@ def teacher(backend: Backend, root: Path) -> Teacher:
 
 
 def recipe(tuning: str = "full", optim: dict | None = None, chunk_tokens: int = 7, **student) -> Recipe:
-    return Recipe.model_validate({
+    made = Recipe.model_validate({
         "student": {"model": "student", "tuning": tuning, **student}, "data": {"source": "rows.jsonl"},
-        "objective": {"chunk_tokens": chunk_tokens}, "optim": SGD if optim is None else optim,
+        "objective": {"chunk_tokens": chunk_tokens},
     })
+    return with_values(made, optim=SGD if optim is None else optim)  # unchecked: no recipe of a person asks for SGD
 
 
 def load_student(backend: Backend, root: Path, *args, folder: str = "student", **settings) -> Student:
