@@ -1,4 +1,23 @@
-from mlx_distill.cli import main
+"""The program's first lines: before anything is imported, Ctrl-C already ends it with one line."""
+
+import os
+import signal
+
+
+def main() -> None:
+    """The `mlx-distill` command."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # it may be ignored, as in a script's background
+        signal.signal(signal.SIGINT, _stop_at_once)
+    from mlx_distill.cli import main as command_line
+
+    command_line()
+
+
+def _stop_at_once(*_) -> None:
+    """While modules are imported nothing is under way that could be lost, and an exception might be swallowed by one of them."""
+    os.write(2, b"stopped\n")
+    os._exit(130)
+
 
 if __name__ == "__main__":
     main()

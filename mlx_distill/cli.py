@@ -1,31 +1,75 @@
-"""The command line: each command reads its arguments, calls one function and prints. Errors of `DistillError` are one line and exit 2."""
+"""The command line: each command reads its arguments, calls one function and prints.
 
+Decided here: how a command ends. A `DistillError`, a wrong option, a refusal of the operating system and Ctrl-C are one line on
+stderr and an exit code (2, 2, 2, 130); a bug keeps its traceback.
+"""
+
+import errno
 import os
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
+from typer.core import TyperGroup
 
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError
-from mlx_distill.recipe import load_recipe
+from mlx_distill.recipe import Range, load_recipe
+from mlx_distill.view import Screen, View, one_line, show_what_can_be_shown
 
-if TYPE_CHECKING:
-    from mlx_distill.view import View
+LONGEST_LINE = 2000  # characters of an error
+(UsageError,) = (kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")  # typer brings click under two names
+# what the operating system refuses whatever a program does; a file that is missing is not among them
+REFUSALS = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
+    errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE,
+}
+
+
+class _Commands(TyperGroup):
+    def invoke(self, context):
+        """Ctrl-C in a command that says nothing of it itself."""
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:
+            _say_last("stopped")
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+    cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
     help="Distil reasoning models on a Mac: a recipe in, a smaller model that opens in mlx-lm and transformers out.",
 )
-console = Console()
+console = Screen()
+
+
+def _range(low: int, high: int) -> Callable:
+    """A check of a whole number's option, in the words that a recipe's fields have."""
+    allowed = Range(low, high)
+
+    def checked(option: typer.CallbackParam, value: int) -> int:
+        if not low <= value <= high:
+            raise DistillError(f"--{option.name} should be {allowed}, found {value}")
+        return value
+
+    return checked
+
+
+def _known_backend(name: str) -> str:
+    if name != "auto":
+        from mlx_distill.backends import refuse_unknown
+
+        refuse_unknown(name)
+    return name
+
 
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/cot50.toml.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.FIELD=VALUE", help="Override one field; may be repeated.")]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto, mlx or torch.")]
+BackendOption = Annotated[str, typer.Option("--backend", callback=_known_backend, help="auto, mlx or torch.")]
 
 
 @app.command()
@@ -63,7 +107,7 @@ def teach(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="Recipes; those that share a cache share one pass.")],
     set_: SetOption = None, backend: BackendOption = "auto",
 ) -> None:
-    """Ask the teacher once: write or complete the cache that [teacher] cache names, for any number of runs."""
+    """Ask the teacher once: write or complete the cache that teacher.cache names, for any number of runs."""
     from mlx_distill import pipeline
 
     with _stoppable() as view:
@@ -74,7 +118,7 @@ def teach(
 def sweep(
     sweeps: Annotated[list[Path], typer.Argument(metavar="SWEEP…", help="Sweep files, for example recipes/sweeps/fraction.toml.")],
     set_: SetOption = None, backend: BackendOption = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Runs side by side, as far as memory allows.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", callback=_range(1, 1024), help="Runs side by side, as far as memory allows.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which runs there are and what each will cost, and run none.")] = False,
 ) -> None:
     """Run a base recipe along axes and seeds with one teacher pass: one table, one page, the best recipe for each budget."""
@@ -93,7 +137,7 @@ def sweep(
 @app.command()
 def show(
     recipe: RecipeArgument, set_: SetOption = None,
-    example: Annotated[int, typer.Option("--example", help="Which training example, from 1.")] = 1,
+    example: Annotated[int, typer.Option("--example", callback=_range(1, 10**9), help="Which training example, from 1.")] = 1,
 ) -> None:
     """Print an example coloured by segment, what is cut and what is supervised, and token counts. Needs no weights."""
     from mlx_distill.show import show as print_example
@@ -110,9 +154,8 @@ def evaluate(
 ) -> None:
     """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens."""
     from mlx_distill import pipeline
-    from mlx_distill.view import View
 
-    with View(console) as view:
+    with _stoppable() as view:
         pipeline.score_model(model, task, tuple(set_ or ()), view, backend)
 
 
@@ -125,7 +168,8 @@ def report(
     from mlx_distill.report import report as write_report
 
     folder = out or (runs[0] if len(runs) == 1 else Path("reports"))
-    console.print(f"report: {write_report(runs, folder)}", markup=False, highlight=False)
+    with _stoppable() as view:
+        view.say(f"report: {write_report(runs, folder)}")
 
 
 @app.command()
@@ -138,10 +182,10 @@ def doctor(backend: BackendOption = "auto") -> None:
 
 
 @contextmanager
-def _stoppable() -> Iterator["View"]:
+def _stoppable() -> Iterator[View]:
     """A view to work in; Ctrl-C ends the work with a line and exit code 130."""
-    from mlx_distill.view import View
-
+    if callable(signal.getsignal(signal.SIGINT)):  # it may be ignored; else files will now be written that are to be left whole
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with View(console) as view:
         try:
             yield view
@@ -158,15 +202,76 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main() -> None:
-    """The `mlx-distill` command."""
+    """The `mlx-distill` command, in a process that ends with it."""
+    show_what_can_be_shown()
     try:
-        app()
+        _refuse_deleted_folder()
+        code = app(standalone_mode=False) or 0
+        if sys.stdout:  # which a shell can close
+            sys.stdout.flush()
     except DistillError as error:
-        rank = os.environ.get("RANK") or os.environ.get("MLX_RANK") or "0"
-        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", file=sys.stderr)
-        _end(2)
+        code = _say_error(str(error))
+    except UsageError as error:
+        code = _say_usage(error)
+    except BrokenPipeError:  # the reader has seen enough
+        _drop_output()
+        code = 1
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        code = _say_refusal(error)
     except SystemExit as ending:
-        _end(ending.code)
+        code = ending.code
+    _end(code)
+
+
+def _refuse_deleted_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        what = f"the working folder cannot be used ({error.strerror})"
+        raise DistillError(f"{what}: it was deleted or moved; change to another one") from None
+
+
+def _say_error(text: str) -> int:
+    rank = os.environ.get("RANK") or os.environ.get("MLX_RANK") or "0"
+    line = one_line(text)
+    _say_last(f"error{f' (rank {rank})' if rank != '0' else ''}: {line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}")
+    return 2
+
+
+def _say_usage(error: Exception) -> int:
+    """A wrong option or argument; without any, the help is what was asked for."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        return 2
+    text = error.format_message().rstrip(".")
+    command = error.ctx.command_path if error.ctx else "mlx-distill"
+    return _say_error(f"{text}; `{command} --help` says what there is")
+
+
+def _say_refusal(error: OSError) -> int:
+    """What the operating system said, and of what: of a file, or of the place to which we print."""
+    if error.filename is not None:
+        return _say_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except (OSError, ValueError):
+        _drop_output()
+        return _say_error(f"the output cannot be written: {error.strerror}")
+    return _say_error(error.strerror)
+
+
+def _drop_output() -> None:
+    """Let what is still to be printed go nowhere, so that the interpreter does not fail on it at its end."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say_last(line: str) -> None:
+    """The line that a command ends with; where even stderr takes nothing, the exit code has to do."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _end(code: int) -> NoReturn:
@@ -174,8 +279,12 @@ def _end(code: int) -> NoReturn:
 
     A thread of torch's group that lets go of a tensor meanwhile would abort it (pytorch issue 190489).
     """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # told already, or nowhere to tell it
+            _drop_output()
+            code = code or 2
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,11 +1,73 @@
-"""What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere. Decides nothing."""
+"""What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere.
 
+Decided here: that a terminal only ever shows text and never obeys it. Whatever is printed passes `plain`, on a `Screen` or
+in an error's line, so that no name, path or row of data can move the cursor, set a title or turn a line around.
+"""
+
+import codecs
+import re
+import sys
 import time
+import unicodedata
+from collections.abc import Iterable
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.segment import Segment
 
 LINES = 20  # plain lines printed over a whole run, about
+# C0 but for tab and line feed, DEL, C1; marks that turn text around; line separators; halves of characters; tags
+OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
+NEAREST = {"×": "x", "·": "-", "…": "...", "→": "->", "–": "-", "—": "-", "⟦": "[", "⟧": "]", "−": "-", "≈": "~", "“": '"', "”": '"'}
+
+
+def plain(text: str) -> str:
+    """The text with every character written out (`\\x1b`) that a terminal would obey and not show."""
+    return OBEYED.sub(lambda found: _written_out(found[0]), text)
+
+
+def one_line(text: str) -> str:
+    """The same, with the ends of lines written out too."""
+    return plain(text).replace("\n", "\\n")
+
+
+def _written_out(letter: str) -> str:
+    code = ord(letter)
+    return "\\r" if letter == "\r" else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65_536 else f"\\U{code:08x}"
+
+
+def _nearest(error: UnicodeError) -> tuple[str, int]:
+    """For a stream that cannot show a character: the nearest that ASCII has, or "?"."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join(map(_ascii, found)), error.end
+
+
+def _ascii(letter: str) -> str:
+    base = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return NEAREST.get(letter) or base or "?"
+
+
+codecs.register_error("nearest", _nearest)
+
+
+def show_what_can_be_shown() -> None:
+    """From here on stdout and stderr take any text, whatever their encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="nearest")
+
+
+class Screen(Console):
+    """A console on which text is text: no markup, no emoji codes, and nothing that a terminal obeys but our own colours."""
+
+    def __init__(self, **settings):
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(plain(segment.text), segment.style)
 
 
 class View:
@@ -24,7 +86,7 @@ class View:
 
     def say(self, text: str) -> None:
         """One line of plain text."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
     def start(self, total: int, done: int) -> None:
         """Training begins, `done` of `total` steps are behind it."""
@@ -88,4 +150,4 @@ class Counter:
 
 def silent() -> View:
     """For the ranks that are not the first."""
-    return View(Console(quiet=True))
+    return View(Screen(quiet=True))

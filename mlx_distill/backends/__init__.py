@@ -18,10 +18,15 @@ def choose_backend(asked: str = "auto") -> "Backend":
 
     Raises `DistillError` for a name that is not in `BACKENDS` or when the framework cannot be imported.
     """
-    if asked not in BACKENDS:
-        raise DistillError(f"--backend {asked}: this version has {', '.join(BACKENDS)}")
+    refuse_unknown(asked)
     name = ("torch" if _torch_has_gpu() else "mlx") if asked == "auto" else asked
     return {"mlx": _mlx, "torch": _torch}[name](asked)
+
+
+def refuse_unknown(asked: str) -> None:
+    """Raise `DistillError` for a name that is not in `BACKENDS`."""
+    if asked not in BACKENDS:
+        raise DistillError(f"--backend {asked}: this version has {', '.join(BACKENDS)}")
 
 
 def _torch_has_gpu() -> bool:
