@@ -88,16 +88,18 @@ class Answer:
 def score(
     model: "Model", tokenizer: Any, task: Task, settings: EvalTable,
     progress: Callable[[int], None] = lambda done: None, stop_ids: frozenset[int] = frozenset(),
+    day: str = "",
 ) -> Score:
     """Generate `settings.samples` answers to every problem of `task` and score them.
 
-    `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the tokenizer's own. Raises
+    `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the tokenizer's own, `day` is what
+    prompts say where their template reads the clock. Raises
     `DataError` for a task without problems (there is no accuracy of nothing) or with one that the chat template refuses.
     """
     if not task.problems:
         raise DataError(f"task {task.name!r} has no problems to score: check its file, or raise [eval] examples")
     stops = stop_ids | ends_of_answers(tokenizer)
-    prompts = [_prompt_ids(problem, task, tokenizer) for problem in task.problems]
+    prompts = [_prompt_ids(problem, task, tokenizer, day) for problem in task.problems]
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
     started = time.perf_counter()
     generated = model.generate(
@@ -164,8 +166,8 @@ def describe(score: Score) -> str:
     )
 
 
-def _prompt_ids(problem: Problem, task: Task, tokenizer: Any) -> list[int]:
+def _prompt_ids(problem: Problem, task: Task, tokenizer: Any, day: str) -> list[int]:
     try:
-        return generation_ids(problem.prompt, tokenizer)
+        return generation_ids(problem.prompt, tokenizer, day=day)
     except Skip as skip:
         raise DataError(f"task {task.name!r}: problem {problem.prompt[:60]!r} cannot be asked: {skip}; remove it") from None

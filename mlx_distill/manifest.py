@@ -42,6 +42,7 @@ def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[st
         "models": {part: {"name": name, "fingerprint": model_fingerprint(folder)} for part, (name, folder) in models.items()},
         "data": data_account(prepared, recipe),
         "data_digest": data_digest(prepared),
+        "prompt_date": prepared.day,
         "steps": steps,
     }
 
@@ -78,6 +79,7 @@ def data_account(prepared: Prepared, recipe: Recipe) -> dict:
         "train": len(prepared.train),
         "validation": len(prepared.validation),
         "dropped": prepared.skipped,
+        "not_used": prepared.unused,
         "segments": {
             s.name.lower(): {"before": int(whole.tokens[s]), "after": int(cut.tokens[s]), "supervised": int(cut.supervised[s])}
             for s in Segment

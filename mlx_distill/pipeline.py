@@ -4,6 +4,7 @@ Each stage leaves its result in the run folder and is skipped where that is comp
 that was stopped anywhere.
 """
 
+import datetime
 import shutil
 import signal
 import threading
@@ -17,6 +18,7 @@ from mlx_distill import evaluate
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
+from mlx_distill.data.day import about_day, choose_day
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
@@ -25,10 +27,10 @@ from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.manifest import make_manifest, make_start, sample_pieces
 from mlx_distill.memory import Machine
 from mlx_distill.plan import announce, kept_checkpoints, read_config, shortage
-from mlx_distill.recipe import Recipe, eval_table
+from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.report import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
-from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, fill
+from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
 from mlx_distill.tasks import Task, load_task
 from mlx_distill.train import Training
 from mlx_distill.view import View, silent
@@ -60,10 +62,11 @@ def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
     shared: dict[Path, list[Pipeline]] = {}
     for recipe in recipes:
         pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
+        pipeline.choose_day()
         shared.setdefault(pipeline.open_cache().path, []).append(pipeline)
     pipeline.announce()
     for pipelines in shared.values():
-        whole = [sequence for one in pipelines for sequence in one.whole_sequences(prepare(one.recipe, one.tokenizer))]
+        whole = [sequence for one in pipelines for sequence in one.whole_sequences(one.prepare())]
         pipelines[0].fill_cache(whole)
     return list(shared)
 
@@ -84,8 +87,10 @@ class Pipeline:
         self.teacher_folder = model_folder(recipe.teacher.model, recipe.teacher.revision) if recipe.teacher.model else None
         self.tokenizer = load_tokenizer(self.student_folder)
         self.stop_ids = sorted(stop_ids(self.tokenizer))
+        self.day = ""  # what prompts say: see `choose_day`
 
     def run(self, folder: RunFolder) -> None:
+        self.choose_day(folder.kept_day())
         self.announce()
         settings = self.recipe.eval
         task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
@@ -103,11 +108,28 @@ class Pipeline:
         self.view.say(f"backend {device.backend} on {device.device}, {device.dtype}: {device.reason}")
         if device.advice:
             self.view.say(f"note: {device.advice}")
+        if self.day:
+            self.view.say(about_day(self.day))
+
+    def choose_day(self, kept: str = "") -> None:
+        """Choose the day that all prompts of this run say: the one with which it (or else its teacher cache) began."""
+        day = choose_day(self.recipe.data, self.tokenizer, [kept])
+        if not day:
+            return
+        if not (self.recipe.data.date or kept) and self.recipe.teacher.cache != "off":
+            root = Path(self.recipe.teacher.cache_folder).expanduser()
+            day = choose_day(self.recipe.data, self.tokenizer, [kept, *dates_of(root, self._cache_fields())])
+        number = datetime.date.fromisoformat(day).toordinal() if self.backend.ranks.first else 0
+        self.day = datetime.date.fromordinal(int(self.backend.all_sum(np.array([float(number)]))[0])).isoformat()
+
+    def prepare(self) -> Prepared:
+        """The sequences of this run."""
+        return prepare(self.recipe, self.tokenizer, self.day)
 
     # training
 
     def _train_and_export(self, folder: RunFolder) -> None:
-        prepared = prepare(self.recipe, self.tokenizer)
+        prepared = self.prepare()
         recipe = self.recipe
         planned = recipe, prepared, self.student_folder, self.teacher_folder, Machine.of(self.backend.device())
         announce(*planned, self.view.say, self.force, self.backend.ranks.size)
@@ -166,7 +188,7 @@ class Pipeline:
         vocabulary = load_tokenizer(self.teacher_folder).get_vocab()
         rows = common_rows(vocabulary, self.tokenizer.get_vocab(), teacher_rows, student_rows)
         rows = teacher_rows if self.recipe.teacher.cache == "hidden" else rows
-        return CacheFields.of(self.recipe.teacher, model_fingerprint(self.teacher_folder), vocabulary, rows)
+        return CacheFields.of(self.recipe.teacher, model_fingerprint(self.teacher_folder), vocabulary, rows, self.day)
 
     def _load_teacher(self) -> Teacher:
         return self.backend.load_teacher(self.teacher_folder, self.recipe.teacher.model, self.recipe.teacher.quantize_bits)
@@ -245,7 +267,7 @@ class Pipeline:
 
     def _score(self, model: Model, task: Task, part: str) -> evaluate.Score:
         progress = self.view.count(f"scoring {part}", len(task.problems) * self.recipe.eval.samples)
-        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, progress, frozenset(self.stop_ids))
+        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, progress, frozenset(self.stop_ids), self.day)
         self.view.say(f"{part}: {evaluate.describe(score)}")
         return score
 
@@ -267,9 +289,12 @@ def score_model(
     settings = eval_table(settings)
     task = load_task(task_name, settings.examples, settings.seed)
     tokenizer, backend = load_tokenizer(folder), choose_backend(backend_name)
+    day = choose_day(DataTable(), tokenizer, [RunFolder(path).kept_day() if folder.parent == path else ""])
+    if day:
+        view.say(about_day(day))
     model = backend.load_teacher(folder, name)
     progress = view.count(f"scoring {name}", len(task.problems) * settings.samples)
-    score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer))
+    score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer), day)
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     return score
 

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlx_distill.data.account import unused_lines
 from mlx_distill.data.batches import ALL_SEGMENTS, Steps
+from mlx_distill.data.day import choose_day
 from mlx_distill.data.prepare import Prepared, count_tokens, cut_sequence, prepare
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
@@ -24,7 +26,8 @@ from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
-from mlx_distill.show import count_table
+from mlx_distill.run_dir import RunFolder
+from mlx_distill.show import account, count_table
 from mlx_distill.words import amount, duration
 
 TIGHT = 0.85  # of the memory: more than this may not fit, since a plan can be off by 15 %
@@ -356,7 +359,8 @@ def plan_of(recipe: Recipe, machine: Machine, advise: bool = True) -> tuple[Prep
     """A recipe's data and its plan, from the models' configs alone. Raises `DistillError` as `prepare` and `make_plan` do."""
     student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
     teacher = model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False) if recipe.teacher.model else None
-    prepared = prepare(recipe, load_tokenizer(student))
+    tokenizer = load_tokenizer(student)
+    prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()]))
     return prepared, make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine, advise)
 
 
@@ -366,6 +370,7 @@ def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bo
     machine = Machine.of(backend.device()) if backend else this_machine(backend_name)
     prepared, made = plan_of(recipe, machine)
     console.print(count_table(prepared, recipe))
+    console.print(account(prepared))
     for renderable in render(made, machine, recipe):
         console.print(renderable)
     if backend:
@@ -388,6 +393,8 @@ def announce(
         return
     for line in made.lines():
         say(line)
+    if prepared.unused:
+        say(f"not used: {', '.join(unused_lines(prepared.unused))}")
     if machine.device == "cuda":
         say(f"plan: {UNMEASURED}")
     if ranks > 1:

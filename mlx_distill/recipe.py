@@ -5,6 +5,7 @@ which combinations make no sense. Unknown fields are refused with the nearest kn
 `recipes/reference.toml` documents every field and is tested to equal these defaults.
 """
 
+import datetime
 import difflib
 import hashlib
 import json
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from mlx_distill import readers
@@ -57,8 +58,24 @@ Tokens = Annotated[int, within(1, 2**24)]
 Cadence = Annotated[int, within(0, 10**9)]  # every so many steps; 0 = only at the end
 Seed = Annotated[int, within(0, 2**63 - 1)]  # TOML's integers end there, torch's and MLX's seeds soon after
 LONGEST_NAME = 200  # bytes of a run's name; the files beside its folder have longer ones
+
+
+def _day(value: Any) -> Any:
+    """A day as text ("2026-11-26", or "" for none); TOML's own dates are days too."""
+    text = value.isoformat() if type(value) is datetime.date else value
+    try:
+        known = text == "" or datetime.date.fromisoformat(text).isoformat() == text
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise PydanticCustomError("day", "Input should be a day like 2026-11-26")
+    return text
+
+
+Day = Annotated[str, BeforeValidator(_day)]
 # where things are kept and what a run is shown beside
 OUTSIDE_DIGEST = {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare", "score_teacher", "score_base"}}
+NEWER = (("data", "date"),)
 
 
 class Table(BaseModel):
@@ -94,16 +111,17 @@ class DataTable(Table):
     source: str = "embedded:dial"  # file, hub dataset id, or embedded:NAME
     config: str = ""  # hub dataset configuration
     split: str = "train"
-    format: Literal["columns", "response", "messages", "conversations", "gsm8k"] = "columns"
+    format: Literal["columns", "response", "alpaca", "messages", "conversations", "gsm8k"] = "columns"
     prompt_column: str = ""  # text, or a list of messages; "" = the format's usual name, here and below
     cot_column: str = ""  # columns
     answer_column: str = ""  # columns, gsm8k
-    response_column: str = ""  # response: <think>reasoning</think>answer
+    response_column: str = ""  # response, alpaca: <think>reasoning</think>answer
     messages_column: str = ""  # messages, conversations
     where: dict[str, str] = {}  # keep rows whose column equals the value
     train_examples: Annotated[int, within(0, 10**9)] = 0  # 0 = all
     validation_examples: Rows = 64  # held out of the same source before training rows are taken
     longest_tokens: Tokens = 4096  # longer rendered examples are dropped and counted
+    date: Day = ""  # what prompts say of a chat template that reads the clock; "" = the day on which the run began
 
 
 class TruncationTable(Table):
@@ -195,6 +213,9 @@ class Recipe(Table):
     def digest(self) -> str:
         """16 hex digits over every field that shapes the result: all but where it is kept and what it is shown beside."""
         content = self.model_dump(mode="json", exclude=OUTSIDE_DIGEST)
+        for table, field in NEWER:  # runs and checkpoints from before a field was there keep their digest
+            if content[table][field] == Recipe.model_fields[table].default.model_dump()[field]:
+                del content[table][field]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def toml(self) -> str:
@@ -296,10 +317,10 @@ _WHEN_READ = {
     ("optim", "beta2"): 'only optimizer = "adamw" or "lion" does',
     ("optim", "eps"): 'only optimizer = "adamw" does',
     ("eval", "top_p"): "only a temperature above 0 does",
-    ("data", "prompt_column"): 'only format = "columns", "response" or "gsm8k" does',
+    ("data", "prompt_column"): 'only format = "columns", "response", "alpaca" or "gsm8k" does',
     ("data", "cot_column"): 'only format = "columns" does',
     ("data", "answer_column"): 'only format = "columns" or "gsm8k" does',
-    ("data", "response_column"): 'only format = "response" does',
+    ("data", "response_column"): 'only format = "response" or "alpaca" does',
     ("data", "messages_column"): 'only format = "messages" or "conversations" does',
     ("teacher", "quantize_bits"): "there is no teacher",
     ("teacher", "cache_folder"): 'only a cache other than "off" does',
@@ -315,10 +336,10 @@ def _conditional_fields(recipe: Recipe) -> list[tuple[str, bool, tuple[str, ...]
         ("optim", recipe.optim.optimizer != "adafactor", ("beta1", "beta2")),
         ("optim", recipe.optim.optimizer == "adamw", ("eps",)),
         ("eval", recipe.eval.temperature > 0, ("top_p",)),
-        ("data", recipe.data.format in ("columns", "response", "gsm8k"), ("prompt_column",)),
+        ("data", recipe.data.format in ("columns", "response", "alpaca", "gsm8k"), ("prompt_column",)),
         ("data", recipe.data.format == "columns", ("cot_column",)),
         ("data", recipe.data.format in ("columns", "gsm8k"), ("answer_column",)),
-        ("data", recipe.data.format == "response", ("response_column",)),
+        ("data", recipe.data.format in ("response", "alpaca"), ("response_column",)),
         ("data", recipe.data.format in ("messages", "conversations"), ("messages_column",)),
         ("teacher", bool(recipe.teacher.model), ("quantize_bits",)),
         ("teacher", recipe.teacher.cache != "off", ("cache_folder",)),

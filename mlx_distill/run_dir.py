@@ -160,6 +160,11 @@ class RunFolder:
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
+    def kept_day(self) -> str:
+        """The day that this run's prompts say, "" before it has begun; older runs rendered them when they were made."""
+        manifest = self.read_json("manifest.json")
+        return manifest.get("prompt_date", manifest.get("created", "")[:10])
+
     # logs
 
     def append(self, log: str, row: dict) -> None:

@@ -16,11 +16,14 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mlx_distill.data.account import unused_lines
+from mlx_distill.data.day import about_day, choose_day
 from mlx_distill.data.prepare import Prepared, TokenCounts, count_tokens, cut_sequence, prepare
 from mlx_distill.data.sequences import Segment, TokenSequence
 from mlx_distill.errors import DataError
 from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.recipe import Recipe
+from mlx_distill.run_dir import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,7 +49,7 @@ def show(recipe: Recipe, console: Console, example: int = 1) -> None:
     Raises `DataError` for a number that there is not, and whatever `prepare` and the tokenizer raise.
     """
     tokenizer = load_tokenizer(model_folder(recipe.student.model, recipe.student.revision, weights=False))
-    prepared = prepare(recipe, tokenizer)
+    prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()]))
     print_example(prepared, recipe, tokenizer, console, example)
     console.print(Text(f"\n{_title(recipe)}", "bold"))
     console.print(count_table(prepared, recipe))
@@ -104,14 +107,18 @@ def count_table(prepared: Prepared, recipe: Recipe) -> Table:
 
 
 def account(prepared: Prepared) -> Text:
-    """The validation side and the rows that were not used, with reasons."""
+    """The validation side, the rows that were not used, with reasons, and what rows carry that nothing reads."""
     lengths = [len(sequence) for sequence in prepared.validation]
     mean = f", {np.mean(lengths):,.0f} tokens each on average" if lengths else ""
     text = Text(f"validation: {len(lengths)} whole examples{mean}\n")
     for reason, count in sorted(prepared.skipped.items(), key=lambda item: (-item[1], item[0])):
         text.append(f"not used: {count:,} × {reason}\n", "magenta")
-    if not prepared.skipped:
+    for line in unused_lines(prepared.unused):
+        text.append(f"not used: {line}\n", "magenta")
+    if not prepared.skipped and not prepared.unused:
         text.append("not used: none\n")
+    if prepared.day:
+        text.append(f"{about_day(prepared.day)}\n")
     return text
 
 

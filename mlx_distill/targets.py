@@ -40,6 +40,7 @@ FORMAT = 1
 PART_TOKENS = 2**17  # what a kill can lose
 PART_BYTES = 2**28  # held in memory until a part is written
 DRAW_SEED = 0
+BEFORE_DATES = {"date": ""}  # what a cache has that was written when the fields had no date
 LOG_PROB_DTYPE = "float16"  # off by at most 2^-11 of the log-probability: see test_half_precision_moves_the_loss_by_less_than
 ROUND_K = 8  # drawn answers are padded to a multiple, to keep shapes few
 
@@ -57,13 +58,16 @@ class CacheFields:
     samples: int = 0
     seed: int = 0
     dtype: str = ""  # of log-probabilities
+    date: str = ""  # what prompts say, where their template reads the clock
     format_version: int = FORMAT
 
     @classmethod
-    def of(cls, table: TeacherTable, fingerprint: str, vocabulary: dict[str, int], rows: int) -> "CacheFields":
+    def of(
+        cls, table: TeacherTable, fingerprint: str, vocabulary: dict[str, int], rows: int, date: str = ""
+    ) -> "CacheFields":
         """What a recipe asks for; `rows` as for `vocabulary_rows`."""
         digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
-        fields = cls(table.cache, fingerprint[:16], table.quantize_bits, digest, rows)
+        fields = cls(table.cache, fingerprint[:16], table.quantize_bits, digest, rows, date=date)
         if table.cache == "top_k":
             return dataclasses.replace(fields, top_k=min(table.cache_top_k, rows), dtype=LOG_PROB_DTYPE)
         return dataclasses.replace(fields, samples=table.cache_samples, seed=DRAW_SEED) if table.cache == "sampled" else fields
@@ -71,7 +75,12 @@ class CacheFields:
     @property
     def name(self) -> str:
         """KIND-KEY: the cache's folder."""
-        return f"{self.kind}-{hashlib.sha256(json.dumps(dataclasses.asdict(self)).encode()).hexdigest()[:12]}"
+        return f"{self.kind}-{hashlib.sha256(json.dumps(self.content()).encode()).hexdigest()[:12]}"
+
+    def content(self) -> dict[str, Any]:
+        """The fields as the manifest has them; without a date where none is said, as caches had it before there were dates."""
+        fields = dataclasses.asdict(self)
+        return fields if self.date else {key: value for key, value in fields.items() if key != "date"}
 
 
 class Record(NamedTuple):
@@ -145,6 +154,7 @@ class TeacherCache:
             found = json.loads(manifest.read_text(encoding="utf-8"))["fields"]
         except (OSError, ValueError, KeyError) as error:
             raise CacheError(f"{manifest} cannot be read ({error!r}): delete the folder {self.path}") from None
+        found = BEFORE_DATES | found
         for field, asked in dataclasses.asdict(self.fields).items():
             if found.get(field) != asked:
                 raise CacheError(
@@ -165,6 +175,7 @@ class TeacherCache:
                 fields = json.loads(manifest.read_text(encoding="utf-8"))["fields"]
             except (OSError, ValueError, KeyError):
                 continue  # not ours to mend
+            fields = BEFORE_DATES | fields
             differing = [f"{key} {fields.get(key)!r} (asked: {value!r})" for key, value in dataclasses.asdict(self.fields).items()
                          if fields.get(key) != value]
             if differing:
@@ -196,6 +207,20 @@ class TeacherCache:
         kept = [record for records in self._records.values() for record in records]
         files = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
         return len(kept), sum(record.stop - record.start for record in kept), files
+
+
+def dates_of(root: Path, fields: CacheFields) -> list[str]:
+    """The dates of the caches under a folder that are of these fields but for the date, the newest first."""
+    dates = []
+    for manifest in root.glob(f"{fields.kind}-*/manifest.json"):
+        try:
+            found = json.loads(manifest.read_text(encoding="utf-8"))["fields"]
+            same = found | BEFORE_DATES == dataclasses.asdict(fields) | BEFORE_DATES
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # not ours to mend
+        if same and isinstance(found.get("date"), str):
+            dates.append(found["date"])
+    return sorted(filter(None, dates), reverse=True)
 
 
 class CachedTeacher:
@@ -406,7 +431,7 @@ class _Writer:
             for left in self.path.glob(".*.tmp"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             if not (self.path / "manifest.json").exists():
-                text = json.dumps({"fields": dataclasses.asdict(cache.fields), "made": made}, indent=2) + "\n"
+                text = json.dumps({"fields": cache.fields.content(), "made": made}, indent=2) + "\n"
                 (self.path / ".manifest.json.tmp").write_text(text, encoding="utf-8")
                 os.replace(self.path / ".manifest.json.tmp", self.path / "manifest.json")
         self._begin()

@@ -264,6 +264,9 @@ def test_a_manifest_that_differs_is_refused_by_field(tmp_path, field):
     assert "\n" not in str(error.value)
     del manifest["fields"][field]
     (cache.path / "manifest.json").write_text(json.dumps(manifest))
+    if field == "date":  # a cache that was written before there were dates
+        TeacherCache(tmp_path, asked)
+        return
     with pytest.raises(CacheError, match=f"{field} .*'nothing' found"):
         TeacherCache(tmp_path, asked)
 

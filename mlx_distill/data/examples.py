@@ -12,20 +12,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlx_distill.data.account import listed, remedy
 from mlx_distill.errors import DataError
+from mlx_distill.readers import is_text
 from mlx_distill.recipe import DataTable
 
-Turns = tuple[tuple[str, str], ...]
+Turn = tuple[str, str] | tuple[str, str, str]
+Turns = tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
 class Example:
     """One worked problem as plain text.
 
-    `prompt` is what the user says last, `history` the (role, content) turns before it, a system message included and
-    without the reasoning of earlier assistant turns. `cot` is the reasoning without its `<think>` tags, `answer` what
-    follows it; both without white space around them. `id` is a digest of the content (`example_id`), so it does not
-    depend on the order of the file: two rows that say the same are one example.
+    `prompt` is what the user says last, `history` the turns before it, a system message included and without the
+    reasoning of earlier assistant turns. `after` are the turns between the prompt and the answer: calls of tools and
+    their results. A turn is (role, content), and where a message has more for the template (tool calls, a result's
+    name, reasoning between calls) a third text: those keys as JSON. `tools` is the JSON text of what can be called, ""
+    where there is nothing. `cot` is the reasoning without its `<think>` tags, `answer` what follows it; both without
+    white space around them. `id` is a digest of the content (`example_id`), so it does not depend on the order of the
+    file: two rows that say the same are one example.
     """
 
     id: str
@@ -33,6 +39,13 @@ class Example:
     cot: str
     answer: str
     history: Turns = ()
+    after: Turns = ()
+    tools: str = ""
+
+    @property
+    def turns(self) -> Turns:
+        """All that stands before the answer, in order."""
+        return (*self.history, ("user", self.prompt), *self.after)
 
 
 class Skip(Exception):
@@ -40,19 +53,28 @@ class Skip(Exception):
     data/."""
 
 
-def example_id(prompt: str, cot: str, answer: str, history: Turns = ()) -> str:
+def example_id(
+    prompt: str, cot: str, answer: str, history: Turns = (), after: Turns = (), tools: str = ""
+) -> str:
     """16 hexadecimal digits that depend on the text of an example and on nothing else."""
-    text = json.dumps([prompt, cot, answer, history], ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    content = [prompt, cot, answer, history]
+    if after or tools:  # others keep the ids under which caches know them
+        content += [after, tools]
+    return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()[:16]
 
 
-def make_example(prompt: str, cot: str, answer: str, history: Turns = ()) -> Example:
+def make_example(
+    prompt: str, cot: str, answer: str, history: Turns = (), after: Turns = (), tools: str = ""
+) -> Example:
     """An `Example` with its white space trimmed and its id made; raises `Skip` where a part is empty."""
     cot, answer = cot.strip(), answer.strip()
     for name, text in (("prompt", prompt.strip()), ("reasoning", cot), ("answer", answer)):
         if not text:
             raise Skip(f"no {name}")
-    return Example(example_id(prompt, cot, answer, history), prompt, cot, answer, history)
+    content = prompt, cot, answer, history, after, tools
+    if not is_text(content):
+        raise Skip("half of a character (a lone surrogate) in its text")
+    return Example(example_id(*content), *content)
 
 
 def split_examples(
@@ -90,9 +112,10 @@ def split_examples(
 def _refuse_too_few(data: DataTable, rows: int, train: int, validation: int, skipped: Counter[str]) -> None:
     if validation == data.validation_examples and train >= max(1, data.train_examples):
         return
-    reasons = "".join(f", {count} × {reason}" for reason, count in skipped.most_common())
+    reasons = f", {listed(skipped)}" if skipped else ""
+    fewer = "lower data.validation_examples or data.train_examples, or name a source with more rows"
     raise DataError(
         f"{data.source}: asked for {data.validation_examples} validation and {data.train_examples or 'at least 1'} "
         f"training examples, found {validation} and {train} usable ones in {rows} examples{reasons}; "
-        "lower data.validation_examples or data.train_examples, or raise data.longest_tokens"
+        f"{remedy(skipped, fewer)}"
     )

@@ -1,10 +1,11 @@
 """Rows of a dataset → `Example`s.
 
 In: the `[data]` table of a recipe. Out: plain text split into prompt, reasoning and answer. Decided here: how a row is
-read (`FORMATS`, one function each) and what is skipped.
+read (`FORMATS`, one function each), which of its columns that takes (`COLUMNS`, `OPTIONAL`), and what is skipped.
 
 A row that cannot be *understood* (bad JSON, no such column) stops the run with its file, line and remedy. A row that
-has nothing to *learn from* (no reasoning, no answer) raises `Skip`; whoever walks the rows counts its reason.
+has nothing to *learn from* (no reasoning, no answer) raises `Skip`; whoever walks the rows counts its reason. What a
+row carries besides (a column, a key of a message) is counted by its name in `unused`: nothing is lost in silence.
 
 Column settings left empty take the format's usual names (`COLUMNS`). Public datasets and how to name them:
 
@@ -18,51 +19,96 @@ response_column = "output" |
 """
 
 import difflib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_distill.data.examples import Example, Skip, Turns, make_example
+from mlx_distill.data import turns
+from mlx_distill.data.account import listed, remedy, unused_lines
+from mlx_distill.data.examples import Example, Skip, make_example
+from mlx_distill.data.reasoning import BEGIN_OF_THOUGHT, calls_a_tool, split_reasoning
 from mlx_distill.data.sources import Row, embedded_examples, rows_of
+from mlx_distill.data.turns import Message, as_text, before_answer, count_unused, has_content, read_message
 from mlx_distill.errors import DataError
+from mlx_distill.readers import parse_json
 from mlx_distill.recipe import DataTable
 
+COLUMNS: dict[str, dict[str, str]] = {
+    "columns": {"prompt": "prompt", "cot": "cot", "answer": "answer"},
+    "response": {"prompt": "prompt", "response": "response"},
+    "alpaca": {"prompt": "instruction", "response": "output"},
+    "messages": {"messages": "messages"},
+    "conversations": {"messages": "conversations"},
+    "gsm8k": {"prompt": "question", "answer": "answer"},
+}
+CHAT_COLUMNS = ("system", "tools", "functions")
+OPTIONAL: dict[str, tuple[str, ...]] = {  # columns that are read where a row has them
+    "columns": CHAT_COLUMNS,
+    "response": CHAT_COLUMNS,
+    "alpaca": ("input", "history", *CHAT_COLUMNS),
+    "messages": CHAT_COLUMNS,
+    "conversations": CHAT_COLUMNS,
+    "gsm8k": (),
+}
 
-def read_examples(data: DataTable, seed: int = 0, skipped: Counter[str] | None = None) -> Iterator[Example]:
+# what the Stratos family tells a model about its own marks, which are gone when it is learned
+MARKER_INSTRUCTION = re.compile(
+    r"Your role as an assistant involves thoroughly exploring questions through a systematic (?:long )?thinking process"
+    r"[^|]*<\|begin_of_thought\|>[^|]*<\|end_of_thought\|>[^|]*<\|begin_of_solution\|>[^|]*<\|end_of_solution\|>"
+    r"(?:\s*Now, try to solve the following question through the above guidelines:?)?"
+)
+MARKER_NAME = f"system text that asks for {BEGIN_OF_THOUGHT}"
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_examples(
+    data: DataTable, seed: int = 0, skipped: Counter[str] | None = None, unused: Counter[str] | None = None
+) -> Iterator[Example]:
     """Every usable example of `data.source`, in its order, each id once; reasons for the others are added to `skipped`.
 
-    `seed` matters to `embedded:NAME` alone, which writes `validation_examples + train_examples` problems of its own.
-    Raises `NotFound` for a source that is not there, `DataError` for a row that cannot be read and when nothing is
-    left.
+    What has content in a row and is not used is added to `unused`, by kind and name ("column source", "key name"), for
+    every row that `data.where` chooses. `seed` matters to `embedded:NAME` alone, which writes `validation_examples +
+    train_examples` problems of its own. Raises `NotFound` for a source that is not there, `DataError` for a row that
+    cannot be read and when nothing is left.
     """
     skipped = Counter() if skipped is None else skipped
+    unused = Counter() if unused is None else unused
     found: set[str] = set()
     before = skipped.copy()
-    for item in embedded_examples(data, seed) if data.source.startswith("embedded:") else _read_rows(data):
+    items = embedded_examples(data, seed) if data.source.startswith("embedded:") else _read_rows(data, unused)
+    for item in items:
         if isinstance(item, Example) and item.id not in found:
             found.add(item.id)
             yield item
         else:
             skipped["same as an earlier row" if isinstance(item, Example) else item] += 1
     if not found:
-        reasons = ", ".join(f"{count} × {reason}" for reason, count in (skipped - before).most_common())
-        raise DataError(
-            f"{data.source}: no usable example with format = {data.format!r}: {reasons or 'it has no rows'}; "
-            "check data.format, the column names and data.where"
-        )
+        raise DataError(_nothing_usable(data, skipped - before, unused))
 
 
-def _read_rows(data: DataTable) -> Iterator[Example | str]:
+def _nothing_usable(data: DataTable, reasons: Counter[str], unused: Counter[str]) -> str:
+    found = f"{data.source}: no usable example with format = {data.format!r}"
+    if not reasons:
+        return f"{found}: it has no rows; name a source that has some"
+    columns = [line for line in unused_lines(unused) if line.startswith("column ")]
+    also = f"; not used: {', '.join(columns)}" if columns else ""
+    return f"{found}: {listed(reasons)}; {remedy(reasons, 'correct these rows')}{also}"
+
+
+def _read_rows(data: DataTable, unused: Counter[str]) -> Iterator[Example | str]:
     """An `Example`, or the reason why there is none, for each row."""
     read = FORMATS[data.format]
+    known = {*(column_of(data, role) for role in COLUMNS[data.format]), *OPTIONAL[data.format], *data.where}
     for where, row in rows_of(data):
-        place = Place(f"{data.source}, {where}", data)
-        if any(_text(place.cell(row, column, "data.where")) != value for column, value in data.where.items()):
+        place = Place(f"{data.source}, {where}", data, unused)
+        if any(as_text(place.cell(row, column, "data.where")) != value for column, value in data.where.items()):
             yield "not chosen by data.where"
             continue
+        count_unused(row, known, "column", unused)
         try:
             yield read(row, place)
         except Skip as skip:
@@ -75,69 +121,105 @@ class Place:
 
     where: str
     data: DataTable
+    unused: Counter[str] = field(default_factory=Counter)
 
     def value(self, row: Row, role: str) -> Any:
         """The value of the column that plays `role` ("prompt", "cot", …); raises `DataError` where there is none."""
         return self.cell(row, self.column(role), f"data.{role}_column")
 
     def column(self, role: str) -> str:
-        return getattr(self.data, f"{role}_column") or COLUMNS[self.data.format][role]
+        return column_of(self.data, role)
 
-    def cell(self, row: Row, column: str, field: str) -> Any:
+    def cell(self, row: Row, column: str, setting: str) -> Any:
         if column in row:
             return row[column]
-        near = difflib.get_close_matches(column, row, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? Set {field}" if near else f"set {field} or data.format"
-        raise DataError(f"{self.where}: no column {column!r}, found {', '.join(map(str, row)) or 'none'}; {hint}")
+        raise DataError(
+            f"{self.where}: no column {column!r}, found {', '.join(map(turns.printable, row)) or 'none'}; "
+            f"{self._hint(row, column, setting)}"
+        )
+
+    def _hint(self, row: Row, column: str, setting: str) -> str:
+        if setting == "data.where":
+            near = difflib.get_close_matches(column, row, 1, 0.5)
+            return f"did you mean {near[0]!r}? Correct data.where" if near else "set data.where to one of these"
+        fitting = [name for name, columns in COLUMNS.items() if row.keys() >= set(columns.values())]
+        if fitting and fitting != [self.data.format]:
+            best = max(fitting, key=lambda name: len(COLUMNS[name]))
+            return f'these are the columns of format "{best}": set data.format = "{best}"'
+        if near := difflib.get_close_matches(column, row, 1, 0.5):
+            return f"did you mean {near[0]!r}? Set {setting}"
+        return f"set {setting}" if row else "is the row empty? Delete it"
 
     def text(self, row: Row, role: str) -> str:
         """A column's value as text: numbers are written out, null is empty."""
         value = self.value(row, role)
-        if isinstance(value, (list, dict)):
+        if isinstance(value, list | dict):
             kind = type(value).__name__
-            hint = "use format = \"messages\" or \"conversations\", or another column"
-            raise DataError(f"{self.where}: column {self.column(role)!r} holds a {kind}, text was expected; {hint}")
-        return _text(value)
+            raise DataError(
+                f"{self.where}: column {self.column(role)!r} holds a {kind}, text was expected; "
+                f"{_what_holds(value) or f'set data.{role}_column to another column'}"
+            )
+        return as_text(value)
 
-    def turns(self, row: Row, role: str, who: str = "role", what: str = "content") -> list[tuple[str, str, str]]:
-        """A column that holds a list of messages as (role, content, reasoning) with the roles' usual names."""
+    def messages(self, row: Row, role: str, who: str = "role", what: str = "content") -> list[Message]:
+        """A column that holds a list of messages."""
         value, column = self.value(row, role), self.column(role)
         if isinstance(value, str):
             try:
-                value = json.loads(value)
-            except ValueError:
+                value = parse_json(value, self.where)
+            except DataError:
                 value = None
         if not isinstance(value, list) or not all(isinstance(turn, dict) and who in turn for turn in value):
-            raise DataError(f"{self.where}: column {column!r} is no list of objects with {who!r} and {what!r}; "
-                            "set data.format to what it holds")
-        return [
-            (ROLES.get(str(turn[who]), str(turn[who])), _content(turn.get(what)), _text(turn.get("reasoning_content")))
-            for turn in value
-        ]
+            raise DataError(
+                f"{self.where}: column {column!r} is no list of objects with {who!r} and {what!r}; "
+                f"{_what_holds(value) or 'set data.format to what it holds'}"
+            )
+        return [read_message(turn, who, what, self.unused) for turn in value]
+
+
+def column_of(data: DataTable, role: str) -> str:
+    """The column that plays a role: as the recipe names it, or by the format's usual name."""
+    return getattr(data, f"{role}_column") or COLUMNS[data.format][role]
+
+
+def _what_holds(value: Any) -> str:
+    """Advice for a value that another format reads."""
+    for kind, who in (("messages", "role"), ("conversations", "from")):
+        if isinstance(value, list) and value and all(isinstance(turn, dict) and who in turn for turn in value):
+            return f'its objects have {who!r}: set data.format = "{kind}" and data.messages_column'
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------- formats
 
 
 def _columns(row: Row, place: Place) -> Example:
     """Three columns of text: prompt, cot, answer."""
-    history, prompt = _prompt(row, place)
-    return make_example(prompt, place.text(row, "cot"), place.text(row, "answer"), history)
+    return _worked(_prompt(row, place), place.text(row, "cot"), place.text(row, "answer"), row, place)
 
 
 def _response(row: Row, place: Place) -> Example:
     """A prompt (text, or a list of messages) and one text that holds reasoning and answer."""
-    history, prompt = _prompt(row, place)
-    cot, answer = split_reasoning(place.text(row, "response"))
-    return make_example(prompt, cot, answer, history)
+    messages = _prompt(row, place)
+    return _worked(messages, *split_reasoning(place.text(row, "response")), row, place)
+
+
+def _alpaca(row: Row, place: Place) -> Example:
+    """Alpaca: instruction and, where there is one, its input are the prompt; the output holds reasoning and answer."""
+    asked = [place.text(row, "prompt"), as_text(row.get("input"))]
+    messages = _pairs(row.get("history"), place)
+    messages.append(Message("user", "\n".join(text for text in asked if text.strip())))
+    return _worked(messages, *split_reasoning(place.text(row, "response")), row, place)
 
 
 def _messages(row: Row, place: Place) -> Example:
     """A list of role/content messages whose last assistant turn is learned."""
-    return _last_turn(place.turns(row, "messages"))
+    return _last_turn(place.messages(row, "messages"), row, place)
 
 
 def _conversations(row: Row, place: Place) -> Example:
-    """The Bespoke-Stratos layout: from/value turns; the system message only asks for the markers and is dropped."""
-    turns = place.turns(row, "messages", "from", "value")
-    return _last_turn([turn for turn in turns if turn[0] != "system"])
+    """The same in ShareGPT's words: from/value."""
+    return _last_turn(place.messages(row, "messages", "from", "value"), row, place)
 
 
 def _gsm8k(row: Row, place: Place) -> Example:
@@ -149,82 +231,86 @@ def _gsm8k(row: Row, place: Place) -> Example:
 
 
 FORMATS: dict[str, Callable[[Row, Place], Example]] = {
-    "columns": _columns, "response": _response, "messages": _messages, "conversations": _conversations, "gsm8k": _gsm8k,
+    "columns": _columns,
+    "response": _response,
+    "alpaca": _alpaca,
+    "messages": _messages,
+    "conversations": _conversations,
+    "gsm8k": _gsm8k,
 }
 
-COLUMNS: dict[str, dict[str, str]] = {
-    "columns": {"prompt": "prompt", "cot": "cot", "answer": "answer"},
-    "response": {"prompt": "prompt", "response": "response"},
-    "messages": {"messages": "messages"},
-    "conversations": {"messages": "conversations"},
-    "gsm8k": {"prompt": "question", "answer": "answer"},
-}
 
-ROLES = {"human": "user", "gpt": "assistant"}  # others are their own names
-
-MARKED = (
-    re.compile(r"\s*(?:<think>)?(?P<cot>.*?)</think>(?P<answer>.*)", re.DOTALL),
-    re.compile(
-        r".*?<\|begin_of_thought\|>(?P<cot>.*?)<\|end_of_thought\|>\s*(?:<\|begin_of_solution\|>)?"
-        r"(?P<answer>.*?)(?:<\|end_of_solution\|>\s*)?",
-        re.DOTALL,
-    ),
-)
-
-
-def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a response; raises `Skip` where its reasoning is missing or never closed.
-
-    Understands `<think>…</think>answer` (the opening tag may be missing: some templates put it into the prompt) and
-    `<|begin_of_thought|>…<|end_of_thought|><|begin_of_solution|>…<|end_of_solution|>`. A second pair of tags stays in
-    the answer and is refused when the example is rendered.
-    """
-    for pattern in MARKED:
-        if match := pattern.fullmatch(text):
-            return match["cot"], match["answer"]
-    raise Skip("reasoning never closed" if "<think>" in text or "<|begin_of_thought|>" in text else "no reasoning")
-
-
-def _last_turn(turns: list[tuple[str, str, str]]) -> Example:
-    last = max((index for index, turn in enumerate(turns) if turn[0] == "assistant"), default=0)
-    if not turns or turns[last][0] != "assistant":
+def _last_turn(messages: list[Message], row: Row, place: Place) -> Example:
+    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    if last < 0:
         raise Skip("no assistant turn")
-    if last == 0 or turns[last - 1][0] != "user":
-        raise Skip("no user turn before the last assistant turn")
-    _, content, reasoning = turns[last]
-    cot, answer = (reasoning, content) if reasoning.strip() else split_reasoning(content)
-    return make_example(turns[last - 1][1], cot, answer, _history(turns[: last - 1]))
+    for message in messages[last + 1 :]:
+        place.unused[f"{turns.printable(message.role)} turn after the last answer"] += 1
+    answered = messages[last]
+    if answered.calls:
+        raise Skip("its answer is a tool call")
+    if answered.not_learned:
+        raise Skip(answered.not_learned)
+    cot, answer = answered.reasoning, answered.content
+    if not cot.strip():
+        cot, answer = split_reasoning(answer)
+    return _worked(messages[:last], cot, answer, row, place)
 
 
-def _history(turns: list[tuple[str, str, str]]) -> Turns:
-    return tuple((role, _without_reasoning(content) if role == "assistant" else content) for role, content, _ in turns)
+def _worked(messages: list[Message], cot: str, answer: str, row: Row, place: Place) -> Example:
+    """The example of the messages before an answer, the row's own system text and tools among them."""
+    if calls_a_tool(answer):
+        raise Skip("its answer is a tool call")
+    messages = _with_system(messages, row.get("system"), place)
+    history, prompt, after = before_answer(messages, place.unused)
+    return make_example(prompt, cot, answer, history, after, _tools(messages, row, place))
 
 
-def _without_reasoning(content: str) -> str:
-    try:
-        return split_reasoning(content)[1].strip()
-    except Skip:
-        return content
+def _with_system(messages: list[Message], column: Any, place: Place) -> list[Message]:
+    """A row's system text first, once; without the instruction to write marks that are gone from what is learned."""
+    if has_content(column):
+        if isinstance(column, list | dict):
+            raise Skip("a system text that is not text")
+        first = Message("system", as_text(column))
+        same = messages and messages[0].role == "system" and messages[0].content.strip() == first.content.strip()
+        messages = [first, *messages[1 if same else 0 :]]
+    kept = [message for message in messages if not _is_marker_instruction(message)]
+    if dropped := len(messages) - len(kept):
+        place.unused[MARKER_NAME] += dropped
+    return kept
 
 
-def _prompt(row: Row, place: Place) -> tuple[Turns, str]:
+def _is_marker_instruction(message: Message) -> bool:
+    return message.role == "system" and bool(MARKER_INSTRUCTION.fullmatch(" ".join(message.content.split())))
+
+
+def _tools(messages: list[Message], row: Row, place: Place) -> str:
+    """The tools of a row, from its column or from one of its messages; others than the first are counted."""
+    named = [(f"column {name}", row.get(name)) for name in ("tools", "functions")]
+    named += [("key tools", message.tools) for message in messages]
+    chosen = ""
+    for name, value in named:
+        found = turns.read_tools(value)
+        if found and chosen and found != chosen:
+            place.unused[name] += 1
+        chosen = chosen or found
+    return chosen
+
+
+def _prompt(row: Row, place: Place) -> list[Message]:
     if not isinstance(place.value(row, "prompt"), list):
-        return (), place.text(row, "prompt")
-    turns = place.turns(row, "prompt")
-    if not turns or turns[-1][0] != "user":
+        return [Message("user", place.text(row, "prompt"))]
+    messages = place.messages(row, "prompt")
+    if not messages or messages[-1].role not in ("user", "tool"):
         raise Skip("no user turn at the end of the prompt")
-    return _history(turns[:-1]), turns[-1][1]
+    return messages
 
 
-def _content(value: Any) -> str:
-    if isinstance(value, list):  # OpenAI's list of parts
-        if not all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-            raise Skip("content that is not text")
-        return "".join(_text(part.get("text")) for part in value)
-    return _text(value)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "" if value is None else str(value)
+def _pairs(value: Any, place: Place) -> list[Message]:
+    """Alpaca's history: a list of what was asked and answered before."""
+    if not has_content(value):
+        return []
+    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        raise DataError(f"{place.where}: column 'history' is no list of [question, answer]; rename it, or correct it")
+    both = ("user", "assistant")
+    return [Message(role, as_text(text)) for pair in value for role, text in zip(both, pair, strict=True)]

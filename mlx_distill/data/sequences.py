@@ -14,6 +14,7 @@ In: an example and a fast tokenizer with a chat template. Out: `int32[T]` and tw
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -22,14 +23,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_distill.data.examples import Example, Skip, Turns
+from mlx_distill.data.template import SENTINEL, chat_template, prompt_text
 from mlx_distill.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 THINK_TAGS = ("<think>", "</think>")
-OPENING = re.compile(r"<think>(\s*)(</think>\s*)?\Z")  # closed again: a template that was told not to think
-SENTINEL = "mlxdistillsentinel"
+OPENING = re.compile(r"<think>(\s*)\Z")
 
 
 class Segment(IntEnum):
@@ -75,14 +76,16 @@ class TokenSequence:
         return mask
 
 
-def render(example: Example, tokenizer: "PreTrainedTokenizerFast") -> TokenSequence:
+def render(
+    example: Example, tokenizer: "PreTrainedTokenizerFast", day: str = "", unused: Counter[str] | None = None
+) -> TokenSequence:
     """The whole example as a `TokenSequence`; every token may carry loss.
 
-    Raises `Skip` for text that the tokenizer would read as control tokens or that its template refuses, `ModelError`
-    for a tokenizer without offsets or chat template.
+    `day` and `unused` as for `prompt_text`. Raises `Skip` for text that the tokenizer would read as control tokens or
+    that its template refuses or drops, `ModelError` for a tokenizer without offsets or chat template.
     """
     _refuse_control_text(example, tokenizer)
-    prompt, opening = _opened(_prompt_text(example.history, example.prompt, tokenizer))
+    prompt, opening = _opened(prompt_text(example.turns, tokenizer, example.tools, day, unused))
     before_answer = f"{prompt}{opening}{example.cot}\n</think>\n\n"
     text = f"{before_answer}{example.answer}{end_of_turn(tokenizer)}"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -92,13 +95,15 @@ def render(example: Example, tokenizer: "PreTrainedTokenizerFast") -> TokenSeque
     return TokenSequence(example.id, tokens, int(prompt_end), int(cot_end), np.ones(len(tokens), bool))
 
 
-def generation_ids(prompt: str, tokenizer: "PreTrainedTokenizerFast", history: Turns = ()) -> list[int]:
+def generation_ids(
+    prompt: str, tokenizer: "PreTrainedTokenizerFast", history: Turns = (), day: str = ""
+) -> list[int]:
     """The ids from which an answer to a prompt is generated: the chat template's own generation prompt.
 
-    Ends in `<think>` only where the template says so; a student learns to write it where it does not. Raises `Skip` for
-    a prompt that the template refuses.
+    Ends in `<think>` only where the template says so; a student learns to write it where it does not. `day` as for
+    `prompt_text`. Raises `Skip` for a prompt that the template refuses.
     """
-    text = _prompt_text(history, prompt, tokenizer)
+    text = prompt_text((*history, ("user", prompt)), tokenizer, day=day)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -115,38 +120,12 @@ def stop_ids(tokenizer: "PreTrainedTokenizerFast") -> frozenset[int]:
     return frozenset(ids) | ({tokenizer.eos_token_id} - {None})
 
 
-def chat_template(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The tokenizer's default chat template; raises `ModelError` where there is none, since a made-up layout would
-    train (and later prompt) something that the model's users cannot know.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: it is a slow one ({type(tokenizer).__name__}) that "
-                         "gives no character offsets, needed to find segments; use a folder with a tokenizer.json")
-    if not tokenizer.chat_template:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: no chat template; put the chat_template.jinja of the "
-                         "instruction-tuned model of its family into the folder")
-    return tokenizer.get_chat_template()
-
-
-def _prompt_text(history: Turns, prompt: str, tokenizer: "PreTrainedTokenizerFast") -> str:
-    turns = [{"role": role, "content": content} for role, content in (*history, ("user", prompt))]
-    try:
-        return tokenizer.apply_chat_template(
-            turns, chat_template=chat_template(tokenizer), tokenize=False, add_generation_prompt=True,
-            enable_thinking=True,
-        )
-    except Exception as error:  # jinja2's own kinds, and what a template raises about roles
-        if isinstance(error, ModelError):
-            raise
-        raise Skip(f"the chat template refuses it ({' '.join(str(error).split())[:120]})") from None
-
-
 def _opened(prompt: str) -> tuple[str, str]:
     """(prompt without an opening `<think>` at its end, the opening to write)."""
     match = OPENING.search(prompt)
     if not match:
         return prompt, "<think>\n"
-    return prompt[: match.start()], "<think>" + (match[1] if match[1] and not match[2] else "\n")
+    return prompt[: match.start()], "<think>" + (match[1] or "\n")
 
 
 def _begins(offsets: list[tuple[int, int]]) -> np.ndarray:
@@ -161,7 +140,7 @@ def _begins(offsets: list[tuple[int, int]]) -> np.ndarray:
 
 def _refuse_control_text(example: Example, tokenizer: "PreTrainedTokenizerFast") -> None:
     control = _control_texts(tokenizer, len(tokenizer))
-    turns = "\0".join((*(content for _, content in example.history), example.prompt))
+    turns = "\0".join((*(text for turn in example.turns for text in turn[1:]), example.tools))
     for name, text, refused in (
         ("prompt", turns, control),
         ("reasoning", example.cot, (*THINK_TAGS, *control)),

@@ -1,69 +1,77 @@
 """Where rows come from: a file, a dataset of the hub, or a task of our own.
 
 In: the `[data]` table of a recipe. Out: rows as plain dictionaries, each with the words that say where it stands.
-Decided here: which files are read (`SOURCES`, by ending) and what is told where there is none.
+Decided here: which files are read (`SOURCES`, by ending, in any case and packed with gzip or not), how a table's cells
+are separated, what is no value (NaN; what a column format fills in for an absent key), and what is told where there
+are no rows.
 """
 
 import csv
-import json
+import io
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.data.examples import Example
 from mlx_distill.errors import DataError, NotFound
+from mlx_distill.files import one_line
+from mlx_distill.readers import path_of, read_json, read_json_lines, read_text
 from mlx_distill.recipe import DataTable
 
 Row = dict[str, Any]
+SEPARATORS = ",;\t|"
 
 
 def rows_of(data: DataTable) -> Iterator[tuple[str, Row]]:
     """(where, row) for each row of a file or a hub dataset; where is "line 7" or "row 7", counted from 1."""
-    path = Path(data.source).expanduser()
-    if path.suffix in SOURCES or path.exists():
-        if not path.is_file():
-            raise NotFound(f"data.source: {data.source} is {'a folder' if path.exists() else 'not there'}"
-                           f"{_neighbours(path)}; name a {', '.join(SOURCES)} file")
-        if path.suffix not in SOURCES:
-            raise DataError(f"data.source: {data.source} ends in {path.suffix!r}; known are {', '.join(SOURCES)}")
-        if data.config:
-            raise DataError(f"{data.source}: data.config = {data.config!r} names a part of a hub dataset; "
-                            "leave it empty for a file")
-        return SOURCES[path.suffix](path, data.source)
-    return _hub_rows(data)
+    path = path_of(data.source, "data.source", DataError)
+    read = SOURCES.get(_ending(path))
+    if not read and not path.exists():
+        return _hub_rows(data)
+    if not path.is_file():
+        found = "a folder" if path.exists() else "not there"
+        raise NotFound(f"data.source: {data.source} is {found}{_neighbours(path)}; name a {', '.join(SOURCES)} file")
+    if not read:
+        raise DataError(f"data.source: {data.source} ends in {path.suffix!r}; known are {', '.join(SOURCES)}")
+    if data.config:
+        raise DataError(
+            f"{data.source}: data.config = {data.config!r} names a part of a hub dataset; leave it empty for a file"
+        )
+    return read(path, data.source)
+
+
+def _ending(path: Path) -> str:
+    """".jsonl" of rows.jsonl, ROWS.JSONL and rows.jsonl.gz."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _neighbours(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
-    names = sorted(file.name for file in folder.iterdir() if file.suffix in SOURCES) if folder.is_dir() else []
+    names = sorted(file.name for file in folder.iterdir() if _ending(file) in SOURCES) if folder.is_dir() else []
     return f" ({folder} holds {', '.join(names[:8])})" if names else ""
 
 
-def _jsonl(path: Path, name: str) -> Iterator[tuple[str, Row]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield f"line {number}", _object(line, f"{name}, line {number}")
+# files
 
 
-def _object(line: bytes, where: str) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{where}: not readable as JSON ({error}); correct or delete the line") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: a JSON {type(row).__name__}, expected an object with columns; correct the line")
-    return row
+def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    for number, row in read_json_lines(path, name):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{name}, line {number}: a JSON {type(row).__name__}, expected an object with columns; correct the line"
+            )
+        yield f"line {number}", row
 
 
 def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
     try:
-        rows = json.loads(path.read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        hint = "is it JSON lines? Then name it .jsonl" if error.msg == "Extra data" else "correct the file"
-        raise DataError(f"{name}, line {error.lineno}: not readable as JSON ({error.msg}); {hint}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: not UTF-8 ({error}); save it as UTF-8") from None
+        rows = read_json(path, name)
+    except DataError as error:
+        if "(Extra data" not in str(error):
+            raise
+        raise DataError(f"{error}; is it JSON lines? Then name it .jsonl") from None
     if not isinstance(rows, list):
         raise DataError(f"{name}: a JSON {type(rows).__name__}, expected a list of objects; put the rows into a list")
     for number, row in enumerate(rows, 1):
@@ -72,17 +80,28 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         yield f"row {number}", row
 
 
-def _csv(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+def _table(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    """Cells of text under a line of column names, separated by what separates the names."""
     csv.field_size_limit(1 << 30)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise csv.Error(f"its cells are not as many as the {len(reader.fieldnames or ())} columns")
-                yield f"line {reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{name}, line {reader.line_num}: not readable as CSV ({error}); correct the row") from None
+    text = read_text(path, name)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_separator(text), strict=True)
+    try:
+        twice = [column for column, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise DataError(f"{name}: two columns are called {twice[0]!r}; rename one")
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"its cells are not as many as the {len(reader.fieldnames or ())} columns")
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise DataError(f"{name}, line {reader.line_num}: not readable as CSV ({error}); correct the row") from None
+
+
+def _separator(text: str) -> str:
+    """What separates column names most often: a comma, semicolon, tab or bar; quoted names may hold any of them."""
+    header = text.lstrip("\r\n").splitlines()[0] if text.strip() else ""
+    unquoted = "".join(header.split('"')[::2])
+    return max(SEPARATORS, key=unquoted.count)
 
 
 def _parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
@@ -96,39 +115,63 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         for batch in parquet.ParquetFile(path).iter_batches(1024):
             for row in batch.to_pylist():
                 number += 1
-                yield f"row {number}", row
+                yield f"row {number}", _filled(row)
     except (pyarrow.ArrowException, OSError) as error:
-        reason = f"not readable as Parquet ({_line(error)})"
+        reason = f"not readable as Parquet ({one_line(error)})"
         raise DataError(f"{name}, after row {number}: {reason}; fetch it again") from None
 
 
 SOURCES: dict[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet,
-}
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet,
+}  # fmt: skip
+
+
+# the hub
 
 
 def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
     try:
         import datasets
     except ImportError:
-        raise DataError(f"data.source: {data.source} is no file here, and hub datasets need the datasets package; "
-                        "pip install 'mlx-distill[data]', or name a file") from None
+        raise DataError(
+            f"data.source: {data.source} is no file here, and hub datasets need the datasets package; "
+            "pip install 'mlx-distill[data]', or name a file"
+        ) from None
     asked = data.source + (f" ({data.config})" if data.config else "")
     try:
         dataset = datasets.load_dataset(data.source, data.config or None, split=data.split)
     except Exception as error:  # datasets, huggingface_hub, fsspec and requests each bring their own kinds
-        raise NotFound(f"data.source: {asked}, split {data.split!r} is no file here and could not be loaded from the "
-                       f"hub: {_line(error)}; check the id, data.config and data.split, go online (HF_HUB_OFFLINE "
-                       "unset), or name a local .jsonl or .parquet file") from None
+        raise NotFound(
+            f"data.source: {asked}, split {data.split!r} is no file here and could not be loaded from the "
+            f"hub: {_line(error)}; check the id, data.config and data.split, go online (HF_HUB_OFFLINE "
+            "unset), or name a local .jsonl or .parquet file"
+        ) from None
     for number, row in enumerate(dataset, 1):
-        yield f"row {number}", row
+        yield f"row {number}", _filled(row)
+
+
+def _filled(row: Row) -> Row:
+    """A row of a column format without what it had to fill in: every object there has every key of every other one."""
+    return {column: _without_absent(value) for column, value in row.items()}
+
+
+def _without_absent(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_absent(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_absent(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+# tasks of our own
+
+
 def embedded_examples(data: DataTable, seed: int) -> Iterator[Example]:
+    """Worked problems of `embedded:NAME`, which writes as many as a recipe asks for."""
     from mlx_distill.embedded import EMBEDDED, PARTITIONS  # {name: generate(partition, count, seed) -> list[Example]}
 
     name = data.source.removeprefix("embedded:")

@@ -18,6 +18,21 @@ BESPOKE = (
     "<|begin_of_thought|>\n\nTwo and three.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n5\n\n<|end_of_solution|>"
 )
 
+INSTRUCTION = (  # the system text of Sky-T1, Bespoke-Stratos and OpenThoughts
+    "Your role as an assistant involves thoroughly exploring questions through a systematic long thinking process "
+    "before providing the final precise and accurate solutions. This requires engaging in a comprehensive cycle of "
+    "analysis, summarizing, exploration, reassessment, reflection, backtracing, and iteration to develop "
+    "well-considered thinking process. Please structure your response into two main sections: Thought and Solution. In "
+    "the Thought section, detail your reasoning process using the specified format: <|begin_of_thought|> {thought with "
+    "steps separated with '\\n\\n'} <|end_of_thought|> Each step should include detailed considerations such as "
+    "analisying questions, summarizing relevant findings, brainstorming new ideas, verifying the accuracy of the "
+    "current steps, refining any errors, and revisiting previous steps. In the Solution section, based on various "
+    "attempts, explorations, and reflections from the Thought section, systematically present the final solution that "
+    "you deem correct. The solution should remain a logical, accurate, concise expression style and detail necessary "
+    "step needed to reach the conclusion, formatted as follows: <|begin_of_solution|> {final formatted, precise, and "
+    "clear solution} <|end_of_solution|> Now, try to solve the following question through the above guidelines:"
+)
+
 
 def write(folder, rows, name="rows.jsonl"):
     path = folder / name
@@ -69,9 +84,9 @@ LAYOUTS = {
     "messages as a JSON string": ({"messages": json.dumps([USER, REPLY])}, {"format": "messages"}),
     "conversations (Bespoke-Stratos, OpenThoughts, Sky-T1)": (
         {
-            "system": "Use markers.",
+            "system": INSTRUCTION,
             "conversations": [
-                {"from": "system", "value": "Use markers."},
+                {"from": "system", "value": INSTRUCTION},
                 {"from": "user", "value": "2+3?"},
                 {"from": "assistant", "value": BESPOKE},
             ],
@@ -253,9 +268,9 @@ def test_messages_that_are_none(value, tmp_path):
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        (b'{"prompt": "q"', "not readable as JSON"),
+        (b'{"prompt": "q"', "not valid JSON"),
         (b"[1, 2]", "a JSON list, expected an object"),
-        (b'{"prompt": "\xff"}', "not readable as JSON"),
+        (b'{"prompt": "\xff"}', "byte 0xff is not UTF-8"),
     ],
 )
 def test_unreadable_line(line, found, tmp_path):
@@ -298,15 +313,16 @@ def test_file_sources_agree(ending, save, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'[{"prompt": "q"},\n oops]', "a.json, line 2: not readable as JSON"),
+        ("a.json", b'[{"prompt": "q"},\n oops]', "a.json, line 2: not valid JSON"),
         ("a.json", b'{"prompt": "q"}\n{"prompt": "q"}', "is it JSON lines"),
         ("a.json", b'{"prompt": "q"}', "a JSON dict, expected a list"),
         ("a.json", b"[1]", "row 1: a JSON int, expected an object"),
         ("a.csv", b"prompt,cot\nq\n", "a.csv, line 2: not readable as CSV"),
         ("a.csv", b"prompt,cot\nq,c,a\n", "a.csv, line 2: not readable as CSV"),
-        ("a.csv", b"prompt,cot\nq,\xff\n", "not readable as CSV"),
+        ("a.csv", b"prompt,cot\nq,\xff\n", "line 2: byte 0xff is not UTF-8"),
+        ("a.csv", b"prompt,cot,cot\nq,c,d\n", "two columns are called 'cot'; rename one"),
         ("a.parquet", b"PAR1 not at all", "not readable as Parquet"),
-        ("a.txt", b"hello", "ends in '.txt'; known are .jsonl, .json, .csv, .parquet"),
+        ("a.txt", b"hello", "ends in '.txt'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_unreadable_files(name, content, message, tmp_path):

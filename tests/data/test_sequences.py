@@ -122,7 +122,6 @@ def test_generation_prompt_that_opens_think_is_a_prefix_of_training(family, byte
     [
         ("<think>", "<think>\n2"),
         ("<think>\n\n", "<think>\n\n2"),
-        ("<think>\n\n</think>\n\n", "<think>\n2"),
         ("", "<think>\n2"),
     ],
 )

@@ -74,7 +74,7 @@ def test_examples_without_a_supervised_token_are_dropped_and_counted(recipe, byt
     prepared = prepare(cut, bytes_tokenizer("qwen2_5"))
     dropped = {s.id for s in prepared.train_whole} - {s.id for s in prepared.train}
     assert dropped == {s.id for s in prepared.train_whole if len(prepared.examples[s.id].prompt) == len("10+1?")}
-    assert prepared.skipped == {"no supervised token left after the cut": len(dropped)} and len(dropped) == 7
+    assert prepared.skipped == {"its prompt alone outlasts the cut": len(dropped)} and len(dropped) == 7
     assert all(s.supervised(("cot",)).sum() == 1 for s in prepared.train)
 
 
@@ -184,7 +184,7 @@ def test_learned_tokens_among_others_are_marked_without_colour(recipe):
 def test_reasons_and_dropped_examples_are_shown(recipe):
     cut = changed(recipe, truncation={"span": "sequence", "fraction": 1.0, "max_tokens": 62})
     pages = [printed(cut, example=number) for number in range(1, 17)]
-    assert all("not used: 7 × no supervised token left after the cut" in page for page in pages)
+    assert all("not used: 7 × its prompt alone outlasts the cut" in page for page in pages)
     assert sum("it is not trained on" in page for page in pages) == 7
 
 
