@@ -219,6 +219,7 @@ def command_line() -> Callable[..., SimpleNamespace]:
 
         yield command
         server.stdin.close()
+        server.stdout.close()
         server.wait()
 
 
