@@ -26,7 +26,9 @@ from mlx_distill.flops import Adapters, Shape, step_flops, total_flops
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.manifest import make_manifest, make_start, sample_pieces
 from mlx_distill.memory import Machine
-from mlx_distill.plan import announce, kept_checkpoints, read_config, shortage
+from mlx_distill.models.folder import read_config
+from mlx_distill.models.vocabulary import common_rows, head_rows
+from mlx_distill.plan import announce, kept_checkpoints, refuse_pair, shortage
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.report import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
@@ -87,6 +89,7 @@ class Pipeline:
         self.teacher_folder = model_folder(recipe.teacher.model, recipe.teacher.revision) if recipe.teacher.model else None
         self.tokenizer = load_tokenizer(self.student_folder)
         self.stop_ids = sorted(stop_ids(self.tokenizer))
+        refuse_pair(recipe, self.teacher_folder, self.student_folder, self.tokenizer)
         self.day = ""  # what prompts say: see `choose_day`
 
     def run(self, folder: RunFolder) -> None:
@@ -184,11 +187,17 @@ class Pipeline:
         return cache
 
     def _cache_fields(self) -> CacheFields:
-        teacher_rows, student_rows = (_vocabulary_rows(folder) for folder in (self.teacher_folder, self.student_folder))
+        teacher_rows, student_rows = (self._head_rows(folder) for folder in (self.teacher_folder, self.student_folder))
         vocabulary = load_tokenizer(self.teacher_folder).get_vocab()
         rows = common_rows(vocabulary, self.tokenizer.get_vocab(), teacher_rows, student_rows)
         rows = teacher_rows if self.recipe.teacher.cache == "hidden" else rows
         return CacheFields.of(self.recipe.teacher, model_fingerprint(self.teacher_folder), vocabulary, rows, self.day)
+
+    @staticmethod
+    def _head_rows(folder: Path) -> int:
+        if rows := head_rows(folder):
+            return rows
+        raise ModelError(f"{folder / 'config.json'} has no vocab_size, which a teacher cache needs: set teacher.cache = \"off\"")
 
     def _load_teacher(self) -> Teacher:
         return self.backend.load_teacher(self.teacher_folder, self.recipe.teacher.model, self.recipe.teacher.quantize_bits)
@@ -297,29 +306,6 @@ def score_model(
     score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer), day)
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     return score
-
-
-def _vocabulary_rows(folder: Path) -> int:
-    """Rows of a model's head, by its config.json."""
-    config = read_config(folder)
-    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if not rows:
-        raise ModelError(f"{folder / 'config.json'} has no vocab_size, which a teacher cache needs: set teacher.cache = \"off\"")
-    return rows
-
-
-def common_rows(teacher: dict[str, int], student: dict[str, int], teacher_rows: int, student_rows: int) -> int:
-    """Rows of both heads that the loss compares; raises `ModelError` unless both tokenizers map the same text to the same ids."""
-    for token, _ in sorted(teacher.items() | student.items(), key=lambda item: item[1]):
-        if teacher.get(token) != student.get(token):
-            raise ModelError(
-                f"teacher and student do not share a vocabulary: token {token!r} is {teacher.get(token, 'absent')} in the teacher's and "
-                f"{student.get(token, 'absent')} in the student's; choose two models of one family"
-            )
-    rows, ids = min(teacher_rows, student_rows), max(student.values()) + 1
-    if rows < ids:
-        raise ModelError(f"a head has {rows} rows for a vocabulary of {ids} ids: the tokenizer does not belong to the model")
-    return rows
 
 
 @contextmanager

@@ -4,17 +4,20 @@ In: a recipe, its prepared sequences and the two models' config.json. Out: a `Pl
 weights and imports no framework unless a time is asked for. Decided here: what counts as fitting, and what to change if not.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlx_distill.backends import refusals
 from mlx_distill.data.account import unused_lines
 from mlx_distill.data.batches import ALL_SEGMENTS, Steps
 from mlx_distill.data.day import choose_day
@@ -25,10 +28,15 @@ from mlx_distill.flops import Adapters, training_flops
 from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.show import account, count_table
+from mlx_distill.tasks import load_task
 from mlx_distill.words import amount, duration
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 TIGHT = 0.85  # of the memory: more than this may not fit, since a plan can be off by 15 %
 # seconds of a step / (its FLOPs / the rate of large products), on a CPU: medians of benchmarks/bench_plan.py
@@ -360,14 +368,33 @@ def plan_of(recipe: Recipe, machine: Machine, advise: bool = True) -> tuple[Prep
     student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
     teacher = model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False) if recipe.teacher.model else None
     tokenizer = load_tokenizer(student)
+    refuse_pair(recipe, teacher, student, tokenizer)
     prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()]))
     return prepared, make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine, advise)
+
+
+def refuse_pair(recipe: Recipe, teacher: Path | None, student: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Raise `ModelError` for models that cannot be teacher and student, as their configs and tokenizers say; no weights are read."""
+    if any(key in read_config(student, recipe.student.model) for key in ("quantization", "quantization_config")):
+        raise refusals.quantised_student(recipe.student.model)
+    if teacher is None:
+        return
+    config = read_config(teacher, recipe.teacher.model)
+    stored = config.get("quantization") or config.get("quantization_config")
+    if stored and recipe.teacher.quantize_bits:
+        bits = stored.get("bits", "fewer") if isinstance(stored, dict) else "fewer"
+        raise refusals.quantised_already(recipe.teacher.model, recipe.teacher.quantize_bits, bits)
+    theirs = tokenizer if teacher == student else load_tokenizer(teacher)
+    rows = [head_rows(folder) or sys.maxsize for folder in (teacher, student)]
+    common_rows(theirs.get_vocab(), tokenizer.get_vocab(), *rows)
 
 
 def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bool = False) -> Plan:
     """Print what a recipe will cost; `timed` measures this machine's rate first, for which the backend is loaded."""
     backend = _backend(backend_name) if timed else None
     machine = Machine.of(backend.device()) if backend else this_machine(backend_name)
+    if recipe.eval.task:
+        load_task(recipe.eval.task, recipe.eval.examples, recipe.eval.seed)  # a run reads it first, and refuses what it can't use
     prepared, made = plan_of(recipe, machine)
     console.print(count_table(prepared, recipe))
     console.print(account(prepared))
