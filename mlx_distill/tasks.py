@@ -2,32 +2,40 @@
 
 In: a task's name (`embedded:NAME`, `gsm8k:PATH`, `jsonl:PATH`), how many problems and a seed. Out: a `Task` whose `verify`
 says whether a whole generation, reasoning included, ends in the expected answer. Decided here: what is read as the answer
-(the text after the first `</think>`), which rows are drawn, and what makes two problems the same (the digest of their text).
+(the text after the first `</think>`), which rows are drawn, what makes two problems the same (the digest of their text), and
+how a gold answer that is a number or a list in JSON is written. Whether an answer is right, `verify/` says.
 """
 
 import difflib
 import hashlib
-import json
 import random
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.errors import DataError, NotFound
+from mlx_distill.readers import read_json_lines
+from mlx_distill.verify import TEXT, compared_as, states
 
 THINK_END = "</think>"
-GSM8K_ANSWER = re.compile(r"####\s*(-?[\d.,]*\d)\s*$")
+GSM8K_ANSWER = re.compile(r"####[ \t]*(\S[^\n]*)$")
+GSM8K_NUMBER = re.compile(r"-?[\d.,]*\d")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt as the user says it and the answer to be found; `id` is a digest of both, so it is the same in every run."""
+    """A prompt as the user says it and the answer to be found; `id` is a digest of both, so it is the same in every run.
+
+    `compared` says how answers are compared with the expected one: as "mathematics" or as "text".
+    """
 
     id: str
     prompt: str
     expected: str
+    compared: str = TEXT
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,15 @@ class Task:
     name: str
     problems: list[Problem]
     verify: Callable[[str, str], bool]
+
+    def compared(self) -> dict[str, int]:
+        """How many problems are compared in which way."""
+        return dict(Counter(problem.compared for problem in self.problems))
+
+    def describe(self) -> str:
+        """One line: how many problems there are and how they are compared."""
+        ways = ", ".join(f"{count:,} as {way}" for way, count in sorted(self.compared().items()))
+        return f"{self.name}: {len(self.problems):,} problems, compared {ways}"
 
 
 def load_task(name: str, examples: int, seed: int) -> Task:
@@ -62,16 +79,6 @@ def answer_text(generated: str) -> str:
     return generated.partition(THINK_END)[2]
 
 
-def math_equal(expected: str, answer: str) -> bool:
-    """Whether `answer` states the mathematical expression `expected`, by math-verify.
-
-    It finds `\\boxed{}`, "#### N", "The answer is N", or else the last expression in the text.
-    """
-    from math_verify import verify
-
-    return bool(verify(_parsed(_as_latex(expected)), _parsed(answer), timeout_seconds=_timeout()))
-
-
 def _after_think(check: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
     return lambda expected, generated: THINK_END in generated and check(expected, answer_text(generated))
 
@@ -81,35 +88,40 @@ def _load_embedded(name: str, rest: str, examples: int, seed: int) -> Task:
 
     if rest != task.NAME:
         raise NotFound(f"no embedded task {rest!r}; did you mean embedded:{task.NAME}? It is the only one")
-    rows = ((example.prompt, example.answer) for example in task.generate("held_out", examples, seed))
+    rows = ((example.prompt, example.answer, TEXT) for example in task.generate("held_out", examples, seed))
     return Task(name, _problems(rows), _after_think(task.verify))
 
 
 def _load_gsm8k(name: str, rest: str, examples: int, seed: int) -> Task:
     rows = _drawn(Path(rest).expanduser(), ("question", "answer"), examples, seed)
-    return Task(name, _problems((question, _gsm8k_number(answer, place)) for place, question, answer in rows),
-                _after_think(math_equal))
+    return _stated(name, ((place, question, _gsm8k_gold(answer, place)) for place, question, answer in rows))
 
 
 def _load_jsonl(name: str, rest: str, examples: int, seed: int) -> Task:
-    rows = _drawn(Path(rest).expanduser(), ("prompt", "answer"), examples, seed)
-    for place, _, answer in rows:
-        if not _parsed(_as_latex(answer)):
-            raise DataError(f"{place}: answer {answer[:60]!r} is not an expression that math-verify can read; "
-                            "give a number or LaTeX, or drop the row")
-    return Task(name, _problems((prompt, answer) for _, prompt, answer in rows), _after_think(math_equal))
+    return _stated(name, _drawn(Path(rest).expanduser(), ("prompt", "answer"), examples, seed))
+
+
+def _stated(name: str, rows: Iterable[tuple[str, str, str]]) -> Task:
+    """A task whose answers state a gold answer somewhere in their text."""
+    found = []
+    for place, prompt, gold in rows:
+        try:
+            found.append((prompt, gold, compared_as(gold)))
+        except ValueError as error:
+            raise DataError(f"{place}: answer {gold[:60]!r} cannot be compared with ({error}); give it, or drop the row") from None
+    return Task(name, _problems(found), _after_think(states))
 
 
 _LOADERS = {"embedded": _load_embedded, "gsm8k": _load_gsm8k, "jsonl": _load_jsonl}
 _FORMS = {"embedded": "embedded:NAME", "gsm8k": "gsm8k:PATH", "jsonl": "jsonl:PATH"}
 
 
-def _problems(rows: Iterator[tuple[str, str]]) -> list[Problem]:
+def _problems(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
     """Problems in order; the same text twice is one problem, since it could not be told apart when runs are compared."""
     found = {}
-    for prompt, expected in rows:
-        key = hashlib.sha256(f"{prompt}\0{expected}".encode()).hexdigest()[:12]
-        found.setdefault(key, Problem(key, prompt, expected))
+    for prompt, expected, compared in rows:
+        key = hashlib.sha256(f"{prompt}\0{expected}".encode(errors="surrogatepass")).hexdigest()[:12]
+        found.setdefault(key, Problem(key, prompt, expected, compared))
     return list(found.values())
 
 
@@ -118,50 +130,34 @@ def _drawn(path: Path, columns: tuple[str, str], examples: int, seed: int) -> li
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl")], 1)
         raise NotFound(f"no task file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; check the path"))
-    lines = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
-    kept = sorted(random.Random(seed).sample(lines, min(examples, len(lines))))
-    return [_row(f"{path}:{number}", line, columns) for number, line in kept]
+    rows = list(read_json_lines(path))
+    kept = sorted(random.Random(seed).sample(range(len(rows)), min(examples, len(rows))))
+    return [_row(f"{path}, line {rows[i][0]}", rows[i][1], columns) for i in kept]
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); expected JSON lines") from None
-
-
-def _row(place: str, line: str, columns: tuple[str, str]) -> tuple[str, str, str]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not a JSON object ({error.msg}); expected one object a line") from None
+def _row(place: str, row: Any, columns: tuple[str, str]) -> tuple[str, str, str]:
     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
     for column in columns:
         if not isinstance(row, dict) or column not in row:
             raise DataError(f"{place}: no column {column!r}, found {found}; this task reads {' and '.join(columns)}")
-        if not isinstance(row[column], str | int | float):
-            raise DataError(f"{place}: column {column!r} should be text or a number, found {type(row[column]).__name__}")
-    return place, str(row[columns[0]]), str(row[columns[1]])
+    prompt, answer = columns
+    if not isinstance(row[prompt], str | int | float):
+        raise DataError(f"{place}: column {prompt!r} should be text, found {type(row[prompt]).__name__}")
+    return place, str(row[prompt]), _written(row[answer], place, answer)
 
 
-def _gsm8k_number(answer: str, place: str) -> str:
-    number = GSM8K_ANSWER.search(answer.strip())
-    if not number:
-        raise DataError(f"{place}: answer ends in {answer[-40:]!r}, expected '#### NUMBER' as in GSM8K")
-    return number[1].replace(",", "")
+def _written(gold: Any, place: str, column: str) -> str:
+    """A gold answer as text: 5 of the number, "3, 5" of the list [3, 5], all of whose items are to be stated."""
+    items = gold if isinstance(gold, list) else [gold]
+    for item in items:
+        if not isinstance(item, str | int | float):
+            raise DataError(f"{place}: column {column!r} should be text, a number or a list of those, found {type(item).__name__}")
+    return ", ".join(map(str, items))
 
 
-def _as_latex(expected: str) -> str:
-    """A bare expected answer is boxed, so that all of it is read as LaTeX ("2x+1" alone would be read as 2)."""
-    return expected if "$" in expected or "\\boxed" in expected else f"\\boxed{{{expected}}}"
-
-
-def _parsed(text: str) -> list:
-    from math_verify import parse
-
-    return parse(text, parsing_timeout=_timeout())
-
-
-def _timeout() -> int | None:
-    """math-verify's own limit in seconds; it works through a signal, which only the main thread may ask for."""
-    return 5 if threading.current_thread() is threading.main_thread() else None
+def _gsm8k_gold(answer: str, place: str) -> str:
+    found = GSM8K_ANSWER.search(answer.strip())
+    if not found:
+        raise DataError(f"{place}: answer ends in {answer[-40:]!r}, expected '#### ANSWER' as in GSM8K")
+    gold = found[1].strip()
+    return gold.replace(",", "") if GSM8K_NUMBER.fullmatch(gold) else gold
