@@ -1,8 +1,9 @@
 """Where a model's files are: from the name in a recipe to a local Hugging Face folder.
 
 In: `embedded:teacher`, a local folder, a `.gguf` file or a hub id `org/name`. Out: a folder with `config.json`,
-tokenizer files and, when asked for, `model*.safetensors`; a digest that tells two models apart. Decided here: in which order a name is tried, which files of a hub repository are fetched, where a
-converted `.gguf` is kept. Only a hub id uses the network, and no code from a model's folder is ever run.
+tokenizer files and, when asked for, `model*.safetensors`; a digest that tells two models apart. Decided here: in which
+order a name is tried, which files of a hub repository are fetched, where a converted `.gguf` is kept. Only a hub id
+uses the network, and no code from a model's folder is ever run.
 """
 
 import hashlib

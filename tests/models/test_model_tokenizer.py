@@ -45,10 +45,10 @@ def ids(tokenizer, text: str) -> list[int]:
 
 def test_transformers_loses_the_digits_and_we_do_not(tmp_path: Path):
     folder = tokenizer_folder(tmp_path)
-    text = "12 + 1 = 13\n\n<|im_end|>"
-    assert ids(AutoTokenizer.from_pretrained(folder), text) != file_ids(folder, text)  # or all of this can go
+    spoiled = "12 + 1 = 13\n\n<|im_end|>"
+    assert ids(AutoTokenizer.from_pretrained(folder), spoiled) != file_ids(folder, spoiled)  # or all of this can go
     tokenizer = load_tokenizer(folder)
-    for text in (text, *PROBES):
+    for text in (spoiled, *PROBES):
         assert ids(tokenizer, text) == file_ids(folder, text), text
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|im_end|>", "<|im_start|>", "<|im_end|>")
     assert tokenizer.model_max_length == 2048
