@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_distill import evaluate
 from mlx_distill.backends import choose_backend
+from mlx_distill.backends.export import not_for_mlx_lm
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
 from mlx_distill.data.day import about_day, choose_day
@@ -136,6 +137,7 @@ class Pipeline:
         recipe = self.recipe
         planned = recipe, prepared, self.student_folder, self.teacher_folder, Machine.of(self.backend.device())
         announce(*planned, self.view.say, self.force, self.backend.ranks.size)
+        self._say_where_it_opens()
         steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
         try:
             cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
@@ -151,6 +153,11 @@ class Pipeline:
         folder.write_json("manifest.json", manifest | result)
         folder.write_student(lambda path: student.export(path, self.stop_ids))  # last: where it lies, training is complete
         self.view.say(f"student written to {folder.student} (step {exported})")
+
+    def _say_where_it_opens(self) -> None:
+        """A student trained by torch may be one that mlx-lm cannot open; MLX itself refuses those."""
+        if self.backend.device().backend == "torch" and (reason := not_for_mlx_lm(self.student_folder)):
+            self.view.say(f"note: the student will open in transformers alone, mlx-lm cannot load its base: {reason}")
 
     def _train(
         self, folder: RunFolder, steps: Steps, validation: list[Batch], cached: CachedTeacher | None

@@ -1,6 +1,8 @@
-"""A student's folder in Hugging Face layout: safetensors in shards, and the base model's config and tokenizer files.
+"""A student's folder in Hugging Face layout: weights in shards, and of the base model's other files those that are known.
 
-The tensors are a framework's own; `save` writes a file of them. Decided here: names, shards, dtype and stop ids in the configs.
+The tensors are a framework's own; `save` writes a file of them. Decided here: names, shards, dtype and stop ids in the
+configs, and which files and keys of the base belong to its student: nothing that names code, another disk, an adapter or
+a quantisation that it does not have.
 """
 
 import json
@@ -9,21 +11,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.backends.refusals import one_line
+from mlx_distill.models.folder import INDEX, read_generation_config, read_weights
+from mlx_distill.models.tokenizer import make_open_as_file
+
 SHARD_BYTES = 5 * 2**30
-COPIED = (".json", ".jinja", ".txt", ".model")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
+)
+OTHER_TEMPLATES = "additional_chat_templates"  # where transformers keeps the named ones
+LEFT_OUT = (
+    *("auto_map", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file", "local_files_only", "is_local"),
+    *("quantization", "quantization_config", "transformers_weights", "model_file", "base_model_name_or_path"),
+)
 
 
 def save_folder(
     tensors: dict[str, Any], save: Callable[[dict[str, Any], Path], None], base: Path, folder: Path, dtype: str, stop_ids: list[int],
 ) -> None:
-    """Write `tensors` (name → array with `nbytes`) beside copies of `base`'s other files.
+    """Write `tensors` (name → array with `nbytes`) beside `base`'s tokenizer and configs.
 
-    `dtype` ("" = as the base says) goes into `config.json`; `generation_config.json` stops on every id of `stop_ids`.
+    `dtype` ("" = as the base says) goes into `config.json`; both configs stop on every id of `stop_ids` and of `base`'s own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for file in base.iterdir():
-        if file.suffix in COPIED and not file.name.startswith("model.safetensors"):
-            shutil.copy(file, folder)
+    _copy_tokenizer(base, folder)
     shards = _shards(tensors)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
@@ -32,8 +44,36 @@ def save_folder(
     if count > 1:
         index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
                  "weight_map": {key: file for shard, file in zip(shards, names, strict=True) for key in sorted(shard)}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    _write_configs(folder, dtype, stop_ids)
+        _write_json(folder / INDEX, index)
+    _write_configs(base, folder, dtype, stop_ids)
+
+
+def not_for_mlx_lm(folder: Path) -> str:
+    """Why mlx-lm cannot open a student of this base model, in one line; "" where it can. No weights are read."""
+    try:
+        from mlx_lm.utils import load_model
+    except (ImportError, OSError) as error:
+        return f"not tried, mlx-lm cannot be imported here ({one_line(error)})"
+    with read_weights(folder, str(folder)).alone() as alone:
+        try:
+            load_model(alone, lazy=True)
+        except Exception as error:  # a family's code, run on a config it was not written for, fails in any way
+            return one_line(error).replace(str(alone), str(folder))
+    return ""
+
+
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    if templates := sorted((base / OTHER_TEMPLATES).glob("*.jinja")):
+        (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
+        for file in templates:
+            shutil.copyfile(file, folder / OTHER_TEMPLATES / file.name)
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        _write_json(path, _without_left_overs(json.loads(path.read_text(encoding="utf-8"))))
+        make_open_as_file(folder)
 
 
 def _shards(tensors: dict[str, Any]) -> list[dict[str, Any]]:
@@ -49,13 +89,30 @@ def _shards(tensors: dict[str, Any]) -> list[dict[str, Any]]:
     return shards
 
 
-def _write_configs(folder: Path, dtype: str, stop_ids: list[int]) -> None:
-    config = json.loads((folder / "config.json").read_text())
+def _write_configs(base: Path, folder: Path, dtype: str, stop_ids: list[int]) -> None:
+    config, generation = json.loads((base / "config.json").read_text(encoding="utf-8-sig")), read_generation_config(base)
+    ends = sorted({*stop_ids, *config_stop_ids(config, generation)})
+    config = _without_left_overs(config) | {"eos_token_id": ends}
     if dtype:
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-    config["eos_token_id"] = stop_ids
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    path = folder / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(generation | {"eos_token_id": stop_ids}, indent=2))
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", _without_left_overs(generation) | {"eos_token_id": ends})
+
+
+def config_stop_ids(config: dict[str, Any], generation: dict[str, Any]) -> set[int]:
+    """The ids on which a model's own configs end a text: one or a list, in either file, below the vocabulary's size."""
+    ids: set[int] = set()
+    for document in (config, config.get("text_config"), generation):
+        given = document.get("eos_token_id") if isinstance(document, dict) else None
+        ids |= {i for i in (given if isinstance(given, list) else [given]) if type(i) is int}
+    size = config.get("vocab_size")
+    return {i for i in ids if 0 <= i < (size if isinstance(size, int) else i + 1)}
+
+
+def _without_left_overs(document: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in document.items() if key not in LEFT_OUT}
+
+
+def _write_json(path: Path, document: dict[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -147,6 +147,12 @@ def read_config(folder: Path, name: str = "") -> dict[str, Any]:
     return config
 
 
+def read_generation_config(folder: Path, name: str = "") -> dict[str, Any]:
+    """A model folder's `generation_config.json`, {} where there is none. Raises `ModelError`."""
+    path = folder / "generation_config.json"
+    return _document(path, f"{name}: " if name else "") if path.exists() else {}
+
+
 def read_weights(folder: Path, name: str) -> Weights:
     """The weights of a model folder by their headers; the numbers are not read.
 

@@ -1,6 +1,7 @@
 """Students written out, by either backend: the folder opens in mlx-lm and in transformers, its adapters in mlx-lm and in peft."""
 
 import json
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,11 +11,12 @@ import pytest
 import torch
 from frameworks import TOKENS, Framework, dtype_name, perturb, relative_error, state_of, student_of
 from peft import PeftModel
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny import family_folder, llama_config, model_folder
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mlx_distill.backends import export
+from mlx_distill.errors import ModelError
 
 
 def stored(folder: Path) -> dict[str, mx.array]:
@@ -145,9 +147,78 @@ def test_kept_adapters_are_mlx_lms_and_pefts(framework: Framework, tuning: str, 
 
 
 def test_export_keeps_a_generation_config_and_needs_none(framework: Framework, base: Path, tmp_path: Path):
-    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 9, "temperature": 0.6}))
-    student_of(framework, base).export(tmp_path / "out", [4])
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [4], "temperature": 0.6}
+    """And stops where the base's configs, one id or a list, and the tokenizer say."""
+    student = student_of(framework, base)
+    student.export(tmp_path / "none", [4])
+    assert json.loads((tmp_path / "none" / "generation_config.json").read_text()) == {"eos_token_id": [1, 4]}
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, -1, 10**9, True], "temperature": 0.6}))
+    student.export(tmp_path / "out", [4])
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [1, 4, 9], "temperature": 0.6}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [1, 4, 9]
+
+
+LEFT_OVERS = {
+    "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "org/other"}', "trainer_state.json": "{}",
+    "quantize_config.json": "{}", "training_args.bin": "", "modeling_own.py": "raise SystemExit", "README.md": "of the base",
+    "requirements.txt": "evil", "hf_quant_config.json": "null", "notes.txt": "mine", "optimizer.safetensors": "",
+}
+
+
+def test_an_export_is_a_known_list_of_files(framework: Framework, base: Path, tmp_path: Path):
+    """Nothing that names code, another disk, an adapter or a quantisation; named templates are a tokenizer's."""
+    (base / "hf_quant_config.json").unlink(missing_ok=True)
+    student = student_of(framework, base)
+    for name, text in LEFT_OVERS.items():
+        (base / name).write_text(text)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    own = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}, "_name_or_path": "/home/someone/model", "quantization_config": None}
+    for name in ("config.json", "tokenizer_config.json"):
+        document = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(document | own))
+    student.export(tmp_path / "out", [1])
+    names = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    assert names <= {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/tools.jinja",
+    }
+    assert {"model.safetensors", "tokenizer.json", "additional_chat_templates/tools.jinja"} <= names
+    for name in ("config.json", "tokenizer_config.json"):
+        before, after = (json.loads((folder / name).read_text()) for folder in (base, tmp_path / "out"))
+        assert not own.keys() & after.keys()
+        assert before.keys() - own.keys() - {"torch_dtype", "is_local", "local_files_only"} <= after.keys()
+    np.testing.assert_allclose(transformers_logits(tmp_path / "out"), mlx_lm_logits(tmp_path / "out"), atol=1e-4)
+
+
+def test_a_generation_config_that_cannot_be_read_is_told_before_training(framework: Framework, base: Path):
+    (base / "generation_config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"^m: \S+generation_config\.json is not a JSON object but list"):
+        framework.load_student(base)
+
+
+def test_an_exported_tokenizer_gives_the_ids_of_its_file_to_all(framework: Framework, tmp_path: Path):
+    """A base of the class GPT2Tokenizer, which loses the file's Digits in transformers."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+    from test_model_tokenizer import file_ids, tokenizer_folder
+
+    base = family_folder(tmp_path / "base", llama_config(width=64, vocabulary=280))
+    tokenizer_folder(base)
+    assert AutoTokenizer.from_pretrained(base).encode("12 1") != file_ids(base, "12 1")
+    student_of(framework, base).export(tmp_path / "out", [1])
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("12 1") == file_ids(base, "12 1")
+    assert mlx_lm.load(str(tmp_path / "out"))[1].encode("12 1") == file_ids(base, "12 1")
+
+
+def test_a_student_that_mlx_lm_cannot_open_is_torchs_alone(base: Path):
+    assert export.not_for_mlx_lm(base) == ""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "xglm"}))
+    assert "xglm" in export.not_for_mlx_lm(base)
+    tensors = load_file(base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.more": np.ones(3, np.float32)}, base / "model.safetensors")
+    reason = export.not_for_mlx_lm(base)
+    assert "self_attn.q_proj.more" in reason and "\n" not in reason
 
 
 @pytest.mark.parametrize("base_dtype, save_dtype, expected", [

@@ -20,7 +20,7 @@ from mlx_distill.backends import export, refusals
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.errors import ModelError
-from mlx_distill.models.folder import read_config, read_weights
+from mlx_distill.models.folder import read_config, read_generation_config, read_weights
 from mlx_distill.recipe import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -231,8 +231,9 @@ def _quantize(model: nn.Module, name: str, bits: int, group_size: int = 64) -> N
 
 def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> SplitModel:
     """A model whose tensors equal Hugging Face's by name and value, in float32 where it trains; others are refused."""
+    read_generation_config(folder, name)  # which its export will read, hours from now
     model, config = _load(folder, name, lazy=False)
-    if "quantization" in config or "quantization_config" in config:
+    if config.get("quantization") or config.get("quantization_config"):
         raise refusals.quantised_student(name)
     _refuse_rewritten(model, folder, name)
     stored_dtype = next(p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating))

@@ -22,7 +22,7 @@ from mlx_distill.backends import export, refusals
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.torch.loss import CallableHead, Finish, Head, MatrixHead
 from mlx_distill.errors import ModelError
-from mlx_distill.models.folder import read_config, read_weights
+from mlx_distill.models.folder import read_config, read_generation_config, read_weights
 from mlx_distill.recipe import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -204,8 +204,9 @@ def _quantisation(folder: Path, name: str, bits: int, device: torch.device) -> d
 
 def load_student(folder: Path, name: str, table: StudentTable, seed: int, device: torch.device, dtype: torch.dtype) -> SplitModel:
     """A model whose tensors equal the folder's by name and value, float32 where it trains, `dtype` where frozen; others are refused."""
+    read_generation_config(folder, name)  # which its export will read, hours from now
     config = read_config(folder, name)
-    if "quantization" in config or "quantization_config" in config:
+    if config.get("quantization") or config.get("quantization_config"):
         raise refusals.quantised_student(name)
     stored = stored_weights(folder, name)
     dtypes = {value.dtype for value in stored.values() if value.is_floating_point()}
