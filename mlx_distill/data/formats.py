@@ -143,7 +143,8 @@ class Place:
             near = difflib.get_close_matches(column, row, 1, 0.5)
             return f"did you mean {near[0]!r}? Correct data.where" if near else "set data.where to one of these"
         fitting = [name for name, columns in COLUMNS.items() if row.keys() >= set(columns.values())]
-        if fitting and fitting != [self.data.format]:
+        others = {column_of(self.data, role) for role in COLUMNS[self.data.format]} - {column}
+        if fitting and self.data.format not in fitting and not others & row.keys():
             best = max(fitting, key=lambda name: len(COLUMNS[name]))
             return f'these are the columns of format "{best}": set data.format = "{best}"'
         if near := difflib.get_close_matches(column, row, 1, 0.5):

@@ -57,12 +57,14 @@ def _neighbours(path: Path) -> str:
 
 
 def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Row]]:
-    for number, row in read_json_lines(path, name):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{name}, line {number}: a JSON {type(row).__name__}, expected an object with columns; correct the line"
-            )
-        yield f"line {number}", row
+    try:
+        for number, row in read_json_lines(path, name):
+            if not isinstance(row, dict):
+                raise DataError(f"{name}, line {number}: a JSON {type(row).__name__}, expected an object with columns")
+            yield f"line {number}", row
+    except DataError as error:
+        of_the_line = ": not valid JSON" in str(error) or ": a JSON " in str(error)
+        raise DataError(f"{error}; correct or delete the line" if of_the_line else str(error)) from None
 
 
 def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
