@@ -5,18 +5,21 @@ with a line in `notes` that says so. Decided here: which files count as broken, 
 """
 
 import json
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.errors import DataError, NotFound
+from mlx_distill.errors import DataError, DistillError, NotFound
 from mlx_distill.evaluate import Difference, Score, compare
+from mlx_distill.readers import parse_toml, path_of, read_json, read_text
+from mlx_distill.recipe import Recipe
 from mlx_distill.words import finite
 
 SEGMENTS = ("prompt", "cot", "answer")
 NOT_THE_METHOD = {("run", "name"), ("run", "folder"), ("run", "checkpoint_every"), ("run", "keep_checkpoints"),
                   ("eval", "compare"), ("eval", "batch_size"), ("eval", "score_teacher"), ("eval", "score_base")}
+
+DEFAULTS = Recipe().model_dump(mode="json")  # with lists for tuples, as files have them
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_parts(folder: Path) -> Run:
+    path_of(str(folder), "run folder", NotFound)
     if not any((folder / name).is_file() for name in ("recipe.toml", "manifest.json")):
         what = "holds neither recipe.toml nor manifest.json" if folder.is_dir() else "does not exist"
         raise NotFound(f"no run in {folder}: it {what}; name a folder that `mlx-distill run` wrote")
@@ -84,27 +88,51 @@ def _read_parts(folder: Path) -> Run:
 
 
 def _recipe(folder: Path, notes: dict[str, str]) -> tuple[str, dict]:
+    path = folder / "recipe.toml"
     try:
-        text = (folder / "recipe.toml").read_text(encoding="utf-8")
-        tables = tomllib.loads(text)
-    except FileNotFoundError:
+        text = read_text(path, "recipe.toml")
+        tables = parse_toml(text, "recipe.toml")
+    except NotFound:
         notes["recipe.toml"] = "No recipe.toml: the recipe is not known."
-    except (OSError, ValueError) as error:
-        notes["recipe.toml"] = f"recipe.toml cannot be read ({error}): the recipe is not known."
+    except DistillError as error:
+        notes["recipe.toml"] = f"{error}: the recipe is not known."
     else:
-        return text, {name: table for name, table in tables.items() if isinstance(table, dict)}
+        return text, _usable(tables, notes)
     return "", {}
+
+
+def _usable(tables: dict[str, Any], notes: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The tables without fields that are not what a recipe has there; what no recipe has is kept, but as JSON has it."""
+    kept: dict[str, dict[str, Any]] = {}
+    for table, fields in json.loads(json.dumps(tables, default=str)).items():
+        if not isinstance(fields, dict):
+            notes[f"recipe.toml {table}"] = f"recipe.toml: {table} is no table and is left out."
+            continue
+        usual = DEFAULTS.get(table, {})
+        kept[table] = {name: value for name, value in fields.items() if _alike(value, usual.get(name, value))}
+        if left_out := sorted(set(fields) - set(kept[table])):
+            notes[f"recipe.toml {table}"] = f"recipe.toml: [{table}] {', '.join(left_out)} cannot be read and is left out."
+    return kept
+
+
+def _alike(value: Any, usual: Any) -> bool:
+    """Whether two values of JSON are of one kind; the elements of lists count, those of objects do not."""
+    if isinstance(usual, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if type(value) is not type(usual):
+        return False
+    return not isinstance(value, list) or all(isinstance(one, str) for one in value)  # recipes have lists of text alone
 
 
 def _json(folder: Path, name: str, kind: type | tuple[type, ...], notes: dict[str, str], otherwise: str) -> Any:
     empty = {} if kind is dict else []
     try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        content = read_json(folder / name, name)
+    except NotFound:
         notes[name] = f"No {name}: {otherwise}."
         return empty
-    except (OSError, ValueError) as error:
-        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
+    except DistillError as error:
+        notes[name] = f"{error}: {otherwise}."
         return empty
     if not isinstance(content, kind):
         notes[name] = f"{name} holds a {type(content).__name__}: {otherwise}."
@@ -161,7 +189,10 @@ def _score(fields: Any) -> Score:
 
 
 def _compared(run: Run, name: str) -> Compared:
-    folder = next((path for path in _places(run, name) if path.is_dir()), None)
+    try:
+        folder = next((path for path in _places(run, name) if path.is_dir()), None)
+    except OSError:  # a name that no folder can have
+        folder = None
     if folder is None:
         return Compared(name, "", None, None, f"{name} is to be compared, but there is no such run folder.")
     try:
