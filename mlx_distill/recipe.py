@@ -393,30 +393,30 @@ def apply_override(tables: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     table, dot, field = name.strip().partition(".")
     if not (equals and dot and field):
-        raise RecipeError(f"--set {override}: expected table.field=value, for example --set truncation.fraction=0.25")
+        raise RecipeError(f"--set {_short(override)}: expected table.field=value, for example --set truncation.fraction=0.25")
     if not isinstance(tables.setdefault(table, {}), dict):
-        raise RecipeError(f"--set {override}: {table} is not a table of the recipe")
-    tables[table][field.strip()] = readers.toml_value(text, f"--set {name.strip()}")
+        raise RecipeError(f"--set {_short(override)}: {table} is not a table of the recipe")
+    tables[table][field.strip()] = readers.toml_value(text, f"--set {_short(name.strip())}")
 
 
 def refuse_unknown(tables: dict[str, Any], path: Path) -> None:
     """Raise `RecipeError` for a table or field that no recipe has, with the nearest one that it has."""
     for table, fields in tables.items():
         if table not in Recipe.model_fields:
-            raise RecipeError(f"{path}: no table [{table}] in a recipe{near(table, Recipe.model_fields)}")
+            raise RecipeError(f"{path}: no table [{_short(table)}] in a recipe{near(table, Recipe.model_fields)}")
         if not isinstance(fields, dict):
             raise RecipeError(f"{path}: [{table}] must be a table, found {_found(fields)}")
         known = Recipe.model_fields[table].annotation.model_fields
         for field in fields:
             if field not in known:
-                raise RecipeError(f"{path}: [{table}] has no field {field!r}{near(field, known)}")
+                raise RecipeError(f"{path}: [{table}] has no field {_found(field)}{near(field, known)}")
             if not readers.is_text(fields[field]):
                 raise RecipeError(f"{path}: [{table}] {field} is not text in UTF-8, found {_found(fields[field])}")
 
 
 def near(name: str, known: Iterable[str]) -> str:
     """For an error's end: the nearest known name, and all of them."""
-    found = difflib.get_close_matches(name, list(known), 1)
+    found = difflib.get_close_matches(name[:60], list(known), 1)
     return (f"; did you mean {found[0]!r}?" if found else ";") + f" Choices: {', '.join(known)}"
 
 
@@ -438,7 +438,10 @@ def describe(error: ValidationError) -> str:
 
 def _found(value: Any) -> str:
     """A value as an error shows it, cut where it is long."""
-    text = repr(value)
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
     return text if len(text) <= 100 else f"{text[:60]}…{text[-20:]}"
 
 

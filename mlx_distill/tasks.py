@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.readers import read_json_lines
+from mlx_distill.readers import path_of, read_json_lines
 from mlx_distill.verify import TEXT, compared_as, states
 
 THINK_END = "</think>"
@@ -71,6 +71,8 @@ def load_task(name: str, examples: int, seed: int) -> Task:
         raise NotFound(f"no task {name!r}{hint} Choices: {', '.join(_FORMS.values())}")
     if not rest:
         raise NotFound(f"task {name!r} names nothing after {kind!r}: write {_FORMS[kind]}")
+    if kind != "embedded":
+        path_of(rest, f"task {name}", NotFound)
     return _LOADERS[kind](name, rest, examples, seed)
 
 
