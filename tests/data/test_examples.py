@@ -1,5 +1,6 @@
 """Each row format, each source, each reason to skip or refuse a row, and the split."""
 
+import gzip
 import hashlib
 import json
 import sys
@@ -285,8 +286,9 @@ def test_unreadable_line(line, found, tmp_path):
 ROWS = [{"prompt": "q, 1", "cot": 'say "c"\nthen', "answer": "a"}, {"prompt": "é", "cot": "漢", "answer": "b"}]
 
 
-def write_csv(path):
-    path.write_text('prompt,cot,answer\n"q, 1","say ""c""\nthen",a\né,漢,b\n', encoding="utf-8")
+def write_csv(path, separator=","):
+    lines = '"prompt",cot,answer\r\n"q; 1","say ""c""\nthen",a\r\né,漢,b\r\n'
+    path.write_bytes(lines.replace(",", separator).replace("q; 1", "q, 1").encode("utf-8-sig"))
 
 
 def write_parquet(path):
@@ -298,6 +300,12 @@ def write_parquet(path):
     ("ending", "save"),
     [
         (".jsonl", lambda path: path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")),
+        (".NDJSON", lambda path: path.write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)), encoding="utf-8")),
+        (".jsonl.gz", lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode()))),
+        (".csv.GZ", lambda path: (write_csv(path), path.write_bytes(gzip.compress(path.read_bytes())))),
+        (".tsv", lambda path: write_csv(path, "\t")),
+        (".CSV", lambda path: write_csv(path, ";")),
+        ("-bar.csv", lambda path: write_csv(path, "|")),
         (".json", lambda path: path.write_text(json.dumps(ROWS, indent=1), encoding="utf-8")),
         (".csv", write_csv),
         (".parquet", write_parquet),
@@ -308,6 +316,25 @@ def test_file_sources_agree(ending, save, tmp_path):
     save(path)
     found = [(e.prompt, e.cot, e.answer) for e in read_examples(DataTable(source=str(path)))]
     assert found == [tuple(row.values()) for row in ROWS]
+
+
+def test_what_a_column_format_fills_in_is_nothing(tmp_path):
+    """Arrow gives each object the keys of all others, and a column of numbers has NaN where there is none."""
+    pyarrow = pytest.importorskip("pyarrow")
+    call = {"function": {"name": "look", "arguments": {"city": "Rome"}}}
+    other = {"function": {"name": "go", "arguments": {"miles": 3}}}
+    rows = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "tool_calls": [used]},
+                      {"role": "tool", "content": "r"}, REPLY], "score": score}
+        for text, used, score in (("a", call, float("nan")), ("b", other, 1.5))
+    ]  # fmt: skip
+    path = tmp_path / "rows.parquet"
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    unused = Counter()
+    examples = list(read_examples(DataTable(source=str(path), format="messages"), unused=unused))
+    calls = [json.loads(example.after[0][2])["tool_calls"][0]["function"]["arguments"] for example in examples]
+    assert calls == [{"city": "Rome"}, {"miles": 3}]
+    assert unused == {"column score": 1}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable, load_recipe
 from mlx_distill.show import show, token_runs
 
+OR_SPAN = ', or set truncation.span = "cot", which keeps prompts whole'
 ROWS = [{"prompt": f"{i}+1?", "cot": f"One more than {i}.\nSo {i + 1}.", "answer": str(i + 1)} for i in range(20)]
 
 
@@ -81,6 +82,41 @@ def test_examples_without_a_supervised_token_are_dropped_and_counted(recipe, byt
 def test_nothing_supervised_is_an_error(recipe, bytes_tokenizer):
     with pytest.raises(DataError, match="none of 16 training examples has a token of answer left after the cut"):
         prepare(changed(recipe, objective={"segments": ("answer",)}), bytes_tokenizer("qwen2_5"))
+
+
+@pytest.mark.parametrize(
+    ("truncation", "segments", "cause", "advice"),
+    [
+        ({"max_tokens": 20}, ("cot",), "16 × its prompt alone outlasts the cut", f"raise truncation.max_tokens{OR_SPAN}"),
+        ({"fraction": 0.1}, ("cot",), "16 × its prompt alone outlasts the cut", f"raise truncation.fraction{OR_SPAN}"),
+        ({"token_share": 0.001}, ("cot",), "16 × its share of tokens rounds to none", "raise truncation.token_share"),
+        ({"keep": "cot"}, ("answer",), "16 × no supervised token left after the cut",
+         'choose another truncation.keep than "cot", or supervise other segments'),
+    ],
+)  # fmt: skip
+def test_the_remedy_is_that_of_the_cause(truncation, segments, cause, advice, recipe, bytes_tokenizer):
+    cut = recipe.model_copy(update={"truncation": TruncationTable(**truncation)})
+    with pytest.raises(DataError) as error:
+        prepare(changed(cut, objective={"segments": segments}), bytes_tokenizer("qwen2_5"))
+    assert str(error.value).endswith(f"left after the cut ({cause}); {advice}")
+
+
+def test_too_few_examples_name_what_kept_them_out(recipe, bytes_tokenizer):
+    with pytest.raises(DataError, match=r"20 × longer than data.longest_tokens = 20; raise data.longest_tokens$"):
+        prepare(changed(recipe, data={"longest_tokens": 20}), bytes_tokenizer("qwen2_5"))
+
+
+def test_what_rows_carry_besides_is_shown(recipe, tmp_path):
+    rows = [row | {"source": "x", "\x1b[31mid": number} for number, row in enumerate(ROWS)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = printed(recipe)
+    assert "not used: column source in 20 rows\n" in page and "not used: column \\x1b[31mid in 20 rows\n" in page
+
+
+def test_the_day_is_shown(recipe, bytes_tokenizer):
+    bytes_tokenizer("clock").save_pretrained(recipe.student.model)
+    page = printed(changed(recipe, data={"date": "2026-01-02"}))
+    assert "prompts say the date 2026-01-02" in page and "Today Date: 02 Jan 2026" in page
 
 
 def test_long_and_unrenderable_rows_are_counted(recipe, tmp_path, bytes_tokenizer):
