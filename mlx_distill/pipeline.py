@@ -207,11 +207,18 @@ class Pipeline:
         raise ModelError(f"{folder / 'config.json'} has no vocab_size, which a teacher cache needs: set teacher.cache = \"off\"")
 
     def _load_teacher(self) -> Teacher:
-        return self.backend.load_teacher(self.teacher_folder, self.recipe.teacher.model, self.recipe.teacher.quantize_bits)
+        teacher = self.backend.load_teacher(self.teacher_folder, self.recipe.teacher.model, self.recipe.teacher.quantize_bits)
+        self._say_notes(teacher)
+        return teacher
+
+    def _say_notes(self, model: Model) -> None:
+        for note in model.notes:
+            self.view.say(f"note: {note}")
 
     def _load_models(self, cached: CachedTeacher | None) -> tuple[Student, Teacher | None]:
         recipe = self.recipe
         student = self.backend.load_student(self.student_folder, recipe.student.model, recipe)
+        self._say_notes(student)
         if not self.teacher_folder:
             return student, None
         teacher = cached or self._load_teacher()
@@ -309,6 +316,8 @@ def score_model(
     if day:
         view.say(about_day(day))
     model = backend.load_teacher(folder, name)
+    for note in model.notes:
+        view.say(f"note: {note}")
     progress = view.count(f"scoring {name}", len(task.problems) * settings.samples)
     score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer), day)
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")

@@ -24,7 +24,7 @@ def table(seed: int, words: int = WORDS) -> np.ndarray:
 
 class ToyTeacher:
     def __init__(self, weights: np.ndarray):
-        self.weights = weights
+        self.weights, self.notes = weights, ()
         self.vocabulary_rows, self.parameters = len(weights), weights.size
 
     def targets(self, batch) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.backends.refusals import one_line
+from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import INDEX, read_generation_config, read_weights
 from mlx_distill.models.tokenizer import make_open_as_file
 
@@ -56,7 +57,7 @@ def not_for_mlx_lm(folder: Path) -> str:
         return f"not tried, mlx-lm cannot be imported here ({one_line(error)})"
     with read_weights(folder, str(folder)).alone() as alone:
         try:
-            load_model(alone, lazy=True)
+            load_model(alone, lazy=True, model_config=Meaning(folder, str(folder)).portable())
         except Exception as error:  # a family's code, run on a config it was not written for, fails in any way
             return one_line(error).replace(str(alone), str(folder))
     return ""
@@ -90,7 +91,7 @@ def _shards(tensors: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _write_configs(base: Path, folder: Path, dtype: str, stop_ids: list[int]) -> None:
-    config, generation = json.loads((base / "config.json").read_text(encoding="utf-8-sig")), read_generation_config(base)
+    config, generation = Meaning(base, str(base)).portable(), read_generation_config(base)
     ends = sorted({*stop_ids, *config_stop_ids(config, generation)})
     config = _without_left_overs(config) | {"eos_token_id": ends}
     if dtype:

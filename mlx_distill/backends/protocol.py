@@ -113,6 +113,7 @@ class Model(Protocol):
 
     parameters: int  # how many numbers it holds
     vocabulary_rows: int  # rows of its head, padding included
+    notes: tuple[str, ...]  # what a person should know of how it is computed
 
     def generate(
         self,

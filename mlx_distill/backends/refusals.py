@@ -44,6 +44,14 @@ def rewritten(name: str, tensor: str, how: str, library: str) -> ModelError:
     )
 
 
+def not_obeyed(name: str, keys: tuple[str, ...]) -> str:
+    """Said, not refused: the exported student is right here and in transformers."""
+    return (
+        f"{name}: mlx-lm alone does not obey {' and '.join(keys)} of its config.json; the exported student is computed as trained "
+        "here and by transformers, and otherwise by mlx-lm"
+    )
+
+
 def other_state(folder: Path) -> ModelError:
     return ModelError(f"checkpoint {folder}: its arrays are not those of this student")
 

@@ -1,0 +1,1 @@
+"""What a model folder says, before any framework has read it."""

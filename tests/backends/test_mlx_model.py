@@ -121,15 +121,29 @@ def test_a_stored_quantised_head_stays_quantised(tmp_path: Path):
 # Students
 
 
-def test_a_head_that_mlx_lm_would_drop_is_refused(tmp_path: Path):
+def test_a_head_of_its_own_is_believed_where_the_config_says_nothing(tmp_path: Path):
     """Without `tie_word_embeddings` mlx-lm ties a llama, transformers does not."""
     folder = family_folder(tmp_path, FAMILIES["llama untied"])
-    config = json.loads((folder / "config.json").read_text())
-    del config["tie_word_embeddings"]
-    (folder / "config.json").write_text(json.dumps(config))
+    wanted = MLX.logits(MLX.load_teacher(folder))
+    change_config(folder, lambda config: config.pop("tie_word_embeddings"))
+    np.testing.assert_array_equal(MLX.logits(MLX.load_teacher(folder)), wanted)
+    assert MLX.load_student(folder).head_path == "lm_head.weight"
+
+
+def test_a_head_that_mlx_lm_would_drop_is_refused(tmp_path: Path):
+    folder = family_folder(tmp_path, FAMILIES["llama untied"])
+    wanted = MLX.logits(MLX.load_teacher(folder))
+    change_config(folder, lambda config: config.update(tie_word_embeddings=True))
+    np.testing.assert_array_equal(MLX.logits(MLX.load_teacher(folder)), wanted)  # as transformers reads it
     assert_refused(lambda: MLX.load_student(folder), r"tensor lm_head\.weight is changed by mlx-lm on load")
     edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
     MLX.load_student(folder)  # a tied head stored twice is no obstacle
+
+
+def change_config(folder: Path, change) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 # Gradient checkpointing

@@ -109,7 +109,7 @@ class MlxModel:
     """What teacher and student share: hidden states, generation, size."""
 
     def __init__(self, split: models.SplitModel):
-        self.split = split
+        self.split, self.notes = split, split.notes
 
     @property
     def parameters(self) -> int:

@@ -18,8 +18,10 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_distill.backends import export, refusals
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
+from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.errors import ModelError
+from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_config, read_generation_config, read_weights
 from mlx_distill.recipe import StudentTable
 
@@ -27,6 +29,7 @@ PROBE = [[1, 5, 2, 7, 3, 1, 4]]
 PROBE_LOGIT = 100.0  # the largest one when a head is probed: far into any cap
 PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong split is off by orders of magnitude
 HALF_TOLERANCE = 2e-2  # the same in bfloat16 or float16: a few units in the last place
+Notes = tuple[str, ...]
 EMBEDDINGS = ("embed_tokens", "wte", "embeddings", "tok_embeddings", "word_embeddings")  # names of a trunk's tied matrix
 
 
@@ -38,9 +41,10 @@ class SplitModel:
     scaled): the model is called with its trunk replaced by one that answers `hidden`.
     """
 
-    def __init__(self, model: nn.Module, name: str):
+    def __init__(self, model: nn.Module, name: str, notes: tuple[str, ...] = ()):
         self.model = model
         self.name = name
+        self.notes = notes  # what a person should know of how it is computed
         self.owner, self.trunk_name = _find_trunk(model, name)
         self.stored_dtype: mx.Dtype | None = None  # of the weights on disk, where that matters
         self._trunk_extras = [None] * (_required_arguments(self.trunk) - 1)  # a few families insist on a cache
@@ -210,13 +214,13 @@ def _close(left: mx.array, right: mx.array) -> bool:
 
 def load_teacher(folder: Path, name: str, quantize_bits: int) -> SplitModel:
     """Any causal LM that mlx-lm loads, frozen; `quantize_bits` (4, 6, 8; 0 = as stored) quantises on load."""
-    model, config = _load(folder, name, lazy=bool(quantize_bits))
+    model, config, notes, _ = _load(folder, name, student=False, lazy=bool(quantize_bits))
     if quantize_bits:
         if "quantization" in config:
             raise refusals.quantised_already(name, quantize_bits, config["quantization"].get("bits"))
         _quantize(model, name, quantize_bits)
     model.freeze()
-    return SplitModel(model, name)
+    return SplitModel(model, name, notes)
 
 
 def _quantize(model: nn.Module, name: str, bits: int, group_size: int = 64) -> None:
@@ -232,16 +236,17 @@ def _quantize(model: nn.Module, name: str, bits: int, group_size: int = 64) -> N
 def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> SplitModel:
     """A model whose tensors equal Hugging Face's by name and value, in float32 where it trains; others are refused."""
     read_generation_config(folder, name)  # which its export will read, hours from now
-    model, config = _load(folder, name, lazy=False)
+    model, config, notes, ours = _load(folder, name, student=True, lazy=False)
+    notes += (refusals.not_obeyed(name, ours),) if ours else ()
     if config.get("quantization") or config.get("quantization_config"):
         raise refusals.quantised_student(name)
     _refuse_rewritten(model, folder, name)
     stored_dtype = next(p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating))
     if table.tuning == "full":
         model.update(cast(model.parameters(), mx.float32))
-        split = SplitModel(model, name)
+        split = SplitModel(model, name, notes)
     else:
-        split = SplitModel(model, name)
+        split = SplitModel(model, name, notes)
         add_adapters(split, table, seed)
     if split.head_matrix() is None:
         raise refusals.head_is_no_matrix(name)
@@ -266,14 +271,32 @@ def cast(parameters: dict, dtype: mx.Dtype) -> dict:
     return tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, parameters)
 
 
-def _load(folder: Path, name: str, lazy: bool) -> tuple[nn.Module, dict]:
+def _load(folder: Path, name: str, student: bool, lazy: bool) -> tuple[nn.Module, dict, Notes, Notes]:
+    """The model as its config.json asks for, mlx-lm's config, notes for a person, and the keys that mlx-lm alone would not obey."""
     weights = read_weights(folder, name)
     weights.refuse_unusable(read_config(folder, name), name)
+    meaning = Meaning(folder, name)
+    told = meaning.for_mlx(None if student else _tied(folder, meaning))
     with weights.alone() as alone:
         try:
-            return mlx_lm.utils.load_model(alone, lazy=lazy)
+            model, config = mlx_lm.utils.load_model(alone, lazy=lazy, model_config=told)
         except Exception as error:  # a family's code, run on a config it was not written for, fails in any way
             raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
+    ours = arithmetic.settle(model, meaning)
+    return model, config, meaning.notes(), ours
+
+
+def _tied(folder: Path, meaning: Meaning) -> bool | None:
+    """Whether the head is the embedding: as config.json says, unless the folder holds both and they differ (as in transformers).
+
+    mlx-lm would drop the stored head; a student of such a folder is refused for it, because its export would be read so.
+    """
+    tied = meaning.declared.get("tie_word_embeddings")
+    stored = stored_weights(folder, meaning.name)
+    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
+    if tied and head is not None and embedding is not None:
+        return head.shape == embedding.shape and mx.array_equal(head, embedding).item()
+    return tied
 
 
 def stored_weights(folder: Path, name: str = "") -> dict[str, mx.array]:

@@ -125,7 +125,7 @@ class TorchModel:
     """What teacher and student share: hidden states, generation, size."""
 
     def __init__(self, split: models.SplitModel):
-        self.split = split
+        self.split, self.notes = split, ()  # transformers' own reading of the folder is the right one
         self.device = split.device
         self.parameters = models.parameter_count(split.model)
         self.vocabulary_rows = split.head_rows()

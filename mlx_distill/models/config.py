@@ -1,0 +1,467 @@
+"""What a model folder's config.json means, and how it is put so that mlx-lm reads the same.
+
+In: a folder. Out: a `Meaning`: transformers' reading of the file, its defaults filled in; rotary
+embedding and window of each layer as plain numbers; and `for_mlx`, the keys as mlx-lm's classes
+call them. Decided here: that transformers' reading is the right one, which pairs of keys contradict
+each other, and which keys never change arithmetic.
+
+transformers 5 writes `rope_theta`, scaling and `partial_rotary_factor` only inside
+`rope_parameters`; most of mlx-lm's classes look for them beside it and take their own defaults
+without a word where they find none.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.folder import read_config
+from mlx_distill.models.rotary import TYPES, Rotary, yarn_scale
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# compared with transformers in tests/models; of other families a line says that they were not
+TESTED = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "phi",
+    "phi3",
+    "olmo2",
+    "olmo3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "cohere",
+    "cohere2",
+    "granite",
+    "glm4",
+    "stablelm",
+    "starcoder2",
+    "hunyuan_v1_dense",
+)
+INTERLEAVED = ("cohere", "cohere2", "glm4")  # of those: rotate neighbours
+PARTIAL = ("phi", "phi3", "glm4", "stablelm")  # of those: can rotate a part of the head
+WINDOWED_BY_TYPE = ("sliding_attention", "full_attention")
+FLOAT_TAG = "__float__"  # how transformers writes numbers that JSON has no word for
+HARMLESS = {  # keys that change no arithmetic of a text without dropout
+    "initializer_range",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "eod_token_id",
+    "pretraining_tp",
+    "attention_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "hidden_dropout",
+    "residual_dropout",
+    "embedding_dropout",
+    "classifier_dropout",
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "max_position_embeddings",
+    "summary_type",
+    "summary_use_proj",
+    "summary_activation",
+    "summary_proj_to_labels",
+    "summary_first_dropout",
+    "is_decoder",
+    "sep_token_id",
+    "decoder_start_token_id",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`rotary` is None where a layer does not rotate, `window` is how many tokens it sees, None
+    for all."""
+
+    rotary: Rotary | None
+    window: int | None
+
+
+class Meaning:
+    """A config.json, as transformers reads it. `name` is what the recipe calls the model.
+
+    `config` is None for a family that transformers does not know: such a folder is handed to mlx-lm
+    as it is, but for its rotary keys. Raises `ModelError` where the file contradicts itself or
+    cannot be read.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.name = name
+        self.file = folder / "config.json"
+        self.whole = _decoded(read_config(folder, name))
+        self.nested = isinstance(self.whole.get("text_config"), dict)
+        self.stored: dict[str, Any] = self.whole["text_config"] if self.nested else self.whole
+        self._refuse_contradictions()
+        self.config = self._read()
+        if self.tested:
+            _ = self.layers  # which refuses what cannot be computed
+
+    @property
+    def family(self) -> str:
+        return self.config.model_type if self.config else self.whole["model_type"]
+
+    @property
+    def tested(self) -> bool:
+        return self.family in TESTED
+
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of a family that was never compared."""
+        if self.tested:
+            return ()
+        return (
+            f"{self.name}: mlx-lm's {self.family} was not compared with transformers by our tests; "
+            "`mlx-distill doctor --model` compares it here",
+        )
+
+    def refusal(self, key: str, found: str, remedy: str) -> ModelError:
+        return ModelError(f"{self.name}: {self.file}: {key} {found}: {remedy}")
+
+    # what it means
+
+    @cached_property
+    def declared(self) -> dict[str, Any]:
+        """The keys that transformers' class of the family has, with their values; nothing where
+        it knows none."""
+        return (
+            {key: getattr(self.config, key, None) for key in own_fields(type(self.config))}
+            if self.config
+            else {}
+        )
+
+    @cached_property
+    def layers(self) -> list[Layer] | None:
+        """None where they are not of kinds that are known here."""
+        types = self._layer_types()
+        if types is None or not set(types) <= set(WINDOWED_BY_TYPE):
+            return None
+        rotaries = {kind: self._rotary(kind) for kind in set(types)}
+        if None in rotaries.values():
+            return None
+        return [
+            Layer(rotaries[kind] if self._rotates(index, kind) else None, self._window(kind))
+            for index, kind in enumerate(types)
+        ]
+
+    @property
+    def head_dim(self) -> int:
+        return (
+            getattr(self.config, "head_dim", None)
+            or self.config.hidden_size // self.config.num_attention_heads
+        )
+
+    def _layer_types(self) -> list[str] | None:
+        count = self.declared.get("num_hidden_layers")
+        if types := self.declared.get("layer_types"):
+            return list(types)
+        windowed = self.declared.get("sliding_window") is not None and self.declared.get(
+            "use_sliding_window", True
+        )
+        return ["sliding_attention" if windowed else "full_attention"] * count if count else None
+
+    def _window(self, kind: str) -> int | None:
+        window = self.declared.get("sliding_window") if kind == "sliding_attention" else None
+        if window is not None and window < 1:
+            raise self.refusal(
+                "sliding_window", f"is {window}", "write how many tokens a token sees, or null"
+            )
+        return window
+
+    def _rotates(self, index: int, kind: str) -> bool:
+        if self.family == "cohere2":
+            return kind == "sliding_attention"
+        return bool(without[index]) if (without := self.declared.get("no_rope_layers")) else True
+
+    def _rotary(self, kind: str) -> Rotary | None:
+        parameters = self.rope_parameters(kind)
+        if (
+            not parameters
+            or parameters.get("rope_theta") is None
+            or "qk_rope_head_dim" in self.declared
+        ):
+            return None
+        partial = parameters.get("partial_rotary_factor") or 1.0
+        interleaved = self.family in INTERLEAVED
+        longest = getattr(self.config, "max_position_embeddings", 0)
+        rotary = Rotary(int(self.head_dim * partial), longest, interleaved, parameters)
+        if self.tested:
+            self._refuse_unknown_rotation(rotary, partial)
+        return rotary if rotary.type in TYPES else None
+
+    def _refuse_unknown_rotation(self, rotary: Rotary, partial: float) -> None:
+        if partial != 1 and self.family not in PARTIAL:
+            raise self.refusal(
+                "partial_rotary_factor",
+                f"is {partial}",
+                f"a {self.family} rotates whole heads; remove it",
+            )
+        if rotary.type not in TYPES:
+            raise self.refusal(
+                "rope_type",
+                f"is {rotary.type!r}",
+                f"known here: {', '.join(TYPES)}; use --backend torch",
+            )
+        if rotary.dims < 2 or rotary.dims % 2:
+            raise self.refusal(
+                "head_dim",
+                f"leaves {rotary.dims} numbers to rotate",
+                "they rotate in pairs; correct it",
+            )
+        try:
+            angles = [rotary.angles(length)[0] for length in rotary.lengths()]
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+            found = (
+                f"is {rotary.parameters} and cannot be computed ({type(error).__name__} {error})"
+            )
+            raise self.refusal("rope_parameters", found[:300], "correct it") from None
+        if not all(len(each) == rotary.dims // 2 and np.all(np.isfinite(each)) for each in angles):
+            raise self.refusal(
+                "rope_parameters", f"gives no {rotary.dims // 2} finite angles", "correct it"
+            )
+
+    def rope_parameters(self, kind: str = "full_attention") -> dict[str, Any] | None:
+        """The flat ones, or those of a kind of layer."""
+        found = (
+            getattr(self.config, "rope_parameters", None)
+            if self.config
+            else self.stored.get("rope_parameters")
+        )
+        if not isinstance(found, dict):
+            return None
+        return (
+            found.get(kind, found)
+            if any(isinstance(value, dict) for value in found.values())
+            else found
+        )
+
+    # how mlx-lm is told
+
+    def for_mlx(self, tied: bool | None = None) -> dict[str, Any]:
+        """What `mlx_lm.utils.load_model` takes as `model_config`; `tied` overrides
+        `tie_word_embeddings`."""
+        keys = self.keys_for_mlx()
+        if tied is not None:
+            keys["tie_word_embeddings"] = tied
+        if not self.nested:
+            return keys
+        rows = {"vocab_size": self.declared["vocab_size"]} if "vocab_size" in self.declared else {}
+        return rows | {"text_config": self.stored | keys}
+
+    def keys_for_mlx(self) -> dict[str, Any]:
+        """The keys of the language model that mlx-lm is told beside, or against, those that the
+        file holds."""
+        keys = {
+            key: value
+            for key, value in self.declared.items()
+            if self.stored.get(key) is None and value is not None
+        }
+        keys.pop("rope_parameters", None)
+        return keys | self._rotary_keys() | self._window_keys()
+
+    def portable(self) -> dict[str, Any]:
+        """The whole config.json with its rotary keys in both places, so that mlx-lm alone and
+        llama.cpp find them too."""
+        aliases = ("rotary_emb_base", "rotary_pct")
+        keys = {
+            key: value
+            for key, value in self._rotary_keys().items()
+            if key not in aliases and value is not None
+        }
+        if scaling := keys.get("rope_scaling"):
+            inner = {key: value for key, value in scaling.items() if key != "type"}
+            others = {
+                key: keys[key] for key in ("rope_theta", "partial_rotary_factor") if key in keys
+            }
+            keys["rope_parameters"] = self._with_full_attention(inner | others)
+        if (tied := self.declared.get("tie_word_embeddings")) is not None:
+            keys["tie_word_embeddings"] = tied
+        return (
+            self.whole | {"text_config": self.stored | keys} if self.nested else self.whole | keys
+        )
+
+    def _with_full_attention(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        found = getattr(self.config, "rope_parameters", None) or {}
+        return found | {"full_attention": parameters} if "full_attention" in found else parameters
+
+    def _rotary_keys(self) -> dict[str, Any]:
+        parameters = self.rope_parameters()
+        if not parameters:
+            return {}
+        keys = flat_rotary_keys(parameters, getattr(self.config, "max_position_embeddings", None))
+        keys |= {
+            "rotary_emb_base": keys["rope_theta"],
+            "rotary_pct": keys.get("partial_rotary_factor", 1.0),
+        }
+        if local := (self.rope_parameters("sliding_attention") or {}).get("rope_theta"):
+            keys["rope_local_base_freq"] = local
+        if self.tested:
+            scaling = keys["rope_scaling"] or {}
+            needs = {"phi3": "long_factor", "hunyuan_v1_dense": "alpha"}.get(self.family)
+            return keys | (
+                {"rope_scaling": None} if needs and needs not in scaling else {}
+            )  # given after loading
+        return {
+            key: value
+            for key, value in keys.items()
+            if self.stored.get(key) is None and value is not None
+        }
+
+    def _window_keys(self) -> dict[str, Any]:
+        """mlx-lm's Gemma 3 and Cohere 2 know one layer in so many, its Llama must have a layer
+        that sees all."""
+        if self.family in ("llama", "mistral", "smollm3"):
+            return {
+                "layer_types": None,
+                "sliding_window": None,
+            }  # each such layer gets its window after loading
+        types = self.declared.get("layer_types")
+        if self.family not in ("gemma3_text", "cohere2") or not types:
+            return {}
+        pattern = next((i + 1 for i, kind in enumerate(types) if kind == "full_attention"), 0)
+        if not pattern or types != [
+            WINDOWED_BY_TYPE[(i + 1) % pattern == 0] for i in range(len(types))
+        ]:
+            raise self.refusal(
+                "layer_types",
+                f"is {types}",
+                "mlx-lm knows one full layer in every so many; use --backend torch",
+            )
+        return {"sliding_window_pattern": pattern}
+
+    # reading
+
+    def _read(self) -> "PreTrainedConfig | None":
+        from transformers import CONFIG_MAPPING
+        from transformers.utils import logging
+
+        if self.whole["model_type"] not in CONFIG_MAPPING:
+            return None
+        plain = {
+            key: value
+            for key, value in self.whole.items()
+            if key not in ("quantization", "quantization_config")
+        }
+        said = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of what is refused here, or of nothing
+        try:
+            config = CONFIG_MAPPING[self.whole["model_type"]].from_dict(plain)
+            return config.get_text_config(decoder=True)
+        except (
+            Exception
+        ) as error:  # transformers checks the values, and raises whatever its checks do
+            reason = " ".join(str(error).split())[
+                :300
+            ]  # in its first line only that a check failed
+            raise ModelError(
+                f"{self.name}: {self.file} cannot be read by transformers: {reason}"
+            ) from None
+        finally:
+            logging.set_verbosity(said)
+
+    def _refuse_contradictions(self) -> None:
+        """Two places for one thing: transformers believes one of them, mlx-lm the other."""
+        parameters = self.rope_parameters_as_stored()
+        for key in ("rope_theta", "partial_rotary_factor"):
+            outside, inside = self.stored.get(key), parameters.get(key)
+            if None not in (outside, inside) and outside != inside:
+                found = f"is {outside}, but inside rope_parameters it is {inside}"
+                raise self.refusal(key, found, "remove the wrong one")
+        scaling = self.stored.get("rope_scaling")
+        if not isinstance(scaling, dict) or not parameters:
+            return
+        for key in sorted({"rope_type", *scaling} - {"type"}):
+            outside, inside = (_scaling(table).get(key) for table in (scaling, parameters))
+            if (
+                None not in (outside, inside)
+                and outside != inside
+                and {outside, inside} != {"su", "longrope"}
+            ):
+                found = f"has {key} = {outside}, but rope_parameters has {inside}"
+                raise self.refusal("rope_scaling", found, "remove the wrong one")
+
+    def rope_parameters_as_stored(self) -> dict[str, Any]:
+        """The flat ones of the file, or those of full attention."""
+        found = self.stored.get("rope_parameters")
+        if not isinstance(found, dict):
+            return {}
+        inner = found.get("full_attention")
+        return inner if isinstance(inner, dict) else found
+
+
+def own_fields(config_class: type) -> list[str]:
+    """The keys of a config class of transformers beside those that every one has."""
+    from transformers import PreTrainedConfig
+
+    common = {field.name for field in fields(PreTrainedConfig)}
+    return [field.name for field in fields(config_class) if field.name not in common]
+
+
+def flat_rotary_keys(parameters: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    """The keys of transformers 4, which mlx-lm and llama.cpp look for, for the flat
+    `rope_parameters` of transformers 5.
+
+    transformers 5 reads them as it reads the new ones.
+    """
+    keys = {"rope_theta": parameters.get("rope_theta"), "rope_scaling": None}
+    if (partial := parameters.get("partial_rotary_factor")) is not None:
+        keys["partial_rotary_factor"] = partial
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    outside = ("rope_theta", "partial_rotary_factor", "type", "rope_type")
+    scaling = {
+        key: value for key, value in parameters.items() if key not in outside and value is not None
+    }
+    if kind == "default" and not scaling:
+        return keys
+    scaling |= {"type": kind, "rope_type": kind}
+    if kind == "yarn":
+        scaling |= _yarn_for_mlx(parameters, longest)
+    if "original_max_position_embeddings" in scaling:
+        keys["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    return keys | {"rope_scaling": scaling}
+
+
+def _yarn_for_mlx(parameters: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    """mlx-lm's scale is (0.1 mscale ln factor + 1) / (0.1 mscale_all_dim ln factor + 1),
+    attention factor or not."""
+    factor = (
+        parameters.get("factor") or (longest or 1) / parameters["original_max_position_embeddings"]
+    )
+    keys = {
+        "factor": factor,
+        "beta_fast": parameters.get("beta_fast") or 32,
+        "beta_slow": parameters.get("beta_slow") or 1,
+    }
+    if factor > 1:
+        scale = yarn_scale(parameters, factor)
+        keys |= {
+            "attention_factor": scale,
+            "mscale": (scale - 1) / (0.1 * math.log(factor)),
+            "mscale_all_dim": 0,
+        }
+    return keys
+
+
+def _scaling(table: dict[str, Any]) -> dict[str, Any]:
+    return table | {"rope_type": table.get("rope_type") or table.get("type") or "default"}
+
+
+def _decoded(value: Any) -> Any:
+    """Numbers that JSON has no word for, as transformers tags them."""
+    if isinstance(value, dict):
+        if set(value) == {FLOAT_TAG}:
+            return float(value[FLOAT_TAG])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value

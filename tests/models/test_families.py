@@ -1,0 +1,330 @@
+"""A model folder computes on MLX, and on torch as we split it, what transformers computes from
+it."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, TOKENS, Family, transformers_logits
+
+from mlx_distill.backends.mlx import arithmetic
+from mlx_distill.backends.mlx import model as mlx_model
+from mlx_distill.backends.torch import model as torch_model
+from mlx_distill.errors import ModelError
+from mlx_distill.models.config import TESTED, Meaning
+
+TOLERANCE = 1e-3  # of the logits' standard deviation
+PLAINLY_WRONG = 0.1
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """Name of a family → its folder, made once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def made(name: str) -> Path:
+        return root / name if (root / name).exists() else FAMILIES[name].save(root / name)
+
+    return made
+
+
+def mlx_logits(folder: Path) -> np.ndarray:
+    split = mlx_model.load_teacher(folder, "m", 0)
+    return np.array(split.head(split.hidden(mx.array(TOKENS))))
+
+
+def plain_logits(folder: Path) -> np.ndarray:
+    """By mlx-lm, without a word of ours."""
+    model, _ = mlx_lm.utils.load_model(folder)
+    return np.array(model(mx.array(TOKENS)))
+
+
+def distance(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest difference, in units of the wanted ones' standard deviation."""
+    return np.abs(found - wanted).max() / wanted.std()
+
+
+def changed(folder: Path, place: Path, **keys) -> Path:
+    """A copy with other keys in config.json; a value of None removes the key."""
+    place.mkdir()
+    for file in folder.iterdir():
+        (place / file.name).write_bytes(file.read_bytes())
+    config = json.loads((place / "config.json").read_text()) | keys
+    config = {key: value for key, value in config.items() if value is not None}
+    (place / "config.json").write_text(json.dumps(config))
+    return place
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_mlx_and_torch_compute_what_transformers_computes(name: str, folder):
+    path = folder(name)
+    wanted = transformers_logits(path)
+    assert distance(mlx_logits(path), wanted) < TOLERANCE
+    split = torch_model.load_teacher(path, "m", 0, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        found = split.head(split.hidden(torch.from_numpy(TOKENS))).numpy()
+    assert distance(found, wanted) < TOLERANCE
+
+
+def test_every_family_that_is_called_tested_is():
+    assert {family.type for family in FAMILIES.values()} == set(TESTED)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "llama-yarn",
+        "mistral-window",
+        "qwen2-window",
+        "gemma2-window",
+        "phi3-longrope",
+        "smollm3",
+    ],
+)
+def test_the_test_sees_what_mlx_lm_alone_does_not_read(name: str, folder):
+    assert distance(plain_logits(folder(name)), transformers_logits(folder(name))) > PLAINLY_WRONG
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "llama-llama3",
+        "llama-yarn-attention",
+        "qwen2",
+        "olmo2",
+        "phi",
+        "granite",
+        "glm4",
+        "olmo3",
+    ],
+)
+def test_the_exported_config_is_read_right_by_all(name: str, folder, tmp_path: Path):
+    """transformers, this program, and mlx-lm without a word of ours."""
+    wanted = transformers_logits(folder(name))
+    portable = changed(folder(name), tmp_path / "portable", **Meaning(folder(name), "m").portable())
+    for found in (transformers_logits(portable), mlx_logits(portable), plain_logits(portable)):
+        assert distance(found, wanted) < TOLERANCE
+    again = Meaning(portable, "m").portable()
+    assert again == json.loads((portable / "config.json").read_text())
+
+
+OLD_FORM = {
+    "default": {"rope_theta": 5e5},
+    "linear": {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "dynamic": {
+        "rope_theta": 5e5,
+        "rope_scaling": {"type": "dynamic", "factor": 4.0},
+        "max_position_embeddings": 32,
+    },
+    "yarn": {
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    },
+    "nothing": {},
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("form", OLD_FORM)
+def test_a_config_of_transformers_4_is_read_as_transformers_reads_it(
+    name: str, form: str, folder, tmp_path: Path
+):
+    path = changed(folder(name), tmp_path / "old", rope_parameters=None, **OLD_FORM[form])
+    assert distance(mlx_logits(path), transformers_logits(path)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("gemma2-window", {"layer_types": None}),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 6}),
+        ("cohere2", {"layer_types": None, "sliding_window_pattern": 4}),
+        ("olmo3", {"layer_types": None}),
+        ("llama", {"tie_word_embeddings": None}),
+        ("llama", {"head_dim": None}),
+        (
+            "llama",
+            {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        ),
+        ("granite", {"tie_word_embeddings": None}),
+    ],
+)
+def test_keys_that_are_missing_have_transformers_defaults(
+    name: str, keys: dict, folder, tmp_path: Path
+):
+    path = changed(folder(name), tmp_path / "changed", **keys)
+    assert distance(mlx_logits(path), transformers_logits(path)) < TOLERANCE
+
+
+REFUSED = {
+    "two bases": (
+        "llama",
+        {"rope_theta": 1e4},
+        r"rope_theta is 10000\.0, but inside rope_parameters it is 500000",
+    ),
+    "two scalings": (
+        "llama-linear",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling has factor = 2.0, but rope_para",
+    ),
+    "two types": (
+        "llama",
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        "rope_scaling has rope_type = linear, but rope_param",
+    ),
+    "activation": (
+        "llama",
+        {"hidden_act": "gelu"},
+        "hidden_act is gelu: mlx-lm computes silu; use --backend torch",
+    ),
+    "partial": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e5,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+        r"partial_rotary_factor is 0\.5: a llama rotates whole heads",
+    ),
+    "unknown type": (
+        "llama",
+        {"rope_parameters": {"rope_type": "su", "rope_theta": 5e5}},
+        "rope_type is 'su': known here: default, ",
+    ),
+    "no factor": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5}},
+        "cannot be read by transformers: .*factor",
+    ),
+    "a factor of text": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": "4"}},
+        "rope_parameters .* cannot be computed",
+    ),
+    "odd": ("llama", {"head_dim": 15}, "cannot be read by transformers: .*even rotary"),
+    "traditional": (
+        "llama",
+        {"rope_traditional": True},
+        "rope_traditional is True: mlx-lm obeys it and transformers does not",
+    ),
+    "not periodic": (
+        "gemma3_text",
+        {"layer_types": ["full_attention", *["sliding_attention"] * 4, "full_attention"]},
+        "layer_types is .*--backend torch",
+    ),
+    "no cap": ("gemma2", {"attn_logit_softcapping": None}, ""),
+    "both ways": (
+        "gemma2",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention is True: mlx-lm does not read it",
+    ),
+    "a cap": (
+        "gemma3_text",
+        {"final_logit_softcapping": 30.0},
+        r"final_logit_softcapping is 30\.0: mlx-lm does not read it",
+    ),
+    "qk norms": ("phi", {"qk_layernorm": True}, "qk_layernorm is True: mlx-lm does not read it"),
+    "no window": ("mistral-window", {"sliding_window": 0}, "sliding_window is 0: write how many"),
+}
+
+
+@pytest.mark.parametrize("case", [case for case in REFUSED if case != "no cap"])
+def test_what_mlx_lm_would_not_compute_is_refused_in_one_line(case: str, folder, tmp_path: Path):
+    name, keys, expected = REFUSED[case]
+    path = changed(folder(name), tmp_path / "changed", **keys)
+    with pytest.raises(ModelError, match=f"^m: .*{expected}") as caught:
+        mlx_model.load_teacher(path, "m", 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cap_that_is_null_is_refused(folder, tmp_path: Path):
+    path = changed(folder("gemma2"), tmp_path / "changed")
+    config = json.loads((path / "config.json").read_text()) | {"attn_logit_softcapping": None}
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match="attn_logit_softcapping is null: mlx-lm's gemma2 needs a number"
+    ):
+        mlx_model.load_teacher(path, "m", 0)
+
+
+def test_a_family_that_was_not_compared_is_said(tmp_path: Path):
+    family = Family("helium", {"head_dim": 16})
+    notes = mlx_model.load_teacher(family.save(tmp_path / "helium"), "m", 0).notes
+    assert len(notes) == 1 and notes[0].startswith(
+        "m: mlx-lm's helium was not compared with transformers"
+    )
+
+
+# The check at load
+
+
+@pytest.mark.parametrize(
+    "attribute, value, expected",
+    [
+        (
+            "base",
+            10_000.0,
+            "rope_parameters asks for default with rope_theta 500000.0: mlx-lm computes",
+        ),
+        ("dims", 8, "rope_parameters asks for default"),
+        ("traditional", True, "rope_parameters asks for default"),
+        ("scale", 0.5, "rope_parameters asks for default"),
+    ],
+)
+def test_the_check_sees_a_wrong_rotation(attribute: str, value, expected: str, folder, monkeypatch):
+    model, _ = mlx_lm.utils.load_model(
+        folder("llama"), model_config=Meaning(folder("llama"), "m").for_mlx()
+    )
+    monkeypatch.setattr(
+        arithmetic, "GivenRotary", lambda rotary: model.layers[2].self_attn.rope
+    )  # nothing to replace it by
+    assert arithmetic.settle(model, Meaning(folder("llama"), "m")) == ()
+    setattr(model.layers[2].self_attn.rope, attribute, value)
+    with pytest.raises(ModelError, match=f"^m: .*{expected}"):
+        arithmetic.settle(model, Meaning(folder("llama"), "m"))
+
+
+@pytest.mark.parametrize(
+    "name, path, value, expected",
+    [
+        (
+            "llama",
+            "self_attn.scale",
+            0.3,
+            "attention scale asks for 0.25: mlx-lm computes 0.3 in model.layers.1.self_attn",
+        ),
+        (
+            "llama",
+            "input_layernorm.eps",
+            1e-3,
+            "rms_norm_eps asks for 1e-06: mlx-lm computes 0.001 in model.layers.1.input",
+        ),
+        (
+            "granite",
+            "residual_multiplier",
+            1.0,
+            "residual_multiplier asks for 0.7: mlx-lm computes 1 in model.layers.1",
+        ),
+        ("gemma2", "self_attn.attn_logit_softcapping", 5.0, "attn_logit_softcapping asks for 50"),
+    ],
+)
+def test_the_check_sees_a_wrong_number(name: str, path: str, value: float, expected: str, folder):
+    model, _ = mlx_lm.utils.load_model(
+        folder(name), model_config=Meaning(folder(name), "m").for_mlx()
+    )
+    arithmetic.settle(model, Meaning(folder(name), "m"))
+    owner, _, attribute = path.rpartition(".")
+    part = model.layers[1]
+    for step in owner.split(".") if owner else ():
+        part = getattr(part, step)
+    setattr(part, attribute, value)
+    with pytest.raises(ModelError, match=f"^m: .*{expected}"):
+        arithmetic.settle(model, Meaning(folder(name), "m"))
