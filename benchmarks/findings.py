@@ -18,7 +18,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 from tables import rewrite_section  # noqa: E402
 
-from mlx_distill.markdown import table  # noqa: E402
+from mlx_distill.reporting.markdown import table  # noqa: E402
 from mlx_distill.scoring.intervals import Estimate  # noqa: E402
 from mlx_distill.study import (  # noqa: E402
     Condition,

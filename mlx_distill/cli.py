@@ -165,7 +165,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the report; default: the run's own, or `reports`.")] = None,
 ) -> None:
     """Write a Markdown table and one self-contained HTML page about one or several runs."""
-    from mlx_distill.report import report as write_report
+    from mlx_distill.reporting.runs_page import report as write_report
 
     folder = out or (runs[0] if len(runs) == 1 else Path("reports"))
     with _stoppable() as view:

@@ -31,7 +31,7 @@ from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.plan import announce, kept_checkpoints, refuse_pair, shortage
 from mlx_distill.recipe import DataTable, Recipe, eval_table
-from mlx_distill.report import report
+from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
 from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
 from mlx_distill.tasks import Task, load_task

@@ -30,10 +30,12 @@ from mlx_distill.kept_run import Run, kl_before_after, read_run
 from mlx_distill.memory import this_machine
 from mlx_distill.plan import Plan, plan_of
 from mlx_distill.recipe import with_values
+from mlx_distill.reporting.sweep_findings import Swept
+from mlx_distill.reporting.sweep_page import write_report
+from mlx_distill.reporting.sweep_tables import best_path
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
 from mlx_distill.sweep_file import Point, Sweep
-from mlx_distill.sweep_report import Swept, best_path, write_report
 from mlx_distill.targets import TeacherCache
 from mlx_distill.view import View
 from mlx_distill.words import DASH, amount, duration, percent

@@ -68,7 +68,9 @@ def counted(count: int, noun: str) -> str:
 
 def finite(x: Sequence, y: Sequence) -> list[tuple[float, float]]:
     """The (x, y) pairs that are numbers; a gap or a NaN leaves no point."""
-    return [(float(a), float(b)) for a, b in zip(x, y, strict=True) if is_number(a) and is_number(b)]
+    return [
+        (float(a), float(b)) for a, b in zip(x, y, strict=True) if is_number(a) and is_number(b)
+    ]
 
 
 def is_number(value: Any) -> bool:

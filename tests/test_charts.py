@@ -1,56 +1,93 @@
-"""Charts: where ticks and points fall, and that a series is drawn as it is."""
+"""Charts: where ticks, points and bands fall, read back from the SVG that a page holds."""
 
 import math
+import re
+from itertools import pairwise
 
 import pytest
+from drawn import Drawn
 
-from mlx_distill.charts import (
-    HEIGHT,
+from mlx_distill.reporting.charts import (
     MOST_POINTS,
-    WIDTHS,
     Level,
     Point,
     Series,
-    apart,
     line_chart,
-    log_ticks,
     scatter,
     smoothed,
     thinned,
-    ticks,
 )
+from mlx_distill.reporting.drawing import apart, drawings
 from mlx_distill.words import number
 
 
-def test_ticks_are_round_and_cover_the_range():
-    assert ticks(0, 1.93, 5) == [0, 0.5, 1.0, 1.5, 2.0]
-    assert ticks(0, 500, 6) == [0, 100, 200, 300, 400, 500]
-    assert ticks(0.2, 0.97, 5) == [0.2, 0.4, 0.6, 0.8, 1.0]
-    assert len(ticks(3, 3, 5)) > 1
+def chart(x, y, **more):
+    return line_chart("loss", "nats", [Series("a", "accent", tuple(x), tuple(y))], **more)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.01, 2), (0.03, 1.4), (1e-4, 10), (0.5, 30), (1, 1)])
+def drawn(one):
+    """A chart at its widest."""
+    return Drawn(drawings(one)[-1])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0, 1.93, ["0.0", "0.5", "1.0", "1.5", "2.0"]),
+        (0, 500, ["0", "100", "200", "300", "400", "500"]),
+        (-0.2, 0.97, ["−0.5", "0.0", "0.5", "1.0"]),
+        (3, 3, ["0", "1", "2", "3"]),
+    ],
+)
+def test_ticks_are_round_and_cover_the_range(low, high, texts):
+    assert drawn(chart([0, 1], [low, high])).y_ticks == texts
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.01, 2), (0.03, 1.4), (1e-4, 10), (0.5, 30), (1e-12, 1e6)]
+)
 def test_logarithmic_ticks_cover_the_range(low, high):
-    marks = log_ticks(low, high)
-    assert marks[0] <= low and marks[-1] >= high and marks == sorted(set(marks)) and 2 <= len(marks) <= 8
+    one = drawn(chart([0, 1], [low, high]))
+    assert 2 <= len(one.y_ticks) <= 8 and one.grid == sorted(one.grid, reverse=True)
+    ((_, _, points),) = one.lines
+    assert all(one.grid[-1] - 0.01 <= y <= one.grid[0] + 0.01 for _, y in points)
 
 
 def test_a_point_falls_where_its_value_says():
-    chart = line_chart("loss", "nats", [Series("a", "accent", [0, 5, 10], [2.0, 1.0, 0.0])])
-    assert chart.lines[0].points == "0.00,0.00 50.00,50.00 100.00,100.00"
-    assert (chart.lines[0].first, chart.lines[0].last) == ("2.00", "0")
-    assert not chart.log
+    one = chart([0, 5, 10], [2.0, 1.0, 0.5])
+    for svg in drawings(one):
+        read = Drawn(svg)
+        ((role, dashed, points),) = read.lines
+        assert (role, dashed) == ("accent", False)
+        assert read.points(points) == [
+            pytest.approx(point, abs=0.01) for point in ((0, 2.0), (5, 1.0), (10, 0.5))
+        ]
+        assert read.discs == [("card", points[-1]), ("accent", points[-1])]
+    assert [(key.first, key.last) for key in one.key] == [("2.00", "0.500")]
+    assert not one.log
 
 
 def test_gaps_and_nan_leave_no_point():
-    chart = line_chart("loss", "nats", [Series("a", "accent", [0, 1, 2, 3], [1.0, None, math.nan, 0.5]), Series("b", "cot", [0], [None])])
-    assert len(chart.lines) == 1 and len(chart.lines[0].points.split()) == 2
-    assert line_chart("loss", "nats", [Series("a", "accent", [0], [math.inf])]) is None
+    series = [
+        Series("a", "accent", (0, 1, 2, 3), (1.0, None, math.nan, 0.5)),
+        Series("b", "cot", (0,), (None,)),
+    ]
+    one = line_chart("loss", "nats", series)
+    assert [len(points) for _, _, points in drawn(one).lines] == [2]
+    assert line_chart("loss", "nats", [Series("a", "accent", (0,), (math.inf,))]) is None
+
+
+def test_a_single_point_is_a_disc():
+    one = drawn(chart([3], [0.5]))
+    assert one.lines == [] or all(points[0] == points[-1] for _, _, points in one.lines)
+    assert ("accent" in dict(one.discs)) and one.points([dict(one.discs)["accent"]])[
+        0
+    ] == pytest.approx((3, 0.5), abs=0.01)
 
 
 def test_a_wide_positive_series_is_logarithmic():
-    assert line_chart("kl", "nats", [Series("a", "accent", [0, 1], [4.0, 0.01])]).log
-    assert not line_chart("agree", "share", [Series("a", "accent", [0, 1], [0.9, 0.01])], percent=True).log
+    assert chart([0, 1], [4.0, 0.01]).log
+    assert not chart([0, 1], [0.9, 0.01], shares=True).log
 
 
 def test_thinning_keeps_ends_and_mean():
@@ -61,61 +98,158 @@ def test_thinning_keeps_ends_and_mean():
 
 
 def test_smoothing_is_a_centred_mean_of_what_is_known():
-    assert smoothed([1.0, 2.0]) == [1.0, 2.0]
+    assert smoothed([1.0, 2.0]) == (1.0, 2.0)
     values = [float(i) for i in range(80)]
     assert smoothed(values)[40] == 40.0
     assert smoothed([*values[:40], math.nan, *values[41:]])[40] == 40.0
 
 
 def test_numbers():
-    assert [number(value) for value in (0, 0.4123, 12.3, 1234.5, 0.00012, -0.5)] == ["0", "0.412", "12.3", "1,234", "1.2e−4", "−0.500"]
+    assert [number(value) for value in (0, 0.4123, 12.3, 1234.5, 0.00012, -0.5)] == [
+        "0",
+        "0.412",
+        "12.3",
+        "1,234",
+        "1.2e−4",
+        "−0.500",
+    ]
     assert number(0.7123, percent=True) == "71.2\u00a0%"
 
 
 def test_bands_dots_and_levels_fall_where_their_values_say():
-    series = Series("a", "run-1", [0.5, 1.0], [0.4, 0.6], low=[0.2, 0.5], high=[0.5, 1.0], dots=[(0.5, 0.3)])
-    chart = line_chart("accuracy", "share", [series], percent=True, x_name="f", x_values=[0.5, 1.0], levels=[Level("base", "base", 0.0)])
-    line = chart.lines[0]
-    assert line.points == "0.00,60.00 100.00,40.00"
-    assert line.band == "0.00,80.00 100.00,50.00 100.00,0.00 0.00,50.00"
-    assert line.dots == [(0.0, pytest.approx(70.0))]
-    assert [(one.label, one.place, one.text) for one in chart.references] == [("base", 100.0, "0.0\u00a0%")]
+    series = Series(
+        "a",
+        "run-1",
+        (0.5, 1.0),
+        (0.4, 0.6),
+        low=(0.2, 0.5),
+        high=(0.5, 1.0),
+        dots=((0.5, 0.3),),
+        dashed=True,
+    )
+    levels = (Level("base", "base", 0.1),)
+    one = line_chart(
+        "accuracy", "share", [series], shares=True, x_name="f", x_values=(0.5, 1.0), levels=levels
+    )
+    read = drawn(one)
+    ((_, band),) = read.bands
+    assert read.points(band) == [
+        pytest.approx(point, abs=2e-3) for point in ((0.5, 0.2), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5))
+    ]
+    lines = {
+        role: (dashed, [y for _, y in read.points(points)]) for role, dashed, points in read.lines
+    }
+    assert lines["base"] == (True, pytest.approx([0.1, 0.1], abs=2e-3))
+    assert lines["run-1"] == (True, pytest.approx([0.4, 0.6], abs=2e-3))
+    assert read.points([point for role, point in read.discs if role == "run-1"])[
+        0
+    ] == pytest.approx((0.5, 0.3), abs=2e-3)
+    assert [(key.label, key.first, key.last) for key in one.key] == [
+        ("a", "40.0\u00a0%", "60.0\u00a0%"),
+        ("base", "", "10.0\u00a0%"),
+    ]
 
 
 def test_an_axis_of_values_has_its_ticks_at_them():
     def texts(values):
-        chart = line_chart("a", "b", [Series("a", "run-1", values, values)], x_values=values)
-        return [(tick.text, round(tick.place)) for tick in chart.x_ticks]
+        read = drawn(line_chart("a", "b", [Series("a", "run-1", values, values)], x_values=values))
+        return [text for _, text in read.x_ticks]
 
-    assert texts([0.1, 0.5, 1.0]) == [("0.1", 10), ("0.5", 50), ("1", 100)]
-    assert texts([0.5, 0.51, 0.75, 0.99, 1.0]) == [("0.5", 0), ("0.75", 50), ("1", 100)]
-    assert texts([1e-5, 1e-4, 1e-3]) == [("1e−5", 0), ("0.0001", 50), ("0.001", 100)]
-    assert texts([3.0]) == [("3", 0)]
+    assert texts((0.1, 0.5, 1.0)) == ["0.1", "0.5", "1"]
+    assert texts((0.5, 0.51, 0.75, 0.99, 1.0)) == ["0.5", "0.75", "1"]
+    assert texts((1e-5, 1e-4, 1e-3)) == ["1e−5", "0.0001", "0.001"]
+    assert texts((3.0,)) == ["3"]
+
+
+def test_ticks_have_room_at_every_width():
+    steps = tuple(range(0, 120_001, 500))
+    series = Series("a", "accent", steps, steps)
+    for one in (
+        line_chart("a", "b", [series]),
+        line_chart("a", "b", [series], x_values=tuple(range(0, 120_001, 10_000)), large=True),
+    ):
+        for svg in drawings(one):
+            ticks = Drawn(svg).x_ticks
+            for (place, text), (next_place, next_text) in pairwise(ticks):
+                assert next_place - place > 6.6 * (len(text) + len(next_text)) / 2, ticks
 
 
 def test_narrow_shares_have_ticks_that_differ():
-    chart = line_chart("a", "b", [Series("a", "run-1", [0, 1], [0.701, 0.709])], percent=True, from_zero=False)
-    assert len({tick.text for tick in chart.y_ticks}) == len(chart.y_ticks) > 2
+    one = chart([0, 1], [0.701, 0.709], shares=True, from_zero=False)
+    texts = drawn(one).y_ticks
+    assert len(set(texts)) == len(texts) > 2
 
 
 def test_a_scatter_is_numbered_by_x_and_joined_through_the_front():
-    points = [Point(name, "run-1", x, y, y - 0.1, y + 0.1, joined) for name, x, y, joined in
-              (("b", 4.0, 0.5, False), ("a", 1.0, 0.6, True), ("c", 8.0, 0.9, True))]
-    chart = scatter("t", "u", points, "cost", "{:g}".format)
-    assert [(mark.number, mark.point.label) for mark in chart.marks] == [(1, "a"), (2, "b"), (3, "c")]
-    assert [mark.place[0] for mark in chart.marks] == [12.5, 50.0, 100.0] and not chart.log
-    assert chart.line == " ".join(f"{mark.place[0]:.2f},{mark.place[1]:.2f}" for mark in chart.marks if mark.point.joined)
-    assert all(mark.high < mark.place[1] < mark.low for mark in chart.marks)
-    wide = scatter("t", "u", [*points, Point("d", "run-1", 400.0, 0.7, 0.6, 0.8, False)], "cost", "{:g}".format)
-    assert wide.log and all(0 <= mark.place[0] <= 100 for mark in wide.marks)
+    points = [
+        Point(name, "run-1", x, y, y - 0.1, y + 0.1, joined)
+        for name, x, y, joined in (
+            ("b", 4.0, 0.5, False),
+            ("a", 1.0, 0.6, True),
+            ("c", 8.0, 0.9, True),
+        )
+    ]
+    one = scatter("t", "u", points, "cost", "{:g}".format)
+    assert [(number, label, joined) for number, label, _, joined in one.numbered] == [
+        (1, "a", True),
+        (2, "b", False),
+        (3, "c", True),
+    ]
+    read = drawn(one)
+    assert [text for _, _, text in read.numbers] == ["1", "2", "3"] and not one.log
+    front = next(points for role, _, points in read.lines if role == "soft")
+    assert read.points(front) == [pytest.approx(point, abs=5e-3) for point in ((1, 0.6), (8, 0.9))]
+    whiskers = [read.points(points) for role, _, points in read.lines if role == "run-1"]
+    assert whiskers[1] == [pytest.approx((4, 0.4), abs=5e-3), pytest.approx((4, 0.6), abs=5e-3)]
+    assert [role for role, _ in read.discs] == [
+        "run-1",
+        "run-1",
+        "card",
+        "run-1",
+    ]  # the one off the front is a ring
+    wide = scatter(
+        "t", "u", [*points, Point("d", "run-1", 400.0, 0.7, 0.6, 0.8, False)], "cost", "{:g}".format
+    )
+    assert wide.log and all(44 <= x <= 880 for _, (x, _) in drawn(wide).discs)
     assert scatter("t", "u", [], "cost", str) is None
 
 
 def test_numbers_keep_off_points_and_each_other():
-    places = [(50.0 + 3 * math.cos(i), 50.0 + 3 * math.sin(i)) for i in range(6)] + [(0.0, 0.0), (100.0, 0.0), (100.0, 100.0)]
-    shifts = apart(places)
-    for width in WIDTHS:
-        pixels = [(x * width / 100, y * HEIGHT / 100) for x, y in places]
-        middles = [(x + a, y + b) for (x, y), (a, b) in zip(pixels, shifts, strict=True)]
-        assert all(abs(a - c) >= 18 or abs(b - d) >= 16 for i, (a, b) in enumerate(middles) for c, d in middles[:i])
-        assert all(abs(a - c) >= 13 or abs(b - d) >= 12 for a, b in middles for c, d in pixels)
+    for width, height in ((230, 300), (810, 330)):
+        places = [(width / 2 + 9 * math.cos(i), height / 2 + 11 * math.sin(i)) for i in range(6)]
+        places += [(0.0, 0.0), (width, 0.0), (width, height)]
+        middles = [
+            (x + a, y + b)
+            for (x, y), (a, b) in zip(places, apart(places, width, height), strict=True)
+        ]
+        assert all(
+            abs(a - c) >= 18 or abs(b - d) >= 16
+            for i, (a, b) in enumerate(middles)
+            for c, d in middles[:i]
+        )
+        assert all(abs(a - c) >= 13 or abs(b - d) >= 12 for a, b in middles for c, d in places)
+
+
+def test_a_drawing_belongs_to_its_page(monkeypatch, tmp_path):
+    """No colour, font, name or address of its own, whatever a person's matplotlib is set to."""
+    import matplotlib
+
+    one = line_chart(
+        "loss",
+        "nats",
+        [Series("a", "accent", (0, 1), (0.12345, 0.5), low=(0.1, 0.4), high=(0.2, 0.6))],
+    )
+    before = drawings(one)
+    for svg in before:
+        assert re.fullmatch(r'<svg class="w\d+" viewBox="[\d. ]+">.*</svg>', svg)
+        assert not re.search(
+            r"#|url|http|href|xmlns|font-family| id=|<(?!/?(svg|path|text)\b)", svg
+        )
+    with matplotlib.rc_context(
+        {"lines.linewidth": 9, "font.size": 30, "axes.grid": True, "svg.fonttype": "path"}
+    ):
+        from mlx_distill.reporting.drawing import drawn as draw
+
+        draw.cache_clear()
+        assert drawings(one) == before
+        assert matplotlib.rcParams["font.size"] == 30

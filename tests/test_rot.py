@@ -180,7 +180,7 @@ def calls(monkeypatch, world) -> set:
         asked.add(("generator", kwargs["completion_batch_size"]))
         return generator(*args, **kwargs)
 
-    monkeypatch.setattr("mlx_distill.report.html", lambda runs: "the page, which takes half of a tiny run's time")
+    monkeypatch.setattr("mlx_distill.reporting.page.Page.html", lambda page: "the page, which takes half of a tiny run's time")
     monkeypatch.setattr(mlx_backend, "kd_loss", recorded_loss)
     monkeypatch.setattr(mlx_backend.MlxStudent, "accumulate", recorded_accumulate)
     monkeypatch.setattr(mlx_backend.MlxModel, "generate", recorded_generate)

@@ -6,25 +6,17 @@ from html import unescape
 
 import numpy as np
 import pytest
+from drawn import Drawn
 
 from mlx_distill.errors import DataError, RunError
+from mlx_distill.reporting.drawing import drawings
+from mlx_distill.reporting.sweep_charts import bars, cost_chart, curves, pareto_chart, quality_chart, x_axis
+from mlx_distill.reporting.sweep_findings import Swept, findings
+from mlx_distill.reporting.sweep_page import write_report
+from mlx_distill.reporting.sweep_tables import best_path, costs, quality
+from mlx_distill.reporting.sweep_words import headline
 from mlx_distill.study import Row, best_within, conditions, difference, gain_retention, pareto_front, retention
 from mlx_distill.sweep_file import load_sweep
-from mlx_distill.sweep_report import (
-    Swept,
-    bars,
-    best_path,
-    cost_chart,
-    costs,
-    curves,
-    findings,
-    headline,
-    pareto_chart,
-    quality,
-    quality_chart,
-    write_report,
-    x_axis,
-)
 from mlx_distill.words import amount, percent, points
 
 FRACTION, KD, SEGMENTS = "truncation.fraction", "objective.kd_weight", "objective.segments"
@@ -222,31 +214,29 @@ def test_curves_are_the_grid_and_the_matched_arms():
     drawn = [(label, [one.settings[FRACTION] for one in members]) for label, members in curves(found)]
     assert drawn == [("kd_weight 0.5", FRACTIONS), ("kd_weight 0.0", FRACTIONS), ("token-matched, kd_weight 0.5", [0.25, 0.5])]
     chart = quality_chart(found)
-    assert [tick.text for tick in chart.x_ticks] == ["0.1", "0.25", "0.5", "0.75", "1"] and chart.x_name == "fraction"
-    for line, length in zip(chart.lines, (5, 5, 2), strict=True):
-        assert (len(line.points.split()), len(line.band.split()), len(line.dots)) == (length, 2 * length, 3 * length)
-    assert [one.label for one in chart.references] == ["student before", "full: fraction 1.0, kd_weight 0.5"]
+    for svg in drawings(chart):
+        assert [text for _, text in Drawn(svg).x_ticks] == ["0.1", "0.25", "0.5", "0.75", "1"]
+    assert chart.x_label == "fraction"
+    for one, length in zip(chart.series, (5, 5, 2), strict=True):
+        assert (len(one.known), len(one.low), len(one.high), len(one.dots)) == (length, length, length, 3 * length)
+    assert [one.label for one in chart.levels] == ["student before", "full: fraction 1.0, kd_weight 0.5"]
 
 
 def test_points_and_bands_lie_where_the_study_says():
     found = findings(make_grid())
     chart, (_, members) = quality_chart(found), curves(found)[0]
-    y = {float(re.sub(r"\D", "", tick.text)) / 100: tick.place for tick in chart.y_ticks}
-    low, high = min(y), max(y)
-
-    def place(share):
-        return 100 * (high - share) / (high - low)
-
-    placed = [tuple(map(float, point.split(","))) for point in chart.lines[0].points.split()]
-    assert placed == [pytest.approx((100 * one.settings[FRACTION], place(one.accuracy.mean)), abs=0.011) for one in members]
-    band = [float(point.split(",")[1]) for point in chart.lines[0].band.split()]
     bounds = [one.accuracy.low for one in members] + [one.accuracy.high for one in reversed(members)]
-    assert band == pytest.approx([place(bound) for bound in bounds], abs=0.011)
+    for svg in drawings(chart):
+        drawn = Drawn(svg)
+        points, band = (next(one[-1] for one in shapes if one[0] == "run-1") for shapes in (drawn.lines, drawn.bands))
+        for (x, y), one in zip(drawn.points(points), members, strict=True):
+            assert (x, y) == pytest.approx((one.settings[FRACTION], one.accuracy.mean), abs=2e-3)
+        assert [y for _, y in drawn.points(band)] == pytest.approx(bounds, abs=2e-3)
 
 
 def test_costs_are_shares_of_those_at_the_largest_x():
     chart = cost_chart(findings(make_grid()))
-    assert {line.label: (line.first, line.last) for line in chart.lines} == {
+    assert {key.label: (key.first, key.last) for key in chart.key} == {
         "arithmetic": ("10.0\u00a0%", "100.0\u00a0%"), "time": ("10.0\u00a0%", "100.0\u00a0%"),
         "peak memory": ("52.9\u00a0%", "100.0\u00a0%")}
     assert chart.unit == "share of that at fraction 1.0"
@@ -269,17 +259,19 @@ def test_without_numbers_on_an_axis_there_are_bars(tmp_path):
 def test_the_front_is_joined_and_every_condition_numbered(tmp_path):
     swept = make_grid()
     chart, front = pareto_chart(findings(swept)), pareto_front(conditions(swept.rows))
-    assert [mark.number for mark in chart.marks] == list(range(1, 14))
-    assert [mark.point.x for mark in chart.marks] == sorted(one.cost("flops") for one in conditions(swept.rows))
-    assert [mark.point.label for mark in chart.marks if mark.point.joined] == [findings(swept).name(one) for one in front]
-    assert len(chart.line.split()) == len(front)
+    assert [number for number, *_ in chart.numbered] == list(range(1, 14))
+    assert [point.x for point in chart.points] == sorted(one.cost("flops") for one in conditions(swept.rows))
+    assert [label for _, label, _, joined in chart.numbered if joined] == [findings(swept).name(one) for one in front]
+    for svg in drawings(chart):
+        assert [len(points) for role, _, points in Drawn(svg).lines if role == "soft"] == [len(front)]
     assert page_of(swept, tmp_path)[0].count('<li class="joined">') == len(front)
 
 
 def test_numbers_of_points_do_not_lie_on_each_other():
-    marks = pareto_chart(findings(make_grid())).marks
-    for width in (270, 640, 880):
-        middles = [(mark.place[0] * width / 100 + mark.shift[0], mark.place[1] * 3.4 + mark.shift[1]) for mark in marks]
+    for svg in drawings(pareto_chart(findings(make_grid()))):
+        numbers = Drawn(svg).numbers
+        assert [text for _, _, text in numbers] == [str(i) for i in range(1, 14)]
+        middles = [(x, y) for x, y, _ in numbers]
         assert all(abs(a - c) >= 13 or abs(b - d) >= 11 for i, (a, b) in enumerate(middles) for c, d in middles[:i])
 
 
@@ -327,7 +319,7 @@ def test_one_seed_says_what_it_cannot_know(tmp_path):
     for words in ("One seed each: the intervals cover other problems only, not another seed.", "one seed cannot tell"):
         assert words in text and words in said(markdown)
     assert "seeds and problems are crossed" not in text
-    assert not any(line.dots for line in quality_chart(findings(make_grid(seeds=1))).lines)
+    assert not any(one.dots for one in quality_chart(findings(make_grid(seeds=1))).series)
     assert "seeds and problems are crossed" in page_of(make_grid(), tmp_path)[1]
 
 
@@ -355,7 +347,7 @@ def test_what_was_not_measured_is_a_dash(tmp_path):
     _, text, _ = page_of(bare, tmp_path)
     assert {(row[2].text, row[3].text, row[5].text) for row in costs(findings(bare)).rows} == {("–", "–", "–")}
     assert pareto_chart(findings(bare)) is None and "Best condition" not in text and "nan" not in text and "One pass" not in text
-    assert [line.label for line in cost_chart(findings(bare)).lines] == ["time"]
+    assert [key.label for key in cost_chart(findings(bare)).key] == ["time"]
 
 
 def test_text_of_the_sweep_is_escaped(tmp_path):
@@ -383,7 +375,8 @@ def test_any_axis_makes_a_page(tmp_path, values):
     chart = quality_chart(findings(Swept("any", "", {"a.b": values}, None, rows, students_of(rows), {})))
     assert (chart is None) == (values in ([0.5, 0.5], [True, False]))
     if chart:
-        assert all(0 <= tick.place <= 100.001 for tick in chart.x_ticks) and len(chart.x_ticks) > 1
+        for drawn in map(Drawn, drawings(chart)):
+            assert all(44 <= x <= drawn.width - 10 for x, _ in drawn.x_ticks) and len(drawn.x_ticks) > 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

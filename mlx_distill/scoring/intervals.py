@@ -103,7 +103,11 @@ def crossed_variance(x: np.ndarray) -> tuple[float, float]:
     seeds, problems = x.shape
     if seeds == 1 or problems == 1:
         values = x.ravel()
-        return (float(values.var(ddof=1)) / values.size, values.size - 1.0) if values.size > 1 else (0.0, 1.0)
+        return (
+            (float(values.var(ddof=1)) / values.size, values.size - 1.0)
+            if values.size > 1
+            else (0.0, 1.0)
+        )
     mean, by_seed, by_problem = x.mean(), x.mean(1, keepdims=True), x.mean(0, keepdims=True)
     crossed = (seeds - 1) * (problems - 1)
     ms_seed = problems * float(((by_seed - mean) ** 2).sum()) / (seeds - 1)
@@ -129,7 +133,9 @@ def crossed_difference(differences: np.ndarray) -> Estimate:
     padded = _padded(differences)
     variance, degrees = crossed_variance(padded)
     half, middle = student_t(degrees) * np.sqrt(variance), padded.mean()
-    return Estimate(float(differences.mean()), float(max(-1, middle - half)), float(min(1, middle + half)))
+    return Estimate(
+        float(differences.mean()), float(max(-1, middle - half)), float(min(1, middle + half))
+    )
 
 
 def crossed_ratio(a: np.ndarray, b: np.ndarray) -> Estimate | None:

@@ -5,10 +5,12 @@ In: text. Out: Markdown.
 
 from collections.abc import Iterable
 
+ESCAPED = {"\\": "\\\\", "<": "&lt;", **{mark: f"\\{mark}" for mark in "*_`["}}
+
 
 def plain(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return text.replace("\\", "\\\\").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("`", "\\`").replace("[", "\\[")
+    return "".join(ESCAPED.get(letter, letter) for letter in text)
 
 
 def bullets(lines: Iterable[str]) -> str:
@@ -19,5 +21,7 @@ def bullets(lines: Iterable[str]) -> str:
 def table(head: list[str], rows: list[list[str]], align: str) -> str:
     """A pipe table, its cells escaped; `align` has one letter a column, "l" or "r"."""
     rule = ["---:" if side == "r" else "---" for side in align]
-    cells = [[plain(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    cells = [
+        [plain(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows
+    ]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *cells])

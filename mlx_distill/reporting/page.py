@@ -1,0 +1,297 @@
+"""A page: a headline and a list of sections, stated once and rendered to Markdown and to one self-contained HTML file.
+
+In: sections of blocks (a note, a table, bars, charts, …). Out: `report.md` and `report.html`. Each block knows its
+Markdown; its HTML is the macro of the same name in `page.html.jinja`, whose look is in `page.css`. Decided here: what
+each of the two shows where they differ, for Markdown has no bars and no curves.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from mlx_distill.errors import RunError
+from mlx_distill.reporting.charts import Curves, Scatter
+from mlx_distill.reporting.drawing import drawings
+from mlx_distill.reporting.markdown import bullets, plain, table
+from mlx_distill.words import percent
+
+
+class Block(Protocol):
+    """A piece of a section. kind: the name of its macro."""
+
+    kind: ClassVar[str]
+
+    def markdown(self, depth: int) -> str:
+        """The block as Markdown, headings inside it `depth` levels deep; "" where Markdown leaves it out."""
+        ...
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence; `strong` where it must not be overlooked."""
+
+    text: str
+    strong: bool = False
+    kind: ClassVar[str] = "note"
+
+    def markdown(self, depth: int) -> str:
+        return plain(self.text)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number or name, and what qualifies it. look: classes of the style sheet; dot: the role of a coloured mark before it."""
+
+    text: str
+    small: str = ""
+    look: str = ""
+    dot: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.small})" if self.small else self.text
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells; `align` has one letter a column, "l" or "r".
+
+    shown_by_bars: the columns that the HTML leaves out, since bars above the table show them.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    align: str
+    look: str = ""
+    shown_by_bars: tuple[str, ...] = ()
+    kind: ClassVar[str] = "table"
+
+    @property
+    def columns(self) -> list[int]:
+        """Those that the HTML has."""
+        return [i for i, name in enumerate(self.head) if name not in self.shown_by_bars]
+
+    def markdown(self, depth: int) -> str:
+        return table([*self.head], [[str(cell) for cell in row] for row in self.rows], self.align)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """An accuracy to draw, with the single runs it is the mean of."""
+
+    label: str
+    remark: str
+    role: str
+    mean: float
+    low: float
+    high: float
+    dots: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Accuracies with their intervals. Markdown has the table beside them."""
+
+    bars: Sequence[Bar]
+    kind: ClassVar[str] = "bars"
+
+    def markdown(self, depth: int) -> str:
+        return ""
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Curves beside each other, or one that has the page's width. Markdown says where each begins and ends."""
+
+    charts: Sequence[Curves | Scatter]
+    kind: ClassVar[str] = "charts"
+
+    def markdown(self, depth: int) -> str:
+        return bullets(line for chart in self.charts for line in chart.lines())
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """(value, name, remark) of a few figures."""
+
+    tiles: Sequence[tuple[str, str, str]]
+    kind: ClassVar[str] = "tiles"
+
+    def markdown(self, depth: int) -> str:
+        return bullets(
+            f"{name}: {value}{f' ({remark})' if remark else ''}"
+            for value, name, remark in self.tiles
+        )
+
+
+@dataclass(frozen=True)
+class Facts:
+    """(name, value) of things known."""
+
+    facts: Sequence[tuple[str, str]]
+    kind: ClassVar[str] = "facts"
+
+    def markdown(self, depth: int) -> str:
+        return bullets(f"{name}: {value}" for name, value in self.facts)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """(table, [(field, value, whether it differs from the default)]) of a recipe."""
+
+    tables: Sequence[tuple[str, Sequence[tuple[str, str, bool]]]]
+    kind: ClassVar[str] = "fields"
+
+    def markdown(self, depth: int) -> str:
+        return "\n".join(
+            f"- {plain(f'[{name}]')} {', '.join(map(self._text, fields))}"
+            for name, fields in self.tables
+        )
+
+    def _text(self, field: tuple[str, str, bool]) -> str:
+        name, value, changed = field
+        text = plain(f"{name} = {value}")
+        return f"**{text}**" if changed else text
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one look: "loss", "read" or "cut". edge: what begins here, "cut" or "kept from here"."""
+
+    text: str
+    segment: str
+    look: str
+    edge: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """The tokens of a sequence, and for each segment (role, name, what is said of it). Markdown has the latter alone."""
+
+    pieces: Sequence[Piece]
+    legend: Sequence[tuple[str, str, str]]
+    kind: ClassVar[str] = "example"
+
+    def markdown(self, depth: int) -> str:
+        return bullets(f"{name}: {words}" for _, name, words in self.legend)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Blocks that stand beside each other where the page is wide enough."""
+
+    blocks: Sequence[Block]
+    kind: ClassVar[str] = "beside"
+
+    def markdown(self, depth: int) -> str:
+        return _joined(block.markdown(depth) for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A page within the page, closed until it is asked for."""
+
+    title: str
+    remark: str
+    leads: Sequence[str]
+    sections: Sequence["Section"]
+    kind: ClassVar[str] = "fold"
+
+    def markdown(self, depth: int) -> str:
+        sections = [section.markdown(depth + 1) for section in self.sections]
+        return _joined(
+            [
+                f"{'#' * depth} {plain(self.title)}",
+                plain(self.remark),
+                *map(plain, self.leads),
+                *sections,
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Section:
+    """A title, what qualifies it, and blocks."""
+
+    title: str
+    blocks: Sequence[Block]
+    remark: str = ""
+
+    def markdown(self, depth: int) -> str:
+        heading = (
+            f"{'#' * depth} {plain(self.title)}{plain(f' ({self.remark})') if self.remark else ''}"
+        )
+        return _joined([heading, *(block.markdown(depth + 1) for block in self.blocks)])
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page. about: what stands above the headline, its name first. question: in its author's words, "" without one."""
+
+    about: Sequence[str]
+    headline: str
+    question: str
+    leads: Sequence[str]
+    sections: Sequence[Section]
+    notes: Sequence[str]
+
+    def markdown(self) -> str:
+        """The page as Markdown."""
+        said = [f"# {plain(self.headline)}", plain(self.question), *map(plain, self.leads)]
+        sections = [section.markdown(2) for section in self.sections]
+        notes = ["## How to read this", bullets(self.notes)] if self.notes else []
+        return _joined([*said, *sections, *notes]).replace("\u00a0", " ") + "\n"
+
+    def html(self) -> str:
+        """The page as one HTML file that needs no other file and no network, all text escaped."""
+        style = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+        return _template().render(page=self, style=style)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a page was written, and its first sentence."""
+
+    markdown: Path
+    html: Path
+    headline: str
+
+    def __str__(self) -> str:
+        return str(self.html)
+
+
+def write(page: Page, out: Path) -> Report:
+    """Put `report.md` and `report.html` into the folder `out`, made if need be; raises `RunError` where that cannot be done."""
+    written = Report(out / "report.md", out / "report.html", page.headline)
+    markdown, html = page.markdown(), page.html()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        written.markdown.write_text(markdown, encoding="utf-8")
+        written.html.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"report in {out}: cannot be written ({error.strerror}); choose another folder or free some space"
+        ) from None
+    return written
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return "\n\n".join(filter(None, parts))
+
+
+@cache
+def _template():
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    environment.filters["drawings"] = lambda chart: Markup("").join(map(Markup, drawings(chart)))
+    return environment.get_template("page.html.jinja")

@@ -1,0 +1,76 @@
+"""The curves of runs: training loss, and what was measured on held-out sequences."""
+
+from collections.abc import Sequence
+
+from mlx_distill.kept_run import SEGMENTS, Run
+from mlx_distill.reporting.charts import Curves, Series, line_chart, smoothed
+
+SEGMENT_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
+RUN_ROLES = ("run-1", "run-2", "run-3", "run-4", "run-5", "run-6")
+TRAINING = ("Training loss", "nats per supervised token, smoothed")
+TERMS = (("loss", "loss", "accent"), ("kd", "divergence", "cot"), ("ce", "cross-entropy", "prompt"))
+VALIDATION = (
+    ("kl", "KL to the teacher", "nats per token, held out, whole sequences"),
+    ("ce", "Cross-entropy", "nats per token, held out, whole sequences"),
+    ("agree", "Same first choice as the teacher", "share of tokens, held out"),
+)
+
+
+def run_role(i: int) -> str:
+    """The colour of the i-th of several."""
+    return RUN_ROLES[i % len(RUN_ROLES)]
+
+
+def charts_of(run: Run) -> list[Curves]:
+    """Training loss and its terms, then KL, cross-entropy and agreement on held-out sequences by segment."""
+    terms = [series for name, label, role in TERMS for series in _trained(run, name, label, role)]
+    held_out = [
+        line_chart(title, unit, _by_segment(run, name), shares=name == "agree")
+        for name, title, unit in VALIDATION
+    ]
+    return [chart for chart in (line_chart(*TRAINING, terms), *held_out) if chart]
+
+
+def _trained(run: Run, name: str, label: str, role: str) -> list[Series]:
+    """A term at each step, faint, and smoothed."""
+    steps, values = _columns(run.metrics, name)
+    return [
+        Series(label, role, steps, values, faint=True),
+        Series(label, role, steps, smoothed(values)),
+    ]
+
+
+def _by_segment(run: Run, name: str) -> list[Series]:
+    parts = [
+        Series(SEGMENT_NAMES[part], part, *_columns(run.validation, f"{name}_{part}"))
+        for part in SEGMENTS
+    ]
+    known = [part for part in parts if part.known]
+    whole = Series("all", "accent", *_columns(run.validation, name))
+    return (
+        known if len(known) == 1 else [*known, whole]
+    )  # of one segment, "all" would be the same curve
+
+
+def overlays(runs: Sequence[Run]) -> list[Curves]:
+    """The curves of several runs, one colour a run."""
+
+    def each(rows: str, name: str) -> list[Series]:
+        return [
+            Series(run.name, run_role(i), *_columns(getattr(run, rows), name))
+            for i, run in enumerate(runs)
+        ]
+
+    training = [
+        Series(one.label, one.role, one.x, smoothed(one.y)) for one in each("metrics", "loss")
+    ]
+    held_out = [
+        line_chart(title, unit, each("validation", name), shares=name == "agree")
+        for name, title, unit in VALIDATION
+    ]
+    return [chart for chart in (line_chart(*TRAINING, training), *held_out) if chart]
+
+
+def _columns(rows: Sequence[dict], name: str) -> tuple[tuple[float, ...], tuple]:
+    """Steps, and what the rows hold under a name."""
+    return tuple(row["step"] for row in rows), tuple(row.get(name) for row in rows)

@@ -1,0 +1,126 @@
+"""What is said of runs: sentences, every one computed from the runs' files.
+
+In: `Run`s. Out: sentences. Decided here: what comes first, and that a tie has no winner.
+"""
+
+from collections.abc import Sequence
+
+from mlx_distill.evaluate import Difference, Score, compare, retention
+from mlx_distill.kept_run import Compared, Run, kl_before_after
+from mlx_distill.reporting.run_cost import cost_of
+from mlx_distill.words import DASH, number, percent, points
+
+
+def headline(runs: Sequence[Run]) -> str:
+    """The first sentence of the report: what came out, in numbers of the runs' files."""
+    if len(runs) == 1:
+        return headline_of_one(runs[0])
+    scored = _ranked(runs)
+    tasks = {run.task for run in runs if run.task}
+    if not scored:
+        return f"{len(runs)} runs, none of them scored."
+    if len(tasks) > 1:
+        return f"{len(runs)} runs on {len(tasks)} tasks: {', '.join(sorted(tasks))}."
+    best = scored[0]
+    tied = [
+        run.name
+        for run in scored
+        if run.scores["student"].accuracy == best.scores["student"].accuracy
+    ]
+    if len(tied) > 1:
+        return f"{' and '.join(tied)} share the highest score of {len(runs)} runs: their students solve {_solved(best)}."
+    return f"{best.name} scores highest of {len(runs)} runs: its student solves {_solved(best)}."
+
+
+def leads(runs: Sequence[Run]) -> list[str]:
+    """What follows the headline: of one run its `subline`, of several how the highest compares with each other run."""
+    if len(runs) == 1:
+        return subline(runs[0])
+    best, *others = _ranked(runs) or [None]
+    return [
+        difference_sentence(
+            best.name, other.name, compare(best.scores["student"], other.scores["student"])
+        )
+        for other in others
+        if shared(best.scores["student"], other.scores["student"])
+    ]
+
+
+def _ranked(runs: Sequence[Run]) -> list[Run]:
+    return sorted(
+        (run for run in runs if "student" in run.scores),
+        key=lambda run: -run.scores["student"].accuracy,
+    )
+
+
+def shared(a: Score, b: Score) -> bool:
+    """Whether two models answered a problem in common."""
+    return bool(a.correct.keys() & b.correct.keys())
+
+
+def _solved(run: Run) -> str:
+    student = run.scores["student"]
+    return f"{percent(student.accuracy)} of {student.problems:,} problems"
+
+
+def headline_of_one(run: Run) -> str:
+    """What came out of a run."""
+    student, base, teacher = (run.scores.get(model) for model in ("student", "base", "teacher"))
+    if student is None:
+        first, last = kl_before_after(run)
+        if first is None or last is None:
+            return f"{run.name} has not been scored."
+        return (
+            f"{run.name} has not been scored; its validation KL to the teacher went from "
+            f"{number(first)} to {number(last)} nats per token."
+        )
+    before = f", {_direction(student, base)} {percent(base.accuracy)} before" if base else ""
+    other = f"; the teacher solves {percent(teacher.accuracy)}" if teacher else ""
+    return f"The student solves {_solved(run)}{before}{other}."
+
+
+def _direction(student: Score, base: Score) -> str:
+    if student.accuracy == base.accuracy:
+        return "as many as the"
+    return "up from" if student.accuracy > base.accuracy else "down from"
+
+
+def subline(run: Run) -> list[str]:
+    """What follows the headline: what is kept of the teacher, and how each compared run did."""
+    student, base, teacher = (run.scores.get(model) for model in ("student", "base", "teacher"))
+    parts = []
+    if student and base and teacher:
+        kept = retention(student, base, teacher)
+        if kept.accuracy is not None:
+            parts.append(f"{percent(kept.accuracy)} of the teacher's accuracy")
+        if kept.gain is not None:
+            parts.append(f"{percent(kept.gain)} of its lead over the student before")
+    said = [f"{run.name} reaches {' and '.join(parts)}."] if parts else []
+    return said + [_compared_sentence(run, other) for other in run.compared]
+
+
+def _compared_sentence(run: Run, other: Compared) -> str:
+    if other.difference is None:
+        return other.obstacle
+    return difference_sentence(run.name, f"{other.name} ({other.method})", other.difference)
+
+
+def difference_sentence(a: str, b: str, difference: Difference) -> str:
+    """A `Difference` in words, saying whether its interval excludes zero."""
+    zero = "includes" if difference.low <= 0 <= difference.high else "excludes"
+    facts = (
+        f"{points(difference.mean)} points, 95\u00a0% interval {points(difference.low)} to {points(difference.high)}, "
+        f"which {zero} zero ({difference.problems:,} shared problems)."
+    )
+    if difference.verdict == "no clear difference":
+        return f"No clear difference between {a} and {b}: {facts}"
+    return f"{a} is {difference.verdict} than {b}: {facts}"
+
+
+def progress(run: Run) -> str:
+    """A line for a run that is not finished; empty for one that is, or that does not say."""
+    if not run.manifest or run.manifest.get("finished"):
+        return ""
+    cost = cost_of(run)
+    of = f" of {cost.planned}" if cost.planned != DASH else ""
+    return f"This run is not finished: it stands at step {cost.steps}{of}, and what follows describes it so far."

@@ -1,0 +1,67 @@
+"""The page of a sweep: what its runs say together → a Markdown file and one self-contained HTML page.
+
+In: a `Swept`, whose rows `study.py` reads. Out: `report.md` and `report.html`. Every number comes from `study.py`.
+"""
+
+from pathlib import Path
+
+from mlx_distill.reporting.page import Bars, Block, Charts, Note, Page, Section, write
+from mlx_distill.reporting.sweep_charts import bars, cost_chart, pareto_chart, quality_chart
+from mlx_distill.reporting.sweep_findings import Findings, Swept, findings
+from mlx_distill.reporting.sweep_tables import budgets, costs, failures, quality
+from mlx_distill.reporting.sweep_words import headline_of, leads, notes, teacher_sentence
+from mlx_distill.words import counted
+
+
+def write_report(swept: Swept, out: Path) -> Path:
+    """Write `report.md` and `report.html` into the folder `out`, made if need be; the path of the page.
+
+    Raises `RunError` where they cannot be written and `DataError` where students answered different problems.
+    """
+    return write(sweep_page(findings(swept)), out).html
+
+
+def sweep_page(found: Findings) -> Page:
+    """The page, its empty sections left out."""
+    runs = sum(row.role == "student" for row in found.swept.rows)
+    counts = (len(found.students), "condition"), (runs, "run"), (len(found.seeds), "seed")
+    about = [found.swept.name, ", ".join(counted(*each) for each in counts)]
+    sections = [section for section in _sections(found) if section.blocks]
+    return Page(
+        about, headline_of(found), found.swept.question, leads(found), sections, notes(found)
+    )
+
+
+def _sections(found: Findings) -> list[Section]:
+    joined = "joined: no cheaper condition is as accurate"
+    return [
+        Section(
+            "Quality", [*_charts(quality_chart(found)), *_bars(found), *_table(quality(found))]
+        ),
+        Section("Cost", _costs(found) if found.students else []),
+        Section("Quality for cost", _charts(pareto_chart(found)), joined),
+        Section(
+            "Best condition for each budget",
+            _table(budgets(found)),
+            "share of the dearest condition's FLOPs",
+        ),
+        Section("Failed runs", _table(failures(found))),
+    ]
+
+
+def _costs(found: Findings) -> list[Block]:
+    taught = teacher_sentence(found)
+    return [*([Note(taught)] if taught else []), *_charts(cost_chart(found)), *_table(costs(found))]
+
+
+def _charts(chart) -> list[Block]:
+    return [Charts([chart])] if chart else []
+
+
+def _bars(found: Findings) -> list[Block]:
+    drawn = bars(found)
+    return [Bars(drawn)] if drawn else []
+
+
+def _table(table) -> list[Block]:
+    return [table] if table.rows else []

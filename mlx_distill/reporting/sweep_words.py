@@ -1,0 +1,184 @@
+"""What is said of a sweep: sentences, every number of them computed by `study.py`.
+
+In: `Findings`. Out: the headline, what follows it, and what intervals and costs on the page mean.
+"""
+
+from mlx_distill.evaluate import Difference
+from mlx_distill.reporting.run_words import difference_sentence
+from mlx_distill.reporting.sweep_findings import Findings, Swept, cheapest_kept, findings, missing
+from mlx_distill.scoring.intervals import Estimate
+from mlx_distill.study import Condition, difference, in_words, pareto_front, retention
+from mlx_distill.words import DASH, amount, counted, number, percent
+
+
+def headline(swept: Swept) -> str:
+    """The first sentence: the cheapest condition that keeps most of the full one's accuracy, else the most accurate one."""
+    return headline_of(findings(swept))
+
+
+def headline_of(found: Findings) -> str:
+    """The same of what was found."""
+    runs = sum(row.role == "student" for row in found.swept.rows)
+    if not found.students:
+        return (
+            f"{found.swept.name}: none of {counted(runs, 'run')} finished."
+            if runs
+            else f"{found.swept.name}: there is no run yet."
+        )
+    kept = cheapest_kept(found)
+    if kept:
+        return _kept_sentence(found, kept)
+    best = max(found.students, key=lambda one: one.accuracy.mean)
+    others = [one for one in found.students if one is not best]
+    if not others:
+        return f"{found.name(best)} solves {percent(best.accuracy.mean)} of {_problems(best)} problems ({_interval(best.accuracy)})."
+    second = max(others, key=lambda one: one.accuracy.mean)
+    return _difference_sentence(found, best, second) or (
+        f"{found.name(best)} solves most, {percent(best.accuracy.mean)} of {_problems(best)} problems; "
+        f"{found.name(second)} solves {percent(second.accuracy.mean)}, with other seeds."
+    )
+
+
+def _kept_sentence(found: Findings, one: Condition) -> str:
+    """What a condition keeps of the full one, and at what cost."""
+    share = retention(one, found.full)
+    return (
+        f"{found.name(one)} keeps {percent(share.mean)} of the accuracy of {found.name(found.full)} ({_interval(share)}) "
+        f"at {ratio(one, found.full, 'flops')} of its arithmetic."
+    )
+
+
+def _short_sentence(found: Findings, one: Condition) -> str:
+    """The same of another condition, the full one being named already; "" where they share no seed."""
+    share = retention(one, found.full)
+    return (
+        f"{found.name(one)} keeps {percent(share.mean)} ({range_of(share)}) at {ratio(one, found.full, 'flops')}."
+        if share
+        else ""
+    )
+
+
+def _difference_sentence(found: Findings, a: Condition, b: Condition) -> str:
+    gap = difference(a, b)
+    if gap is None:
+        return ""
+    return difference_sentence(
+        found.name(a),
+        found.name(b),
+        Difference(gap.mean, gap.low, gap.high, _problems(a), gap.verdict),
+    )
+
+
+def leads(found: Findings) -> list[str]:
+    """What follows the headline: the models that all runs share, the other members of the front, what is missing."""
+    models = [
+        f"{words} solves {percent(model.accuracy.mean)}"
+        for words, model in (
+            ("the student before training", found.base),
+            ("the teacher", found.teacher),
+        )
+        if model
+    ]
+    said = "; ".join(models)
+    lines = [f"{said[0].upper()}{said[1:]}."] if said else []
+    named = cheapest_kept(found)
+    if named:
+        others = [
+            _short_sentence(found, one)
+            for one in pareto_front(found.students)
+            if one not in (named, found.full)
+        ]
+        lines += [*filter(None, others)]
+    elif found.students and found.swept.full and found.full is None:
+        label, settings = found.swept.full
+        lines.append(
+            f"No run of {label or in_words(settings)} has finished, so nothing is compared with it."
+        )
+    if found.most_seeds == 1:
+        lines.append("One seed each: the intervals cover other problems only, not another seed.")
+    if found.failed:
+        lines.append(f"{counted(len(found.failed), 'run')} did not finish: see Failed runs.")
+    if 0 < missing(found) < found.swept.planned:
+        lines.append(
+            f"{missing(found)} of {counted(found.swept.planned, 'run')} are still to come: this page describes the others."
+        )
+    return lines
+
+
+def notes(found: Findings) -> list[str]:
+    """What the intervals and the costs on this page mean."""
+    lines = []
+    if found.most_seeds == 1:
+        lines.append(
+            "Every condition was trained with one seed: intervals are 95\u00a0% and cover other problems only. How much another "
+            "seed would change a number, one seed cannot tell."
+        )
+    elif found.students:
+        lines.append(
+            "Intervals are 95\u00a0% and cover another training seed and other problems together: the students of all seeds "
+            "answer the same problems, so seeds and problems are crossed. Conditions are compared over the seeds and problems "
+            "that both have, seed by seed and problem by problem."
+        )
+        if 1 < len({row.seed for condition in found.students for row in condition.rows}) < 4:
+            lines.append(
+                "With two or three seeds that differ much, an interval covers somewhat less than it says."
+            )
+        if any(len(condition.rows) == 1 for condition in found.students):
+            lines.append("Where a condition has one seed, its intervals cover other problems only.")
+    shared = [
+        words
+        for words, model in (
+            ("the student before training", found.base),
+            ("the teacher", found.teacher),
+        )
+        if model
+    ]
+    if shared:
+        lines.append(
+            f"One model each, so that intervals cover other problems only: {' and '.join(shared)}."
+        )
+    if found.students:
+        lines.append(
+            "Costs are means over seeds and count the training steps alone, without the teacher's shared pass, validation and "
+            "scoring; time is clock time of the training steps."
+        )
+        lines.append(
+            "KL is to the teacher, in nats per token, over held-out tokens of the supervised segments. An answer is well formed "
+            "where it closes its reasoning once and stops by itself."
+        )
+    if found.base and found.full:
+        lines.append(
+            "The kept gain is (condition − before) / (full − before), full being "
+            f"{found.name(found.full)} and before the student before training."
+        )
+    return lines
+
+
+def teacher_sentence(found: Findings) -> str:
+    """The teacher's kept answers; "" without any."""
+    took = found.swept.teacher_pass
+    if not took:
+        return ""
+    return (
+        f"{counted(took['runs'], 'run')} read the teacher's answers from a cache of {took['sequences']:,} sequences, "
+        f"{amount(took['tokens'])} tokens, {amount(took['bytes'], 'B')}."
+    )
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"95\u00a0% interval {range_of(estimate)}"
+
+
+def range_of(estimate: Estimate) -> str:
+    return f"{percent(estimate.low)} to {percent(estimate.high)}"
+
+
+def _problems(condition: Condition) -> int:
+    return condition.right.shape[1]
+
+
+def ratio(one: Condition, other: Condition, cost: str) -> str:
+    if not one.cost(cost) or not other.cost(cost):
+        return DASH
+    share = one.cost(cost) / other.cost(cost)
+    return number(share, percent=True, places=0 if share >= 0.1 else 1)
