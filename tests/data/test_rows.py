@@ -124,6 +124,7 @@ def test_qwen3_renders_tools_as_its_template_says(qwen3_tokenizer):
     (first, _), _, _ = read_file("toolhist.jsonl", "messages")
     sequence = render(first, qwen3_tokenizer)
     turns = row["messages"][:-1]
+    turns[1]["content"] = ""  # which the template wants to be text
     turns[1]["tool_calls"][0]["function"]["arguments"] = {"city": "Rome"}
     prompt = qwen3_tokenizer.apply_chat_template(
         turns, tools=row["tools"], add_generation_prompt=True, tokenize=True, return_dict=False
@@ -327,7 +328,7 @@ def test_rows_of_another_format_are_told_theirs(tmp_path):
 
 
 def test_an_unused_column_is_named_where_nothing_is_usable(tmp_path):
-    with pytest.raises(DataError, match="1 × no reasoning; .*; not used: column input in 1 row$"):
+    with pytest.raises(DataError, match=r"1 × no reasoning; .*; not used: column input in 1 row$"):
         read(tmp_path, [{"prompt": "i", "input": "x", "response": "o"}], format="response")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
+from test_examples import INSTRUCTION
 
 from mlx_distill.data.prepare import count_tokens, prepare
 from mlx_distill.data.sequences import Segment
@@ -230,7 +231,7 @@ def test_the_mac_recipe_shows_on_local_rows(tmp_path, qwen3_tokenizer):
     begin, middle, end = "<|begin_of_thought|>", "<|end_of_thought|>\n\n<|begin_of_solution|>", "<|end_of_solution|>"
     rows = [
         {
-            "system": "Use the markers.",
+            "system": INSTRUCTION,
             "conversations": [
                 {"from": "user", "value": f"What is {i}+1?"},
                 {
@@ -251,7 +252,9 @@ def test_the_mac_recipe_shows_on_local_rows(tmp_path, qwen3_tokenizer):
         "data.train_examples=20",
     )
     page = printed(load_recipe(path, settings))
-    assert "begin_of" not in page and "Use the markers" not in page
+    example, _, counted = page.partition("not used:")
+    assert "begin_of" not in example and "Your role as" not in example
+    assert counted.startswith(" system text that asks for <|begin_of_thought|> in 120 turns")
     assert "example 1 of 20" in page and "<|im_start|>user\nWhat is " in page and "validation: 100 whole" in page
     assert "▌cot · 57 tokens · kept, learned\n<think>\nLet me see." in page  # 16 of the prompt + 57 = int(147 / 2)
     assert "▌cot · 67 tokens · CUT" in page and "▌answer · 7 tokens · CUT" in page
