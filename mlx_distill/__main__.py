@@ -1,8 +1,17 @@
-"""The program's first lines: before anything is imported, Ctrl-C already ends it with one line."""
+"""The program's first lines: before anything is imported, Ctrl-C already ends it with one line.
+
+Nothing is imported from the working folder, which `python -m` puts first on the path: any `yaml.py` that happens to
+lie there would be run. This package is found already, wherever it lies.
+"""
 
 import os
 import signal
+import sys
+from contextlib import suppress
 
+with suppress(OSError):  # a working folder that is gone
+    if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
+        del sys.path[0]
 
 def main() -> None:
     """The `mlx-distill` command."""

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe import Range, load_recipe
+from mlx_distill.signals import ended_by_signals
 from mlx_distill.view import Screen, View, one_line, show_what_can_be_shown
 
 LONGEST_LINE = 2000  # characters of an error
@@ -183,12 +184,13 @@ def doctor(backend: BackendOption = "auto") -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[View]:
-    """A view to work in; Ctrl-C ends the work with a line and exit code 130."""
+    """A view to work in; Ctrl-C, or a polite kill, ends the work with a line and exit code 130."""
     if callable(signal.getsignal(signal.SIGINT)):  # it may be ignored; else files will now be written that are to be left whole
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with View(console) as view:
         try:
-            yield view
+            with ended_by_signals():
+                yield view
         except KeyboardInterrupt:
             view.say("stopped. The same command continues from what was saved last.")
             raise typer.Exit(130) from None

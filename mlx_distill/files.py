@@ -48,7 +48,9 @@ WORDS_OF_LIBRARIES = {  # a library that writes by itself says in words why it c
     "permission denied": errno.EACCES,
     "too long": errno.ENAMETOOLONG,
 }
-ANY_REMEDY = "is there room on the disk, and may you write there? Then run the same command again"
+ANY_REMEDY = (  # a library that says no cause: most often there is no room, in one way or another
+    "free some disk (or raise your quota, or `ulimit -f`) and run the same command again"
+)
 LEFT_OVER = re.compile(r"\.(?P<name>.+?)(-[0-9a-f]{8})?\.tmp")  # no digits: of an older version
 FREE, HELD, UNKNOWN = "free", "held", "unknown"
 ONE_LINE_CHARACTERS = 300
@@ -61,6 +63,12 @@ class InUse(DistillError, BlockingIOError):
 
 
 # what went wrong
+
+
+def first_line(error: BaseException) -> str:
+    """The error's text as it is, but for further lines."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
@@ -123,7 +131,7 @@ def made_whole(folder: Path) -> Iterator[Path]:
     What a killed process left half made under this name is removed first; what is being made is not.
     Raises whatever the filling raised, and `OSError`.
     """
-    for path in left_overs(folder.parent, folder.name):
+    for path in left_overs(folder.parent, re.compile(re.escape(folder.name))):
         shutil.rmtree(path, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
     temporary.mkdir()
@@ -137,12 +145,12 @@ def made_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def left_overs(parent: Path, name: str) -> list[Path]:
-    """The half-made folders of this name in `parent` that no process is making now."""
+def left_overs(parent: Path, name: re.Pattern) -> list[Path]:
+    """The half-made folders of such names in `parent` that no process is making now."""
     found = []
     for path in sorted(parent.glob(".*.tmp")):
         match = LEFT_OVER.fullmatch(path.name)
-        ours = match and match["name"] == name and path.is_dir() and not path.is_symlink()
+        ours = match and name.fullmatch(match["name"]) and path.is_dir() and not path.is_symlink()
         if ours and _lock_of(path) is FREE:
             found.append(path)
     return found

@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAM = (sys.executable, "-m", "mlx_distill")
+import mlx_distill
+from mlx_distill.signals import POLITE
+
+HERE = str(Path(mlx_distill.__file__).parent.parent)
+START = (  # this very package, installed or not, and nothing else from where it lies or from the working folder
+    f"import sys; sys.path.insert(0, {HERE!r}); import mlx_distill; del sys.path[0]; "
+    "from mlx_distill.__main__ import main; main()"
+)
+PROGRAM = (sys.executable, "-P", "-c", START)
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 POLL_SECONDS = 0.2
 
@@ -75,14 +83,14 @@ def side_by_side(
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
         for process, _ in running.values():
-            process.send_signal(signal.SIGINT)
+            process.send_signal(POLITE)
         while running:
             yield from _ended(running, stopped=True)
             time.sleep(POLL_SECONDS)
         raise
     finally:  # whoever reads us has stopped, for whatever reason: nothing is left behind
         for process, _ in running.values():
-            process.send_signal(signal.SIGINT)
+            process.send_signal(POLITE)
         for process, _ in running.values():
             process.wait()
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.errors import DataError, DistillError, NotFound
+from mlx_distill.errors import DataError, DistillError, NotFound, RunError
 from mlx_distill.evaluate import Difference, Score, compare
 from mlx_distill.readers import parse_toml, path_of, read_json, read_text
 from mlx_distill.recipe import Recipe
+from mlx_distill.runs import logs
 from mlx_distill.words import finite
 
 SEGMENTS = ("prompt", "cot", "answer")
@@ -81,7 +82,7 @@ def _read_parts(folder: Path) -> Run:
         metrics=_json_lines(folder, "metrics.jsonl", notes, "there are no training curves"),
         validation=_json_lines(folder, "validation.jsonl", notes, "there are no validation curves"),
         task=str(evaluation.get("task", "")),
-        scores=_scores(evaluation.get("scores"), notes),
+        scores=read_scores(evaluation.get("scores"), notes),
         sample=[piece for piece in pieces if isinstance(piece, dict) and piece.get("segment") in SEGMENTS],
         notes=notes,
     )
@@ -142,22 +143,14 @@ def _json(folder: Path, name: str, kind: type | tuple[type, ...], notes: dict[st
 
 def _json_lines(folder: Path, name: str, notes: dict[str, str], otherwise: str) -> list[dict]:
     try:
-        lines = (folder / name).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+        found = logs.read(folder / name)
+    except RunError as error:
+        notes[name] = f"{error}: {otherwise}."
+        return []
+    if not (folder / name).exists():
         notes[name] = f"No {name}: {otherwise}."
         return []
-    except (OSError, ValueError) as error:
-        notes[name] = f"{name} cannot be read ({error}): {otherwise}."
-        return []
-    rows, torn = [], 0
-    for line in filter(str.strip, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            torn += 1
-            continue
-        if isinstance(row, dict) and finite([row.get("step")], [0]):
-            rows.append(row)
+    rows, torn = found.rows, len(found.unreadable) + found.torn_end
     if torn:
         notes[name] = f"{name}: {torn} unreadable line{'s' if torn > 1 else ''} left out."
     elif not rows:
@@ -165,12 +158,13 @@ def _json_lines(folder: Path, name: str, notes: dict[str, str], otherwise: str) 
     return rows
 
 
-def _scores(content: Any, notes: dict[str, str]) -> dict[str, Score]:
+def read_scores(content: Any, notes: dict[str, str]) -> dict[str, Score]:
+    """The scores of an eval.json that are whole; each other one has a line in `notes`."""
     scores = {}
     for model, fields in (content if isinstance(content, dict) else {}).items():
         try:
             scores[str(model)] = _score(fields)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, AttributeError):
             notes[f"eval.json {model}"] = f"eval.json: the score of the {model} is incomplete and is left out."
     if "student" not in scores and "eval.json" not in notes:
         notes["eval.json"] = "eval.json holds no score of the student."

@@ -5,6 +5,7 @@ the machine or computed from the data; nothing is typed in.
 """
 
 import hashlib
+import json
 import platform
 import subprocess
 import time
@@ -66,6 +67,12 @@ def is_installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
+
+
+def inputs_digest(manifest: dict) -> str:
+    """16 hex digits over the models and the data of a manifest."""
+    content = json.dumps([manifest["models"], manifest["data_digest"]], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def data_account(prepared: Prepared, recipe: Recipe) -> dict:

@@ -6,8 +6,6 @@ that was stopped anywhere.
 
 import datetime
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +23,8 @@ from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
 from mlx_distill.flops import Adapters, Shape, step_flops, total_flops
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
-from mlx_distill.manifest import make_manifest, make_start, sample_pieces
+from mlx_distill.kept_run import read_scores
+from mlx_distill.manifest import inputs_digest, make_manifest, make_start, sample_pieces
 from mlx_distill.memory import Machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
@@ -33,9 +32,10 @@ from mlx_distill.plan import announce, kept_checkpoints, refuse_pair, shortage
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
+from mlx_distill.signals import asked_to_stop
 from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
 from mlx_distill.tasks import Task, load_task
-from mlx_distill.train import Training
+from mlx_distill.train import Training, restore
 from mlx_distill.view import View, silent
 
 
@@ -46,10 +46,9 @@ def run(recipe: Recipe, view: View, backend_name: str = "auto", fresh: bool = Fa
     """
     backend = choose_backend(backend_name)
     pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend, force)
-    folder = open_folder(recipe, backend, fresh)
-    with folder.locked():
+    with held_folder(recipe, backend, fresh, pipeline.view.say) as folder:
         pipeline.run(folder)
-    return folder.path
+        return folder.path
 
 
 def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:
@@ -74,11 +73,13 @@ def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
     return list(shared)
 
 
-def open_folder(recipe: Recipe, backend: Backend, fresh: bool) -> RunFolder:
-    """The first rank makes the folder, or refuses; then the others look at it."""
-    folder = RunFolder.open(recipe, fresh) if backend.ranks.first else None
-    backend.all_sum(np.zeros(1))
-    return folder or SilentFolder.open(recipe)
+@contextmanager
+def held_folder(recipe: Recipe, backend: Backend, fresh: bool, say: Callable[[str], None]) -> Iterator[RunFolder]:
+    """The run's folder, held by the first rank, which makes it or refuses; then the others look at it."""
+    kind = RunFolder if backend.ranks.first else SilentFolder
+    with kind.held(recipe, fresh, say) as folder:
+        backend.all_sum(np.zeros(1))
+        yield folder
 
 
 class Pipeline:
@@ -98,7 +99,7 @@ class Pipeline:
         self.announce()
         settings = self.recipe.eval
         task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
-        if not (folder.student / "config.json").exists():
+        if not folder.has_student():
             self._train_and_export(folder)
         self.backend.part()
         self.backend.release()
@@ -141,15 +142,20 @@ class Pipeline:
         steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
         try:
             cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
-            self._write_manifest(folder, prepared, len(steps), cached)
-            student, state = self._train(folder, steps, validation_batches(prepared.validation, recipe.batch), cached)
+            inputs = self._write_manifest(folder, prepared, len(steps), cached)
+            validation = validation_batches(prepared.validation, recipe.batch)
+            student, state = self._train(folder, steps, validation, cached, inputs)
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {folder.what_is_saved()}; {shortage(*planned)}") from None
         if self.recipe.run.export == "best" and state.best_step != state.step:
-            student.restore_state(folder.checkpoint(state.best_step), optimizer=False)
+            restore(student, folder.checkpoint(state.best_step), optimizer=False)
         manifest = folder.read_json("manifest.json")
         exported = state.best_step if self.recipe.run.export == "best" else state.step
-        result = {"exported_step": exported, "elapsed_seconds": state.elapsed_seconds, "flops": total_flops(folder.rows("metrics.jsonl"))}
+        counted = folder.rows("metrics.jsonl") if state.flops is None else [{"flops": state.flops}]
+        result = {
+            "exported_step": exported, "elapsed_seconds": state.elapsed_seconds, "tokens_read": state.tokens_seen,
+            "loss_tokens": state.loss_tokens_seen, "flops": total_flops(counted),
+        }
         folder.write_json("manifest.json", manifest | result)
         folder.write_student(lambda path: student.export(path, self.stop_ids))  # last: where it lies, training is complete
         self.view.say(f"student written to {folder.student} (step {exported})")
@@ -160,14 +166,15 @@ class Pipeline:
             self.view.say(f"note: the student will open in transformers alone, mlx-lm cannot load its base: {reason}")
 
     def _train(
-        self, folder: RunFolder, steps: Steps, validation: list[Batch], cached: CachedTeacher | None
+        self, folder: RunFolder, steps: Steps, validation: list[Batch], cached: CachedTeacher | None, inputs: str
     ) -> tuple[Student, TrainState]:
         student, teacher = self._load_models(cached)
         self._check_disk(folder, student, len(steps))
         training = Training(
             self.recipe, self.backend, student, teacher, steps, validation, folder, self.view, self._flops_counter(),
+            inputs,
         )
-        with _ctrl_c() as asked:
+        with asked_to_stop() as asked:
             training.stop_asked = asked.is_set
             return student, training.train()
 
@@ -252,34 +259,63 @@ class Pipeline:
                 'set run.folder to another disk, or run.keep_checkpoints = "last" with run.export = "last"'
             )
 
-    def _write_manifest(self, folder: RunFolder, prepared: Prepared, steps: int, cached: CachedTeacher | None) -> None:
-        kept = folder.read_json("manifest.json")
+    def _write_manifest(self, folder: RunFolder, prepared: Prepared, steps: int, cached: CachedTeacher | None) -> str:
+        """Write or complete it; returns the digest of models and data, which checkpoints keep too.
+
+        Raises `RunError` where these are not what the run began with.
+        """
+        kept = folder.readable("manifest.json", self.view.say, "it is written again")
+        last = folder.last_state(self.recipe.run.export == "best")
         models = {"student": (self.recipe.student.model, self.student_folder)}
         if self.teacher_folder:
             models["teacher"] = (self.recipe.teacher.model, self.teacher_folder)
         manifest = make_manifest(self.recipe, self.backend.device(), models, prepared, steps)
         manifest |= {"teacher_cache": cached.cache.fields.name} if cached else {}
         for key, what in (("models", "a model's files"), ("data_digest", "the data")):
-            if kept and kept[key] != manifest[key]:
-                raise RunError(f"{folder.path}: {what} changed since this run began; restore the old ones or start over with --fresh")
-        starts = [*kept.get("starts", []), make_start(self.backend.device(), folder.last_state().step)]
-        folder.write_json("manifest.json", (kept or manifest) | {"starts": starts})
+            if kept.get(key, manifest[key]) != manifest[key]:
+                raise _changed(folder, what)
+        inputs = inputs_digest(manifest)
+        if last.inputs_digest not in ("", inputs):
+            raise _changed(folder, "a model's files or the data")
+        starts = [*kept.get("starts", []), make_start(self.backend.device(), last.step)]
+        folder.write_json("manifest.json", {**manifest, **kept, "starts": starts})
         folder.write_json("sample.json", sample_pieces(prepared, self.recipe, self.tokenizer))
+        return inputs
 
     # scoring
 
     def _evaluate(self, folder: RunFolder, task: Task) -> None:
         """Score teacher, base and student, each once; a score that is kept is not made again."""
-        kept = folder.read_json("eval.json")
-        scores = kept.get("scores", {})
+        scores = self._kept_scores(folder)
         for part, path, bits in self._scored(folder):
             if part in scores:
                 continue
+            self._refuse_changed(folder, part)
             model = self.backend.load_teacher(path, part, bits)
             scores[part] = self._score(model, task, part).to_json()
             folder.write_json("eval.json", {"task": task.name, "scores": scores})
             del model
             self.backend.release()
+
+    def _kept_scores(self, folder: RunFolder) -> dict[str, dict]:
+        """Those of eval.json that can be read; of the others it is said that they are made again."""
+        kept = folder.readable("eval.json", self.view.say, "what it held is scored again").get("scores")
+        notes: dict[str, str] = {}
+        whole = read_scores(kept, notes)
+        for part in kept if isinstance(kept, dict) else ():
+            if part not in whole:
+                self.view.say(f"note: {folder.path / 'eval.json'}: the score of the {part} is incomplete and is made again")
+        return {part: kept[part] for part in whole}
+
+    def _refuse_changed(self, folder: RunFolder, part: str) -> None:
+        """Raises `RunError` if a model that is to be scored is not the one that the run began with, or wrote."""
+        if part == "student":
+            folder.exported.refuse_changed()
+            return
+        role, path = ("teacher", self.teacher_folder) if part == "teacher" else ("student", self.student_folder)
+        known = folder.read_json("manifest.json").get("models", {}).get(role, {}).get("fingerprint")
+        if known and known != model_fingerprint(path):
+            raise _changed(folder, f"a model's files (the {part}'s)")
 
     def _scored(self, folder: RunFolder) -> Iterator[tuple[str, Path, int]]:
         if self.teacher_folder and self.recipe.eval.score_teacher:
@@ -295,10 +331,13 @@ class Pipeline:
         return score
 
     def _finish(self, folder: RunFolder) -> None:
-        manifest = folder.read_json("manifest.json")
-        folder.write_json("manifest.json", manifest | {"finished": True})
+        folder.write_json("manifest.json", folder.read_json("manifest.json") | {"finished": True})
         report([folder.path], folder.path)
         self.view.say(f"report: {folder.path / 'report.html'}")
+
+
+def _changed(folder: RunFolder, what: str) -> RunError:
+    return RunError(f"{folder.path}: {what} changed since this run began; restore the old ones or start over with --fresh")
 
 
 def score_model(
@@ -322,24 +361,3 @@ def score_model(
     score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer), day)
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     return score
-
-
-@contextmanager
-def _ctrl_c() -> Iterator[threading.Event]:
-    """While open, the first Ctrl-C (or SIGTERM, which launchers and schedulers send) sets the event, the second one interrupts."""
-    asked = threading.Event()
-
-    def note(*_) -> None:
-        asked.set()
-        for number in before:
-            signal.signal(number, signal.default_int_handler)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,12 +10,10 @@ on where it stopped.
 
 import dataclasses
 import json
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from hashlib import sha256
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_distill.errors import DistillError, RecipeError, RunError
+from mlx_distill.errors import CacheError, DistillError, RecipeError, RunError
 from mlx_distill.evaluate import Score
 from mlx_distill.jobs import Ended, Job, side_by_side
 from mlx_distill.kept_run import Run, kl_before_after, read_run
@@ -34,6 +32,7 @@ from mlx_distill.reporting.sweep_findings import Swept
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path
 from mlx_distill.run_dir import RunFolder
+from mlx_distill.signals import ended_by_signals
 from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
 from mlx_distill.sweep_file import Point, Sweep
 from mlx_distill.targets import TeacherCache
@@ -92,8 +91,8 @@ def _refuse_changed(point: Point) -> None:
         return
     try:
         changes = "; ".join(folder.recipe().differences(point.recipe))
-    except RunError:
-        changes = "of another version of mlx-distill"
+    except RunError:  # the run itself will say, and is one that failed; the others go on
+        return
     if changes:
         raise RunError(f"{folder.path} holds another run than this sweep's ({changes}): name another folder with `runs`, or delete it")
 
@@ -106,18 +105,6 @@ def _results(one: Sweep) -> RunFolder:
     except OSError as error:
         raise RunError(f"{one.path}: cannot write to {one.folder} ({error.strerror}): name another `folder`") from None
     return RunFolder(one.folder)
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """A polite kill, or a terminal that closes, ends a sweep as Ctrl-C does: its runs save and stop."""
-    ours = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    before = {which: signal.signal(which, signal.default_int_handler) for which in ours}
-    try:
-        yield
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
 
 
 class Queue:
@@ -260,9 +247,9 @@ def shared_scores(one: Sweep) -> dict[str, tuple[Run, Point]]:
     """The first finished run that scored the base, and the teacher, as far as all runs share them."""
     found: dict[str, tuple[Run, Point]] = {}
     for point in one.points:
-        scores = point.folder.read_json("eval.json").get("scores", {}) if point.done else {}
-        for role in sorted(one.shared & scores.keys() - found.keys()):
-            found[role] = read_run(point.folder.path), point
+        run = read_run(point.folder.path) if point.done else None
+        for role in sorted(one.shared & run.scores.keys() - found.keys()) if run else ():
+            found[role] = run, point
     return found
 
 
@@ -270,13 +257,19 @@ def student_row(point: Point) -> Row:
     """What a finished run says."""
     run = read_run(point.folder.path)
     row = _row(run, "student", point.label, point.settings, point)
-    steps, manifest = run.metrics, run.manifest
+    manifest, logged = run.manifest, {name: _column(run, name) for name in ("tokens", "loss_tokens", "seconds", "peak_bytes")}
+    kl = kl_before_after(run)[1]
     return dataclasses.replace(
-        row, steps=len(steps), exported_step=manifest["exported_step"], tokens_read=sum(step["tokens"] for step in steps),
-        loss_tokens=sum(step["loss_tokens"] for step in steps), flops=manifest["flops"].get("total", 0.0),
-        train_seconds=sum(step["seconds"] for step in steps), peak_bytes=max(step["peak_bytes"] for step in steps),
-        kl=float("nan") if (kl := kl_before_after(run)[1]) is None else kl,
+        row, steps=manifest.get("steps", len(run.metrics)), exported_step=manifest.get("exported_step", 0),
+        tokens_read=manifest.get("tokens_read", sum(logged["tokens"])),
+        loss_tokens=manifest.get("loss_tokens", sum(logged["loss_tokens"])), flops=manifest.get("flops", {}).get("total", 0.0),
+        train_seconds=sum(logged["seconds"]), peak_bytes=max(logged["peak_bytes"], default=0), kl=nan if kl is None else kl,
     )
+
+
+def _column(run: Run, name: str) -> list[float]:
+    """A number of each step's row, as far as the log can be read."""
+    return [row[name] for row in run.metrics if isinstance(row.get(name), int | float)]
 
 
 def _row(run: Run, role: str, label: str, settings: dict[str, Any], point: Point) -> Row:
@@ -284,8 +277,8 @@ def _row(run: Run, role: str, label: str, settings: dict[str, Any], point: Point
     score, made = run.scores[role], run.manifest
     return Row(
         point.name, role, label, settings, point.recipe.run.seed, accuracy=score.accuracy, unfinished=score.unfinished,
-        well_formed=score.well_formed, mean_tokens=score.mean_tokens, backend=made["backend"], device=made["device"],
-        commit=made["git_commit"], problems=_which(score), right=tuple(map(fmean, score.correct.values())),
+        well_formed=score.well_formed, mean_tokens=score.mean_tokens, backend=made.get("backend", ""), device=made.get("device", ""),
+        commit=made.get("git_commit", ""), problems=_which(score), right=tuple(map(fmean, score.correct.values())),
     )
 
 
@@ -295,13 +288,21 @@ def _which(score: Score) -> str:
 
 def teacher_pass(one: Sweep) -> dict[str, Any]:
     """The teacher's kept answers: sequences, tokens and bytes, and how many runs read them; {} if none did."""
-    named = [(point, point.folder.read_json("manifest.json").get("teacher_cache")) for point in one.points if point.done]
-    reads = [Path(point.folder.recipe().teacher.cache_folder).expanduser() / name for point, name in named if name]
-    caches = [TeacherCache.at(folder) for folder in sorted(set(reads)) if (folder / "manifest.json").exists()]
+    named = [(point, point.folder.readable("manifest.json").get("teacher_cache")) for point in one.points if point.done]
+    reads = [Path(point.recipe.teacher.cache_folder).expanduser() / name for point, name in named if name]
+    caches = [cache for folder in sorted(set(reads)) if (cache := _cache(folder))]
     if not caches:
         return {}
     sequences, tokens, size = (sum(column) for column in zip(*(cache.size() for cache in caches), strict=True))
     return {"sequences": sequences, "tokens": tokens, "bytes": size, "runs": len(reads)}
+
+
+def _cache(folder: Path) -> TeacherCache | None:
+    """The cache in a folder; None where it is gone or cannot be read, which runs that need it say themselves."""
+    try:
+        return TeacherCache.at(folder) if (folder / "manifest.json").exists() else None
+    except CacheError:
+        return None
 
 
 def _write_best(one: Sweep, rows: list[Row]) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from mlx_distill.errors import RecipeError
+from mlx_distill.kept_run import read_scores
 from mlx_distill.recipe import (
     OUTSIDE_DIGEST,
     Fraction,
@@ -78,9 +79,11 @@ class Point:
 
     @property
     def done(self) -> bool:
-        """Whether its student is trained and scored."""
-        scores = self.folder.read_json("eval.json").get("scores", {})
-        return bool(self.folder.read_json("manifest.json").get("finished")) and "student" in scores
+        """Whether its student is trained, scored and reported. A damaged run is not: started again, it says or mends that."""
+        folder = self.folder
+        if not folder.readable("manifest.json").get("finished") or not (folder.path / "report.html").is_file():
+            return False
+        return "student" in read_scores(folder.readable("eval.json").get("scores"), {})
 
 
 @dataclass(frozen=True)

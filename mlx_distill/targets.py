@@ -15,13 +15,12 @@ Axes: `B` sequences, `T` tokens, `N` loss positions or tokens, `K` kept answers,
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,9 +31,10 @@ import numpy as np
 from mlx_distill.backends.protocol import Backend, SparseTargets, Targets, Teacher, check_indices
 from mlx_distill.data.batches import Batch
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.errors import CacheError
+from mlx_distill.errors import CacheError, DistillError, NotFound
+from mlx_distill.files import left_overs, locked, made_whole, one_line, remedy, sha256_of, write_json
+from mlx_distill.readers import read_json
 from mlx_distill.recipe import BatchTable, TeacherTable
-from mlx_distill.run_dir import flush_folder, flush_to_disk
 
 FORMAT = 1
 PART_TOKENS = 2**17  # what a kill can lose
@@ -42,6 +42,7 @@ PART_BYTES = 2**28  # held in memory until a part is written
 DRAW_SEED = 0
 BEFORE_DATES = {"date": ""}  # what a cache has that was written when the fields had no date
 LOG_PROB_DTYPE = "float16"  # off by at most 2^-11 of the log-probability: see test_half_precision_moves_the_loss_by_less_than
+PART = re.compile(r"part-([0-9]{6,})")
 ROUND_K = 8  # drawn answers are padded to a multiple, to keep shapes few
 
 
@@ -97,25 +98,43 @@ class Part:
 
     def __init__(self, path: Path):
         self.path, self._checked = path, set()
+        file = path / "index.json"
         try:
-            self.index = json.loads((path / "index.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CacheError(f"{path / 'index.json'} cannot be read ({error}): {_ADVICE}") from None
+            index = read_json(file, error=CacheError)
+        except (CacheError, NotFound) as error:
+            raise CacheError(f"{error}: {_ADVICE}") from None
+        wrong = _trouble(index)
+        if wrong:
+            raise CacheError(f"{file} is damaged ({wrong}): {_ADVICE}")
+        self.sha256: dict[str, str] = index["sha256"]
+        self.examples: list[tuple[str, int, int, int]] = index["examples"]
+        self._check_drawn(file)
+
+    def _check_drawn(self, file: Path) -> None:
+        """Where an example's drawn answers begin follows from how many each token before it has."""
+        if "distinct" in self.sha256:
+            drawn = np.cumsum(self.array("distinct").astype(np.int64))
+            begins = [0, *(int(drawn[stop - 1]) for _, _, stop, _ in self.examples)] if self.examples else []
+            if any(first != begin for (*_, first), begin in zip(self.examples, begins, strict=False)):
+                raise CacheError(f"{file} is damaged (an example's drawn answers begin elsewhere): {_ADVICE}")
 
     def array(self, name: str) -> np.ndarray:
-        file, expected = self.path / f"{name}.npy", self.index["sha256"][name]
+        """Memory-mapped; for each token of the part, or each drawn answer."""
+        if name not in self.sha256:
+            raise CacheError(f"{self.path / 'index.json'} is damaged (it has no {name}): {_ADVICE}")
+        file, expected = self.path / f"{name}.npy", self.sha256[name]
         try:
             if name not in self._checked:
-                found = _sha256(file)
+                found = sha256_of(file)
                 if found != expected:
                     raise CacheError(f"{file}: SHA-256 {expected[:12]}… expected, {found[:12]}… found: {_ADVICE}")
                 self._checked.add(name)
             return _mapped(file, expected)
         except OSError as error:
-            raise CacheError(f"{file} cannot be read ({error.strerror or error}): {_ADVICE}") from None
+            raise CacheError(f"{file} cannot be read ({one_line(error)}): {_ADVICE}") from None
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        for example, start, stop, first in self.index["examples"]:
+        for example, start, stop, first in self.examples:
             yield example, Record(self, start, stop, first)
 
 
@@ -125,6 +144,37 @@ def _mapped(file: Path, sha256: str) -> np.ndarray:
 
 
 _ADVICE = "delete this part's folder and run `mlx-distill teach` again, which makes what is missing"
+
+
+def _trouble(index: Any) -> str:
+    """What is wrong with a part's index, "" if nothing is."""
+    if not isinstance(index, dict) or not isinstance(index.get("sha256"), dict):
+        return "it holds no digests"
+    if not all(isinstance(digest, str) for digest in index["sha256"].values()):
+        return "a digest is no text"
+    if not isinstance(index.get("examples"), list):
+        return "it holds no examples"
+    end = 0
+    for row in index["examples"]:
+        if not isinstance(row, list) or [type(value) for value in row] != [str, int, int, int]:
+            return "an example is not an id and three numbers"
+        _, start, stop, first = row
+        if start != end or stop <= start or first < 0:
+            return f"example {row[0]!r} does not begin where the one before it ends"
+        end = stop
+    return ""
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The fields of the cache in a folder."""
+    file, advice = path / "manifest.json", f"delete the folder {path}, or put a copy of the file in its place"
+    try:
+        content = read_json(file, error=CacheError)
+    except CacheError as error:
+        raise CacheError(f"{error}: {advice}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("fields"), dict):
+        raise CacheError(f"{file} is damaged (it holds no fields): {advice}")
+    return content["fields"]
 
 
 class TeacherCache:
@@ -140,40 +190,45 @@ class TeacherCache:
     def at(cls, path: Path) -> "TeacherCache":
         """The cache that lies in a folder; raises `CacheError` where none does."""
         try:
-            fields = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["fields"]
-            return cls(path.parent, CacheFields(**fields))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"{path} holds no teacher cache of this version ({error!r})") from None
+            return cls(path.parent, CacheFields(**_read_manifest(path)))
+        except (NotFound, TypeError) as error:
+            raise CacheError(f"{path} holds no teacher cache of this version ({error})") from None
 
     def refresh(self) -> None:
         """See what other processes have written since. Raises `CacheError` if the manifest is not of these fields."""
         manifest = self.path / "manifest.json"
         if not manifest.exists():
             return
-        try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))["fields"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CacheError(f"{manifest} cannot be read ({error!r}): delete the folder {self.path}") from None
-        found = BEFORE_DATES | found
+        found = BEFORE_DATES | _read_manifest(self.path)
         for field, asked in dataclasses.asdict(self.fields).items():
             if found.get(field) != asked:
                 raise CacheError(
                     f"{manifest}: {field} {asked!r} asked, {found.get(field, 'nothing')!r} found: "
                     "set teacher.cache_folder to another folder or delete this cache"
                 )
-        for path in sorted(self.path.glob("part-*")):
+        for path in self.part_folders():
             if path.name not in self._parts:
                 self._parts[path.name] = part = Part(path)
                 for example, record in part.records():
                     self._records.setdefault(example, []).append(record)
+
+    def part_folders(self) -> list[Path]:
+        """The folders of the parts, in order; what has another name is somebody else's."""
+        found = (path for path in self.path.glob("part-*") if PART.fullmatch(path.name) and path.is_dir())
+        return sorted(found, key=lambda path: int(path.name.removeprefix("part-")))
+
+    def foreign(self) -> list[str]:
+        """Names in the folder that look like parts and are not."""
+        ours = {path.name for path in self.part_folders()}
+        return sorted(path.name for path in self.path.glob("part-*") if path.name not in ours)
 
     def near(self) -> list[str]:
         """For each other cache under the root: its name and in which fields it differs."""
         found = []
         for manifest in sorted(self.root.glob(f"{self.fields.kind}-*/manifest.json")):
             try:
-                fields = json.loads(manifest.read_text(encoding="utf-8"))["fields"]
-            except (OSError, ValueError, KeyError):
+                fields = _read_manifest(manifest.parent)
+            except (CacheError, NotFound):
                 continue  # not ours to mend
             fields = BEFORE_DATES | fields
             differing = [f"{key} {fields.get(key)!r} (asked: {value!r})" for key, value in dataclasses.asdict(self.fields).items()
@@ -378,6 +433,8 @@ def fill(
         lacking = cache.missing(sequences)
         backend.all_sum(np.zeros(1))  # nobody writes before all have looked
         if lacking:
+            for name in cache.foreign():
+                say(f"note: {cache.path / name} is no part of the cache and is left alone")
             for line in cache.near() if not cache.size()[0] else ():
                 say(f"note: {line}")
             writer = _Writer(cache, made) if backend.ranks.first else None
@@ -428,12 +485,10 @@ class _Writer:
     def __init__(self, cache: TeacherCache, made: dict):
         self.path = cache.path
         with _explained(self.path):
-            for left in self.path.glob(".*.tmp"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            for left in left_overs(self.path, re.compile(f"{PART.pattern}|head")):
+                shutil.rmtree(left)
             if not (self.path / "manifest.json").exists():
-                text = json.dumps({"fields": cache.fields.content(), "made": made}, indent=2) + "\n"
-                (self.path / ".manifest.json.tmp").write_text(text, encoding="utf-8")
-                os.replace(self.path / ".manifest.json.tmp", self.path / "manifest.json")
+                write_json(self.path / "manifest.json", {"fields": cache.fields.content(), "made": made})
         self._begin()
 
     def _begin(self) -> None:
@@ -461,54 +516,40 @@ class _Writer:
 
     def flush(self) -> None:
         if self._examples:
-            numbers = [int(path.name.removeprefix("part-")) for path in self.path.glob("part-*")]
+            numbers = [int(match[1]) for path in self.path.iterdir() if (match := PART.fullmatch(path.name))]
             columns = {name: np.concatenate(arrays) for name, arrays in self._columns.items()}
             self._write(f"part-{max(numbers, default=-1) + 1:06d}", columns, self._examples)
         self._begin()
 
     def _write(self, name: str, columns: dict[str, np.ndarray], examples: list) -> None:
         """A folder of arrays and their index, whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        with _explained(self.path / name, temporary):
-            temporary.mkdir()
+        with _explained(self.path / name), made_whole(self.path / name) as half:
             for column, array in columns.items():
-                np.save(temporary / f"{column}.npy", array)
-            digests = {column: _sha256(temporary / f"{column}.npy") for column in columns}
-            (temporary / "index.json").write_text(json.dumps({"sha256": digests, "examples": examples}), encoding="utf-8")
-            flush_to_disk(temporary)
-            os.replace(temporary, self.path / name)
-            flush_folder(self.path)
+                np.save(half / f"{column}.npy", array)
+            digests = {column: sha256_of(half / f"{column}.npy") for column in columns}
+            (half / "index.json").write_text(json.dumps({"sha256": digests, "examples": examples}), encoding="utf-8")
 
 
 @contextmanager
 def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One writer at a time; the next one waits."""
-    with _explained(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "write.lock").open("a+")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"another process is writing {path}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        with _explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            waiting = f"another process is writing {path}: waiting for it"
+            stack.enter_context(locked(path / "write.lock", lambda: say(waiting)))
         yield
 
 
 @contextmanager
-def _explained(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Turn a failure to write into a `CacheError` and leave nothing half written."""
+def _explained(path: Path) -> Iterator[None]:
+    """Turn a failure to write into a `CacheError`."""
     try:
         yield
     except OSError as error:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, DistillError):
+            raise
         raise CacheError(
-            f"{path}: cannot be written ({error.strerror or error}); complete parts are intact: free some disk or set "
-            "teacher.cache_folder to another one, and run the same command again"
+            f"{path}: cannot be written ({one_line(error)}); complete parts are intact: {remedy(error)}, or set "
+            "teacher.cache_folder to another one"
         ) from error
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

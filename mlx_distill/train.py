@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import add
+from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, share_of
 from mlx_distill.data.sequences import Segment
-from mlx_distill.errors import DivergedError, RunError
+from mlx_distill.errors import DistillError, DivergedError, RunError
+from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
 from mlx_distill.run_dir import RunFolder, TrainState
@@ -41,13 +44,14 @@ class Training:
     run: RunFolder
     view: View
     flops: Callable[[Step], dict[str, float]]
+    inputs_digest: str = ""
     stop_asked: Callable[[], bool] = lambda: False
 
     def __post_init__(self):
         self.objective = Objective.from_table(self.recipe.objective)
         # one yardstick for every recipe: forward KL at temperature 1, weighed as the recipe weighs its divergence
         self.yardstick = Objective(kd_weight=self.objective.kd_weight)
-        self.state = TrainState(recipe_digest=self.recipe.digest())
+        self.state = TrainState(recipe_digest=self.recipe.digest(), inputs_digest=self.inputs_digest, flops={})
 
     def train(self) -> TrainState:
         """Train from the newest checkpoint to the last step; raises `DivergedError`, `RunError` or `Interrupted`."""
@@ -65,18 +69,31 @@ class Training:
         return self.state
 
     def _resume(self) -> None:
-        last = self.run.last_state()
-        self._any(False)  # every rank has read it
-        self.run.tidy(last, self.recipe.run.keep_checkpoints)
-        self.run.cut_logs(last.step or -1)
+        last = self._newest()
         if last.step:
-            if last.recipe_digest != self.state.recipe_digest:
-                raise RunError(f"{self.run.checkpoint(last.step)} was written for another recipe; start over with --fresh")
-            self.state = last
-            self.student.restore_state(self.run.checkpoint(self.state.step))
+            self._restore(last)
+        self._any(False)  # every rank has read it; only then is anything removed
+        self.run.tidy(last, self.recipe.run.keep_checkpoints)
+        self.run.cut_logs(last.step or -1, self.view.say)
+        if last.step:
             self.view.say(f"continuing after step {self.state.step}, the newest checkpoint")
         else:
             self._validate()
+
+    def _newest(self) -> TrainState:
+        """The first rank looks for the newest checkpoint that is whole; the others take that one."""
+        found = self.run.last_state(self.recipe.run.export == "best", self.view.say)
+        step = self.backend.all_sum(np.array([float(found.step)]))[0]
+        return self.run.state_at(int(step))
+
+    def _restore(self, last: TrainState) -> None:
+        folder = self.run.checkpoint(last.step)
+        if last.recipe_digest != self.state.recipe_digest:
+            raise RunError(f"{folder} was written for another recipe; start over with --fresh")
+        if last.step > len(self.steps):
+            raise RunError(f"{folder} is of a longer run than this one of {len(self.steps)} steps; start over with --fresh")
+        restore(self.student, folder)
+        self.state = last
 
     def _step(self, step: Step) -> None:
         started = time.perf_counter()
@@ -93,8 +110,9 @@ class Training:
             tokens_seen=self.state.tokens_seen + step.tokens,
             loss_tokens_seen=self.state.loss_tokens_seen + int(step.loss_tokens),
             elapsed_seconds=self.state.elapsed_seconds + seconds,
+            flops=_added(self.state.flops, flops := self.flops(step)),
         )
-        self._log(step, sums, rate, norm, seconds)
+        self._log(step, sums, rate, norm, seconds, flops)
 
     def _accumulate(self, step: Step) -> LossSums:
         """The sums over all micro-batches of the step, this rank's and the others'."""
@@ -130,7 +148,7 @@ class Training:
         advice = "lower optim.learning_rate" if self.state.step else "the student's or the teacher's own weights do that: name others"
         return DivergedError(f"validation after step {self.state.step}: the loss is {value}; {self.run.what_is_saved()}; {advice}")
 
-    def _log(self, step: Step, sums: LossSums, rate: float, norm: float, seconds: float) -> None:
+    def _log(self, step: Step, sums: LossSums, rate: float, norm: float, seconds: float, flops: dict[str, float]) -> None:
         row = {
             "step": self.state.step,
             **loss_terms(sums, self.objective),
@@ -141,7 +159,7 @@ class Training:
             "loss_tokens": int(step.loss_tokens),
             "seconds": seconds,
             "tokens_per_second": step.tokens / seconds,
-            "flops": self.flops(step),
+            "flops": flops,
             **dataclasses.asdict(self.backend.memory()),
         }
         self.run.append("metrics.jsonl", row)
@@ -171,6 +189,25 @@ class Training:
 
     def _save(self) -> None:
         self.run.save_checkpoint(self.state, self.student.save_state, self.recipe.run.keep_checkpoints)
+
+
+def restore(student: Student, folder: Path, optimizer: bool = True) -> None:
+    """Load a checkpoint into a student; raises `RunError` where its files cannot be read."""
+    try:
+        student.restore_state(folder, optimizer)
+    except DistillError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise RunError(
+            f"{folder} cannot be read ({one_line(error)}): put a copy in its place, or start over with --fresh"
+        ) from error
+
+
+def _added(totals: dict[str, float] | None, flops: dict[str, float]) -> dict[str, float] | None:
+    """Sums by part; None, as in checkpoints of older versions, stays None."""
+    if totals is None:
+        return None
+    return totals | {part: totals.get(part, 0.0) + value for part, value in flops.items()}
 
 
 def _total(sums: LossSums) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_distill
 from mlx_distill import jobs
 from mlx_distill.jobs import Job, side_by_side
 
@@ -67,15 +68,22 @@ def test_one_whose_work_is_under_way_elsewhere_comes_last(tmp_path):
     free, said = tmp_path / "free", []
     held = job(tmp_path, "held", "pass", busy=lambda: not free.exists())
     other = job(tmp_path, "other", "pass")
-    timer = threading.Timer(0.3, free.touch)
-    timer.start()
-    assert [ended.job.name for ended in side_by_side([held, other], say=said.append)] == ["other", "held"]
+
+    def say(text: str) -> None:
+        said.append(text)
+        free.touch()
+
+    assert [ended.job.name for ended in side_by_side([held, other], say=say)] == ["other", "held"]
     assert said == ["held: another process is at it; waiting"]
 
 
+STOPPED = "import signal; signal.signal(signal.SIGTERM, signal.default_int_handler); "
+
+
 def test_ctrl_c_asks_every_child_to_stop_and_waits_for_it(tmp_path):
-    """The children save on SIGINT, as `run` does; what has not begun does not begin."""
-    saves = SPAN + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch(); sys.exit(130)"
+    """The children save, also where a script's `&` made them deaf to SIGINT; what has not begun does not begin."""
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    saves = deaf + STOPPED + SPAN + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch(); sys.exit(130)"
     three = [job(tmp_path, name, saves) for name in "abc"]
     ended = []
 
@@ -95,11 +103,24 @@ def test_ctrl_c_asks_every_child_to_stop_and_waits_for_it(tmp_path):
 
 
 def test_a_reader_that_stops_leaves_no_child_behind(tmp_path):
-    saves = SPAN + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch()"
+    saves = STOPPED + SPAN + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch()"
     quick = job(tmp_path, "quick", WAIT_FOR, str(tmp_path / "slow.on"))
     for _ in side_by_side([quick, job(tmp_path, "slow", saves)], at_once=2):
         break
     assert (tmp_path / "slow.saved").exists()
+
+
+def test_a_child_runs_this_package_and_imports_nothing_from_the_working_folder(tmp_path, monkeypatch):
+    for name in ("yaml.py", "typer.py", "mlx_distill.py", "rich/__init__.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("open('ran', 'a').write(__name__)")
+    monkeypatch.chdir(tmp_path)
+    show = jobs.START.replace("main()", "import mlx_distill, typer; print(mlx_distill.__file__, typer.__file__)")
+    monkeypatch.setattr(jobs, "PROGRAM", ("env", "-u", "PYTHONPATH", sys.executable, "-P", "-c", show))
+    (ended,) = side_by_side([Job("one", (), tmp_path / "log")])
+    ours, theirs = ended.job.log.read_text().split()
+    assert ours == mlx_distill.__file__ and not theirs.startswith(str(tmp_path)) and not (tmp_path / "ran").exists()
 
 
 def test_children_share_the_cores_unless_the_user_says_otherwise(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ KILLS = {
     "in a validation": dict(at=f"{STUDENT}.score", call=4),
     "between a validation and its checkpoint": dict(at=f"{RUN}.append", call=5, when="after"),
     "between a checkpoint's files": dict(at="mlx.core:save_safetensors", call=6),
-    "before a checkpoint's rename": dict(at="mlx_distill.run_dir:flush_to_disk", call=3, when="after"),
+    "before a checkpoint's rename": dict(at="mlx_distill.files:flush_to_disk", call=3, when="after"),
     "between rename and prune": dict(at=f"{RUN}._prune", call=2),
     "between the last rename and prune": dict(at=f"{RUN}._prune", call=4),
     "in a prune": dict(at="os:unlink", call=2),
@@ -83,6 +83,15 @@ def test_a_run_moves_to_the_other_backend(run_tiny, never_stopped, tmp_path, fir
     for found, expected in zip(folder.rows("metrics.jsonl"), never_stopped(second)["metrics.jsonl"], strict=True):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+
+
+def test_a_killed_fresh_start_is_gone_on_with(run_tiny, tiny_recipe, command_line, never_stopped, tmp_path):
+    assert run_tiny("lora").code == 0
+    words = [*arguments(tiny_recipe, tmp_path, "full"), "--fresh"]
+    for place in ("mlx_distill.runs.own_files:remove_named", "mlx_distill.runs.checkpoints:Checkpoints.remove_all"):
+        assert command_line(*words, at=place, when="after").code == -9
+    assert run_tiny().code == 0
+    assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
 def test_the_plain_command_continues_a_killed_process(tiny_recipe, never_stopped, tmp_path):

@@ -3,13 +3,16 @@
 import errno
 import io
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import numpy as np
 import pytest
 from endings import STUDENT, arguments, assert_same
 from rich.console import Console
+from safetensors.numpy import save_file
 
 from mlx_distill import pipeline
 from mlx_distill.errors import OutOfMemory, RankLost, RunError
@@ -97,12 +100,301 @@ def test_what_a_kill_left_is_tidied(folder):
     assert folder.steps() == [1, 3], "before the first step nothing is pruned"
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"step": 1, "unknown": 2}'])
-def test_a_state_that_cannot_be_read_is_a_plain_error(folder, text):
+BAD_STATES = ["", "{", "[]", "null", '{"step": 1, "unknown": 2}', '{"step": 2}', '{"step": "1"}', '{"step": true}',
+              '{"step": 1, "best_loss": 1e999}', '{"step": ' + "9" * 5000 + "}", "[" * 10_000, '{"step": 1, "flops": 5}']
+
+
+@pytest.mark.parametrize("text", BAD_STATES, ids=range(len(BAD_STATES)))
+def test_a_state_that_cannot_be_read_is_a_plain_error_and_removes_nothing(folder, text):
     folder.save_checkpoint(TrainState(1), write(), "last")
     (folder.checkpoint(1) / "state.json").write_text(text)
-    with pytest.raises(RunError, match=r"state\.json cannot be read .*--fresh"):
-        folder.last_state()
+    (folder.checkpoint(1) / "SHA256SUMS").unlink()  # as older versions had it
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        save_file({"a": np.zeros(3)}, folder.checkpoint(1) / name)
+    before = snapshot(folder.path)
+    with pytest.raises(RunError, match=r"step-000001/state\.json.* --fresh") as told:
+        RunFolder(folder.path).last_state()
+    assert len(str(told.value).splitlines()) == 1 and snapshot(folder.path) == before
+
+
+def test_every_digit_of_a_state_is_guarded(folder):
+    """Among them best_step, by which checkpoints are removed."""
+    state = TrainState(21, 1234, 567, 8.25, 14, 0.5, "12ab", "34cd", {"student": 56.0})
+    folder.save_checkpoint(state, write(), "last")
+    file = folder.checkpoint(21) / "state.json"
+    text = file.read_text()
+    for place, digit in enumerate(text):
+        if digit.isdigit():
+            file.write_text(text[:place] + str((int(digit) + 1) % 10) + text[place + 1 :])
+            with pytest.raises(RunError, match="no checkpoint before it is whole"):
+                RunFolder(folder.path).last_state()
+    file.write_text(text)
+    assert RunFolder(folder.path).last_state() == state
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "no state"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(folder, damage):
+    said = []
+    for step in (2, 4):
+        folder.save_checkpoint(TrainState(step, best_step=2), write(f"weights of {step}"), "all")
+    weights = folder.checkpoint(4) / "weights.safetensors"
+    if damage == "flip":
+        weights.write_text("weights of 5")
+    elif damage == "cut":
+        weights.write_text("weights")
+    else:
+        (weights if damage == "missing" else weights.with_name("state.json")).unlink()
+    again = RunFolder(folder.path)
+    assert again.last_state(say=said.append).step == 2
+    (line,) = said
+    assert str(folder.checkpoint(4)) in line and "going on from step 2" in line and "step 4 is intact" not in line
+    again.tidy(again.last_state(), "last")
+    assert again.what_is_saved() == "the checkpoint of step 2 is intact" and weights.parent.exists()
+    again.save_checkpoint(TrainState(4), write("weights of 4"), "last")
+    assert RunFolder(folder.path).last_state().step == 4 and folder.steps() == [4]
+
+
+def test_the_best_checkpoint_has_to_be_whole_where_it_will_be_exported(folder):
+    for step in (2, 4, 6):
+        folder.save_checkpoint(TrainState(step, best_step=min(step, 4)), write(), "all")
+    (folder.checkpoint(4) / "weights.safetensors").write_text("damaged")
+    assert RunFolder(folder.path).last_state().step == 6
+    assert RunFolder(folder.path).last_state(needs_best=True).step == 2
+
+
+def test_a_checkpoint_of_an_older_version_has_no_digests_and_is_read(folder):
+    save_file({"a": np.zeros(3)}, folder.path / "whole")
+    whole = (folder.path / "whole").read_bytes()
+    path = folder.checkpoint(2)
+    path.mkdir()
+    (path / "state.json").write_text('{"step": 2, "best_loss": Infinity, "recipe_digest": "ab"}')
+    for length, reads in ((len(whole), True), (len(whole) - 1, False), (5, False), (0, False)):
+        for name in ("weights.safetensors", "optimizer.safetensors"):
+            (path / name).write_bytes(whole)
+        (path / "optimizer.safetensors").write_bytes(whole[:length])
+        if reads:
+            assert RunFolder(folder.path).last_state() == TrainState(2, recipe_digest="ab", flops=None)
+        else:
+            with pytest.raises(RunError, match=r"optimizer\.safetensors is damaged"):
+                RunFolder(folder.path).last_state()
+
+
+# what no run made
+
+
+def add(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    return path
+
+
+FOREIGN = ["thesis.txt", "src/a.py", "checkpoints/epoch-1.pt", "checkpoints/step-000002/notes.txt", "checkpoints/step-9/a",
+           ".step-000004.tmp", "part-000000/index.json", "manifest.json.bak", "student.txt"]
+
+
+def test_pruning_and_tidying_leave_what_is_not_ours(folder):
+    for step in (2, 4):
+        folder.save_checkpoint(TrainState(step), write(), "all")
+    mine = [add(folder.path / name) for name in FOREIGN]
+    folder.tidy(folder.last_state(), "last")
+    folder.save_checkpoint(TrainState(6), write(), "last")
+    assert all(path.read_text() == "mine" for path in mine) and folder.steps() == [6]
+    assert list(folder.checkpoint(2).iterdir()) == [folder.checkpoint(2) / "notes.txt"]
+
+
+def test_fresh_removes_our_files_alone_and_says_what_stays(tmp_path):
+    run, said = RunFolder.open(make_recipe(tmp_path)), []
+    run.save_checkpoint(TrainState(2), write(), "last")
+    run.write_json("manifest.json", {"exported_step": 2})
+    run.write_student(lambda path: (path / "config.json").write_text("{}"))
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        run.append(name, {"step": 1})
+    for name in ("report.md", "report.html", "generations.jsonl", ".eval.json.tmp", "student/.DS_Store"):
+        add(run.path / name)
+    mine = [add(run.path / name) for name in FOREIGN if "step-000002" not in name]
+    again = RunFolder.open(make_recipe(tmp_path, run={"seed": 1}), fresh=True, say=said.append)
+    found = {path for path in run.path.rglob("*") if path.is_file()} - set(mine)
+    assert found == {run.path / "recipe.toml", run.path / "run.lock"} and again.last_state() == TrainState()
+    assert all(path.read_text() == "mine" for path in mine)
+    assert len(said) == 1 and "keeps .step-000004.tmp, manifest.json.bak" in said[0] and "which no run made" in said[0]
+
+
+@pytest.mark.parametrize("name", ["checkpoints/step-000002/notes.txt", "student/thesis.txt", "student/sub/config.json"])
+def test_fresh_is_refused_where_a_new_run_would_need_the_place(tmp_path, name):
+    run = RunFolder.open(make_recipe(tmp_path))
+    run.save_checkpoint(TrainState(2), write(), "last")
+    run.write_student(lambda path: (path / "config.json").write_text("{}"))
+    add(run.path / name)
+    before = snapshot(run.path)
+    with pytest.raises(RunError, match=rf"cannot start over: no run made {name}: move that away"):
+        RunFolder.open(make_recipe(tmp_path), fresh=True)
+    assert snapshot(run.path) == before
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_place_that_the_student_needs_is_asked_for_before_training(tmp_path, fresh):
+    run = RunFolder.open(make_recipe(tmp_path))
+    run.append("validation.jsonl", {"step": 0})
+    add(tmp_path / "elsewhere" / "thesis.txt")
+    run.student.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"student.* move that away"):
+        RunFolder.open(make_recipe(tmp_path), fresh)
+    assert run.student.is_symlink() and (tmp_path / "elsewhere" / "thesis.txt").exists()
+    run.student.unlink()
+    add(run.student / "thesis.txt")
+    with pytest.raises(RunError, match=r"student/thesis\.txt.* move that away"):
+        RunFolder.open(make_recipe(tmp_path), fresh)
+
+
+def test_a_model_in_the_students_place_is_not_taken_for_it(tmp_path):
+    run = RunFolder.open(make_recipe(tmp_path))
+    run.append("validation.jsonl", {"step": 0})
+    add(run.student / "config.json")
+    with pytest.raises(RunError, match=r"student holds a model that no run wrote: move it away"):
+        RunFolder.open(make_recipe(tmp_path)).has_student()
+
+
+def test_a_step_folder_of_somebody_else_is_asked_for_before_training(folder):
+    add(folder.path / "checkpoints/step-000004/pytorch_model.bin")
+    folder.save_checkpoint(TrainState(2), write(), "last")
+    assert folder.steps() == [2], "no file of ours is in it"
+    with pytest.raises(RunError, match=r"needs the place of checkpoints/step-000004/pytorch_model\.bin, which no run made"):
+        folder.tidy(folder.last_state(), "last")
+
+
+def test_the_last_file_of_a_fresh_start_is_removed_on_the_next_start(tmp_path, monkeypatch):
+    """Killed after each removal in turn: the next start, with --fresh or without, finds no half of the old run."""
+    for fresh in (False, True):
+        for removals in range(20):
+            run = RunFolder.open(make_recipe(tmp_path, run={"name": f"{fresh}{removals}"}))
+            recipe = make_recipe(tmp_path, run={"name": f"{fresh}{removals}", "seed": 1})
+            run.save_checkpoint(TrainState(2), write(), "last")
+            run.write_json("manifest.json", {"exported_step": 2, "finished": True})
+            run.write_student(lambda path: (path / "config.json").write_text("{}"))
+            run.append("metrics.jsonl", {"step": 2})
+            unlink, calls = os.unlink, iter(range(100))
+
+            def stopping(*args, unlink=unlink, calls=calls, removals=removals, **kwargs):
+                if next(calls) == removals:
+                    raise KeyboardInterrupt
+                unlink(*args, **kwargs)
+
+            monkeypatch.setattr(os, "unlink", stopping)
+            done = False
+            try:
+                RunFolder.open(recipe, fresh=True)
+                done = True
+            except KeyboardInterrupt:
+                monkeypatch.undo()
+                assert not RunFolder(run.path).has_results()
+                assert removals == 0 or not run.read_json("manifest.json")
+                again = RunFolder.open(recipe, fresh=fresh)
+                assert again.recipe() == recipe
+            monkeypatch.undo()
+            left = {path.name for path in run.path.rglob("*") if path.is_file()}
+            assert left == {"recipe.toml", "run.lock"} and not run.student.exists()
+            if done:
+                assert removals > 5
+                break
+
+
+def test_fresh_works_through_a_link(tmp_path):
+    target = tmp_path / "big disk" / "x"
+    target.mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "one").symlink_to(target)
+    recipe = make_recipe(tmp_path / "runs")
+    run = RunFolder.open(recipe)
+    run.save_checkpoint(TrainState(2), write(), "last")
+    again = RunFolder.open(recipe, fresh=True)
+    assert again.path.is_symlink() and again.last_state() == TrainState()
+    assert {path.name for path in target.iterdir()} == {"checkpoints", "recipe.toml", "run.lock"}
+    target.rename(tmp_path / "gone")
+    with pytest.raises(RunError, match=r"one is a link to .*, which is not there: make that folder or remove the link"):
+        RunFolder.open(recipe)
+
+
+def test_checkpoints_may_lie_on_another_disk(tmp_path):
+    run = RunFolder.open(make_recipe(tmp_path))
+    run.checkpoints.rmdir()
+    (tmp_path / "disk").mkdir()
+    run.checkpoints.symlink_to(tmp_path / "disk")
+    again = RunFolder.open(make_recipe(tmp_path))
+    for step in (2, 4):
+        again.save_checkpoint(TrainState(step), write(), "last")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["step-000004"]
+    RunFolder.open(make_recipe(tmp_path), fresh=True)
+    assert run.checkpoints.is_symlink() and not list((tmp_path / "disk").iterdir())
+
+
+def test_what_an_older_version_left_beside_goes(tmp_path):
+    run = RunFolder.open(make_recipe(tmp_path))
+    run.save_checkpoint(TrainState(2), write(), "last")
+    run.path.rename(tmp_path / ".one.removed")
+    RunFolder.open(make_recipe(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("owner", ["another recipe's", "this one's"])
+def test_a_run_that_left_nothing_but_a_recipe_keeps_what_is_not_its_own(tmp_path, owner):
+    run = RunFolder.open(make_recipe(tmp_path))
+    mine = [add(run.path / name) for name in FOREIGN]
+    seed = 1 if owner.startswith("another") else 42
+    again = RunFolder.open(make_recipe(tmp_path, run={"seed": seed}))
+    assert again.recipe().run.seed == seed and all(path.read_text() == "mine" for path in mine)
+
+
+def test_a_recipe_that_a_person_wrote_makes_no_run_folder(tmp_path):
+    path = add(tmp_path / "one" / "recipe.toml")
+    path.write_text(make_recipe(tmp_path).toml() + "# mine\n")
+    (tmp_path / "one" / "checkpoints").mkdir()
+    add(tmp_path / "one" / "thesis.txt")
+    before = snapshot(tmp_path)
+    for fresh in (False, True):
+        with pytest.raises(RunError, match="holds no run"):
+            RunFolder.open(make_recipe(tmp_path), fresh)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run.lock", "metrics.jsonl", "recipe.toml", "manifest.json", "state"])
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path, name):
+    run = RunFolder.open(make_recipe(tmp_path))
+    run.append("metrics.jsonl", {"step": 2})
+    run.save_checkpoint(TrainState(2), write(), "last")
+    path = run.path / name if name != "state" else run.checkpoint(2) / "state.json"
+    path.unlink(missing_ok=True)
+    path.mkdir()
+    with pytest.raises(RunError) as told:
+        again = RunFolder.open(make_recipe(tmp_path))
+        again.read_json("manifest.json")
+        again.last_state()
+        again.cut_logs(2)
+    assert len(str(told.value).splitlines()) == 1 and path.name in str(told.value)
+
+
+def test_a_recipe_that_cannot_be_read_is_written_again_where_the_run_is_of_this_one(tmp_path):
+    recipe, said = make_recipe(tmp_path), []
+    run = RunFolder.open(recipe)
+    run.save_checkpoint(TrainState(2, recipe_digest=recipe.digest()), write(), "last")
+    (run.path / "recipe.toml").write_bytes(b"[run\xff")
+    other = make_recipe(tmp_path, run={"seed": 1})
+    with pytest.raises(RunError, match=r"recipe\.toml is damaged"):
+        RunFolder.open(other)
+    assert RunFolder.open(recipe, say=said.append).recipe() == recipe and "recipe.toml cannot be read" in said[0]
+    (run.path / "recipe.toml").unlink()
+    with pytest.raises(RunError, match=r"recipe\.toml is missing"):
+        RunFolder.open(other)
+    assert RunFolder.open(recipe).recipe() == recipe
+
+
+def test_two_that_start_over_at_once_do_not_mix(tmp_path):
+    recipe = make_recipe(tmp_path)
+    with RunFolder.held(recipe, fresh=True) as run:
+        run.append("metrics.jsonl", {"step": 1})
+        for fresh in (False, True):
+            with pytest.raises(RunError, match="in use by another"):
+                RunFolder.open(make_recipe(tmp_path, run={"seed": 1}), fresh)
+        assert run.recipe() == recipe and run.rows("metrics.jsonl")
 
 
 # a disk that is full
@@ -229,7 +521,7 @@ def test_an_equal_recipe_is_continued_and_a_changed_one_refused_with_the_differe
     assert "--set run.name=NAME" in str(error.value) and "--fresh" in str(error.value)
     assert snapshot(run.path) == before
     assert RunFolder.open(changed, fresh=True).recipe() == changed
-    assert not (run.path / "kept").exists()
+    assert (run.path / "kept").exists(), "no run made it"
     assert [path.name for path in tmp_path.iterdir()] == ["one"], "nothing of the old run is left beside"
 
 
@@ -266,25 +558,6 @@ def test_a_run_killed_while_its_folder_was_made_is_opened(tmp_path):
     assert RunFolder.open(recipe).recipe() == recipe
     (tmp_path / "one" / "recipe.toml").rename(tmp_path / "one" / ".recipe.toml.tmp")
     assert RunFolder.open(recipe).recipe() == recipe
-
-
-def test_fresh_takes_the_old_run_away_by_one_rename(tmp_path, monkeypatch):
-    """Stopped in between, no half of the old run is left where a new one would continue it."""
-    run = RunFolder.open(make_recipe(tmp_path))
-    run.save_checkpoint(TrainState(2), write(), "last")
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else stop())
-    with pytest.raises(KeyboardInterrupt):
-        RunFolder.open(make_recipe(tmp_path, run={"seed": 1}), fresh=True)
-    assert not run.path.exists()
-    monkeypatch.undo()
-    again = RunFolder.open(make_recipe(tmp_path, run={"seed": 1}))
-    assert again.last_state() == TrainState()
-    RunFolder.open(make_recipe(tmp_path, run={"seed": 2}), fresh=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def test_a_folder_that_cannot_be_made_is_a_plain_error(tmp_path):
@@ -331,6 +604,18 @@ def test_changed_data_or_models_are_refused_on_resume(tiny_recipe, command_line,
 
 
 # logs
+
+
+def test_an_unreadable_line_costs_itself_and_is_told(folder):
+    lines, said = [json.dumps({"step": step}).encode() for step in range(1, 7)], []
+    lines[1:4] = [b'{"step": 2, "lo', b'{"step": 3, "a": "\xff"}', b'[4]']
+    (folder.path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n\xff")
+    folder.cut_logs(5, said.append)
+    assert [row["step"] for row in folder.rows("metrics.jsonl")] == [1, 5]
+    assert "metrics.jsonl: line 2, 3, 4 cannot be read and is left out" in said[0]
+    (folder.path / "metrics.jsonl").unlink()
+    folder.cut_logs(5, said.append)
+    assert "metrics.jsonl lacks 5 of 5 rows" in said[-2] and "validation.jsonl lacks 1 of 1 rows" in said[-1]
 
 
 def test_logs_are_cut_to_a_step_and_survive_a_torn_line(folder):

@@ -1,6 +1,7 @@
 """A teacher's answers from disk are the teacher's answers: for every cut they may serve, on every backend, after any mishap they say so."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 import threading
@@ -334,7 +335,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["np.save", "json.dumps", "os.replace", "flush_folder"])
+@pytest.mark.parametrize("where", ["numpy:save", "json:dumps", "os:replace", "mlx_distill.files:flush_folder"])
 def test_a_writer_that_was_stopped_goes_on_and_ends_equal(root, tmp_path, monkeypatch, kind, where):
     backend = choose_backend("torch")
     teacher = backend.load_teacher(root / "teacher", "teacher")
@@ -344,8 +345,8 @@ def test_a_writer_that_was_stopped_goes_on_and_ends_equal(root, tmp_path, monkey
 
     class Stopped(BaseException): ...
 
-    owner, _, name = where.rpartition(".")
-    owner = getattr(subject, owner) if owner else subject
+    module, _, name = where.partition(":")
+    owner = importlib.import_module(module)
     function = getattr(owner, name)
     for call in range(1, 12):
         calls = iter(range(1, 1000))

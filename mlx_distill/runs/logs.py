@@ -1,0 +1,72 @@
+"""A log of one JSON object a line, each with its step: appended to, cut back, read whatever happened to it.
+
+In: rows, or a file that grew by them. Out: the rows that can be read, and which lines cannot. Decided
+here: a line that cannot be read costs itself and no other; a last line without its end is what a kill
+leaves, and is not worth a word.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_distill.errors import RunError
+from mlx_distill.files import one_line, write_text
+from mlx_distill.readers import parse_json
+
+
+@dataclass
+class Lines:
+    """What a log holds: its rows, each with the text of its line, and the numbers of unreadable lines."""
+
+    rows: list[dict] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    unreadable: list[int] = field(default_factory=list)
+    torn_end: bool = False
+
+
+def append(path: Path, row: dict) -> None:
+    """Add a row. Raises `OSError`."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read(path: Path) -> Lines:
+    """The log's lines, none where there is no file; raises `RunError` where the file cannot be read."""
+    found = Lines()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return found
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({one_line(error)}); move it away") from None
+    *lines, last = content.split(b"\n")
+    for number, line in enumerate((*lines, last), start=1):
+        row = _row(line)
+        if row is not None:
+            found.rows.append(row)
+            found.texts.append(line.decode())
+        elif line.strip() and number <= len(lines):
+            found.unreadable.append(number)
+        else:
+            found.torn_end = bool(line.strip())
+    return found
+
+
+def _row(line: bytes) -> dict | None:
+    try:
+        row = parse_json(line, "", RunError)
+    except RunError:
+        return None
+    is_row = isinstance(row, dict) and type(row.get("step")) is int
+    return row if is_row else None
+
+
+def cut(path: Path, step: int) -> Lines:
+    """Drop what was logged after `step`, and lines that cannot be read; returns what the log held before.
+
+    Raises `OSError`.
+    """
+    found = read(path)
+    kept = [text for row, text in zip(found.rows, found.texts, strict=True) if row["step"] <= step]
+    write_text(path, "".join(f"{text}\n" for text in kept))
+    return found
