@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mlx_distill.errors import ModelError, NotFound
+from mlx_distill.models.gguf_header import check_header
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
     from tokenizers import Tokenizer
 
-CONVERTER_VERSION = 1  # raise it when the output changes: cached conversions are then made again
+CONVERTER_VERSION = 2  # raise it when the output changes: cached conversions are then made again
 SHARD_BYTES = 4 * 1000**3
 DType = Literal["auto", "float32", "float16"]
 
@@ -49,6 +50,19 @@ EXTRA_BLOCK_TENSORS = {
     "qwen3": {f"attn_{name}_norm.weight": f"self_attn.{name}_norm.weight" for name in "qk"},
 }
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of the format
+LARGEST = {"context_length": 2**30, "attention.head_count": 2**16, "attention.head_count_kv": 2**16}
+
+# What llama.cpp computes otherwise where a file sets it, and the values with which it does not.
+NEUTRAL = {
+    **dict.fromkeys(("attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale"), (0,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (0,)),
+    **dict.fromkeys(("logit_scale", "embedding_scale", "residual_scale"), (0, 1)),
+    "attention.causal": (True,),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (0, 1),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
 
 # The split patterns of the families' own tokenizer.json; compared with those files in tests/test_gguf.py.
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -67,7 +81,7 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        return self.metadata.get("general.architecture", "")
+        return str(self.metadata.get("general.architecture", ""))
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value of the architecture's own section, as `get("rope.freq_base")`; floats as short decimals."""
@@ -76,9 +90,25 @@ class GGUFFile:
 
     def need(self, key: str) -> int:
         """A whole number that the architecture cannot do without."""
-        value = self.get(key)
-        if not isinstance(value, int) or value <= 0:
-            raise self.refused(f"{self.architecture}.{key} is {value!r}, a positive whole number was expected")
+        value, largest = self.get(key), LARGEST.get(key, 2**31 - 1)
+        if type(value) is not int or not 0 < value <= largest:
+            expected = f"a whole number from 1 to {largest:,} was expected"
+            raise self.refused(f"{self.architecture}.{key} is {_short(value)}, {expected}")
+        return value
+
+    def number(self, key: str, default: float, low: float, high: float) -> float:
+        """A number of the architecture in a range, `default` where the file has none."""
+        value = self.get(key, default)
+        if type(value) not in (int, float) or not low <= value <= high:
+            expected = f"a number from {low:g} to {high:g} was expected"
+            raise self.refused(f"{self.architecture}.{key} is {_short(value)}, {expected}")
+        return value
+
+    def listed(self, key: str, kind: type) -> list:
+        """A list of the tokenizer, all of one kind."""
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
+        if not isinstance(value, list) or any(type(entry) is not kind for entry in value):
+            raise self.refused(f"tokenizer.ggml.{key} is {_short(value)}, a list of {kind.__name__} was expected")
         return value
 
     def refused(self, found: str) -> ModelError:
@@ -95,8 +125,9 @@ def convert(path: Path, folder: Path, dtype: DType = "auto") -> None:
     if folder.exists():
         raise ModelError(f"{folder}: already exists; remove it, or convert {path.name} to another folder")
     file = read_gguf(path)
-    tokenizer = build_tokenizer(file)
     names = tensor_names(file)
+    check_shapes(file)
+    tokenizer = build_tokenizer(file)
     number = _number(file, dtype)
     documents = {
         "config.json": model_config(file) | {"torch_dtype": np.dtype(number).name},
@@ -119,9 +150,10 @@ def read_gguf(path: Path) -> GGUFFile:
     if not path.is_file():
         raise NotFound(f"model {str(path)!r}: no such file; check the path")
     try:
+        check_header(path)  # before the library reads it, which believes every length
         reader = GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"model {str(path)!r}: not a whole .gguf file ({reason}); fetch it again") from error
     file = GGUFFile(path, metadata, {tensor.name: tensor for tensor in reader.tensors})
@@ -129,8 +161,11 @@ def read_gguf(path: Path) -> GGUFFile:
         raise file.refused(f"architecture {file.architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     if file.get("expert_count", 0):
         raise file.refused("a mixture of experts")
-    if metadata.get("split.count", 0) > 1:
+    if metadata.get("split.count", 0) not in (0, 1):
         raise file.refused("one part of a split file")
+    for key, neutral in NEUTRAL.items():
+        if file.get(key, neutral[0]) not in neutral:
+            raise file.refused(f"{file.architecture}.{key} is {_short(file.get(key))}, which is not understood")
     return file
 
 
@@ -139,12 +174,13 @@ def read_gguf(path: Path) -> GGUFFile:
 
 def model_config(file: GGUFFile) -> dict[str, Any]:
     """The `config.json` of the family, without the number type."""
-    heads = file.need("attention.head_count")
-    width = file.need("embedding_length")
-    head_dim = file.get("attention.key_length") or width // heads
+    heads, width, head_dim = file.need("attention.head_count"), file.need("embedding_length"), _head_dim(file)
     for key in ("rope.dimension_count", "attention.value_length"):
         if file.get(key, head_dim) != head_dim:
-            raise file.refused(f"{key} {file.get(key)} differs from the width of a head, {head_dim}")
+            raise file.refused(f"{key} {_short(file.get(key))} differs from the width of a head, {head_dim}")
+    window = file.get("attention.sliding_window", 0)
+    if window and not (type(window) is int and window >= file.need("context_length")):
+        raise file.refused(f"attention.sliding_window is {_short(window)}, which is not understood")
     return {
         "architectures": [ARCHITECTURES[file.architecture]],
         "model_type": file.architecture,
@@ -158,8 +194,8 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
         "attention_bias": file.architecture == "qwen2",
         "vocab_size": _vocabulary_size(file),
         "max_position_embeddings": file.need("context_length"),
-        "rms_norm_eps": file.get("attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_theta": file.get("rope.freq_base", 10000.0),
+        "rms_norm_eps": file.number("attention.layer_norm_rms_epsilon", 1e-6, 1e-12, 1e-1),
+        "rope_theta": _rope_theta(file),
         "rope_scaling": _rope_scaling(file, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **_token_ids(file),
@@ -168,28 +204,54 @@ def model_config(file: GGUFFile) -> dict[str, Any]:
 
 def _kv_heads(file: GGUFFile) -> int:
     given = file.get("attention.head_count_kv") is not None
-    return file.need("attention.head_count_kv" if given else "attention.head_count")
+    heads, kv_heads = file.need("attention.head_count"), file.need("attention.head_count_kv" if given else "attention.head_count")
+    if heads % kv_heads:
+        raise file.refused(f"{heads} heads are no multiple of {kv_heads} of keys and values")
+    return kv_heads
+
+
+def _head_dim(file: GGUFFile) -> int:
+    given = file.get("attention.key_length") is not None
+    size = file.need("attention.key_length") if given else file.need("embedding_length") // file.need("attention.head_count")
+    if size == 0 or size % 2:
+        raise file.refused(f"a head is {size} wide, an even width was expected")
+    return size
+
+
+def _rope_theta(file: GGUFFile) -> float:
+    return file.number("rope.freq_base", 10000.0, 1.0, 1e15)
 
 
 def _vocabulary_size(file: GGUFFile) -> int:
     """Rows of the embedding, which may be more than there are tokens but not fewer."""
-    rows = int(file.tensors["token_embd.weight"].shape[1]) if "token_embd.weight" in file.tensors else 0
-    if rows < len(file.metadata.get("tokenizer.ggml.tokens", [])):
-        raise file.refused(f"{rows} embedding rows for {len(file.metadata['tokenizer.ggml.tokens'])} tokens")
+    rows = int(file.tensors["token_embd.weight"].shape[-1]) if "token_embd.weight" in file.tensors else 0
+    tokens = len(file.listed("tokens", str))
+    if rows < tokens:
+        raise file.refused(f"{rows} embedding rows for {tokens} tokens")
+    if file.get("vocab_size", rows) not in (rows, tokens):
+        raise file.refused(f"vocab_size {_short(file.get('vocab_size'))} for {rows} embedding rows and {tokens} tokens")
     return rows
 
 
 def _rope_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any] | None:
     """None, `linear` and `yarn` from the metadata; `llama3`, which GGUF keeps as a tensor of factors, from those."""
+    legacy = file.number("rope.scale_linear", 0.0, 0.0, 1e6)
+    factor = file.number("rope.scaling.factor", legacy, 0.0, 1e6)
+    kind = file.get("rope.scaling.type", "linear" if factor else "none")  # llama.cpp's default
+    if kind == "linear" and factor in (0, 1):  # 0 is none to llama.cpp
+        kind = "none"
     if "rope_freqs.weight" in file.tensors:
+        if kind != "none":
+            raise file.refused(f"rope scaling {_short(kind)} beside rope_freqs.weight")
         return _llama3_scaling(file, head_dim)
-    kind = file.get("rope.scaling.type", "none")
-    scaling = {"rope_type": kind, "factor": file.get("rope.scaling.factor", 1.0)}
+    scaling = {"rope_type": kind, "factor": factor or 1.0}
+    betas = [name for name in ("beta_fast", "beta_slow") if file.get(f"rope.scaling.yarn_{name}") is not None]
     if kind == "none":
         return None
     if kind == "linear":
         return scaling
     if kind == "yarn":
+        scaling |= {name: file.number(f"rope.scaling.yarn_{name}", 1.0, 0.0, 1e6) for name in betas}
         return scaling | {"original_max_position_embeddings": file.need("rope.scaling.original_context_length")}
     raise file.refused(f"rope scaling {kind!r} is not one of none, linear, yarn, llama3")
 
@@ -198,7 +260,7 @@ def _llama3_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any]:
     """The scaling whose factors are the file's, among those Llama 3.1 to 3.3 use (all but the factor are constant)."""
     found = np.array(file.tensors["rope_freqs.weight"].data, np.float64)
     factor, low, high, original = float(found.max()), 1.0, 4.0, 8192
-    theta = file.get("rope.freq_base", 10000.0)
+    theta = _rope_theta(file)
     turns = original / (2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     if found.shape != smooth.shape or not np.allclose(found, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
@@ -214,22 +276,32 @@ def _llama3_scaling(file: GGUFFile, head_dim: int) -> dict[str, Any]:
 
 def _token_ids(file: GGUFFile) -> dict[str, int]:
     names = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    ids = {f"{ours}_token_id": file.metadata.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    ids = {f"{ours}_token_id": _token_id(file, theirs) for ours, theirs in names.items()}
     return {name: value for name, value in ids.items() if value is not None}
+
+
+def _token_id(file: GGUFFile, name: str) -> int | None:
+    """The id of a special token, None where the file names none; refused where there is no such token."""
+    value, tokens = file.metadata.get(f"tokenizer.ggml.{name}_token_id"), len(file.listed("tokens", str))
+    if value is not None and not (type(value) is int and 0 <= value < tokens):
+        raise file.refused(f"tokenizer.ggml.{name}_token_id is {_short(value)}, but there are {tokens} tokens")
+    return value
 
 
 def _generation_config(file: GGUFFile) -> dict[str, Any]:
     """Greedy by default; stops on the end of text, of turn and of message, whichever the file names."""
-    ends = {file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")} - {None}
+    ends = {_token_id(file, name) for name in ("eos", "eot", "eom")} - {None}
     return _token_ids(file) | {"eos_token_id": sorted(ends)}
 
 
 def _tokenizer_config(file: GGUFFile) -> dict[str, Any]:
-    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+    tokens = file.listed("tokens", str)
     special = {name.removesuffix("_id"): tokens[value] for name, value in _token_ids(file).items()}
-    if (unknown := file.metadata.get("tokenizer.ggml.unknown_token_id")) is not None:
+    if (unknown := _token_id(file, "unknown")) is not None:
         special["unk_token"] = tokens[unknown]
     template = file.metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise file.refused(f"tokenizer.chat_template is {_short(template)}, a text was expected")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is
         "clean_up_tokenization_spaces": False,
@@ -255,16 +327,25 @@ def build_tokenizer(file: GGUFFile) -> "Tokenizer":
         raise file.refused(f"its tokenizer is of the kind {kind!r}, only byte-level BPE (gpt2) is understood")
     if pre not in PRE_TOKENIZERS:
         raise file.refused(f"pre-tokenizer {pre!r} is not one of {', '.join(PRE_TOKENIZERS)}")
-    tokens, types = file.metadata["tokenizer.ggml.tokens"], file.metadata["tokenizer.ggml.token_type"]
+    tokens, types = file.listed("tokens", str), file.listed("token_type", int)
+    if len(tokens) != len(types):
+        raise file.refused(f"{len(tokens)} tokens with {len(types)} types")
     vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
-    merges = [tuple(merge.split(" ")) for merge in file.metadata["tokenizer.ggml.merges"]]
+    if len(vocabulary) < sum(kind != UNUSED for kind in types):
+        raise file.refused("two of its tokens have the same text")
+    merges = [tuple(merge.split(" ")) for merge in file.listed("merges", str)]
+    for merge in merges:
+        if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
+            raise file.refused(f"tokenizer.ggml.merges has {' '.join(merge)[:60]!r}, which joins no two of its tokens to a third")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = _splitting(pre)
     tokenizer.decoder = decoders.ByteLevel()
     added = ((token, kind) for token, kind in zip(tokens, types, strict=True) if kind in (CONTROL, USER_DEFINED))
     tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL, normalized=False) for token, kind in added])
     if file.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
-        _put_first(tokenizer, tokens[file.metadata["tokenizer.ggml.bos_token_id"]])
+        if (bos := _token_id(file, "bos")) is None:
+            raise file.refused("texts begin with a token, but tokenizer.ggml.bos_token_id is missing")
+        _put_first(tokenizer, tokens[bos])
     return tokenizer
 
 
@@ -296,6 +377,8 @@ def tensor_names(file: GGUFFile) -> dict[str, str]:
     """GGUF name → Hugging Face name of every tensor, refusing a file that has more or fewer than the family has."""
     block = BLOCK_TENSORS | EXTRA_BLOCK_TENSORS[file.architecture]
     names = dict(TENSORS)
+    if file.need("block_count") > len(file.tensors):
+        raise file.refused(f"block_count {file.need('block_count')} for {len(file.tensors)} tensors")
     for layer in range(file.need("block_count")):
         names |= {f"blk.{layer}.{theirs}": f"model.layers.{layer}.{ours}" for theirs, ours in block.items()}
     if "output.weight" in file.tensors:
@@ -305,6 +388,28 @@ def tensor_names(file: GGUFFile) -> dict[str, str]:
     if unknown := file.tensors.keys() - names.keys() - {"rope_freqs.weight"}:
         raise file.refused(f"tensor {min(unknown)} is not one of a plain {file.architecture} model")
     return names
+
+
+def check_shapes(file: GGUFFile) -> None:
+    """Refuse a file whose tensors have other shapes than its fields say, before one of them is read."""
+    width, head_dim, ffn = file.need("embedding_length"), _head_dim(file), file.need("feed_forward_length")
+    queries, keys = file.need("attention.head_count") * head_dim, _kv_heads(file) * head_dim
+    rows = _vocabulary_size(file)
+    expected = {"token_embd.weight": (rows, width), "output_norm.weight": (width,), "output.weight": (rows, width)}
+    block = {
+        **dict.fromkeys(("attn_norm.weight", "ffn_norm.weight"), (width,)),
+        **dict.fromkeys(("ffn_gate.weight", "ffn_up.weight"), (ffn, width)),
+        **dict.fromkeys(("attn_k.weight", "attn_v.weight"), (keys, width)),
+        **dict.fromkeys(("attn_k.bias", "attn_v.bias"), (keys,)),
+        **dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (head_dim,)),
+        **{"attn_q.weight": (queries, width), "attn_q.bias": (queries,), "attn_output.weight": (width, queries)},
+        "ffn_down.weight": (width, ffn),
+    }
+    for name, tensor in file.tensors.items():
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        wanted = expected.get(name) or block.get(name.split(".", 2)[-1])
+        if wanted and shape != wanted:
+            raise file.refused(f"tensor {name} has the shape {list(shape)}, its fields ask for {list(wanted)}")
 
 
 def read_tensor(file: GGUFFile, name: str) -> np.ndarray:
@@ -373,6 +478,11 @@ def _shards(sizes: dict[str, int]) -> list[list[str]]:
         shards[-1].append(name)
         held += size
     return shards
+
+
+def _short(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    return repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}…"
 
 
 @contextmanager

@@ -5,6 +5,7 @@ llama.cpp's converter does. The real SmolLM2 and the real Qwen3 and Llama 3 voca
 """
 
 import json
+import random
 import subprocess
 import sys
 import tarfile
@@ -419,6 +420,166 @@ def test_a_recipe_may_name_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     folder = hub.model_folder(str(path))
     np.testing.assert_allclose(logits(open_mlx(folder)), logits(model), atol=1e-5)
     assert hub.model_folder(str(path)) == folder
+
+
+# --- what no file may make us believe ---
+
+
+def patched(raw: bytes, key: str, value: bytes) -> bytes:
+    """A file with other bytes at the place of a field's value."""
+    place = raw.index(key.encode()) + len(key) + 4
+    return raw[:place] + value + raw[place + len(value) :]
+
+
+def u32(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+def u64(value: int) -> bytes:
+    return value.to_bytes(8, "little")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> bytes:
+    return write(tmp_path_factory.mktemp("whole") / "m.gguf", source_model("llama"), Written()).read_bytes()
+
+
+LYING = {
+    "blocks": (lambda raw: patched(raw, "llama.block_count", u32(2**30)), r"block_count 1073741824 for 20 tensors"),
+    "one block less": (lambda raw: patched(raw, "llama.block_count", u32(1)), r"tensor blk\.1\.\S+ is not one of"),
+    "no token": (lambda raw: patched(raw, "tokenizer.ggml.bos_token_id", u32(2**32 - 1)), r"bos_token_id is 4294967295, but there are"),
+    "no end": (lambda raw: patched(raw, "tokenizer.ggml.eos_token_id", u32(len(TOKENS))), r"eos_token_id is \d+, but there are"),
+    "heads": (lambda raw: patched(raw, "llama.attention.head_count", u32(2**32 - 1)), r"head_count is 4294967295, a whole number"),
+    "three heads": (lambda raw: patched(raw, "llama.attention.head_count", u32(3)), r"a head is 21 wide"),
+    "two heads": (lambda raw: patched(raw, "llama.attention.head_count", u32(2)), r"blk\.0\.attn_k\.weight has the shape \[32, 64\]"),
+    "kv heads": (lambda raw: patched(raw, "llama.attention.head_count_kv", u32(3)), r"4 heads are no multiple of 3"),
+    "ffn": (lambda raw: patched(raw, "llama.feed_forward_length", u32(7)), r"ffn_gate\.weight has the shape \[96, 64\].*ask for \[7, 64\]"),
+    "width": (lambda raw: patched(raw, "llama.embedding_length", u32(32)), r"has the shape \[\d+, 64\], its fields ask for \[\d+, 32\]"),
+    "context": (lambda raw: patched(raw, "llama.context_length", u32(2**32 - 1)), r"context_length is 4294967295, a whole number from 1"),
+    "theta": (lambda raw: patched(raw, "llama.rope.freq_base", u32(0x7FC00000)), r"rope\.freq_base is nan, a number from 1"),
+    "eps": (lambda raw: patched(raw, "llama.attention.layer_norm_rms_epsilon", u32(0)), r"epsilon is 0\.0, a number from"),
+    "tokens": (lambda raw: patched(raw, "tokenizer.ggml.tokens", u32(8) + u64(2**60)), r"1,152,921,504,606,846,976 values of an array"),
+    "types": (lambda raw: patched(raw, "tokenizer.ggml.token_type", u32(5) + u64(2**61)), r"values of an array in a file of"),
+    "text": (lambda raw: patched(raw, "tokenizer.chat_template", u64(2**40)), r"1,099,511,627,776 bytes are asked at byte"),
+    "fields": (lambda raw: raw[:16] + u64(2**62) + raw[24:], r"4,611,686,018,427,387,904 fields in a file"),
+    "tensors": (lambda raw: raw[:8] + u64(2**62) + raw[16:], r"4,611,686,018,427,387,904 tensors in a file"),
+    "version": (lambda raw: raw[:4] + u32(99) + raw[8:], r"version 99"),
+    "dimensions": (lambda raw: patched(raw, "output_norm.we", u32(2**31)), r"output_norm\.weight has 2147483648 dimensions"),
+    "rows": (lambda raw: patched(raw, "token_embd.we", u32(2) + u64(64) + u64(2**50)), r"tensor token_embd\.weight ends at byte"),
+    "cut": (lambda raw: raw[:-64], r"ends at byte"),
+    "empty": (lambda raw: b"", r"0 bytes"),
+}
+
+
+@pytest.mark.parametrize("lie", LYING)
+def test_a_lying_header_is_refused_at_the_door(lie: str, whole: bytes, tmp_path: Path) -> None:
+    """Before memory is taken: the library that reads it next would reserve what it asks for."""
+    change, expected = LYING[lie]
+    path = tmp_path / "n.gguf"
+    path.write_bytes(change(whole))
+    with pytest.raises(ModelError, match=expected) as error:
+        ours.convert(path, tmp_path / "out")
+    assert "\n" not in str(error.value) and [file.name for file in tmp_path.iterdir()] == ["n.gguf"]
+
+
+def test_damaged_files_are_refused_or_converted(whole: bytes, tmp_path: Path) -> None:
+    """200 of them, damaged where the header is: no traceback, and what is accepted opens with finite logits."""
+    chance, refusals = random.Random(9), 0
+    for number in range(200):
+        content = bytearray(whole)
+        place = chance.randrange(9000)
+        match chance.randrange(4):
+            case 0:
+                content[place] ^= 1 << chance.randrange(8)
+            case 1:
+                content[place : place + 8] = chance.choice((u64(2**40), u64(2**64 - 1), u64(0)))
+            case 2:
+                del content[place : place + chance.choice((1, 4, 8))]
+            case 3:
+                del content[24 + place * 30 :]
+        path, folder = tmp_path / "n.gguf", tmp_path / str(number)
+        path.write_bytes(content)
+        try:
+            ours.convert(path, folder)
+        except ModelError as error:
+            refusals += 1
+            assert "\n" not in str(error)
+        else:
+            assert np.isfinite(logits(open_mlx(folder))).all()
+    assert 100 < refusals < 200
+
+
+NOT_OURS = {
+    "sliding window": lambda w: w.add_sliding_window(128),
+    "attention scale": lambda w: w.add_float32("llama.attention.scale", 0.5),
+    "soft cap": lambda w: w.add_float32("llama.final_logit_softcapping", 30.0),
+    "not causal": lambda w: w.add_causal_attention(False),
+    "yarn's own factor": lambda w: w.add_rope_scaling_attn_factors(2.0),
+    "logit scale": lambda w: w.add_logit_scale(0.5),
+    "vocabulary": lambda w: w.add_vocab_size(3),
+    "factor below 0": lambda w: w.add_rope_scaling_factor(-2.0),
+}
+
+
+@pytest.mark.parametrize("key", NOT_OURS)
+def test_what_would_be_computed_otherwise_is_refused(key: str, tmp_path: Path) -> None:
+    how = Written(edit=NOT_OURS[key])
+    refused(tmp_path, how, "use the model's Hugging Face folder instead")
+
+
+def test_neutral_values_are_no_reason(tmp_path: Path) -> None:
+    def edit(writer: gguf.GGUFWriter) -> None:
+        writer.add_sliding_window(512)  # the context's length
+        writer.add_causal_attention(True)
+        writer.add_logit_scale(1.0)
+        writer.add_expert_count(0)
+        writer.add_vocab_size(len(TOKENS))
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)  # without a factor: none
+
+    model = source_model("llama")
+    folder = converted(tmp_path, model, Written(edit=edit))
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] is None
+    np.testing.assert_allclose(logits(open_mlx(folder)), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear(key: str, tmp_path: Path) -> None:
+    """As llama.cpp has it."""
+    folder = converted(tmp_path, source_model("llama"), Written(edit=lambda writer: writer.add_float32(key, 4.0)))
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+SCALINGS = {
+    "none": {},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 2.0},
+}
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_libraries_read_the_rotary_keys(family: str, kind: str, tmp_path: Path) -> None:
+    """mlx-lm at the top level of config.json, transformers by its own translation: the same logits."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def edit(writer: gguf.GGUFWriter) -> None:
+        if kind != "none":
+            writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+            writer.add_rope_scaling_factor(4.0)
+        if kind == "yarn":
+            writer.add_rope_scaling_orig_ctx_len(128)
+            writer.add_rope_scaling_yarn_beta_fast(16.0)
+            writer.add_rope_scaling_yarn_beta_slow(2.0)
+
+    folder = converted(tmp_path, source_model(family), Written(family, edit=edit))
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["rope_scaling"] or {}) == SCALINGS[kind] and config["rope_theta"] == 5000.0
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.rope_parameters["rope_theta"] == 5000.0
+    with torch.no_grad():
+        theirs = model(torch.tensor(np.array(IDS).astype(np.int64))).logits.numpy()
+    np.testing.assert_allclose(logits(open_mlx(folder)), theirs, atol=2e-4 * np.abs(theirs).max())
 
 
 # --- the real ones ---
