@@ -235,6 +235,6 @@ def kl_before_after(run: Run) -> tuple[float | None, float | None]:
 
 def _supervised_kl(run: Run, row: dict[str, Any]) -> float | None:
     names = run.recipe.get("objective", {}).get("segments") or SEGMENTS
-    pairs = [(row[f"kl_{name}"], row[f"tokens_{name}"]) for name in names if f"kl_{name}" in row and f"tokens_{name}" in row]
+    pairs = finite([row.get(f"kl_{name}") for name in names], [row.get(f"tokens_{name}") for name in names])
     tokens = sum(count for _, count in pairs)
     return sum(value * count for value, count in pairs) / tokens if tokens else None

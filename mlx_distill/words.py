@@ -74,5 +74,6 @@ def finite(x: Sequence, y: Sequence) -> list[tuple[float, float]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; True and False are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that can be drawn and written; True, False, NaN and what no measurement gives are not."""
+    kind = isinstance(value, int | float) and not isinstance(value, bool)
+    return kind and (value == 0 or 1e-100 < abs(value) < 1e100)
