@@ -76,6 +76,7 @@ CASES = {
     "data.train_examples": ("5", ()),
     "data.validation_examples": ("3", ()),
     "data.longest_tokens": ("137", ()),
+    "data.date": ("2026-01-02", ("student.model={root}/clock", "eval.task=", "run.validate_every=0")),
     "truncation.keep": ("suffix", ()),
     "truncation.span": ("cot", ()),
     "truncation.fraction": ("0.9", ()),
@@ -133,6 +134,7 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     shutil.copytree(tiny_recipe.parent, root, dirs_exist_ok=True)
     (root / "tiny.toml").write_text((root / "tiny.toml").read_text().replace(str(tiny_recipe.parent), str(root)))
     model_folder(root / "wide", bytes_tokenizer("qwen2_5"), seed=3, layers=1, width=64)
+    model_folder(root / "clock", bytes_tokenizer("clock"), seed=2)
     rows_file(root / "other.jsonl", seed=9)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
     (root / "many.jsonl").write_text("".join(json.dumps(_with_more_columns(row, i)) + "\n" for i, row in enumerate(rows)))

@@ -175,7 +175,7 @@ class Place:
                 f"{self.where}: column {column!r} is no list of objects with {who!r} and {what!r}; "
                 f"{_what_holds(value) or 'set data.format to what it holds'}"
             )
-        return [read_message(turn, who, what, self.unused) for turn in value]
+        return turns.join_channels([read_message(turn, who, what, self.unused) for turn in value])
 
 
 def column_of(data: DataTable, role: str) -> str:

@@ -29,9 +29,12 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 NOT_LEARNED_KEYS = ("weight", "train", "training", "trainable", "loss")  # 0 or false: a turn that is not to be learned
 KEYS = frozenset({
     *REASONING_KEYS, *NOT_LEARNED_KEYS, "tool_calls", "function_call", "tool_call_id", "name", "refusal", "tools",
+    "channel",
 })  # fmt: skip
 CALL_KEYS = ("id", "type", "index", "function", "name", "arguments", "parameters")
 MEDIA_KEYS = ("audio", "image", "images", "video", "videos", "file", "files")
+CHANNELS = ("analysis", "commentary", "final")
+SWITCHES = {"0": 0, "1": 1, "false": False, "true": True}  # as text, in tables and from careless writers
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
 EARLIER_REASONING = "reasoning of earlier turns"
@@ -47,6 +50,7 @@ class Message:
     calls: list[dict[str, Any]] = field(default_factory=list)
     keys: dict[str, Any] = field(default_factory=dict)  # for the template: a result's name and the id of its call
     tools: Any = None  # what it says can be called
+    channel: str = ""  # harmony's (gpt-oss), where each message has one
     not_learned: str = ""
 
     def turn(self, keeps_reasoning: bool = False) -> Turn:
@@ -99,6 +103,8 @@ def read_message(found: dict[str, Any], who: str, what: str, unused: Counter[str
     """One message; raises `Skip` for content that is not text and calls that cannot be read."""
     count_unused(found, {who, what, *KEYS}, "key", unused)
     written = as_text(found[who])
+    if not written.strip():
+        raise Skip("a turn without a role")
     normal = written.strip().lower().replace("-", "_")
     if normal in CALL_ROLES:
         message = Message("assistant", "", calls=read_calls(found.get(what), unused))
@@ -110,6 +116,7 @@ def read_message(found: dict[str, Any], who: str, what: str, unused: Counter[str
     _read_refusal(message, found)
     _read_learned(message, found, unused)
     message.tools = found.get("tools")
+    _read_channel(message, found.get("channel"), unused)
     if not (message.content or message.calls or message.reasoning) and any(has_content(found.get(key)) for key in MEDIA_KEYS):
         raise Skip("content that is not text")
     for key in ("name", "tool_call_id"):
@@ -124,6 +131,8 @@ def read_message(found: dict[str, Any], who: str, what: str, unused: Counter[str
 def _read_content(message: Message, value: Any, unused: Counter[str]) -> None:
     parts = [value] if isinstance(value, dict) and "type" in value else value
     if isinstance(parts, list) and all(isinstance(part, str) or _is_part(part) for part in parts):
+        if len(parts) > 1 and any(_is_part(part) and part.get("type") == "tool_result" for part in parts):
+            raise Skip("several results or texts in one turn")
         for part in parts:
             _read_part(message, {"type": "text", "text": part} if isinstance(part, str) else part, unused)
     elif isinstance(value, list | dict):
@@ -144,7 +153,8 @@ def _read_part(message: Message, part: dict[str, Any], unused: Counter[str]) -> 
         message.content += as_text(part.get("text"))
         known = {"type", "text"}
     elif kind in REASONING_PARTS:
-        key = next((key for key in (kind, "text", "thinking", "reasoning") if has_content(part.get(key))), kind)
+        places = (kind, "text", "thinking", "reasoning", "content", "summary")
+        key = next((key for key in places if has_content(part.get(key))), kind)
         message.reasoning += _inner_text(part.get(key))
         known = {"type", key, "signature", "closed"}  # a signature is the service's own
     elif kind == "refusal":
@@ -154,6 +164,11 @@ def _read_part(message: Message, part: dict[str, Any], unused: Counter[str]) -> 
     elif kind == "tool_use":
         message.calls += read_calls({"id": part.get("id"), "name": part.get("name"), "arguments": part.get("input")}, unused)
         known = {"type", "id", "name", "input"}
+    elif kind == "tool_result" and not message.content:
+        message.role, message.content = "tool", _inner_text(part.get("content"))
+        if has_content(part.get("tool_use_id")):
+            message.keys["tool_call_id"] = as_text(part["tool_use_id"])
+        known = {"type", "tool_use_id", "content"}
     else:
         unused[f"part {printable(kind)}"] += 1
         raise Skip("content that is not text")
@@ -191,15 +206,38 @@ def _read_refusal(message: Message, found: dict[str, Any]) -> None:
         message.not_learned = "its answer is a refusal"
 
 
+def _read_channel(message: Message, channel: Any, unused: Counter[str]) -> None:
+    if message.role == "assistant" and channel in CHANNELS:
+        message.channel = channel
+    elif has_content(channel):
+        unused["key channel"] += 1
+
+
+def join_channels(messages: list[Message]) -> list[Message]:
+    """Harmony's messages of one turn as one message: `analysis` is the reasoning of what the assistant says next."""
+    joined: list[Message] = []
+    for message in messages:
+        before = joined[-1] if joined else None
+        if before and before.channel == "analysis" and message.role == "assistant" and not before.calls:
+            joined.pop()
+            message.reasoning = "\n\n".join(text for text in (before.content, message.reasoning) if text.strip())
+            if message.channel == "analysis":
+                message.content = "\n\n".join(text for text in (message.reasoning, message.content) if text.strip())
+                message.reasoning = ""
+        joined.append(message)
+    return joined
+
+
 def _read_learned(message: Message, found: dict[str, Any], unused: Counter[str]) -> None:
     for key in NOT_LEARNED_KEYS:
         value = found.get(key)
-        if value is None or not has_content(value):
+        if not has_content(value):
             continue
+        value = SWITCHES.get(value.strip().lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             unused[f"key {key}"] += 1
         elif not value:
-            message.not_learned = f"its answer is not to be learned ({key} = {as_text(value)})"
+            message.not_learned = f"its answer is not to be learned ({key} = {'false' if value is False else 0})"
 
 
 # calls and tools

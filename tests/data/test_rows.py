@@ -227,6 +227,8 @@ def test_names_of_a_result(role, reading):
             "its answer is a tool call",
         ),
         ({"weight": 0}, "its answer is not to be learned (weight = 0)"),
+        ({"weight": 0.0}, "its answer is not to be learned (weight = 0)"),
+        ({"weight": "0"}, "its answer is not to be learned (weight = 0)"),
         ({"train": False}, "its answer is not to be learned (train = false)"),
         ({"loss": False}, "its answer is not to be learned (loss = false)"),
         ({"content": None, "refusal": "I cannot."}, "its answer is a refusal"),
@@ -249,6 +251,7 @@ def test_answers_that_are_not_learned(last, reason, reading):
         {"reasoning_content": "c", "reasoning": "c", "content": "<think>c</think>a"},
         {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "c"}]}, {"type": "text", "text": "a"}]},
         {"content": [{"type": "reasoning", "text": "c"}, {"type": "output_text", "text": "a"}]},
+        {"content": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "c"}]}, "a"]},
         {"content": "<thinking>c</thinking>a"},
         {"content": "<thought>\nc</thought>\na"},
         {"content": "<reasoning>c</reasoning>\n<answer>\na\n</answer>"},
@@ -261,6 +264,22 @@ def test_answers_that_are_not_learned(last, reason, reading):
 def test_marks_of_reasoning(last, reading):
     example, unused = reading({"messages": [USER, {"role": "assistant"} | last]})
     assert (example.cot, example.answer, unused) == ("c", "a", {})
+
+
+def test_channels_as_messages_of_their_own(reading):
+    said = [("analysis", "c"), ("analysis", "d"), ("final", "a")]
+    row = [USER, *({"role": "assistant", "channel": channel, "content": text} for channel, text in said)]
+    example, unused = reading({"messages": row})
+    assert (example.cot, example.answer, example.history, unused) == ("c\n\nd", "a", (), {})
+
+
+def test_anthropic_calls_and_results(reading):
+    used = {"type": "tool_use", "id": "1", "name": "look", "input": {"city": "Rome"}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "rain"}]}
+    row = [USER, {"role": "assistant", "content": [used]}, {"role": "user", "content": [result]}, REPLY]
+    example, unused = reading({"messages": row})
+    assert json.loads(example.after[0][2])["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+    assert example.after[1] == ("tool", "rain", '{"tool_call_id": "1"}') and unused == {}
 
 
 def test_a_commentary_that_the_user_sees_is_part_of_the_answer(reading):
