@@ -74,7 +74,7 @@ def cache_folder() -> Path:
 def _embedded(name: str) -> Path:
     known = ("embedded:teacher", "embedded:student")
     if name not in known:
-        raise NotFound(f"model {name!r}: no such embedded model; there are {' and '.join(known)}")
+        raise NotFound(f"model {_shown(name)}: no such embedded model; there are {' and '.join(known)}")
     folder = EMBEDDED_WEIGHTS / name.removeprefix("embedded:")
     if not folder.is_dir():
         raise NotFound(f"model {name!r}: its weights are not installed; make them: python -m mlx_distill.embedded.make")

@@ -94,6 +94,30 @@ def test_name_of_no_kind(name: str) -> None:
     one_line(error, repr(name))
 
 
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("~nobody-here/x", "no home folder '~nobody-here'"),
+        ("y" * 300, "a name in a path can have 255 bytes"),
+        ("x/" + "é" * 200, "a name in a path can have 255 bytes"),
+        ("/" + "a/" * 3000, "a path can have 4,096 bytes"),
+        ("a\0b", "cannot hold a NUL character"),
+        ("\ud800/x", "not a hub id"),
+        ("a\nb/c", "not a hub id"),
+        ("embedded:" + "z" * 1000, "no such embedded model"),
+        ("/dev/zero", "/dev/zero"),
+        ("Qwen/Qwen3-0.6B@main", "not a hub id"),
+    ],
+)
+@pytest.mark.parametrize("weights", [True, False])
+def test_names_that_cannot_be_paths(name: str, part: str, weights: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    play_hub(monkeypatch, AssertionError("the hub was asked"))
+    with pytest.raises((ModelError, NotFound)) as error:
+        hub.model_folder(name, weights=weights)
+    one_line(error, part)
+    assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
 def test_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "EMBEDDED_WEIGHTS", tmp_path)
     with pytest.raises(NotFound) as error:
