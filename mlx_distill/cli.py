@@ -174,11 +174,16 @@ def report(
 
 
 @app.command()
-def doctor(backend: BackendOption = "auto") -> None:
+def doctor(
+    backend: BackendOption = "auto",
+    model: Annotated[
+        str, typer.Option("--model", help="Compare MLX's logits of this model with transformers' instead.")
+    ] = "",
+) -> None:
     """A self-check to share: versions, device, BLAS, memory, a tiny loss against float64, a measured matmul rate."""
-    from mlx_distill.doctor import check
+    from mlx_distill.doctor import check, check_model
 
-    if not check(console, backend):
+    if not (check_model(console, model) if model else check(console, backend)):
         raise typer.Exit(1)
 
 

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.console import Console
 
 from mlx_distill.backends import choose_backend
+from mlx_distill.compare import compare
+from mlx_distill.hub import model_folder
 from mlx_distill.manifest import PACKAGES, git_commit, processor_name
 from mlx_distill.memory import total_memory_bytes
 
@@ -35,6 +37,15 @@ def check(console: Console, backend_name: str) -> bool:
     if device.advice:
         console.print(f"note: {device.advice}", markup=False, highlight=False, soft_wrap=True)
     return error < LOSS_TOLERANCE
+
+
+def check_model(console: Console, name: str) -> bool:
+    """Compare MLX's logits of a model with transformers'; True if they agree. Raises `DistillError`."""
+    found = compare(model_folder(name), name)
+    for package in ("mlx", "mlx-lm", "transformers", "torch"):
+        console.print(f"{package:12} {_version(package)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{'model':12} {name}: {found}", markup=False, highlight=False, soft_wrap=True)
+    return found.agrees
 
 
 def _version(name: str) -> str:

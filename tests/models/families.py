@@ -172,6 +172,7 @@ FAMILIES = {
     "gemma3_text": Family(
         "gemma3_text",
         {
+            "hidden_size": 80,  # whose root bfloat16 does not hold
             "head_dim": 16,
             "sliding_window": 12,
             "query_pre_attn_scalar": 24,

@@ -16,7 +16,9 @@ from mlx_distill.backends.mlx import model as mlx_model
 from mlx_distill.backends.torch import model as torch_model
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import TESTED, Meaning
+from mlx_distill.recipe import StudentTable
 
+README = Path(__file__).parents[2] / "README.md"
 TOLERANCE = 1e-3  # of the logits' standard deviation
 PLAINLY_WRONG = 0.1
 torch.set_num_threads(1)
@@ -71,8 +73,29 @@ def test_mlx_and_torch_compute_what_transformers_computes(name: str, folder):
     assert distance(found, wanted) < TOLERANCE
 
 
+def readme_table() -> dict[str, bool]:
+    """Family → whether README calls it a student."""
+    table = README.read_text().partition("<!-- families -->")[2].partition("<!-- /families -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.split("\n")]
+    return {row[0]: row[3] == "yes" for row in rows[3:] if len(row) == 4}
+
+
 def test_every_family_that_is_called_tested_is():
-    assert {family.type for family in FAMILIES.values()} == set(TESTED)
+    assert {family.type for family in FAMILIES.values()} == set(TESTED) == set(readme_table())
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "-" not in name])
+def test_the_families_that_readme_calls_students_are(name: str, folder):
+    table, cpu = StudentTable(model="s"), torch.device("cpu")
+    for load in (
+        lambda: mlx_model.load_student(folder(name), "s", table, 0),
+        lambda: torch_model.load_student(folder(name), "s", table, 0, cpu, torch.float32),
+    ):
+        if readme_table()[FAMILIES[name].type]:
+            load()
+        else:
+            with pytest.raises(ModelError, match="^s: a student's head must be one plain matrix"):
+                load()
 
 
 @pytest.mark.parametrize(

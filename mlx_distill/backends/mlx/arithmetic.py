@@ -158,7 +158,7 @@ def _settle_embedding(owner: nn.Module, meaning: Meaning) -> list[str]:
 
     if rest != 1:
         _specialise(owner.model.embed_tokens, call)
-    return ["hidden_size"] if rest != 1 else []
+    return ["the exact root of hidden_size"] if rest != 1 else []
 
 
 # rotary embeddings
