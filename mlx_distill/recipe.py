@@ -393,25 +393,25 @@ def apply_override(tables: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     table, dot, field = name.strip().partition(".")
     if not (equals and dot and field):
-        raise RecipeError(f"--set {_short(override)}: expected table.field=value, for example --set truncation.fraction=0.25")
+        raise RecipeError(f"--set {short(override)}: expected table.field=value, for example --set truncation.fraction=0.25")
     if not isinstance(tables.setdefault(table, {}), dict):
-        raise RecipeError(f"--set {_short(override)}: {table} is not a table of the recipe")
-    tables[table][field.strip()] = readers.toml_value(text, f"--set {_short(name.strip())}")
+        raise RecipeError(f"--set {short(override)}: {table} is not a table of the recipe")
+    tables[table][field.strip()] = readers.toml_value(text, f"--set {short(name.strip())}")
 
 
 def refuse_unknown(tables: dict[str, Any], path: Path) -> None:
     """Raise `RecipeError` for a table or field that no recipe has, with the nearest one that it has."""
     for table, fields in tables.items():
         if table not in Recipe.model_fields:
-            raise RecipeError(f"{path}: no table [{_short(table)}] in a recipe{near(table, Recipe.model_fields)}")
+            raise RecipeError(f"{path}: no table [{short(table)}] in a recipe{near(table, Recipe.model_fields)}")
         if not isinstance(fields, dict):
-            raise RecipeError(f"{path}: [{table}] must be a table, found {_found(fields)}")
+            raise RecipeError(f"{path}: [{table}] must be a table, found {found_as(fields)}")
         known = Recipe.model_fields[table].annotation.model_fields
         for field in fields:
             if field not in known:
-                raise RecipeError(f"{path}: [{table}] has no field {_found(field)}{near(field, known)}")
+                raise RecipeError(f"{path}: [{table}] has no field {found_as(field)}{near(field, known)}")
             if not readers.is_text(fields[field]):
-                raise RecipeError(f"{path}: [{table}] {field} is not text in UTF-8, found {_found(fields[field])}")
+                raise RecipeError(f"{path}: [{table}] {field} is not text in UTF-8, found {found_as(fields[field])}")
 
 
 def near(name: str, known: Iterable[str]) -> str:
@@ -433,15 +433,16 @@ def describe(error: ValidationError) -> str:
         expected = f"a list of at least {first['ctx']['min_length']}"
     choices = first.get("ctx", {}).get("expected", "")
     near = difflib.get_close_matches(str(found)[:60], choices.replace("'", "").replace(" or ", ", ").split(", "), 1)
-    return f"{where} should be {expected}, found {_found(found)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{where} should be {expected}, found {found_as(found)}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _found(value: Any) -> str:
+def found_as(value: Any) -> str:
     """A value as an error shows it, cut where it is long."""
-    return _short(repr(value))
+    return short(repr(value))
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """The beginning and the end of a text that is too long for an error."""
     return text if len(text) <= 100 else f"{text[:60]}…{text[-20:]}"
 
 

@@ -8,6 +8,7 @@ over the same base that keep their runs in one folder share those that are equal
 import copy
 import itertools
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,15 +31,18 @@ from mlx_distill.recipe import (
     build_recipe,
     cache_serves,
     describe,
+    found_as,
     near,
     read_toml,
+    short,
     with_values,
 )
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.study import MATCHED
 
 Settings = dict[str, Any]  # "table.field" → value
-LONGEST_NAME = 120  # of a run folder
+LONGEST_NAME = 120  # bytes of a run folder's name, before its digest
+MOST_RUNS = 10_000
 NOT_AN_AXIS = {  # field → what to do instead
     "run.seed": "use seeds = […]", "run.name": "runs are named by what they change", "run.folder": "use runs = \"FOLDER\"",
     "eval.score_base": "use [set]", "eval.score_teacher": "use [set]", "eval.compare": "the sweep's page compares all of its runs",
@@ -133,7 +137,7 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> Sweep:
     for name, values in axes.items():
         _refuse_no_axis(path, name)
         if not isinstance(values, list) or not values:
-            raise RecipeError(f"{path}: [axes] {name} should be a list of values, found {values!r}")
+            raise RecipeError(f"{path}: [axes] {short(name)} should be a list of values, found {found_as(values)}")
     builder = _Builder(path, file, tables, axes)
     points = tuple(builder.points())
     _refuse_other_problems(path, points)
@@ -144,7 +148,7 @@ def _read(path: Path) -> SweepFile:
     content = read_toml(path, "sweep")
     for key in content:
         if key not in SweepFile.model_fields:
-            raise RecipeError(f"{path}: a sweep has no {key!r}{near(key, SweepFile.model_fields)}")
+            raise RecipeError(f"{path}: a sweep has no {found_as(key)}{near(key, SweepFile.model_fields)}")
     try:
         file = SweepFile.model_validate(content)
     except ValidationError as error:
@@ -158,7 +162,8 @@ def flat(tables: dict[str, Any], path: Path, where: str) -> Settings:
     """{"truncation": {"fraction": 0.5}} → {"truncation.fraction": 0.5}."""
     for table, fields in tables.items():
         if not isinstance(fields, dict):
-            raise RecipeError(f"{path}: [{where}] {table} should be table.field, for example truncation.fraction, found {fields!r}")
+            example = "should be table.field, for example truncation.fraction"
+            raise RecipeError(f"{path}: [{where}] {short(table)} {example}, found {found_as(fields)}")
     return {f"{table}.{name}": value for table, fields in tables.items() for name, value in fields.items()}
 
 
@@ -166,7 +171,7 @@ def _assign(tables: dict[str, Any], settings: Settings, path: Path) -> None:
     for name, value in settings.items():
         table, _, key = name.partition(".")
         if not isinstance(tables.setdefault(table, {}), dict):
-            raise RecipeError(f"{path}: [{table}] must be a table, found {tables[table]!r}")
+            raise RecipeError(f"{path}: [{short(table)}] must be a table, found {found_as(tables[table])}")
         tables[table][key] = value
 
 
@@ -186,6 +191,9 @@ class _Builder:
     def points(self) -> Iterator[Point]:
         """Seed by seed, so that a sweep that is stopped has whole comparisons: the grid, token-matched arms, other arms. One of
         two conditions that are the same run under the same label is left out."""
+        wanted = math.prod(map(len, self.axes.values())) * max(1, len(self.file.seeds))
+        if wanted > MOST_RUNS:
+            raise RecipeError(f"{self.path}: its axes and seeds make {wanted:,} runs, a sweep can have {MOST_RUNS:,}: name fewer values")
         grid = [("", dict(zip(self.axes, values, strict=True))) for values in itertools.product(*self.axes.values())] if self.axes else []
         found = [*grid, *self._matched(), *self._arms()]
         if not found:
@@ -230,7 +238,7 @@ class _Builder:
             recipe = self._cached_where_it_serves(tables, insist="teacher.cache" in settings)
         except RecipeError as error:
             what = label or ", ".join(f"{name} = {json.dumps(value, default=str)}" for name, value in settings.items())
-            raise RecipeError(f"{error} (at {what})") from None
+            raise RecipeError(f"{error} (at {short(what)})") from None
         named = with_values(recipe, run={"name": run_name(recipe, self.base, settings), "folder": self.runs})
         return Point(label, {name: value_of(recipe, name) for name in self.axes} | settings, named)
 
@@ -265,7 +273,8 @@ def run_name(recipe: Recipe, base: Recipe, settings: Settings) -> str:
         if value != theirs[table][name] and (table, name) != ("run", "seed") and (name not in CACHE_FIELDS or f"{table}.{name}" in settings)
     ]
     name = "_".join([*changed, f"seed={recipe.run.seed}"])
-    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}-{_digest(name)}"
+    whole = name.encode()
+    return name if len(whole) <= LONGEST_NAME else f"{whole[:LONGEST_NAME].decode(errors='ignore')}-{_digest(name)}"
 
 
 def _slug(value: Any) -> str:
@@ -294,7 +303,7 @@ def _full(path: Path, settings: Settings, points: Sequence[Point]) -> Point | No
     fitting = [one for one in points if all(value_of(one.recipe, name) == value for name, value in settings.items())]
     if not fitting:
         asked = ", ".join(f"{name} = {value!r}" for name, value in settings.items())
-        raise RecipeError(f"{path}: [full] asks for {asked}, which no run of this sweep has")
+        raise RecipeError(f"{path}: [full] asks for {short(asked)}, which no run of this sweep has")
     return next((one for one in fitting if not one.label), fitting[0])
 
 

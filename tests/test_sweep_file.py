@@ -171,6 +171,29 @@ def test_a_mistake_is_one_line_that_says_where(write, case):
         assert part in str(caught.value), str(caught.value)
 
 
+def test_more_runs_than_anyone_waits_for_are_refused(write):
+    axes = f"[axes]\noptim.steps = {list(range(1, 102))}\ndata.train_examples = {list(range(1, 101))}\n"
+    with pytest.raises(RecipeError, match="make 10,100 runs, a sweep can have 10,000"):
+        load(write(axes))
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    ("07:32:00", "a list of values, found datetime.time(7, 32)"), ("[[0.5]]", "a valid number, found [0.5]"),
+    ("[2]", "from 1e-06 to 1.0, found 2"), ("[1e-999]", "the number 1e-999 is out of a float's range"),
+    ("[" * 300 + "]" * 300, "nested more than 100 levels deep"), ("[" + "9" * 5000 + "]", "a number of more than 4,300 digits"),
+    ("[0x" + "f" * 200 + "]", "…"),
+])
+def test_an_axis_that_cannot_be_is_one_short_line(write, value, said):
+    with pytest.raises(RecipeError) as error:
+        load(write(f"[axes]\ntruncation.fraction = {value}\n"))
+    assert said in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_long_name_in_another_script_fits_a_folder(write):
+    (point,) = load(write(f"[axes]\ndata.split = ['{'数' * 80}']\n")).points
+    assert len(point.name.encode()) < 140
+
+
 def test_a_base_whose_table_is_none(write):
     with pytest.raises(RecipeError, match=r"base.toml: \[truncation\] must be a table, found 5"):
         load(write("[set]\ntruncation.fraction = 0.5\n[axes]\noptim.steps = [1]\n", f"truncation = 5\n{BASE}"))
