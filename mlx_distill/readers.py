@@ -28,6 +28,7 @@ LONGEST_NAME = 255  # bytes that one part of a path may have
 LONGEST_PATH = 4096
 WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")  # what UTF-16 and UTF-32 begin with
 PIECES = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)  # of JSON: what nests, and strings, which do not
+HALVES = re.compile("[\ud800-\udfff]")  # of characters beyond the first plane, as UTF-16 has them
 Error = type[DistillError]
 
 
@@ -109,7 +110,7 @@ def toml_value(text: str, where: str, error: Error = RecipeError) -> Any:
 def is_text(value: Any) -> bool:
     """Whether every string in a value that was read can be encoded: none has half of a character."""
     if isinstance(value, str):
-        return value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value)
+        return value.isascii() or not HALVES.search(value)
     if isinstance(value, dict):
         return all(map(is_text, value.keys())) and all(map(is_text, value.values()))
     return not isinstance(value, list | tuple) or all(map(is_text, value))

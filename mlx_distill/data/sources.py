@@ -9,6 +9,7 @@ are no rows.
 import csv
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,11 +146,26 @@ def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
     except Exception as error:  # datasets, huggingface_hub, fsspec and requests each bring their own kinds
         raise NotFound(
             f"data.source: {asked}, split {data.split!r} is no file here and could not be loaded from the "
-            f"hub: {_line(error)}; check the id, data.config and data.split, go online (HF_HUB_OFFLINE "
-            "unset), or name a local .jsonl or .parquet file"
+            f"hub: {_line(error)}; {_hub_remedy(str(error))}"
         ) from None
     for number, row in enumerate(dataset, 1):
         yield f"row {number}", _filled(row)
+
+
+def _hub_remedy(said: str) -> str:
+    """What to do about what the hub's libraries said."""
+    for words, advice in HUB_REMEDIES.items():
+        if re.search(words, said, re.IGNORECASE):
+            return advice
+    return "check the id, or name a local .jsonl or .parquet file"
+
+
+HUB_REMEDIES = {
+    "BuilderConfig|config name": "set data.config to one that it has",
+    "unknown split|bad split": "set data.split to one that it has",
+    "offline|couldn't reach|connection|resolve": "go online (HF_HUB_OFFLINE unset), or name a local .jsonl or .parquet file",
+    "gated|authenticat|401|403": "log in with `hf auth login` and accept its terms",
+}
 
 
 def _filled(row: Row) -> Row:

@@ -102,7 +102,7 @@ def printable(name: Any) -> str:
 def read_message(found: dict[str, Any], who: str, what: str, unused: Counter[str]) -> Message:
     """One message; raises `Skip` for content that is not text and calls that cannot be read."""
     count_unused(found, {who, what, *KEYS}, "key", unused)
-    written = as_text(found[who])
+    written = found[who] if isinstance(found[who], str) else ""
     if not written.strip():
         raise Skip("a turn without a role")
     normal = written.strip().lower().replace("-", "_")

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -387,6 +388,42 @@ def test_whatever_has_content_and_is_not_read_is_counted(tmp_path_factory, colum
     expected += Counter(f"key {name}" for found in keys for name, value in found.items() if says(value))
     assert Counter({name.replace("\\x1b", "\x1b"): count for name, count in unused.items()}) == expected
     assert all(name.isprintable() for name in unused)
+
+
+ODD = [None, True, 0, 3.5, "", "x", "[]", "{}", [], [None], ["a"], {}, {"type": "text"}, {"function": None}, "\ud83d", "\x1b[31m"]
+
+
+def test_a_damaged_row_is_an_example_or_a_line(tmp_path, bytes_tokenizer):
+    """Values of the fixtures' rows replaced, deleted or added at random: nothing but `DataError` and `Skip` comes of it."""
+    random, tokenizer = Random(9), bytes_tokenizer("tools")
+    rows = [json.loads(path.read_text().splitlines()[0]) for path in sorted(ROWS.glob("*.jsonl"))]
+    outcomes = Counter()
+    for _ in range(400):
+        row = json.loads(json.dumps(random.choice(rows)))
+        damage(row, random)
+        format_ = next((name for name in ("conversations", "messages") if name in row), "alpaca")
+        try:
+            for example in read_examples(DataTable(source=write(tmp_path, [row]), format=format_)):
+                render(example, tokenizer)
+                outcomes["rendered"] += 1
+        except (DataError, Skip) as error:
+            outcomes[type(error)] += 1
+            assert "\n" not in str(error) and str(error).isprintable()
+    assert min(outcomes["rendered"], outcomes[DataError]) > 50
+
+
+def damage(value, random):
+    """Change one place somewhere inside a value."""
+    while True:
+        place = random.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if isinstance(value[place], dict | list) and value[place] and random.random() < 0.8:
+            value = value[place]
+        elif random.random() < 0.2:
+            del value[place]
+            return
+        else:
+            value[place] = random.choice(ODD)
+            return
 
 
 def test_the_known_keys_are_those_that_are_read():
