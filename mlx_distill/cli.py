@@ -152,12 +152,13 @@ def evaluate(
     task: Annotated[str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH or jsonl:PATH.")],
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of the eval table: examples=100.")] = None,
     backend: BackendOption = "auto",
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is kept; default: evals in the run, or here.")] = None,
 ) -> None:
-    """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens."""
+    """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens. Started again, it goes on."""
     from mlx_distill import pipeline
 
     with _stoppable() as view:
-        pipeline.score_model(model, task, tuple(set_ or ()), view, backend)
+        pipeline.score_model(model, task, tuple(set_ or ()), view, backend, out)
 
 
 @app.command()

@@ -11,16 +11,22 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mlx_distill import verify
 from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import generation_ids
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import EvalTable
+from mlx_distill.scoring.generations import Generation, Generations
 from mlx_distill.scoring.intervals import interval, paired
 from mlx_distill.tasks import THINK_END, Problem, Task
 
 if TYPE_CHECKING:
     from mlx_distill.backends.protocol import Model
+
+KEYED = ("max_new_tokens", "temperature", "top_p", "seed", "samples", "batch_size")  # what generated texts depend on
 
 @dataclass(frozen=True)
 class Score:
@@ -75,55 +81,80 @@ class Retention:
     gain: float | None
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One judged generation."""
-
-    correct: bool
-    finished: bool
-    well_formed: bool
-    tokens: int
-
-
 def score(
     model: "Model", tokenizer: Any, task: Task, settings: EvalTable,
     progress: Callable[[int], None] = lambda done: None, stop_ids: frozenset[int] = frozenset(),
-    day: str = "",
+    day: str = "", kept: Generations | None = None,
 ) -> Score:
     """Generate `settings.samples` answers to every problem of `task` and score them.
 
-    `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the tokenizer's own, `day` is what
-    prompts say where their template reads the clock. Raises
-    `DataError` for a task without problems (there is no accuracy of nothing) or with one that the chat template refuses.
+    `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the
+    tokenizer's own, `day` is what prompts say where their template reads the clock. With `kept` each
+    batch is written down as it is judged, and one that is there already is not generated again: the
+    batches and the seed of each depend on the arguments alone, so the score is the same either way.
+    Raises `DataError` for a task without problems (there is no accuracy of nothing) or with one that
+    the chat template refuses.
     """
     if not task.problems:
         raise DataError(f"task {task.name!r} has no problems to score: check its file, or raise [eval] examples")
     stops = stop_ids | ends_of_answers(tokenizer)
-    prompts = [_prompt_ids(problem, task, tokenizer, day) for problem in task.problems]
-    repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
-    started = time.perf_counter()
-    generated = model.generate(
-        repeated, settings.max_new_tokens, settings.temperature, settings.top_p, settings.seed, settings.batch_size, stops, progress
-    )
-    seconds = time.perf_counter() - started
-    owners = [problem for problem in task.problems for _ in range(settings.samples)]
-    answers = [judge(ids, problem, task, tokenizer, stops) for problem, ids in zip(owners, generated, strict=True)]
-    return summarize(task.problems, answers, settings.samples, seconds)
+    problems = {problem.id: problem for problem in task.problems}
+    prompts = {problem.id: _prompt_ids(problem, task, tokenizer, day) for problem in task.problems}
+    batches = _batches(prompts, settings)
+    if kept:
+        golds = {problem.id: [problem.expected, problem.compared] for problem in task.problems}
+        kept.begin(batches, prompts=prompts, golds=golds, stops=sorted(stops), verifier=verify.VERSION,
+                   settings=settings.model_dump(include=set(KEYED)))
+    found = dict(kept.kept) if kept else {}
+    for number, batch in enumerate(batches):
+        if all(one in found for one in batch):
+            progress(len(batch))
+            continue
+        started = time.perf_counter()
+        generated = model.generate(
+            [prompts[problem] for problem, _ in batch], settings.max_new_tokens, settings.temperature, settings.top_p,
+            batch_seed(settings.seed, number), settings.batch_size, stops, progress,
+        )
+        seconds = (time.perf_counter() - started) / len(batch)
+        answered = zip(batch, generated, strict=True)
+        rows = [judge(ids, problems[problem], sample, seconds, task, tokenizer, stops) for (problem, sample), ids in answered]
+        found |= {(row.problem, row.sample): row for row in rows}
+        if kept:
+            kept.add(rows)
+    return summarize(task.problems, found, settings.samples)
 
 
-def judge(ids: list[int], problem: Problem, task: Task, tokenizer: Any, stop_ids: frozenset[int]) -> Answer:
+def batch_seed(seed: int, number: int) -> int:
+    """The seed of a batch: its own, so that a batch is sampled alike whether those before it are generated or kept."""
+    return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _batches(prompts: dict[str, list[int]], settings: EvalTable) -> list[list[tuple[str, int]]]:
+    """(problem, sample)s by batch, the longest prompts first: they need the most memory."""
+    asked = [(problem, sample) for problem in prompts for sample in range(settings.samples)]
+    asked.sort(key=lambda one: -len(prompts[one[0]]))
+    return [asked[start : start + settings.batch_size] for start in range(0, len(asked), settings.batch_size)]
+
+
+def judge(
+    ids: list[int], problem: Problem, sample: int, seconds: float, task: Task, tokenizer: Any, stop_ids: frozenset[int],
+) -> Generation:
     """One generation's verdict: it can only be right if it stopped by itself and closed its reasoning with `</think>`."""
     stopped = bool(ids) and ids[-1] in stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     ends = text.count(THINK_END)
     finished = stopped and ends > 0
-    return Answer(finished and task.verify(problem.expected, text), finished, stopped and ends == 1, len(ids))
+    return Generation(
+        problem=problem.id, sample=sample, prompt=problem.prompt, gold=problem.expected, compared=problem.compared, text=text,
+        correct=finished and task.verify(problem.expected, text), finished=finished, well_formed=stopped and ends == 1,
+        tokens=len(ids), seconds=seconds,
+    )
 
 
-def summarize(problems: list[Problem], answers: list[Answer], samples: int, seconds: float) -> Score:
-    """The `Score` of `samples` answers a problem, in the problems' order."""
-    right = [float(answer.correct) for answer in answers]
-    correct = {problem.id: right[i * samples : (i + 1) * samples] for i, problem in enumerate(problems)}
+def summarize(problems: list[Problem], found: dict[tuple[str, int], Generation], samples: int) -> Score:
+    """The `Score` of the generations that were `found` by problem and sample."""
+    answers = [found[problem.id, sample] for problem in problems for sample in range(samples)]
+    correct = {problem.id: [float(found[problem.id, sample].correct) for sample in range(samples)] for problem in problems}
     low, high = interval(correct.values())
     return Score(
         accuracy=fmean(map(fmean, correct.values())), low=low, high=high,
@@ -131,7 +162,7 @@ def summarize(problems: list[Problem], answers: list[Answer], samples: int, seco
         unfinished=fmean(not answer.finished for answer in answers),
         well_formed=fmean(answer.well_formed for answer in answers),
         mean_tokens=fmean(answer.tokens for answer in answers),
-        seconds=seconds,
+        seconds=sum(answer.seconds for answer in answers),
     )
 
 

@@ -32,6 +32,7 @@ from mlx_distill.plan import announce, kept_checkpoints, refuse_pair, shortage
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
+from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
 from mlx_distill.tasks import Task, load_task
@@ -285,15 +286,20 @@ class Pipeline:
     # scoring
 
     def _evaluate(self, folder: RunFolder, task: Task) -> None:
-        """Score teacher, base and student, each once; a score that is kept is not made again."""
+        """Score teacher, base and student, each once; a score that is kept is not made again, nor is a kept generation."""
         scores = self._kept_scores(folder)
+        if any(part not in scores for part, _, _ in self._scored(folder)):
+            self.view.say(task.describe())
         for part, path, bits in self._scored(folder):
             if part in scores:
                 continue
             self._refuse_changed(folder, part)
             model = self.backend.load_teacher(path, part, bits)
-            scores[part] = self._score(model, task, part).to_json()
-            folder.write_json("eval.json", {"task": task.name, "scores": scores})
+            made_by = {"fingerprint": model_fingerprint(path), "bits": bits, "backend": self.backend.name}
+            generations = Generations(folder.path / FILE, part, made_by, self.view.say)
+            scores[part] = self._score(model, task, part, generations).to_json()
+            told = {"task": task.name, "compared": task.compared(), "generations": generations.reference()}
+            folder.write_json("eval.json", told | {"scores": scores})
             del model
             self.backend.release()
 
@@ -324,9 +330,9 @@ class Pipeline:
             yield "base", self.student_folder, 0
         yield "student", folder.student, 0
 
-    def _score(self, model: Model, task: Task, part: str) -> evaluate.Score:
+    def _score(self, model: Model, task: Task, part: str, generations: Generations) -> evaluate.Score:
         progress = self.view.count(f"scoring {part}", len(task.problems) * self.recipe.eval.samples)
-        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, progress, frozenset(self.stop_ids), self.day)
+        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, progress, frozenset(self.stop_ids), self.day, generations)
         self.view.say(f"{part}: {evaluate.describe(score)}")
         return score
 
@@ -341,9 +347,12 @@ def _changed(folder: RunFolder, what: str) -> RunError:
 
 
 def score_model(
-    name: str, task_name: str, settings: tuple[str, ...], view: View, backend_name: str = "auto"
+    name: str, task_name: str, settings: tuple[str, ...], view: View, backend_name: str = "auto", out: Path | None = None,
 ) -> evaluate.Score:
-    """Score a model, or the student of a run folder, on a task; `settings` are `field=value` of the `[eval]` table."""
+    """Score a model, or the student of a run folder, on a task; `settings` are `field=value` of the `[eval]` table.
+
+    Score and generations are kept in `out`, by default the folder `evals` of the run, or of the working folder.
+    """
     path = Path(name)
     folder = path / "student" if (path / "recipe.toml").exists() else model_folder(name)
     if not folder.exists():
@@ -358,6 +367,12 @@ def score_model(
     for note in model.notes:
         view.say(f"note: {note}")
     progress = view.count(f"scoring {name}", len(task.problems) * settings.samples)
-    score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer), day)
+    made_by = {"fingerprint": model_fingerprint(folder), "backend": backend.name}
+    view.say(task.describe())
+    with Evaluation.opened(out or (path if folder.parent == path else Path()) / "evals", name, task, settings, made_by) as kept:
+        generations = Generations(kept.generations, name, made_by, view.say)
+        score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer), day, generations)
+        kept.write(score.to_json(), generations.reference())
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
+    view.say(f"kept: {kept.generations} and {kept.result.name}")
     return score

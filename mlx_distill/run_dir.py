@@ -1,11 +1,12 @@
 """One run = one folder, which at any moment can be killed and opened again.
 
-    runs/NAME/  recipe.toml  manifest.json  metrics.jsonl  validation.jsonl  sample.json  eval.json
-                checkpoints/step-000100/   student/   report.md  report.html   run.lock
+    runs/NAME/  recipe.toml  manifest.json  metrics.jsonl  validation.jsonl  sample.json  eval.json  generations.jsonl
+                checkpoints/step-000100/   student/   report.md  report.html   run.lock   evals/ (of `eval`)
 
 Decided here: what is written where, that every file but the logs appears whole or not at all, and when a
 folder is continued, started over or refused. The run's own files have names (`runs/own_files.py`); nothing
-else is ever removed or overwritten. The logs grow by lines and are cut back to the checkpoint on resume.
+else is ever removed or overwritten. The logs grow by lines; those of training are cut back to the checkpoint
+on resume, generations to the last whole batch (`scoring/generations.py`).
 """
 
 import shutil

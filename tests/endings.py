@@ -13,6 +13,7 @@ SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
 LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5")
 MODES = {"full": SHORT, "lora": (*SHORT, *LORA), "torch": SHORT, "torch lora": (*SHORT, *LORA)}
 TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created", "git_commit", "starts"}
+TIMES |= {"sha256"}  # of generations.jsonl, which says how long each took
 
 
 def timeless(content):
@@ -35,7 +36,7 @@ def ending(folder: Path) -> dict:
     found |= {str(name): (folder / name).read_bytes() for name in files if name.parts[0] == "student"}
     found |= {str(name): arrays(folder / name) for name in files if name.parts[0] == "checkpoints" and name.suffix == ".safetensors"}
     found |= {str(name): timeless(json.loads((folder / name).read_text())) for name in files if name.suffix == ".json"}
-    return found | {log: timeless(run.rows(log)) for log in ("metrics.jsonl", "validation.jsonl")}
+    return found | {log: timeless(run.rows(log)) for log in ("metrics.jsonl", "validation.jsonl", "generations.jsonl")}
 
 
 def assert_same(folder: Path, expected: dict) -> None:
