@@ -101,7 +101,10 @@ def test_a_file_cut_at_any_byte_is_completed(tmp_path):
         assert torn == any("1 unreadable or torn lines are dropped" in line for line in said)
 
 
-@pytest.mark.parametrize("damage", [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"problem": 3}\n', b"[" * 9000 + b"\n", b"9" * 9000 + b"\n", b"\0\n"])
+DAMAGES = [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"problem": 3}\n', b"[" * 9000 + b"\n", b"9" * 9000 + b"\n", b"\0\n"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_line_costs_its_batch(tmp_path, damage):
     path = tmp_path / "g.jsonl"
     whole, _, _, _ = scored(path)
