@@ -272,6 +272,11 @@ def test_a_manifest_that_differs_is_refused_by_field(tmp_path, field):
         TeacherCache(tmp_path, asked)
 
 
+def test_a_cache_from_before_there_were_dates_keeps_its_name():
+    made = CacheFields("top_k", "f" * 16, 0, "a" * 16, 96, top_k=8, dtype="float16")
+    assert made.name == "top_k-a2aadb254a26" and "date" not in made.content()
+
+
 def test_each_field_makes_another_cache_and_says_what_is_near(tmp_path, root):
     backend = choose_backend("torch")
     teacher, said = backend.load_teacher(root / "teacher", "teacher"), []
