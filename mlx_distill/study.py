@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import DataError, NotFound
+from mlx_distill.readers import parse_json, read_text
 from mlx_distill.scoring.intervals import Estimate, crossed_difference, crossed_mean, crossed_ratio
 
 DONE = "done"
@@ -76,13 +77,14 @@ def rows_text(rows: Sequence[Row]) -> str:
 
 def read_rows(path: Path) -> list[Row]:
     """What `rows_text` made; raises `NotFound` or `DataError`."""
-    if not path.is_file():
-        raise NotFound(f"no results at {path}: run the sweep first")
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [_row(fields) for fields in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} holds no results of this version ({error!r}): run the sweep again") from None
+    try:
+        text = read_text(path)
+    except NotFound:
+        raise NotFound(f"no results at {path}: run the sweep first") from None
+    try:
+        return [_row(fields) for fields in csv.DictReader(io.StringIO(text, newline=""))]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} holds no results of this version ({error!r}): run the sweep again") from None
 
 
 def _row(fields: dict[str, str]) -> Row:
@@ -91,7 +93,7 @@ def _row(fields: dict[str, str]) -> Row:
     values = {name: read[kinds[name]](text) for name, text in fields.items() if kinds[name] in read}
     right = fields["right"]
     shares = right.split() if " " in right or "." in right else right
-    return Row(**values, settings=json.loads(fields["settings"]), right=tuple(float(share) for share in shares))
+    return Row(**values, settings=parse_json(fields["settings"], "settings"), right=tuple(float(share) for share in shares))
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError
 
 from mlx_distill.errors import RecipeError
 from mlx_distill.kept_run import read_scores
+from mlx_distill.readers import path_of
 from mlx_distill.recipe import (
     OUTSIDE_DIGEST,
     Fraction,
@@ -155,6 +156,8 @@ def _read(path: Path) -> SweepFile:
         raise RecipeError(f"{path}: {describe(error)}") from None
     if not file.recipe:
         raise RecipeError(f"{path}: recipe is empty: name the base recipe, by its path from this file")
+    for field in ("recipe", "folder", "runs"):
+        path_of(getattr(file, field), f"{path}: {field}")
     return file
 
 

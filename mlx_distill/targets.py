@@ -269,9 +269,9 @@ def dates_of(root: Path, fields: CacheFields) -> list[str]:
     dates = []
     for manifest in root.glob(f"{fields.kind}-*/manifest.json"):
         try:
-            found = json.loads(manifest.read_text(encoding="utf-8"))["fields"]
+            found = read_json(manifest)["fields"]
             same = found | BEFORE_DATES == dataclasses.asdict(fields) | BEFORE_DATES
-        except (OSError, ValueError, KeyError, TypeError):
+        except (DistillError, KeyError, TypeError):
             continue  # not ours to mend
         if same and isinstance(found.get("date"), str):
             dates.append(found["date"])
