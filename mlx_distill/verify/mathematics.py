@@ -61,9 +61,11 @@ def readable(text: str) -> bool:
     """Whether a gold answer can be compared as mathematics."""
     if quantity.read(text):
         return True
+    brackets, parts = members(text)
+    if RELATION.search(text) and len(parts) > 1:  # x = 2 or x = 3
+        return all(map(readable, parts))
     if not is_expression(text):
         return False
-    brackets, parts = members(text)
     if brackets or len(parts) > 1:
         return all(map(readable, parts))
     return _small(text) and sympy_child.readable(_latex(text))

@@ -179,15 +179,11 @@ def read(phrase: str, comma: bool = False) -> Quantity | None:
     if found:
         return _numeral(found, phrase[found.end() :])
     named = NAMED.match(phrase)
-    unit = _unit("", phrase[named.end() :]) if named else None
-    if unit is None:
+    if not named:
         return None
-    value = (
-        WORDS[named["word"].lower()]
-        if named["word"]
-        else WORDS[named["tens"].lower()] + WORDS[(named["ones"] or "zero").lower()]
-    )
-    return Quantity(Fraction(value), unit=unit)
+    parts = (named["word"], named["tens"], named["ones"])
+    number = sum(WORDS[part.lower()] for part in parts if part)
+    return read(f"{number}{phrase[named.end() :]}")  # twenty percent, one thousand, five apples
 
 
 def _numeral(found: re.Match, tail: str) -> Quantity | None:
@@ -237,7 +233,9 @@ def _unit(currency: str, tail: str) -> frozenset[str] | None:
     written = [word for part in re.split(r"[\s,;:?\"]+", tail) for word in _words(part.strip(".-"))]
     if written and written[0] in {"squared", "cubed"}:  # 5 squared is 25
         return None
-    if any(word in NOT_UNITS for word in written if word not in ("squared", "cubed")):
+    if any(
+        word in NOT_UNITS or word in WORDS for word in written if word not in ("squared", "cubed")
+    ):
         return None
     if any(
         len(word) == 1 and word not in UNITS and word not in "ai" for word in written
@@ -292,9 +290,10 @@ def equal(gold: Quantity, answer: Quantity) -> bool:
 
 
 def _close(gold: Fraction, answer: Quantity) -> bool:
-    """Equal, or cut to at least six decimals and six digits: 0.333333 is 1/3, 0.333 is not."""
+    """Equal, or rounded or cut to at least six decimals: 0.333333 is 1/3, 0.333 and 0.333334 are not."""
     if gold == answer.value:
         return True
     if answer.decimals is None or answer.decimals < 6 or abs(answer.value) < Fraction(1, 10):
         return False
-    return abs(gold - answer.value) < Fraction(1, 10**answer.decimals)
+    missing = (abs(gold) - abs(answer.value)) * 10**answer.decimals
+    return gold * answer.value > 0 and Fraction(-1, 2) <= missing < 1

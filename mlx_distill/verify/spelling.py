@@ -22,6 +22,7 @@ CHARACTERS = {
     "÷": "/",
     "∕": "/",
     "⁄": "/",
+    "。": ".",
     "√": r"\sqrt ",
     "π": r"\pi ",
     "∞": r"\infty ",
@@ -79,6 +80,7 @@ SHORT_FRACTION = re.compile(
     r"\\frac\s*(\d|\{[^{}]*\}|[a-zA-Z])\s*(\d|\{[^{}]*\}|[a-zA-Z])"
 )  # \frac34, \frac3{4}
 SHORT_ROOT = re.compile(r"\\sqrt\s*(\d+|[a-zA-Z])(?![a-zA-Z])")
+NEGATIVE = re.compile(r"(?<![\d)] )\b(?:negative|minus) (?=[\d$\\])", re.I)
 TAG = re.compile(r"</?[a-zA-Z]{2,20}>")
 ITALIC = re.compile(r"(?<![\w*)}\]\\])([*_])(?=[^\s*_{])([^*_\n]*)(?<=[^\s*_])\1(?![\w*])")
 BOLD = re.compile(r"(?<![\w)}])\*\*(?=\S)|(?<=\S)\*\*(?![\w({\\])|__(?=[^_])|`+")
@@ -115,6 +117,8 @@ def plain(text: str) -> str:
         text = WORDS_IN_LATEX.sub(r" \1 ", text)
     text = SHORT_FRACTION.sub(lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}", text)
     text = SHORT_ROOT.sub(r"\\sqrt{\1}", text)
+    text = re.sub(r"[^\S\n]+(?=\^)", "", text)  # \text{ ft}^2
+    text = NEGATIVE.sub("-", text)
     return re.sub(r"[^\S\n]+", " ", text.replace(MONEY, "$")).strip()
 
 

@@ -48,7 +48,8 @@ DENIED_AFTER = re.compile(
     r"\s*(?:\w+\s+)?(?:is|was|are|would be|can)\s*(?:not\b|n't\b|wrong\b|incorrect\b|false\b)", re.I
 )
 BOUND = re.compile(
-    r"(?:\b(?:at least|at most|more than|less than|greater than|fewer than|up to|between|either|anything but)|[<>]|\\(?:le|ge|ne))\s*$",
+    r"(?:\b(?:at least|at most|under|below|above|nearly|almost|(?:more|less|greater|fewer) than|"
+    r"up to|between|either|anything but)|[<>]|\\(?:le|ge|ne))\s*$",
     re.I,
 )
 JOIN = re.compile(
@@ -57,6 +58,7 @@ JOIN = re.compile(
     re.I,
 )
 OTHER_NUMBER = re.compile(
+    r"\s*(?:or|and) (?:more|less|fewer|up|above|below|over|under|higher|lower)\b|"
     r"\s+(?:squared|cubed|factorial|pi|sqrt|root|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths)\b",
     re.I,
 )
@@ -122,6 +124,7 @@ def value(statement: Statement) -> str | None:
     ]
     sentence = sentence[concluded[-1] :].strip(" ,:") if concluded else sentence
     begins = bool(sentence) and _end_of_number(sentence, 0) > 0
+    begins = begins or bool(re.match(r"[A-Za-z] ?=", sentence))
     pieces = shortened(sentence, REASON) if begins else [without_marks(sentence).rstrip(" .,;:?")]
     return next(filter(reads, pieces), None) or _result(sentence) or _token(sentence, last=True)
 

@@ -13,7 +13,7 @@ LEADING = re.compile(
     re.I,
 )
 STATED_LAST = re.compile(
-    r".*(?:\b(?:is|are|was|were|be|equals|choose|pick|select|choice|option|with)|=|:)\s+(?P<what>\S.*)",
+    r".*(?:\b(?:is|it's|are|was|were|be|equals|choose|pick|select|choice|option|with)|=|:)\s+(?P<what>\S.*)",
     re.S | re.I,
 )
 DRESS = "\"'*_`{}[]⟦⟧ \n\t"

@@ -5,11 +5,16 @@ from pairs import PAIRS
 
 from mlx_distill.verify import compared_as, states
 
-CASES = [(gold, answer, right) for gold, _, good, bad in PAIRS for answers, right in ((good, True), (bad, False)) for answer in answers]
+CASES = [
+    (gold, answer, right)
+    for gold, _, good, bad in PAIRS
+    for answers, right in ((good, True), (bad, False))
+    for answer in answers
+]
 
 
 def test_the_table_is_large():
-    assert len(CASES) >= 150 and len(set(CASES)) > 0.99 * len(CASES)
+    assert len(set(CASES)) > 1200
 
 
 @pytest.mark.parametrize(("gold", "how"), [(gold, how) for gold, how, _, _ in PAIRS])
