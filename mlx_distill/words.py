@@ -1,6 +1,7 @@
 """Numbers as a person reads them: which values are numbers at all, and how each is written.
 
-In: numbers. Out: text with true minus signs and no break before a unit. Decided here: how many digits a person is shown.
+In: numbers. Out: text with true minus signs and no break before a unit. Decided here: how many
+digits a person is shown.
 """
 
 import math
@@ -74,6 +75,9 @@ def finite(x: Sequence, y: Sequence) -> list[tuple[float, float]]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that can be drawn and written; True, False, NaN and what no measurement gives are not."""
+    """Whether a value can be drawn and written.
+
+    True, False and NaN cannot, nor can what no measurement gives.
+    """
     kind = isinstance(value, int | float) and not isinstance(value, bool)
     return kind and (value == 0 or 1e-100 < abs(value) < 1e100)

@@ -7,7 +7,9 @@ import numpy as np
 
 
 class Drawn:
-    """curves: (role, dashed, points in the values of the axes) of the lines; ends, dots: (role, point) of the discs."""
+    """curves: (role, dashed, points in the values of the axes) of the lines; ends, dots: (role,
+    point) of the discs.
+    """
 
     def __init__(self, svg: str):
         self.root = ElementTree.fromstring(svg)

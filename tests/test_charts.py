@@ -90,6 +90,26 @@ def test_a_wide_positive_series_is_logarithmic():
     assert not chart([0, 1], [0.9, 0.01], shares=True).log
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        (1e308, -1e308, 0.5),
+        (5e-324, 1.0),
+        (1e-300, 0.0),
+        (10**400, 3),
+        (1e16,),
+        (1e-13, 3e-13),
+        (-0.0,),
+    ],
+)
+def test_no_number_of_a_log_stops_a_page(values):
+    for steps in (range(len(values)), values):
+        one = chart(steps, values)
+        for read in map(Drawn, drawings(one) if one else ()):
+            assert len(set(read.y_ticks)) == len(read.y_ticks) > 1
+            assert all(-1 <= y <= read.height for _, _, points in read.lines for _, y in points)
+
+
 def test_thinning_keeps_ends_and_mean():
     points = [(float(i), float(i % 7)) for i in range(10_000)]
     few = thinned(points)

@@ -1,7 +1,8 @@
 """Charts before they are drawn: curves and points, by what they mean.
 
-In: series of numbers. Out: `Curves` and `Scatter`s, which `drawing.py` draws and which a page without pictures states
-in words. Decided here: what is left out, and how many points are drawn. Roles name colours of the pages' style sheet.
+In: series of numbers. Out: `Curves` and `Scatter`s, which `drawing.py` draws and which a page
+without pictures states in words. Decided here: what is left out, and how many points are drawn.
+Roles name colours of the pages' style sheet.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ LOG_RATIO = 40.0  # a positive series that spans more than this reads better on 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve; `role` names its colour, `faint` draws it behind the others and leaves it out of the key.
+    """One curve; `role` names its colour, `faint` ones are behind the others and not in the key.
 
-    low, high: bounds of its y, finite, drawn as a band where given. dots: (x, y) of what its points are the means of.
+    low, high: bounds of its y, finite, drawn as a band where given. dots: (x, y) of what its points
+    are the means of.
     """
 
     label: str
@@ -53,7 +55,9 @@ class Level:
 
 @dataclass(frozen=True)
 class Key:
-    """What a curve or level says in words: where it starts ("" for a level or a single point) and ends."""
+    """What a curve or level says in words: where it starts ("" for a level or a single point) and
+    ends.
+    """
 
     label: str
     role: str
@@ -66,9 +70,9 @@ class Key:
 class Curves:
     """Series over a shared x axis.
 
-    x_values: where the ticks of x are, as far as they leave each other room; without them x counts steps.
-    shares: whether y is a share, to be shown in per cent. from_zero: whether the y axis of positive values starts
-    at 0. large: whether the chart has the page's whole width.
+    x_values: where the ticks of x are, as far as they leave each other room; without them x counts
+    steps. shares: whether y is a share, to be shown in per cent. from_zero: whether the y axis of
+    positive values starts at 0. large: whether the chart has the page's whole width.
     """
 
     title: str
@@ -91,7 +95,8 @@ class Curves:
     @property
     def log(self) -> bool:
         """Whether the y axis is logarithmic."""
-        return not self.shares and min(self.ys) > 0 and max(self.ys) / min(self.ys) > LOG_RATIO
+        low, high = min(self.ys), max(self.ys)
+        return not self.shares and low > 0 and high / low > LOG_RATIO
 
     @property
     def subtitle(self) -> str:
@@ -145,7 +150,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Shares y in [0, 1] over positive x, numbered from the smallest x on; x_text: what a value of x says."""
+    """Shares y in [0, 1] over positive x, numbered by x; x_text: what a value of x says."""
 
     title: str
     unit: str
@@ -189,7 +194,7 @@ class Scatter:
 
 
 def line_chart(title: str, unit: str, series: Sequence[Series], **more) -> Curves | None:
-    """A chart of the series that have a point; None where none has. `more` are further fields of `Curves`."""
+    """A chart of the series that have a point, None without one; `more` are fields of `Curves`."""
     drawn = tuple(one for one in series if one.known)
     return Curves(title, unit, drawn, **more) if drawn else None
 
@@ -213,7 +218,7 @@ def smoothed(values: Sequence[float | None]) -> tuple[float | None, ...]:
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about `MOST_POINTS` points: means of equal buckets, the first and last point kept as they are."""
+    """At most about `MOST_POINTS` points: means of equal buckets, and both ends as they are."""
     if len(points) <= MOST_POINTS:
         return points
     edges = [round(i * len(points) / MOST_POINTS) for i in range(MOST_POINTS + 1)]

@@ -1,8 +1,9 @@
 """A chart drawn by matplotlib → SVG that belongs to the page around it.
 
-In: `Curves` or a `Scatter`. Out: `<svg>` elements, one for each width at which the chart is to be read; the style sheet
-shows the one that fits. Their text stays text in the page's font, and their colours are the page's variables, so that a
-dark page has dark charts. Decided here: sizes, ticks, and where a point's number goes.
+In: `Curves` or a `Scatter`. Out: `<svg>` elements, one for each width at which the chart is to be
+read; the style sheet shows the one that fits. Their text stays text in the page's font, and their
+colours are the page's variables, so that a dark page has dark charts. Decided here: sizes, and
+where a point's number goes.
 """
 
 import io
@@ -12,46 +13,26 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from mlx_distill.reporting import ticks
 from mlx_distill.reporting.charts import LOG_RATIO, Curves, Scatter, Series
-from mlx_distill.words import decimals, number
+from mlx_distill.words import number
 
 SMALL = ((300, 220), (430, 236))  # pixels: on a phone, and as one of two beside each other
 LARGE = ((300, 270), (560, 310), (880, 350))
 POINTS = ((300, 340), (560, 360), (880, 376))  # numbers need room above and below them
 LEFT, TOP, BOTTOM = 44, 8, 26  # pixels around the axes
-GAP, LETTER = 6, 7  # pixels between the texts of two ticks, and of a letter
 ROLES = (
-    "accent",
-    "teacher",
-    "base",
-    "compared",
-    "prompt",
-    "cot",
-    "answer",
-    "run-1",
-    "run-2",
-    "run-3",
-    "run-4",
-    "run-5",
-    "run-6",
-    "ink",
-    "soft",
-    "hair",
-    "card",
+    *("accent", "teacher", "base", "compared", "prompt", "cot", "answer"),
+    *("run-1", "run-2", "run-3", "run-4", "run-5", "run-6", "ink", "soft", "hair", "card"),
 )
 LOOK = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "mlx-distill",
-    "font.size": 12,
-    "axes.unicode_minus": True,
-    "lines.solid_capstyle": "round",
-    "lines.scale_dashes": False,
-    "text.parse_math": False,
+    "svg.fonttype": "none", "font.size": 12, "text.parse_math": False,
+    "lines.solid_capstyle": "round", "lines.scale_dashes": False,
 }
+DASHES = (0, (5, 4))
 AROUND = [
     (round(radius * math.cos(turn * math.pi / 8)), round(radius * math.sin(turn * math.pi / 8)))
-    for radius in (15, 22, 31, 42)
-    for turn in range(16)
+    for radius in (15, 22, 31, 42) for turn in range(16)
 ]
 
 
@@ -61,14 +42,11 @@ def drawings(chart: Curves | Scatter) -> list[str]:
     return [drawn(chart, width, height) for width, height in sizes]
 
 
-@lru_cache(
-    maxsize=64
-)  # a sweep writes its page again after each run, and most of its charts are as before
+@lru_cache(maxsize=64)  # a sweep writes its page again and again, most charts as before
 def drawn(chart: Curves | Scatter, width: int, height: int) -> str:
     """The chart as one `<svg>` of `width` × `height` pixels, which a page may scale."""
-    logging.getLogger("matplotlib").setLevel(
-        logging.ERROR
-    )  # where its caches are is nothing to tell a person who trains
+    # Where matplotlib keeps its caches is nothing to tell a person who trains.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     import matplotlib  # half a second, and only a page needs it
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -77,7 +55,7 @@ def drawn(chart: Curves | Scatter, width: int, height: int) -> str:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(LOOK)
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False)
-        draw, right = (_draw_curves, 10) if isinstance(chart, Curves) else (_draw_scatter, 26)
+        draw, right = (_draw_curves, 10) if isinstance(chart, Curves) else (_draw_points, 26)
         inside = width - LEFT - right, height - TOP - BOTTOM
         place = LEFT / width, BOTTOM / height, inside[0] / width, inside[1] / height
         axes = figure.add_axes(place, frame_on=False)
@@ -97,222 +75,155 @@ def _colour(role: str) -> str:
     return f"#0000{ROLES.index(role) + 1:02x}"
 
 
+def _variable(colour: re.Match) -> str:
+    return f"var(--{ROLES[int(colour[1], 16) - 1]})"
+
+
 def _for_a_page(svg: str, width: int) -> str:
-    """matplotlib's SVG without what a page forbids or decides itself: header, ids, fonts, sizes, colours."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>", "", svg, flags=re.S)
-    svg = re.sub(
-        r"<svg[^>]*(viewBox=\"[^\"]*\")[^>]*>", rf'<svg class="w{width}" \1>', svg, count=1
-    )
-    svg = re.sub(r"</?g[^>]*>| ?font-family: [^;\"]*;?| transform=\"rotate\(-0 [^\"]*\"", "", svg)
-    svg = re.sub(r"#0000([0-9a-f]{2})", lambda match: f"var(--{ROLES[int(match[1], 16) - 1]})", svg)
-    svg = re.sub(
-        r"(?<=[\s\"])(-?\d+\.\d\d)\d+(?=[\s\"])", r"\1", svg
-    )  # of places, not of the text of ticks
-    return re.sub(r"\s*\n\s*", " ", svg).strip()
+    """matplotlib's SVG without what the page decides: header, ids, fonts, size, colours."""
+    box = re.search(r'viewBox="[^"]*"', svg)[0]
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>|</?g[^>]*>", "", body, flags=re.S)
+    body = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", body)
+    body = re.sub(r"#0000([0-9a-f]{2})", _variable, body)
+    body = re.sub(r'(?<=[\s"])(-?\d+\.\d\d)\d+(?=[\s"])', r"\1", body)  # not in the text of ticks
+    return f'<svg class="w{width}" {box}>' + re.sub(r"\s*\n\s*", " ", body).strip()
+
+
+def _line(axes, points: Sequence[tuple[float, float]], role: str, width: float, **look) -> None:
+    xs, ys = zip(*points, strict=True)
+    axes.plot(xs, ys, color=_colour(role), linewidth=width, clip_on=False, **look)
+
+
+def _disc(axes, at: tuple[float, float], role: str, size: float, **look) -> None:
+    """A line of no length with round ends."""
+    _line(axes, [at, at], role, size, **look)
 
 
 # curves
 
 
 def _draw_curves(axes, chart: Curves, width: int, height: int) -> None:
-    ys = chart.ys
+    low, high = min(chart.ys), max(chart.ys)
     if chart.log:
         axes.set_yscale("log")
-        marks = _powers(min(ys), max(ys))
+        marks = ticks.powers(low, high)
+        axes.set_yticks(marks, [number(mark) for mark in marks])
     else:
-        marks = _round(0.0 if chart.from_zero and min(ys) >= 0 else min(ys), max(ys), 5)
-    gap = marks[1] - marks[0]
-    places = decimals(100 * gap) if chart.shares else None if chart.log else decimals(gap)
-    axes.set_yticks(marks, [number(y, chart.shares, places) for y in marks])
+        marks = ticks.round_marks(0.0 if chart.from_zero and low >= 0 else low, high, 5)
+        axes.set_yticks(marks, ticks.texts(marks, chart.shares))
     axes.set_ylim(marks[0], marks[-1])
-    _x_axis(axes, chart, width)
+    if chart.x_values:
+        _axis_of_values(axes, chart, width)
+    else:
+        _axis_of_steps(axes, chart, width)
     for one in chart.series:
+        band = [*one.x, *reversed(one.x)], [*one.low, *reversed(one.high)]
         if one.low:
-            band = [*one.x, *reversed(one.x)], [*one.low, *reversed(one.high)]
             axes.fill(*band, color=_colour(one.role), alpha=0.13, linewidth=0, clip_on=False)
     for level in chart.levels:
-        axes.plot(
-            axes.get_xlim(),
-            [level.y] * 2,
-            color=_colour(level.role),
-            linewidth=1.4,
-            linestyle=(0, (5, 4)),
-            clip_on=False,
-        )
+        across = [(x, level.y) for x in axes.get_xlim()]
+        _line(axes, across, level.role, 1.4, linestyle=DASHES)
     for one in chart.series:
         _draw_series(axes, one)
 
 
 def _draw_series(axes, one: Series) -> None:
     points = one.drawn
-    look = (
-        {"linewidth": 1, "alpha": 0.22}
-        if one.faint
-        else {"linewidth": 2.4 if one.role == "accent" else 1.9}
-    )
-    style = (0, (5, 4)) if one.dashed else "solid"
-    axes.plot(
-        *zip(*points, strict=True), color=_colour(one.role), linestyle=style, clip_on=False, **look
-    )
+    if one.faint:
+        _line(axes, points, one.role, 1, alpha=0.22)
+        return
+    style = DASHES if one.dashed else "solid"
+    _line(axes, points, one.role, 2.4 if one.role == "accent" else 1.9, linestyle=style)
     for dot in one.dots:
-        _dot(axes, dot, 5, one.role, alpha=0.6)
-    if not one.faint:
-        _dot(axes, points[-1], 11, "card")
-        _dot(axes, points[-1], 7, one.role)
+        _disc(axes, dot, one.role, 5, alpha=0.6)
+    _disc(axes, points[-1], "card", 11)
+    _disc(axes, points[-1], one.role, 7)
 
 
-def _dot(axes, at: tuple[float, float], size: float, role: str, **look) -> None:
-    """A disc: a line of no length with round ends."""
-    axes.plot([at[0]] * 2, [at[1]] * 2, color=_colour(role), linewidth=size, clip_on=False, **look)
-
-
-def _x_axis(axes, chart: Curves, width: int) -> None:
+def _axis_of_steps(axes, chart: Curves, width: int) -> None:
     xs = [x for one in chart.series for x, _ in one.known]
-    if not chart.x_values:
-        low = min(xs) if min(xs) > 1 else 0.0
-        high = max(*xs, low + 1)
-        most = min(6, int(width / (2 * GAP + LETTER * len(f"{high:,.0f}"))))
-        marks = [x for x in _round(low, high, most) if low <= x <= high and x == int(x)]
-        axes.set_xticks(marks, [f"{x:,.0f}" for x in marks])
-    else:
-        values = sorted({*chart.x_values, *xs})
-        low, high = values[0], values[-1]
-        if low > 0 and high / low > LOG_RATIO:
-            axes.set_xscale("log")
-        elif 0 <= low <= high / 4:
-            low = 0.0
-        high = high if high > low else low + (abs(low) or 1.0)
-        axes.set_xlim(low, high)
-        _ticks_with_room(axes, values, [_short(x) for x in values], width)
+    low = min(xs) if min(xs) > 1 else 0.0
+    high = max(*xs, low + max(1.0, low / 1000))
+    marks = ticks.whole_numbers(low, high, width)
+    axes.set_xticks(marks, [f"{x:,.0f}" for x in marks])
     axes.set_xlim(low, high)
 
 
-def _short(x: float) -> str:
-    return f"{x:g}".replace("e-0", "e-").replace("-", "−")
+def _axis_of_values(axes, chart: Curves, width: int) -> None:
+    """Ticks at the values; the axis starts at 0 where they come near it."""
+    values = sorted({*chart.x_values, *(x for one in chart.series for x, _ in one.known)})
+    low, high = values[0], values[-1]
+    if low > 0 and high / low > LOG_RATIO:
+        axes.set_xscale("log")
+    elif 0 <= low <= high / 4:
+        low = 0.0
+    axes.set_xlim(low, high if high > low else low + (abs(low) or 1.0))
+    said = [f"{x:g}".replace("e-0", "e-").replace("-", "−") for x in values]
+    _show(axes, values, said, width)
 
 
-def _ticks_with_room(axes, values: Sequence[float], texts: Sequence[str], width: int) -> None:
-    """Ticks of x where their text fits: at the last value, and at those that leave those before and the last one room."""
-    room = GAP + LETTER * max(map(len, texts))
-    places = [
-        width * axes.transLimits.transform(axes.transScale.transform((x, 1.0)))[0] for x in values
-    ]
-    kept: list[int] = []
-    for i, place in enumerate(places[:-1]):
-        if places[-1] - place >= room and (not kept or place - places[kept[-1]] >= room):
-            kept.append(i)
-    kept.append(len(values) - 1)
-    axes.set_xticks([values[i] for i in kept], [texts[i] for i in kept])
+def _show(axes, marks: Sequence[float], said: Sequence[str], width: int) -> None:
+    """Those ticks of x that have room."""
+    shown = ticks.with_room([width * _share(axes, mark, 1.0)[0] for mark in marks], said)
+    axes.set_xticks([marks[i] for i in shown], [said[i] for i in shown])
 
 
-def _round(low: float, high: float, most: int) -> list[float]:
-    """Steps of 1, 2 or 5 times a power of ten that cover [low, high] in about `most` intervals at most."""
-    from matplotlib.ticker import MaxNLocator
-
-    if high == low:
-        high = low + (abs(low) or 1.0)
-    marks = MaxNLocator(most, steps=(1, 2, 5, 10)).tick_values(low, high)
-    return _around([round(mark, 12) for mark in marks.tolist()], low, high)
-
-
-def _powers(low: float, high: float) -> list[float]:
-    """Powers of ten around [low, high], with the 2s and 5s between them where there are few."""
-    from matplotlib.ticker import LogLocator
-
-    fine = _around(LogLocator(subs=(1, 2, 5)).tick_values(low, high), low, high)
-    return (
-        fine
-        if 2 <= len(fine) <= 6
-        else _around(LogLocator(numticks=7).tick_values(low, high), low, high)
-    )
-
-
-def _around(marks: Sequence[float], low: float, high: float) -> list[float]:
-    """Of ascending marks those in [low, high], and the next on either side where an end is not one."""
-    marks = [float(mark) for mark in marks]
-    if not marks:
-        return []
-    first = max((mark for mark in marks if mark <= low), default=marks[0])
-    last = min((mark for mark in marks if mark >= high and mark > first), default=marks[-1])
-    return [mark for mark in marks if first <= mark <= last]
+def _share(axes, x: float, y: float) -> tuple[float, float]:
+    """Where a point lies between the ends of the axes."""
+    return tuple(axes.transLimits.transform(axes.transScale.transform((x, y))))
 
 
 # points
 
 
-def _draw_scatter(axes, chart: Scatter, width: int, height: int) -> None:
+def _draw_points(axes, chart: Scatter, width: int, height: int) -> None:
     least, most = chart.points[0].x, chart.points[-1].x
     if chart.log:
         axes.set_xscale("log")
-        x_marks = _powers(least, most)
-    else:
-        x_marks = _round(0.0, most, 4)
-    y_marks = _round(
-        min(point.low for point in chart.points), max(point.high for point in chart.points), 5
-    )
-    axes.set_xlim(x_marks[0], x_marks[-1])
-    axes.set_ylim(y_marks[0], y_marks[-1])
-    _ticks_with_room(axes, x_marks, [chart.x_text(x) for x in x_marks], width)
-    places = decimals(100 * (y_marks[1] - y_marks[0]))
-    axes.set_yticks(y_marks, [number(y, percent=True, places=places) for y in y_marks])
+    marks = ticks.powers(least, most) if chart.log else ticks.round_marks(0.0, most, 4)
+    axes.set_xlim(marks[0], marks[-1])
+    _show(axes, marks, [chart.x_text(x) for x in marks], width)
+    bounds = [y for point in chart.points for y in (point.low, point.high)]
+    marks = ticks.round_marks(min(bounds), max(bounds), 5)
+    axes.set_yticks(marks, ticks.texts(marks, shares=True))
+    axes.set_ylim(marks[0], marks[-1])
     for point in chart.points:
-        axes.plot(
-            [point.x] * 2,
-            [point.low, point.high],
-            color=_colour(point.role),
-            linewidth=1.2,
-            alpha=0.35,
-            clip_on=False,
-        )
+        _line(axes, [(point.x, point.low), (point.x, point.high)], point.role, 1.2, alpha=0.35)
     joined = [(point.x, point.y) for point in chart.points if point.joined]
     if joined:
-        axes.plot(*zip(*joined, strict=True), color=_colour("soft"), linewidth=1.4, clip_on=False)
+        _line(axes, joined, "soft", 1.4)
     for point in chart.points:
-        _dot(axes, (point.x, point.y), 9, point.role)
+        _disc(axes, (point.x, point.y), point.role, 9)
         if not point.joined:
-            _dot(axes, (point.x, point.y), 5, "card")
+            _disc(axes, (point.x, point.y), "card", 5)
     _number(axes, chart, width, height)
 
 
 def _number(axes, chart: Scatter, width: int, height: int) -> None:
-    shares = [
-        axes.transLimits.transform(axes.transScale.transform((point.x, point.y)))
-        for point in chart.points
-    ]
+    shares = [_share(axes, point.x, point.y) for point in chart.points]
     shifts = apart([(x * width, y * height) for x, y in shares], width, height)
-    for i, (point, shift) in enumerate(zip(chart.points, shifts, strict=True)):
+    for i, (point, shift) in enumerate(zip(chart.points, shifts, strict=True), 1):
         axes.annotate(
-            str(i + 1),
-            (point.x, point.y),
-            shift,
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            color=_colour("ink"),
-            fontweight="bold" if point.joined else "normal",
-            annotation_clip=False,
+            str(i), (point.x, point.y), shift, textcoords="offset points", annotation_clip=False,
+            ha="center", va="center", color=_colour("ink"), weight=700 if point.joined else 400,
         )
 
 
-def apart(
-    places: Sequence[tuple[float, float]], width: float, height: float
-) -> list[tuple[float, float]]:
-    """For each of `places` (pixels) how far from it its number goes, so that numbers cover no point and no number.
+def apart(places: Sequence[tuple[float, float]], width: float, height: float) -> list[tuple]:
+    """For each of `places` (pixels) how far from it its number goes: off points and other numbers.
 
     Where no place around a point is free, its number takes the one that covers the fewest.
     """
     numbers: list[tuple[float, float]] = []
-    shifts = []
+
+    def covered(at: tuple[float, float]) -> int:
+        points = sum(abs(at[0] - x) < 13 and abs(at[1] - y) < 12 for x, y in places)
+        others = sum(abs(at[0] - x) < 18 and abs(at[1] - y) < 16 for x, y in numbers)
+        outside = (at[0] < 6) + (at[0] > width + 10) + (at[1] < 6) + (at[1] > height)
+        return points + others + outside
+
     for x, y in places:
-
-        def covered(shift: tuple[float, float], x=x, y=y) -> tuple[int, float]:
-            at = x + shift[0], y + shift[1]
-            points = sum(abs(at[0] - a) < 13 and abs(at[1] - b) < 12 for a, b in places)
-            others = sum(abs(at[0] - a) < 18 and abs(at[1] - b) < 16 for a, b in numbers)
-            outside = (at[0] < 6) + (at[0] > width + 10) + (at[1] < 6) + (at[1] > height)
-            return points + others + outside, math.hypot(*shift)
-
-        shifts.append(min(AROUND, key=covered))
-        numbers.append((x + shifts[-1][0], y + shifts[-1][1]))
-    return shifts
+        free = [(x + right, y + up) for right, up in AROUND]
+        numbers.append(min(free, key=lambda at, x=x, y=y: (covered(at), math.dist(at, (x, y)))))
+    return [(at[0] - x, at[1] - y) for at, (x, y) in zip(numbers, places, strict=True)]

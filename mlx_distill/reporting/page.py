@@ -1,8 +1,10 @@
-"""A page: a headline and a list of sections, stated once and rendered to Markdown and to one self-contained HTML file.
+"""A page: a headline and a list of sections, stated once and rendered to Markdown and to one
+self-contained HTML file.
 
-In: sections of blocks (a note, a table, bars, charts, …). Out: `report.md` and `report.html`. Each block knows its
-Markdown; its HTML is the macro of the same name in `page.html.jinja`, whose look is in `page.css`. Decided here: what
-each of the two shows where they differ, for Markdown has no bars and no curves.
+In: sections of blocks (a note, a table, bars, charts, …). Out: `report.md` and `report.html`. Each
+block knows its Markdown; its HTML is the macro of the same name in `page.html.jinja`, whose look is
+in `page.css`. Decided here: what each of the two shows where they differ, for Markdown has no bars
+and no curves.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +26,9 @@ class Block(Protocol):
     kind: ClassVar[str]
 
     def markdown(self, depth: int) -> str:
-        """The block as Markdown, headings inside it `depth` levels deep; "" where Markdown leaves it out."""
+        """The block as Markdown, headings inside it `depth` levels deep; "" where Markdown leaves
+        it out.
+        """
         ...
 
 
@@ -42,7 +46,10 @@ class Note:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number or name, and what qualifies it. look: classes of the style sheet; dot: the role of a coloured mark before it."""
+    """A number or name, and what qualifies it.
+
+    look: classes of the style sheet; dot: the role of a coloured mark before it.
+    """
 
     text: str
     small: str = ""
@@ -102,7 +109,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Charts:
-    """Curves beside each other, or one that has the page's width. Markdown says where each begins and ends."""
+    """Curves beside each other, or large ones. Markdown says where each begins and ends."""
 
     charts: Sequence[Curves | Scatter]
     kind: ClassVar[str] = "charts"
@@ -157,7 +164,9 @@ class Fields:
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens of one look: "loss", "read" or "cut". edge: what begins here, "cut" or "kept from here"."""
+    """Neighbouring tokens of one look: "loss", "read" or "cut". edge: what begins here, "cut" or
+    "kept from here".
+    """
 
     text: str
     segment: str
@@ -167,7 +176,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of a sequence, and for each segment (role, name, what is said of it). Markdown has the latter alone."""
+    """The tokens of a sequence, and for each segment (role, name, what is said of it). Markdown has
+    the latter alone.
+    """
 
     pieces: Sequence[Piece]
     legend: Sequence[tuple[str, str, str]]
@@ -227,7 +238,9 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page. about: what stands above the headline, its name first. question: in its author's words, "" without one."""
+    """A page. about: what stands above the headline, its name first. question: in its author's
+    words, "" without one.
+    """
 
     about: Sequence[str]
     headline: str
@@ -262,7 +275,10 @@ class Report:
 
 
 def write(page: Page, out: Path) -> Report:
-    """Put `report.md` and `report.html` into the folder `out`, made if need be; raises `RunError` where that cannot be done."""
+    """Put `report.md` and `report.html` into the folder `out`, made if need be.
+
+    Raises `RunError` where that cannot be done.
+    """
     written = Report(out / "report.md", out / "report.html", page.headline)
     markdown, html = page.markdown(), page.html()
     try:
@@ -271,7 +287,8 @@ def write(page: Page, out: Path) -> Report:
         written.html.write_text(html, encoding="utf-8")
     except OSError as error:
         raise RunError(
-            f"report in {out}: cannot be written ({error.strerror}); choose another folder or free some space"
+            f"report in {out}: cannot be written ({error.strerror}); "
+            "choose another folder or free some space"
         ) from None
     return written
 

@@ -22,7 +22,7 @@ def run_role(i: int) -> str:
 
 
 def charts_of(run: Run) -> list[Curves]:
-    """Training loss and its terms, then KL, cross-entropy and agreement on held-out sequences by segment."""
+    """Training loss and its terms, then what was measured on held-out sequences, by segment."""
     terms = [series for name, label, role in TERMS for series in _trained(run, name, label, role)]
     held_out = [
         line_chart(title, unit, _by_segment(run, name), shares=name == "agree")

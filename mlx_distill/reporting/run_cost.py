@@ -11,7 +11,7 @@ from mlx_distill.words import DASH, amount, duration, finite, is_number
 
 @dataclass(frozen=True)
 class Cost:
-    """Time, memory, tokens and arithmetic of the training steps so far. planned: how many steps there are to be."""
+    """What the training steps so far took. planned: how many steps there are to be."""
 
     steps: str
     planned: str

@@ -1,7 +1,7 @@
 """The page of one run: its sections.
 
-In: a `Run`, as `kept_run.py` reads it. Out: a `Page`. Decided here: what a reader is shown, and in which order. A part
-that is missing is named in a line and leaves no number.
+In: a `Run`, as `kept_run.py` reads it. Out: a `Page`. Decided here: what a reader is shown, and in
+which order. A part that is missing is named in a line and leaves no number.
 """
 
 import json
@@ -46,7 +46,8 @@ FACTS = {
     "exported_step": "student's step",
 }
 NOTES = [
-    "Intervals are 95\u00a0% and cover the choice of problems and the sampling of answers, not the choice of a training seed. "
+    "Intervals are 95\u00a0% and cover the choice of problems and the sampling of answers, "
+    "not the choice of a training seed. "
     "A generation without a stop token or without its </think> is unfinished and counts as wrong. "
     "Verdicts come from paired intervals over the problems that both models answered."
 ]
@@ -104,7 +105,7 @@ def _scores(run: Run) -> list[Block]:
 
 
 def _scored(run: Run) -> list[tuple[str, str, str, Score]]:
-    """(label, remark, role, score) of the run's models and of the runs it is compared with, the teacher last."""
+    """(label, remark, role, score) of the run's models and of compared runs, the teacher last."""
     own = [
         (label, "", model, run.scores[model])
         for model, label in MODELS.items()
@@ -190,7 +191,7 @@ def _example(run: Run) -> list[Block]:
 
 
 def _pieces(run: Run) -> list[Piece]:
-    """The sample's tokens, neighbours of one look joined; `edge` marks where a cut begins or ends."""
+    """The sample's tokens, neighbours of one look joined."""
     joined: list[Piece] = []
     for token in run.sample:
         text, kept = str(token.get("text", "")), bool(token.get("kept", True))

@@ -28,12 +28,17 @@ def headline(runs: Sequence[Run]) -> str:
         if run.scores["student"].accuracy == best.scores["student"].accuracy
     ]
     if len(tied) > 1:
-        return f"{' and '.join(tied)} share the highest score of {len(runs)} runs: their students solve {_solved(best)}."
+        return (
+            f"{' and '.join(tied)} share the highest score of {len(runs)} runs: "
+            f"their students solve {_solved(best)}."
+        )
     return f"{best.name} scores highest of {len(runs)} runs: its student solves {_solved(best)}."
 
 
 def leads(runs: Sequence[Run]) -> list[str]:
-    """What follows the headline: of one run its `subline`, of several how the highest compares with each other run."""
+    """What follows the headline: of one run its `subline`, of several how the highest compares with
+    each other run.
+    """
     if len(runs) == 1:
         return subline(runs[0])
     best, *others = _ranked(runs) or [None]
@@ -109,7 +114,8 @@ def difference_sentence(a: str, b: str, difference: Difference) -> str:
     """A `Difference` in words, saying whether its interval excludes zero."""
     zero = "includes" if difference.low <= 0 <= difference.high else "excludes"
     facts = (
-        f"{points(difference.mean)} points, 95\u00a0% interval {points(difference.low)} to {points(difference.high)}, "
+        f"{points(difference.mean)} points, "
+        f"95\u00a0% interval {points(difference.low)} to {points(difference.high)}, "
         f"which {zero} zero ({difference.problems:,} shared problems)."
     )
     if difference.verdict == "no clear difference":
@@ -123,4 +129,7 @@ def progress(run: Run) -> str:
         return ""
     cost = cost_of(run)
     of = f" of {cost.planned}" if cost.planned != DASH else ""
-    return f"This run is not finished: it stands at step {cost.steps}{of}, and what follows describes it so far."
+    return (
+        f"This run is not finished: it stands at step {cost.steps}{of}, "
+        "and what follows describes it so far."
+    )

@@ -1,6 +1,7 @@
 """The report: run folders → a Markdown file and one self-contained HTML page.
 
-In: run folders, which `kept_run.py` reads. Out: `report.md` and `report.html`, of one run or of several side by side.
+In: run folders, which `kept_run.py` reads. Out: `report.md` and `report.html`, of one run or of
+several side by side.
 """
 
 from collections.abc import Sequence
@@ -31,10 +32,11 @@ from mlx_distill.words import DASH, number, percent
 
 
 def report(runs: list[Path], out: Path) -> Report:
-    """Write `report.md` and `report.html` about `runs` into the folder `out`, which is made if need be.
+    """Write `report.md` and `report.html` about `runs` into the folder `out`, which is made if need
+    be.
 
-    Each run's `eval.compare` names more run folders to set beside it. Raises `NotFound` where a path is not a run folder
-    and `RunError` where nothing can be written at `out`.
+    Each run's `eval.compare` names more run folders to set beside it. Raises `NotFound` where a
+    path is not a run folder and `RunError` where nothing can be written at `out`.
     """
     if not runs:
         raise NotFound("no run to report on: name at least one run folder")

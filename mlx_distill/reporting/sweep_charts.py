@@ -1,4 +1,5 @@
-"""The charts of a sweep's page: quality and cost over an axis of numbers, quality against cost, or bars.
+"""The charts of a sweep's page: quality and cost over an axis of numbers, quality against cost, or
+bars.
 
 In: `Findings`. Out: `Curves`, a `Scatter`, `Bar`s. Decided here: what is drawn against what.
 """
@@ -52,7 +53,9 @@ def _lies_on(one: Condition, x: str, settings: dict) -> bool:
 
 
 def quality_chart(found: Findings) -> Curves | None:
-    """Accuracy against the x axis, with bands, and single runs as dots where there are several seeds."""
+    """Accuracy against the x axis, with bands, and single runs as dots where there are several
+    seeds.
+    """
     x = x_axis(found.swept)
     series = [_accuracies(label, i, x, members) for i, (label, members) in enumerate(curves(found))]
     if not series:

@@ -1,7 +1,8 @@
-"""What the rows of a sweep come to: conditions with their names on the page, and the one that the others relate to.
+"""What the rows of a sweep come to: conditions with their names on the page, and the one that the
+others relate to.
 
-In: a `Swept`, whose rows `study.py` reads. Out: `Findings`. Decided here: which condition is the full one, which models
-are left out, and which condition the headline is about.
+In: a `Swept`, whose rows `study.py` reads. Out: `Findings`. Decided here: which condition is the
+full one, which models are left out, and which condition the headline is about.
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,12 @@ LESS = 0.9  # the share of its arithmetic from which on there is no saving to sp
 class Swept:
     """Everything the page is made from.
 
-    name, question: of the sweep, in its author's words. axes: the values of each `table.field` that the grid crosses, {} where
-    there are only arms. full: label and settings of the condition that differences and retentions relate to, None for the dearest.
-    rows: students, finished or failed, and at most one row each of role "base" and "teacher"; those of a student in the grid
-    have no label. planned: how many runs there are to be. teacher_pass: the teacher's kept answers, as {"sequences", "tokens",
-    "bytes", "runs" (that read them)}, or {}.
+    name, question: of the sweep, in its author's words. axes: the values of each `table.field` that
+    the grid crosses, {} where there are only arms. full: label and settings of the condition that
+    differences and retentions relate to, None for the dearest. rows: students, finished or failed,
+    and at most one row each of role "base" and "teacher"; those of a student in the grid have no
+    label. planned: how many runs there are to be. teacher_pass: the teacher's kept answers, as
+    {"sequences", "tokens", "bytes", "runs" (that read them)}, or {}.
     """
 
     name: str
@@ -36,7 +38,9 @@ class Swept:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the rows come to: conditions with their names on the page, the one the others relate to, what failed."""
+    """What the rows come to: conditions with their names on the page, the one the others relate to,
+    what failed.
+    """
 
     swept: Swept
     students: list[Condition]
@@ -92,7 +96,9 @@ def _names(students: Sequence[Condition]) -> list[str]:
 def _full(
     students: Sequence[Condition], named: tuple[str, dict[str, Any]] | None
 ) -> Condition | None:
-    """The named condition, None where it has not finished; without a name the dearest, rather of the grid than an arm."""
+    """The named condition, None where it has not finished; without a name the dearest, rather of
+    the grid than an arm.
+    """
     if named is None:
         grid = [condition for condition in students if not condition.label]
         return max(grid or students, key=lambda condition: condition.cost("flops"), default=None)

@@ -1,6 +1,8 @@
-"""The page of a sweep: what its runs say together → a Markdown file and one self-contained HTML page.
+"""The page of a sweep: what its runs say together → a Markdown file and one self-contained HTML
+page.
 
-In: a `Swept`, whose rows `study.py` reads. Out: `report.md` and `report.html`. Every number comes from `study.py`.
+In: a `Swept`, whose rows `study.py` reads. Out: `report.md` and `report.html`. Every number comes
+from `study.py`.
 """
 
 from pathlib import Path
@@ -14,9 +16,11 @@ from mlx_distill.words import counted
 
 
 def write_report(swept: Swept, out: Path) -> Path:
-    """Write `report.md` and `report.html` into the folder `out`, made if need be; the path of the page.
+    """Write `report.md` and `report.html` into the folder `out`, made if need be; the path of the
+    page.
 
-    Raises `RunError` where they cannot be written and `DataError` where students answered different problems.
+    Raises `RunError` where they cannot be written and `DataError` where students answered different
+    problems.
     """
     return write(sweep_page(findings(swept)), out).html
 

@@ -115,7 +115,9 @@ def _cost_row(found: Findings, one: Condition) -> list[Cell]:
 
 
 def budgets(found: Findings) -> Table:
-    """The best condition for each share of the dearest one's FLOPs; no line where no FLOPs are known."""
+    """The best condition for each share of the dearest one's FLOPs; no line where no FLOPs are
+    known.
+    """
     dearest = max(found.students, key=lambda one: one.cost("flops"), default=None)
     rows = []
     for share in BUDGETS if dearest and dearest.cost("flops") else ():

@@ -12,7 +12,9 @@ from mlx_distill.words import DASH, amount, counted, number, percent
 
 
 def headline(swept: Swept) -> str:
-    """The first sentence: the cheapest condition that keeps most of the full one's accuracy, else the most accurate one."""
+    """The first sentence: the cheapest condition that keeps most of the full one's accuracy, else
+    the most accurate one.
+    """
     return headline_of(findings(swept))
 
 
@@ -31,10 +33,10 @@ def headline_of(found: Findings) -> str:
     best = max(found.students, key=lambda one: one.accuracy.mean)
     others = [one for one in found.students if one is not best]
     if not others:
-        return f"{found.name(best)} solves {percent(best.accuracy.mean)} of {_problems(best)} problems ({_interval(best.accuracy)})."
+        return f"{found.name(best)} solves {_solved(best)} ({_interval(best.accuracy)})."
     second = max(others, key=lambda one: one.accuracy.mean)
     return _difference_sentence(found, best, second) or (
-        f"{found.name(best)} solves most, {percent(best.accuracy.mean)} of {_problems(best)} problems; "
+        f"{found.name(best)} solves most, {_solved(best)}; "
         f"{found.name(second)} solves {percent(second.accuracy.mean)}, with other seeds."
     )
 
@@ -43,16 +45,19 @@ def _kept_sentence(found: Findings, one: Condition) -> str:
     """What a condition keeps of the full one, and at what cost."""
     share = retention(one, found.full)
     return (
-        f"{found.name(one)} keeps {percent(share.mean)} of the accuracy of {found.name(found.full)} ({_interval(share)}) "
+        f"{found.name(one)} keeps {percent(share.mean)} of the accuracy of "
+        f"{found.name(found.full)} ({_interval(share)}) "
         f"at {ratio(one, found.full, 'flops')} of its arithmetic."
     )
 
 
 def _short_sentence(found: Findings, one: Condition) -> str:
-    """The same of another condition, the full one being named already; "" where they share no seed."""
+    """The same of another condition, the full one being named already; "" where they share no seed.
+    """
     share = retention(one, found.full)
     return (
-        f"{found.name(one)} keeps {percent(share.mean)} ({range_of(share)}) at {ratio(one, found.full, 'flops')}."
+        f"{found.name(one)} keeps {percent(share.mean)} ({range_of(share)}) "
+        f"at {ratio(one, found.full, 'flops')}."
         if share
         else ""
     )
@@ -70,7 +75,9 @@ def _difference_sentence(found: Findings, a: Condition, b: Condition) -> str:
 
 
 def leads(found: Findings) -> list[str]:
-    """What follows the headline: the models that all runs share, the other members of the front, what is missing."""
+    """What follows the headline: the models that all runs share, the other members of the front,
+    what is missing.
+    """
     models = [
         f"{words} solves {percent(model.accuracy.mean)}"
         for words, model in (
@@ -100,7 +107,8 @@ def leads(found: Findings) -> list[str]:
         lines.append(f"{counted(len(found.failed), 'run')} did not finish: see Failed runs.")
     if 0 < missing(found) < found.swept.planned:
         lines.append(
-            f"{missing(found)} of {counted(found.swept.planned, 'run')} are still to come: this page describes the others."
+            f"{missing(found)} of {counted(found.swept.planned, 'run')} are still to come: "
+            "this page describes the others."
         )
     return lines
 
@@ -110,18 +118,22 @@ def notes(found: Findings) -> list[str]:
     lines = []
     if found.most_seeds == 1:
         lines.append(
-            "Every condition was trained with one seed: intervals are 95\u00a0% and cover other problems only. How much another "
-            "seed would change a number, one seed cannot tell."
+            "Every condition was trained with one seed: intervals are 95\u00a0% "
+            "and cover other problems only. "
+            "How much another seed would change a number, one seed cannot tell."
         )
     elif found.students:
         lines.append(
-            "Intervals are 95\u00a0% and cover another training seed and other problems together: the students of all seeds "
-            "answer the same problems, so seeds and problems are crossed. Conditions are compared over the seeds and problems "
-            "that both have, seed by seed and problem by problem."
+            "Intervals are 95\u00a0% and cover another training seed and other problems together: "
+            "the students of all seeds answer the same problems, "
+            "so seeds and problems are crossed. "
+            "Conditions are compared over the seeds and problems that both have, "
+            "seed by seed and problem by problem."
         )
         if 1 < len({row.seed for condition in found.students for row in condition.rows}) < 4:
             lines.append(
-                "With two or three seeds that differ much, an interval covers somewhat less than it says."
+                "With two or three seeds that differ much, "
+                "an interval covers somewhat less than it says."
             )
         if any(len(condition.rows) == 1 for condition in found.students):
             lines.append("Where a condition has one seed, its intervals cover other problems only.")
@@ -139,12 +151,14 @@ def notes(found: Findings) -> list[str]:
         )
     if found.students:
         lines.append(
-            "Costs are means over seeds and count the training steps alone, without the teacher's shared pass, validation and "
-            "scoring; time is clock time of the training steps."
+            "Costs are means over seeds and count the training steps alone, "
+            "without the teacher's shared pass, validation and scoring; "
+            "time is clock time of the training steps."
         )
         lines.append(
-            "KL is to the teacher, in nats per token, over held-out tokens of the supervised segments. An answer is well formed "
-            "where it closes its reasoning once and stops by itself."
+            "KL is to the teacher, in nats per token, "
+            "over held-out tokens of the supervised segments. "
+            "An answer is well formed where it closes its reasoning once and stops by itself."
         )
     if found.base and found.full:
         lines.append(
@@ -160,7 +174,8 @@ def teacher_sentence(found: Findings) -> str:
     if not took:
         return ""
     return (
-        f"{counted(took['runs'], 'run')} read the teacher's answers from a cache of {took['sequences']:,} sequences, "
+        f"{counted(took['runs'], 'run')} read the teacher's answers from a cache of "
+        f"{took['sequences']:,} sequences, "
         f"{amount(took['tokens'])} tokens, {amount(took['bytes'], 'B')}."
     )
 
@@ -171,6 +186,10 @@ def _interval(estimate: Estimate) -> str:
 
 def range_of(estimate: Estimate) -> str:
     return f"{percent(estimate.low)} to {percent(estimate.high)}"
+
+
+def _solved(condition: Condition) -> str:
+    return f"{percent(condition.accuracy.mean)} of {_problems(condition)} problems"
 
 
 def _problems(condition: Condition) -> int:

@@ -1,9 +1,9 @@
 """All statistics: how sure a share, a difference or a ratio is.
 
-In: outcomes of problems, of one model or of the students of several training seeds. Out: `Estimate`s with 95 % intervals.
-Decided here: every interval. Those of one model cover the choice of problems and the sampling of answers. The crossed ones
-cover another training seed *and* other problems: each seed's student answers the same problems.
-Axes: `S` seeds, `P` problems.
+In: outcomes of problems, of one model or of the students of several training seeds. Out:
+`Estimate`s with 95 % intervals. Decided here: every interval. Those of one model cover the choice
+of problems and the sampling of answers. The crossed ones cover another training seed *and* other
+problems: each seed's student answers the same problems. Axes: `S` seeds, `P` problems.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,14 +53,14 @@ def wilson(p: float, n: float, z: float = Z) -> tuple[float, float]:
 
 
 def interval(correct: Iterable[list[float]]) -> tuple[float, float]:
-    """The 95 % interval of the mean over n problems of the share p_i of right answers in k samples each.
+    """The 95 % interval of a model's accuracy: over n problems, of k samples each.
 
-    One sample a problem: `wilson(p, n)`. More: samples of one problem are not independent, so
-    problems are the clusters: SE² = Σ(p_i − p)² / (n(n−1)), the effective number of trials is
-    n* = p(1−p)/SE² kept within [n, nk], and the interval is `wilson(p, n*)` with Student's t of
-    n−1 degrees of freedom in the place of z. (Effective sample size: Korn and Graubard, Survey
-    Methodology 24, 1998; in Wilson's interval: Franco, Little, Louis and Slud, J. Surv. Stat.
-    Methodol. 7, 2019.)
+    It is that of the mean of p_i, the share of right answers to a problem. One sample a problem:
+    `wilson(p, n)`. More: samples of one problem are not independent, so problems are the clusters:
+    SE² = Σ(p_i − p)² / (n(n−1)), the effective number of trials is n* = p(1−p)/SE² kept within [n,
+    nk], and the interval is `wilson(p, n*)` with Student's t of n−1 degrees of freedom in the place
+    of z. (Effective sample size: Korn and Graubard, Survey Methodology 24, 1998; in Wilson's
+    interval: Franco, Little, Louis and Slud, J. Surv. Stat. Methodol. 7, 2019.)
     """
     rows = list(correct)
     shares = [fmean(samples) for samples in rows]
@@ -92,7 +92,7 @@ def paired(differences: Sequence[float]) -> Estimate:
 
 
 def crossed_variance(x: np.ndarray) -> tuple[float, float]:
-    """The variance of the mean of x [S, P] over new seeds and new problems, and its degrees of freedom.
+    """The variance of the mean of x [S, P] over new seeds and problems, and its degrees of freedom.
 
     With MS_S, MS_P and MS_E the mean squares of seeds, problems and their interaction in a two-way
     layout with one value a cell, the variance is (MS_P + max(MS_S − MS_E, 0)) / (S·P); its degrees
@@ -121,7 +121,10 @@ def crossed_variance(x: np.ndarray) -> tuple[float, float]:
 
 
 def crossed_mean(right: np.ndarray) -> Estimate:
-    """The mean of shares [S, P] in [0, 1]: Wilson's interval at the effective number of trials mean(1 − mean) / variance."""
+    """The mean of shares [S, P] in [0, 1].
+
+    Wilson's interval at the effective number of trials mean(1 − mean) / variance.
+    """
     mean = float(right.mean())
     variance, degrees = crossed_variance(right)
     trials = right.shape[1] if variance == 0 else max(1.0, mean * (1 - mean) / variance)
@@ -129,7 +132,10 @@ def crossed_mean(right: np.ndarray) -> Estimate:
 
 
 def crossed_difference(differences: np.ndarray) -> Estimate:
-    """The mean of differences [S, P] between two students of each seed, padded with two problems as in `paired`."""
+    """The mean of differences [S, P] between two students of each seed.
+
+    They are padded with two problems as in `paired`.
+    """
     padded = _padded(differences)
     variance, degrees = crossed_variance(padded)
     half, middle = student_t(degrees) * np.sqrt(variance), padded.mean()
@@ -141,7 +147,8 @@ def crossed_difference(differences: np.ndarray) -> Estimate:
 def crossed_ratio(a: np.ndarray, b: np.ndarray) -> Estimate | None:
     """mean(a) / mean(b) of paired [S, P]; None where mean(b) is not positive.
 
-    Its variance is that of the linearised ratio (a − R·b) / mean(b), padded with two problems as in `paired`.
+    Its variance is that of the linearised ratio (a − R·b) / mean(b), padded with two problems as in
+    `paired`.
     """
     below = float(b.mean())
     if below <= 0:
