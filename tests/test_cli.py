@@ -1,6 +1,7 @@
 """What a person reads who made a mistake: one line that says where, what was asked, what was found and what to do. Exit code 2."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,37 @@ def test_help_names_every_command(command_line):
     result = command_line("--help")
     assert result.code == 0 and all(command in result.out for command in COMMANDS)
     assert command_line("--version").out.strip().count(".") == 2
+
+
+# how a process ends
+
+
+def ended(words: str, **how) -> subprocess.CompletedProcess:
+    how = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True} | how
+    return subprocess.run([sys.executable, "-m", "mlx_distill", *words.split()], **how)
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
+    """The first of them sends it; without a handler from the program's first lines this is a traceback."""
+    (tmp_path / "typer.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    result = ended("plan", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (130, "stopped\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_that_is_full_is_one_line(unbuffered):
+    with open("/dev/full", "w") as full:
+        result = ended("--version", stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert (result.returncode, result.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    result = ended("--version", cwd=gone, preexec_fn=gone.rmdir)
+    assert result.returncode == 2 and result.stderr.startswith("error: the working folder cannot be used")
+    assert len(result.stderr.splitlines()) == 1
 
 
 # what is imported when
