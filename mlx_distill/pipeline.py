@@ -139,7 +139,7 @@ class Pipeline:
         recipe = self.recipe
         planned = recipe, prepared, self.student_folder, self.teacher_folder, Machine.of(self.backend.device())
         announce(*planned, self.view.say, self.force, self.backend.ranks.size)
-        self._say_where_it_opens()
+        torchs_alone = self._why_torchs_alone()
         steps = Steps(prepared.train, recipe.objective.segments, recipe.batch, recipe.run.seed, recipe.optim.epochs, recipe.optim.steps)
         try:
             cached = self.cached_teacher(prepared) if recipe.teacher.cache != "off" else None
@@ -157,14 +157,17 @@ class Pipeline:
             "exported_step": exported, "elapsed_seconds": state.elapsed_seconds, "tokens_read": state.tokens_seen,
             "loss_tokens": state.loss_tokens_seen, "flops": total_flops(counted),
         }
-        folder.write_json("manifest.json", manifest | result)
+        folder.write_json("manifest.json", manifest | result | torchs_alone)
         folder.write_student(lambda path: student.export(path, self.stop_ids))  # last: where it lies, training is complete
         self.view.say(f"student written to {folder.student} (step {exported})")
 
-    def _say_where_it_opens(self) -> None:
-        """A student trained by torch may be one that mlx-lm cannot open; MLX itself refuses those."""
-        if self.backend.device().backend == "torch" and (reason := not_for_mlx_lm(self.student_folder)):
-            self.view.say(f"note: the student will open in transformers alone, mlx-lm cannot load its base: {reason}")
+    def _why_torchs_alone(self) -> dict[str, str]:
+        """Say why mlx-lm will not open a student that torch trains, for the manifest too; MLX itself refuses those."""
+        reason = not_for_mlx_lm(self.student_folder) if self.backend.device().backend == "torch" else ""
+        if not reason:
+            return {}
+        self.view.say(f"note: the student will open in transformers alone, mlx-lm cannot load its base: {reason}")
+        return {"not_for_mlx_lm": reason}
 
     def _train(
         self, folder: RunFolder, steps: Steps, validation: list[Batch], cached: CachedTeacher | None, inputs: str

@@ -97,7 +97,9 @@ def _file(folder: Path) -> "Tokenizer":
 
 
 def _unreadable(folder: Path, error: Exception) -> ModelError:
-    return ModelError(f"tokenizer in {folder}: cannot be read ({one_line(error)}); it needs tokenizer.json")
+    has_file = (folder / "tokenizer.json").is_file()
+    remedy = "take the files of the model that it belongs to" if has_file else "it needs tokenizer.json"
+    return ModelError(f"tokenizer in {folder}: cannot be read ({one_line(error)}); {remedy}")
 
 
 def _first_difference(tokenizer: Any, folder: Path) -> str | None:
