@@ -221,7 +221,8 @@ class Meaning:
                 "they rotate in pairs; correct it",
             )
         try:
-            angles = [rotary.angles(length)[0] for length in rotary.lengths()]
+            with np.errstate(all="raise", under="ignore"):
+                angles = [rotary.angles(length)[0] for length in rotary.lengths()]
         except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             found = (
                 f"is {rotary.parameters} and cannot be computed ({type(error).__name__} {error})"
@@ -269,6 +270,8 @@ class Meaning:
             if self.stored.get(key) is None and value is not None
         }
         keys.pop("rope_parameters", None)
+        if self.stored.get("head_dim") is None and "num_attention_heads" in self.declared:
+            keys["head_dim"] = self.head_dim
         return keys | self._rotary_keys() | self._window_keys()
 
     def portable(self) -> dict[str, Any]:
@@ -313,11 +316,7 @@ class Meaning:
             return keys | (
                 {"rope_scaling": None} if needs and needs not in scaling else {}
             )  # given after loading
-        return {
-            key: value
-            for key, value in keys.items()
-            if self.stored.get(key) is None and value is not None
-        }
+        return {key: value for key, value in keys.items() if self.stored.get(key) is None}
 
     def _window_keys(self) -> dict[str, Any]:
         """mlx-lm's Gemma 3 and Cohere 2 know one layer in so many, its Llama must have a layer
@@ -344,7 +343,7 @@ class Meaning:
     # reading
 
     def _read(self) -> "PreTrainedConfig | None":
-        from transformers import CONFIG_MAPPING
+        from transformers import CONFIG_MAPPING, PreTrainedConfig
         from transformers.utils import logging
 
         if self.whole["model_type"] not in CONFIG_MAPPING:
@@ -358,10 +357,8 @@ class Meaning:
         logging.set_verbosity_error()  # it warns of what is refused here, or of nothing
         try:
             config = CONFIG_MAPPING[self.whole["model_type"]].from_dict(plain)
-            return config.get_text_config(decoder=True)
-        except (
-            Exception
-        ) as error:  # transformers checks the values, and raises whatever its checks do
+            config = config.get_text_config(decoder=True)
+        except Exception as error:  # its checks of the values raise whatever they like
             reason = " ".join(str(error).split())[
                 :300
             ]  # in its first line only that a check failed
@@ -370,6 +367,10 @@ class Meaning:
             ) from None
         finally:
             logging.set_verbosity(said)
+        if not isinstance(config, PreTrainedConfig):
+            kind = self.whole["model_type"]
+            raise self.refusal("text_config", f"is there, which a {kind} has not", "remove it")
+        return config
 
     def _refuse_contradictions(self) -> None:
         """Two places for one thing: transformers believes one of them, mlx-lm the other."""

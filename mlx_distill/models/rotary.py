@@ -67,7 +67,7 @@ class Rotary:
 
     @property
     def _base(self) -> float:
-        return float(self.parameters["rope_theta"])
+        return self.parameters["rope_theta"]
 
     def _default(self, length: int) -> tuple[np.ndarray, float]:
         return 1 / self._wavelengths(self._base), 1.0

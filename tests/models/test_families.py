@@ -94,7 +94,7 @@ def test_the_families_that_readme_calls_students_are(name: str, folder):
         if readme_table()[FAMILIES[name].type]:
             load()
         else:
-            with pytest.raises(ModelError, match="^s: a student's head must be one plain matrix"):
+            with pytest.raises(ModelError, match=r"^s: a student's head must be one plain matrix"):
                 load()
 
 
@@ -232,6 +232,27 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": "4"}},
         "rope_parameters .* cannot be computed",
     ),
+    "a base of text": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "500000"}},
+        "rope_parameters .* cannot be computed",
+    ),
+    "a base of nothing": (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        "rope_parameters .* cannot be computed",
+    ),
+    "no head": (
+        "gemma",
+        {"tie_word_embeddings": False},
+        r"tie_word_embeddings is false, but there is no lm_head\.weight",
+    ),
+    "nothing said of no head": (
+        "llama-tied",
+        {"tie_word_embeddings": None},
+        r"tie_word_embeddings is absent, which means false for this family, but there is no",
+    ),
+    "a part that it has not": ("llama", {"text_config": {}}, "text_config is there, which a llama"),
     "odd": ("llama", {"head_dim": 15}, "cannot be read by transformers: .*even rotary"),
     "traditional": (
         "llama",

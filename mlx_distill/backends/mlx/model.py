@@ -22,7 +22,7 @@ from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
-from mlx_distill.models.folder import read_config, read_generation_config, read_weights
+from mlx_distill.models.folder import Weights, read_config, read_generation_config, read_weights
 from mlx_distill.recipe import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -276,14 +276,25 @@ def _load(folder: Path, name: str, student: bool, lazy: bool) -> tuple[nn.Module
     weights = read_weights(folder, name)
     weights.refuse_unusable(read_config(folder, name), name)
     meaning = Meaning(folder, name)
+    _refuse_missing_head(weights, meaning)
     told = meaning.for_mlx(None if student else _tied(folder, meaning))
     with weights.alone() as alone:
         try:
             model, config = mlx_lm.utils.load_model(alone, lazy=lazy, model_config=told)
-        except Exception as error:  # a family's code, run on a config it was not written for, fails in any way
+        except (Exception, SystemExit) as error:  # a family's code, run on a config it was not written for, fails in any way
             raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
     ours = arithmetic.settle(model, meaning)
     return model, config, meaning.notes(), ours
+
+
+def _refuse_missing_head(weights: Weights, meaning: Meaning) -> None:
+    """transformers would make one at random, and some of mlx-lm's families would take the embedding."""
+    headless = not any(key.rpartition("lm_head.")[1] for key in weights.tensors)
+    if meaning.tested and headless and meaning.declared.get("tie_word_embeddings") is False:
+        found = "is absent, which means false for this family" if "tie_word_embeddings" not in meaning.stored else "is false"
+        raise meaning.refusal(
+            "tie_word_embeddings", f"{found}, but there is no lm_head.weight", "set it to true if the head is the embedding"
+        )
 
 
 def _tied(folder: Path, meaning: Meaning) -> bool | None:
