@@ -34,7 +34,7 @@ def refused(error: type[DistillError], read, *arguments) -> str:
     with pytest.raises(error) as caught:
         read(*arguments)
     line = str(caught.value)
-    assert "\n" not in line and 0 < len(line) < 400
+    assert "\n" not in line and 0 < len(line) < 800
     return line
 
 

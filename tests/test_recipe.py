@@ -269,7 +269,7 @@ def test_a_mark_and_windows_line_ends_are_read(tmp_path):
 ])
 def test_an_override_that_cannot_be_is_one_short_line(write, override, said):
     message = refused(write, '[teacher]\ncache = "hidden"\n', override)
-    assert said in message and len(message) < 400
+    assert said in message and len(message) < 800
 
 
 def test_an_override_is_one_value_and_never_a_second_line_of_toml(write):
@@ -311,7 +311,7 @@ def test_every_number_has_a_range_that_ends_where_it_says(table, field, info):
         with pytest.raises(RecipeError) as error:
             build_recipe({table: {field: bad}}, Path("mine.toml"))
         line = str(error.value)
-        assert line.startswith(f"mine.toml: [{table}] {field} should be ") and ", found " in line and len(line) < 300
+        assert line.startswith(f"mine.toml: [{table}] {field} should be ") and ", found " in line and len(line) < 800
         assert str(bounds) in line or "a valid number" in line  # 10**400 is no float at all
 
 
