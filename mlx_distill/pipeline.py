@@ -102,6 +102,8 @@ class Pipeline:
         task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
         if not folder.has_student():
             self._train_and_export(folder)
+        elif wrong := folder.exported.damage():  # its owner may have meant it; it is not scored as this run's
+            self.view.say(f"note: {wrong}")
         self.backend.part()
         self.backend.release()
         if self.backend.ranks.first:

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.numpy import load_file
 from toy_backend import ToyBackend
 
 from mlx_distill import pipeline, targets
@@ -99,15 +98,18 @@ def test_a_damaged_run_ends_equal_or_in_one_line(stages, tiny_recipe, tmp_path, 
         mine = [stranger(folder / name) for name in choose.sample(STRANGERS, 3)]
         told = damaged(choose, folder)
         fresh = choose.random() < 0.1
+        said = io.StringIO()
         try:
-            pipeline.run(recipe_of(folder.parent, tiny_recipe), View(Console(file=io.StringIO())), fresh=fresh)
+            pipeline.run(recipe_of(folder.parent, tiny_recipe), View(Console(file=said)), fresh=fresh)
         except DistillError as error:
             assert len(str(error).splitlines()) == 1, (seed, stage, told, error)
             ends["one line"] += 1
         except Exception as error:
             raise AssertionError(f"seed {seed}, {stage}, {told}: {error!r}") from error
         else:
-            assert same(ending(folder), whole, told), (seed, stage, told)
+            file = told.split()[-1]
+            noted = file.startswith("student/") and f"note: {folder / file} is " in said.getvalue()
+            assert noted or same(ending(folder), whole, told), (seed, stage, told)
             ends["equal"] += 1
         assert all(path.read_text() == "mine" for path in mine), (seed, stage, told)
         shutil.rmtree(folder.parent)
@@ -184,13 +186,11 @@ def test_a_damaged_cache_answers_the_same_or_says_so_in_one_line(tmp_path, monke
 
 
 def ending(folder: Path) -> dict:
-    """What a run is worth: its student, the last checkpoint's weights, its totals and its losses."""
+    """What a run is worth: its student, its totals and its losses."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    last = load_file(folder / "checkpoints" / "step-000006" / "weights.safetensors")
     rows = {row["step"]: row["loss"] for row in RunFolder(folder).rows("metrics.jsonl") if isinstance(row.get("loss"), float)}
     return {
         "student": {path.name: path.read_bytes() for path in (folder / "student").iterdir()},
-        "weights": {name: array.tobytes() for name, array in last.items()},
         "totals": {name: manifest.get(name) for name in ("exported_step", "tokens_read", "loss_tokens", "flops", "models", "steps")},
         "losses": rows,
     }

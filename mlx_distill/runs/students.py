@@ -55,10 +55,13 @@ class ExportedStudent:
                 f"{self.path}: the student could not be written ({first_line(error)}); {INTACT}; {remedy(error)}"
             ) from error
 
+    def damage(self) -> str:
+        """Which file is not as this run wrote it, as a sentence; "" if none. Older versions kept no digests."""
+        return changed(self.path, self.files.read_json(MANIFEST).get("student_files", {}))
+
     def refuse_changed(self) -> None:
-        """Raises `RunError` if a file is not as this run wrote it. Older versions kept no digests."""
-        wrong = changed(self.path, self.files.read_json(MANIFEST).get("student_files", {}))
-        if wrong:
+        """Raises `RunError` if a file is not as this run wrote it."""
+        if wrong := self.damage():
             raise RunError(
                 f"{wrong}; put a copy in its place, or delete {self.path} and run the same command again: "
                 "the newest checkpoint writes it"
