@@ -53,6 +53,11 @@ class Objective:
         return self.kd_weight < 1
 
     @property
+    def parameter(self) -> float:
+        """The divergence's own number; 0 for one that has none."""
+        return {"jsd": self.jsd_beta}.get(self.divergence, 0.0)
+
+    @property
     def divergence_scale(self) -> float:
         """What multiplies the divergence: temperature squared under "hinton" (Hinton et al. 2015, §2.1), else 1."""
         return self.temperature**2 if self.temperature_scaling == "hinton" else 1.0
@@ -77,58 +82,72 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
     """KL(p‖q) in nats of log-probabilities [N, V], as [N]; 0 log 0 is 0."""
-    return (np.exp(log_p) * _log_ratio(log_p, log_q)).sum(axis=-1)
+    with np.errstate(invalid="ignore"):
+        return _times(log_p, log_p - log_q).sum(axis=-1)
 
 
-def forward_kl(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
-    """KL(teacher‖student): the student must cover what the teacher does."""
-    return kl(log_teacher, log_student)
+# A divergence is Σ f(u, v) over the vocabulary, of log-probabilities u of the student and v of the teacher. Each function below
+# gives f and g = ∂f/∂u for every id by itself. The gradient with respect to the student's logits is then g - s Σ g with s = exp(u),
+# the student's probabilities; t = exp(v) are the teacher's.
+
+Pair = tuple[np.ndarray, np.ndarray]
 
 
-def reverse_kl(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
-    """KL(student‖teacher): the student must avoid what the teacher does not do."""
-    return kl(log_student, log_teacher)
+def forward_kl(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
+    """KL(t‖s): the student must cover what the teacher does."""
+    return _times(v, v - u), -np.exp(v)
 
 
-def jsd(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
+def reverse_kl(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
+    """KL(s‖t): the student must avoid what the teacher does not do."""
+    return _times(u, u - v), _times(u, u - v + 1)
+
+
+def jsd(u: np.ndarray, v: np.ndarray, beta: float) -> Pair:
     """Generalised Jensen-Shannon divergence: β KL(t‖m) + (1-β) KL(s‖m) with m = β t + (1-β) s.
 
     The convention of GKD (arXiv 2306.13649, §2, with P the teacher): symmetric at β = ½, where it is at most log 2;
     divided by β it tends to forward KL as β → 0, divided by 1-β to reverse KL as β → 1.
     """
-    log_mixture = _log_mixture(log_student, log_teacher, beta)
-    return beta * kl(log_teacher, log_mixture) + (1 - beta) * kl(log_student, log_mixture)
+    log_mixture = _log_mixture(v, u, beta)
+    student = (1 - beta) * _times(u, u - log_mixture)
+    return beta * _times(v, v - log_mixture) + student, student  # the terms in which m itself moves sum to m/m and cancel
 
 
-def forward_kl_grad(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
-    """s - t."""
-    return np.exp(log_student) - np.exp(log_teacher)
-
-
-def reverse_kl_grad(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
-    """s (log s/t - KL(s‖t))."""
-    return _centred(log_student, _log_ratio(log_student, log_teacher))
-
-
-def jsd_grad(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
-    """(1-β) s (log s/m - KL(s‖m)): the terms in which m itself moves cancel, since they sum to m/m."""
-    log_mixture = _log_mixture(log_student, log_teacher, beta)
-    return (1 - beta) * _centred(log_student, _log_ratio(log_student, log_mixture))
-
-
-Rows = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
-DIVERGENCES: dict[str, tuple[Rows, Rows]] = {  # name: (value [N], gradient in the student's scaled logits [N, V])
-    "forward_kl": (forward_kl, forward_kl_grad),
-    "reverse_kl": (reverse_kl, reverse_kl_grad),
-    "jsd": (jsd, jsd_grad),
+DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
 }
+
+
+def _times(log_p: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """p x, and 0 where p is 0, whatever x is."""
+    return np.where(np.isfinite(log_p), np.exp(log_p) * x, 0.0)
+
+
+def _log_mixture(log_p: np.ndarray, log_q: np.ndarray, share: float) -> np.ndarray:
+    """Log of share p + (1 - share) q."""
+    return np.logaddexp(np.log(share) + log_p, np.log1p(-share) + log_q)
+
+
+def _value(u: np.ndarray, v: np.ndarray, objective: Objective) -> np.ndarray:
+    """Σ f, as [N]."""
+    with np.errstate(invalid="ignore"):  # where both probabilities are 0
+        f, _ = DIVERGENCES[objective.divergence](u, v, objective.parameter)
+    return f.sum(axis=-1)
+
+
+def _gradient(u: np.ndarray, v: np.ndarray, objective: Objective) -> np.ndarray:
+    """g - s Σ g: the gradient with respect to the logits of which u are the log-probabilities, as [N, V]."""
+    with np.errstate(invalid="ignore"):
+        _, g = DIVERGENCES[objective.divergence](u, v, objective.parameter)
+    return g - np.exp(u) * g.sum(axis=-1, keepdims=True)
 
 
 def divergence(student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective) -> np.ndarray:
     """The objective's divergence of logits [N, V], temperature and its scaling included, as float64[N] in nats."""
-    value, _ = DIVERGENCES[objective.divergence]
-    log_student, log_teacher = _at_temperature(student_logits, teacher_logits, objective)
-    return objective.divergence_scale * value(log_student, log_teacher, objective.jsd_beta)
+    return objective.divergence_scale * _value(*_at_temperature(student_logits, teacher_logits, objective), objective)
 
 
 def coarse_divergence(
@@ -141,8 +160,7 @@ def coarse_divergence(
     so this is a lower bound of the full one, and equal to it where all ids are given. The student is not renormalised
     to the K ids: its mass elsewhere is in its last outcome.
     """
-    value, _ = DIVERGENCES[objective.divergence]
-    return value(*_coarse(student_logits, ids, log_probs, tail), objective.jsd_beta)
+    return _value(*_coarse(student_logits, ids, log_probs, tail), objective)
 
 
 def coarse_divergence_grad(
@@ -150,16 +168,15 @@ def coarse_divergence_grad(
 ) -> np.ndarray:
     """d coarse_divergence[n] / d student_logits[n, v], as float64[N, V].
 
-    The last outcome's logit is the log-sum-exp of all other logits, so its slope is shared among them by their softmax.
+    The last outcome's logit is the log-sum-exp of all other logits, so its gradient is shared among them by their softmax.
     """
-    _, gradient = DIVERGENCES[objective.divergence]
-    slope = gradient(*_coarse(student_logits, ids, log_probs, tail), objective.jsd_beta)
+    outcomes = _gradient(*_coarse(student_logits, ids, log_probs, tail), objective)
     others = _others(student_logits, ids)
     possible = np.isfinite(others).any(axis=-1, keepdims=True)
     share = np.exp(log_softmax(np.where(possible, others, 0.0))) * possible
-    result = slope[:, -1:] * share
+    result = outcomes[:, -1:] * share
     rows, columns = np.nonzero(ids >= 0)
-    result[rows, ids[rows, columns]] = slope[rows, columns]
+    result[rows, ids[rows, columns]] = outcomes[rows, columns]
     return result
 
 
@@ -190,10 +207,8 @@ def loss(
 
 def divergence_grad(student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective) -> np.ndarray:
     """d divergence[n] / d student_logits[n, v], as float64[N, V]."""
-    _, gradient = DIVERGENCES[objective.divergence]
-    log_student, log_teacher = _at_temperature(student_logits, teacher_logits, objective)
     scale = objective.divergence_scale / objective.temperature
-    return scale * gradient(log_student, log_teacher, objective.jsd_beta)
+    return scale * _gradient(*_at_temperature(student_logits, teacher_logits, objective), objective)
 
 
 def cross_entropy_grad(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -240,18 +255,3 @@ def _at_temperature(
     student, teacher = np.asarray(student_logits, np.float64), np.asarray(teacher_logits, np.float64)
     return log_softmax(student / objective.temperature), log_softmax(teacher / objective.temperature)
 
-
-def _log_ratio(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-    """log p/q where p > 0, else 0: p log p/q is 0 there whatever q is."""
-    possible = np.isfinite(log_p)
-    return np.where(possible, log_p, 0.0) - np.where(possible, log_q, 0.0)
-
-
-def _log_mixture(log_student: np.ndarray, log_teacher: np.ndarray, beta: float) -> np.ndarray:
-    return np.logaddexp(np.log(beta) + log_teacher, np.log1p(-beta) + log_student)
-
-
-def _centred(log_student: np.ndarray, advantage: np.ndarray) -> np.ndarray:
-    """The softmax's Jacobian applied to `advantage`: s (a - Σ s a)."""
-    student = np.exp(log_student)
-    return student * (advantage - (student * advantage).sum(axis=-1, keepdims=True))

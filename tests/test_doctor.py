@@ -49,7 +49,7 @@ def test_a_real_fault_in_the_loss_is_found(monkeypatch: pytest.MonkeyPatch):
     """The check runs the loss: the other direction of the divergence is no forward KL."""
     from mlx_distill.backends.mlx import loss
 
-    monkeypatch.setitem(loss._DIVERGENCES, "forward_kl", loss._ReverseKL)
+    monkeypatch.setitem(loss._LINEAR, "forward_kl", loss._ReverseKL)
     assert run().exit_code == 1
 
 

@@ -83,6 +83,25 @@ def test_gradients_are_finite_differences(divergence: str, temperature: float, s
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_g_is_the_derivative_of_f(divergence: str):
+    """For every id by itself, by central differences; twice the student's g is seen."""
+    u, v = np.random.default_rng(7).uniform(-6, -0.01, size=(2, 5, 11))
+    pair, step = DIVERGENCES[divergence], 1e-5
+    slope = (pair(u + step, v, 0.3)[0] - pair(u - step, v, 0.3)[0]) / (2 * step)
+    _, g = pair(u, v, 0.3)
+    np.testing.assert_allclose(g, slope, rtol=0, atol=1e-9)
+    assert np.abs(2 * g - slope).max() > 1e-3
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_gradient_in_the_logits_is_central_differences(divergence: str):
+    student, teacher, _ = random_logits(8)
+    objective = Objective(divergence, 0.3, 1.0)
+    slope = finite_differences(lambda logits: definition.divergence(logits, teacher, objective), student, 1e-5)
+    np.testing.assert_allclose(definition.divergence_grad(student, teacher, objective), slope, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_hinton_scales_value_and_gradient_by_temperature_squared(divergence: str):
     student, teacher, _ = random_logits(3)
     plain, hinton = (Objective(divergence, 0.3, 1.0, 3.0, scaling) for scaling in ("none", "hinton"))

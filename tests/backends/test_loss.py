@@ -130,7 +130,7 @@ def assert_no_worse(got: dict[str, np.ndarray], naive: dict[str, np.ndarray], wa
 BLOCKS = {  # how the walk is cut: MLX's by logits of a block, torch's by positions, and by rows of a head in half precision
     "mlx, many blocks": ("mlx", "BLOCK_ELEMENTS", dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 300)),
     "mlx, one block": ("mlx", "BLOCK_ELEMENTS", dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 2**20)),
-    "torch, three positions at once": ("torch", "CROSS_ROWS", 3),
+    "torch, three positions at once": ("torch", "ROWS_AT_ONCE", 3),
     "torch, 50 rows of a head at once": ("torch", "BLOCK_ROWS", 50),
 }
 
@@ -234,6 +234,19 @@ def test_agreement_is_of_the_most_likely_tokens(walker: Framework):
     same = case.logits.argmax(axis=1) == case.teacher_logits.argmax(axis=1)
     assert 10 < same.sum() < 25
     assert (answer(walker, case, Objective())["agree"] == same).all()
+
+
+FAST = {"mlx": "_LINEAR", "torch": "_FUSED"}  # the divergences that have a path of their own beside their pair
+
+
+@pytest.mark.parametrize("divergence, temperature, kd_weight", [("forward_kl", 1.0, 0.4), ("reverse_kl", 2.0, 0.4), ("reverse_kl", 1.0, 1.0)])
+def test_a_fast_path_tells_what_the_pair_tells(walker: Framework, divergence: str, temperature: float, kd_weight: float, monkeypatch):
+    """The walk that serves any pair of f and g, given those that it is spared in use."""
+    monkeypatch.setattr(walker.loss, FAST[walker.name], {})
+    objective, case = Objective(divergence, 0.3, kd_weight, temperature), make_case(3, rows=19)
+    got, want = answer(walker, case, objective), exact(case, objective)
+    for name, array in want.items():
+        assert got[name] == pytest.approx(array, rel=1e-5, abs=2e-6), name
 
 
 def tied_logits() -> tuple[np.ndarray, np.ndarray]:

@@ -265,7 +265,7 @@ def test_one_continues_what_the_other_began(
 
 def flipped(monkeypatch):
     """A divergence in the other direction."""
-    monkeypatch.setitem(torch_loss._DIVERGENCES, "forward_kl", torch_loss._reverse_kl)
+    monkeypatch.setitem(torch_loss._FUSED, "forward_kl", torch_loss._reverse_kl_in_place)
 
 
 def shifted(monkeypatch):
@@ -284,9 +284,9 @@ def half_scaled(monkeypatch):
 
 def unscaled(monkeypatch):
     """The temperature's square in the value but not in the gradient."""
-    slope = torch_loss._forward_kl
+    right = torch_loss._forward_kl_in_place
     monkeypatch.setitem(
-        torch_loss._DIVERGENCES, "forward_kl", lambda u, v, spare, beta, scale, ce, wants: slope(u, v, spare, beta, scale / 4, ce, wants)
+        torch_loss._FUSED, "forward_kl", lambda u, v, spare, weight, ce, wants: right(u, v, spare, weight / 4, ce, wants)
     )
 
 

@@ -98,7 +98,7 @@ def by_block(run, monkeypatch):
     if run == "mlx by blocks":  # of 15 ids
         monkeypatch.setattr(mlx_loss, "BLOCK_ELEMENTS", dict.fromkeys(mlx_loss.BLOCK_ELEMENTS, 70))
     if run == "torch by blocks":  # of positions
-        monkeypatch.setattr(torch_loss, "CROSS_ROWS", 2)
+        monkeypatch.setattr(torch_loss, "ROWS_AT_ONCE", 2)
     return RUN[run.split()[0]]
 
 

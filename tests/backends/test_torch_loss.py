@@ -18,8 +18,9 @@ from mlx_distill.backends.torch import loss as subject
 from mlx_distill.backends.torch.loss import CallableHead, MatrixHead, kd_loss, score_rows
 from mlx_distill.objective import Objective
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler
 TORCH = FRAMEWORKS["torch"]
-VOCABULARY, CHUNK = 4001, 4 * subject.CROSS_ROWS
+VOCABULARY, CHUNK = 4001, 4 * subject.ROWS_AT_ONCE
 BUFFER = 4 * CHUNK * VOCABULARY  # bytes of the logits of a chunk
 
 
@@ -270,8 +271,8 @@ def test_the_fused_kernels_tell_the_same_numbers(compiler: Callable, divergence:
     targets, share = torch.randint(0, 203, (16, 1), generator=random), torch.rand(16, 1, generator=random)
     kept = logits.clone(), answers.clone()
     arguments = (targets, share, Objective(divergence), True, dtype)
-    eager = subject._cross_by_rows(logits.clone(), answers.clone(), torch.empty(4, 203), *arguments[:-1])
-    fused_cross = compiler(subject._cross_at_once)
+    eager = subject._by_rows(logits.clone(), answers.clone(), torch.empty(4, 203), *arguments[:-1])
+    fused_cross = compiler(subject._at_once)
     torch._dynamo.config.suppress_errors = False  # a failure to compile would fall back to what is compared with
     fused = fused_cross(logits, answers, *arguments)
     assert torch.equal(logits, kept[0]) and torch.equal(answers, kept[1])
@@ -289,6 +290,6 @@ def test_the_fused_forward_kl_writes_its_slope_alone(compiler: Callable):
 
     logits, answers = torch.zeros(16, 1003), torch.ones(16, 1003)
     targets, share = torch.zeros(16, 1, dtype=torch.long), torch.ones(16, 1)
-    _, code = run_and_get_code(compiler(subject._cross_at_once), logits, answers, targets, share, Objective(), True, torch.bfloat16)
+    _, code = run_and_get_code(compiler(subject._at_once), logits, answers, targets, share, Objective(), True, torch.bfloat16)
     made = re.findall(r"empty_strided_cpu\(\(16, 1003\), \(1003, 1\), torch\.(\w+)\)", "".join(code))
     assert made == ["bfloat16"]

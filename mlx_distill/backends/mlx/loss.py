@@ -9,16 +9,18 @@ Decided here: how the walk is cut and in which order it runs. The naive equivale
     kd = scale * divergence(u, v)                    ce = -log_softmax(z)[target]
     loss = sum(weight * (kd_weight * kd + (1 - kd_weight) * ce)) / loss_tokens
 
-A chunk of positions crosses the vocabulary in blocks twice. The first crossing computes the logits of a block, keeps
+A chunk of positions passes over the vocabulary in blocks twice. The first pass computes the logits of a block, keeps
 their exponentials (shifted by the block's own maximum) and the sums a row needs; after it the normalisers are known and
-the second crossing turns what was kept into dz, and dz into the gradients of the hidden states and of the head. So the
-gradient costs no second look at the logits and each exponential is taken once. A head in bfloat16 is promoted to
-float32 block by block. Chunks and blocks are ordered by `mx.depends`: a lazy graph would otherwise hold all of them.
+the second pass turns what was kept into the gradient with respect to the logits, and that into those of the hidden states
+and of the head. So the gradient multiplies with no head twice and each exponential is taken once. A divergence that is not
+linear in the logits takes a pass of its own in between, over what was kept. A head in bfloat16 is promoted to float32
+block by block. Chunks and blocks are ordered by `mx.depends`: a lazy graph would otherwise hold all of them.
 Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -27,6 +29,7 @@ import mlx.core as mx
 from mlx_distill.objective import Objective
 
 BLOCK_ELEMENTS = {mx.DeviceType.cpu: 2**20, mx.DeviceType.gpu: 2**23}  # logits: 4 MB stay in cache
+WIDEST_BLOCK = 2**14  # ids, on a CPU: BLAS may add one after the other, and a longer float32 sum of small numbers loses them
 FLOOR = -1e9  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
 TINY = 1.1754944e-38  # smallest normal float32
 
@@ -171,17 +174,18 @@ class _Walk:
 
     def __call__(self, hidden: mx.array, head_weight: mx.array) -> tuple[mx.array, ...]:
         vocab = self.vocab or head_weight.shape[0]
-        sparse = isinstance(self.teacher_head, SparseHead)
-        splits = self.teacher_head is None or sparse or self.teacher_head.splits
-        kind = _SparseChunk if sparse else _Chunk
+        head = self.teacher_head
+        splits = head is None or isinstance(head, SparseHead) or head.splits
         bounds = _bounds(vocab, min(self.chunk_tokens, hidden.shape[0]), splits)
         rows, hidden_grads, head_grads, done = [], [], [], []
         for start in range(0, hidden.shape[0], self.chunk_tokens):
-            chunk = kind(self, hidden, head_weight, bounds, slice(start, start + self.chunk_tokens), done)
-            rows.append(chunk.rows())
+            place = slice(start, start + self.chunk_tokens)
+            weight = _after(self.weight[place, None].astype(mx.float32), done)
+            chunk = self._first_pass(hidden, head_weight, bounds, place, weight)
+            rows.append(self._rows(chunk, weight))
             done = list(rows[-1])
             if self.gradients:
-                hidden_grad, head_grads = chunk.gradients(head_grads)
+                hidden_grad, head_grads = self._second_pass(chunk, head_weight, bounds, weight / self.loss_tokens, head_grads)
                 hidden_grads.append(hidden_grad.astype(hidden.dtype))
                 done = [hidden_grads[-1], *rows[-1], *head_grads]
         loss, *columns = [mx.concatenate(column) for column in zip(*rows, strict=True)]
@@ -194,165 +198,166 @@ class _Walk:
             outputs = (*outputs, mx.concatenate([*blocks, cut_off]))
         return outputs
 
+    def _first_pass(
+        self, hidden: mx.array, head_weight: mx.array, bounds: list[tuple[int, int]], place: slice, weight: mx.array
+    ) -> "_FirstPass":
+        """What C positions are told by their logits; rows of weight 0 may hold anything, even NaN."""
+        supervised, targets = weight != 0, self.targets[place, None].astype(mx.int32)
+        inputs = mx.where(supervised, hidden[place].astype(mx.float32), 0)
 
-class _Chunk:
-    """C positions. The first crossing of the vocabulary happens at construction, the second in `gradients`."""
+        def student_logits(start: int, stop: int, after: list[mx.array]) -> mx.array:
+            return _floor(_after(inputs, after) @ _promoted(head_weight, start, stop).T)
 
-    def __init__(
-        self, walk: _Walk, hidden: mx.array, head_weight: mx.array, bounds: list[tuple[int, int]], rows: slice,
-        after: list[mx.array],
-    ) -> None:
-        self.walk, self.objective, self.head_weight, self.bounds = walk, walk.objective, head_weight, bounds
-        self.targets = walk.targets[rows, None].astype(mx.int32)
-        self.weight = _after(walk.weight[rows, None].astype(mx.float32), after)
-        self.live = self.weight != 0
-        self.hidden = mx.where(self.live, hidden[rows].astype(mx.float32), 0)  # whatever a dead row holds, even NaN
-        self.teacher = walk.teacher_head
-        if self.teacher is not None:
-            self.teacher_hidden = mx.where(self.live, walk.teacher_hidden[rows].astype(mx.float32), 0)
-        self.plain = _Softmax()  # the student's at temperature 1, for the cross-entropy
-        self.student = self.plain if self.objective.temperature == 1 else _Softmax()
-        self.teacher_softmax = _Softmax()
-        self.divergence = _DIVERGENCES[self.objective.divergence](self.objective.jsd_beta)
-        self.target_logit = mx.zeros_like(self.weight)
-        self.same_token = _SameToken()
-        self._cross()
+        if self.teacher_head is None:
+            found = _against_nothing(student_logits, targets, bounds, self.objective)
+        elif isinstance(self.teacher_head, SparseHead):
+            teacher = SparseHead(*(column[place] for column in self.teacher_head))
+            found = _against_some_ids(student_logits, teacher, targets, bounds, self.objective)
+        else:
+            teacher_inputs = mx.where(supervised, self.teacher_hidden[place].astype(mx.float32), 0)
 
-    def _cross(self) -> None:
-        done: list[mx.array] = []
-        for start, stop in self.bounds:
-            logits = _floor(_after(self.hidden, done) @ self._weight(start, stop).T)
-            if self.teacher is None:
-                done = self._see_student(logits, logits.max(axis=1, keepdims=True), start, stop)
-            else:
-                teacher_logits = _floor(self.teacher.logits(_after(self.teacher_hidden, [logits]), start, stop))
-                done = self._see_both(logits, teacher_logits, start, stop)
-        self.plain.close()
-        self.kd = mx.zeros_like(self.weight)
-        if self.teacher is not None:
-            self.teacher_softmax.close()
-            if self.student is not self.plain:
-                self.student.close()
-            self.kd = self.objective.divergence_scale * self.divergence.close(self.student, self.teacher_softmax)
+            def teacher_logits(start: int, stop: int, after: list[mx.array]) -> mx.array:
+                return _floor(self.teacher_head.logits(_after(teacher_inputs, after), start, stop))
 
-    def _see_student(self, logits: mx.array, top: mx.array, start: int, stop: int) -> list[mx.array]:
-        self._see_target(logits, start, stop)
-        return [self.target_logit, *self.plain.add(logits, top)]
+            found = _against_logits(student_logits, teacher_logits, targets, bounds, self.objective)
+        return _FirstPass(inputs, targets, *found)
 
-    def _see_target(self, logits: mx.array, start: int, stop: int) -> None:
-        here, columns = self._here(self.targets, start, stop)
-        self.target_logit = mx.where(here, mx.take_along_axis(logits, columns, axis=1), self.target_logit)
-
-    def _here(self, ids: mx.array, start: int, stop: int) -> tuple[mx.array, mx.array]:
-        """Which ids lie in a block, and their columns in it; 0 or the last one for those that do not."""
-        return (ids >= start) & (ids < stop), mx.clip(ids - start, 0, stop - start - 1)
-
-    def _see_both(self, logits: mx.array, teacher_logits: mx.array, start: int, stop: int) -> list[mx.array]:
-        top, teacher_top = self.same_token.add(logits, teacher_logits, start)
-        done = [*self._see_student(logits, top, start, stop), *self.same_token.best]
-        temperature = self.objective.temperature
-        if temperature != 1:
-            logits, top = logits / temperature, top / temperature
-            teacher_logits, teacher_top = teacher_logits / temperature, teacher_top / temperature
-            done += self.student.add(logits, top)
-        done += self.teacher_softmax.add(teacher_logits, teacher_top)
-        return done + self.divergence.add(self.student.kept[-1], self.teacher_softmax.kept[-1], logits, teacher_logits)
-
-    def _weight(self, start: int, stop: int) -> mx.array:
-        return self.head_weight[start:stop].astype(mx.float32)
-
-    def rows(self) -> tuple[mx.array, ...]:
+    def _rows(self, chunk: "_FirstPass", weight: mx.array) -> tuple[mx.array, ...]:
         """(weight * loss / loss_tokens, kd, ce, agree), each [C]."""
-        return self._columns(self.plain, self.same_token.agree(like=self.kd))
-
-    def _columns(self, student: "_Softmax", agree: mx.array) -> tuple[mx.array, ...]:
         kd_weight = self.objective.kd_weight
-        ce = student.log_sum - (self.target_logit - student.top)
-        loss = (kd_weight * self.kd + (1 - kd_weight) * ce) * (self.weight / self.walk.loss_tokens)
-        columns = (loss, self.kd, ce, agree)
-        return tuple(mx.where(self.live, column, 0)[:, 0] for column in columns)
+        loss = (kd_weight * chunk.kd + (1 - kd_weight) * chunk.ce) * (weight / self.loss_tokens)
+        columns = (loss, chunk.kd, chunk.ce, chunk.agree)
+        return tuple(mx.where(weight != 0, column, 0)[:, 0] for column in columns)
 
-    def gradients(self, head_grads: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
-        """d loss / d hidden [C, D], and `head_grads` (a block each; empty at first) with this chunk's share added."""
-        hidden_grad, new_head_grads = mx.zeros_like(self.hidden), []
+    def _second_pass(
+        self, chunk: "_FirstPass", head_weight: mx.array, bounds: list[tuple[int, int]], share: mx.array,
+        head_grads: list[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
+        """d loss / d hidden [C, D], and `head_grads` (a block each; empty at first) with this chunk's part added."""
+        hidden_grad, new_head_grads = mx.zeros_like(chunk.inputs), []
         done: list[mx.array] = []
-        for block, (start, stop) in enumerate(self.bounds):
-            slope = self._slope(block, start, stop, _after(self.weight / self.walk.loss_tokens, done))
-            hidden_grad = mx.addmm(hidden_grad, slope, self._weight(start, stop))
+        for block, (start, stop) in enumerate(bounds):
+            block_share = _after(share, done)
+            gradient = chunk.gradient(block, block_share)
+            if self.objective.needs_targets:
+                ce_weight = (1 - self.objective.kd_weight) * block_share
+                gradient = _add_at(gradient, chunk.targets, start, -ce_weight)
+            hidden_grad = mx.addmm(hidden_grad, gradient, _promoted(head_weight, start, stop))
             done = [hidden_grad]
-            if self.walk.train_head:
-                share = (slope.T, self.hidden)
-                new_head_grads.append(mx.addmm(head_grads[block], *share) if head_grads else mx.matmul(*share))
+            if self.train_head:
+                product = (gradient.T, chunk.inputs)
+                new_head_grads.append(mx.addmm(head_grads[block], *product) if head_grads else mx.matmul(*product))
                 done.append(new_head_grads[-1])
         return hidden_grad, new_head_grads
 
-    def _slope(self, block: int, start: int, stop: int, weight: mx.array) -> mx.array:
-        """d loss / d logits of one block, [C, stop - start]."""
-        objective = self.objective
-        ce_weight = (1 - objective.kd_weight) * weight
-        kd_weight = (objective.kd_weight * objective.divergence_scale / objective.temperature) * weight
-        shared = self.student is self.plain
-        slope = None
-        if objective.needs_teacher:
-            slope = self.divergence.slope(block, kd_weight, ce_weight if shared else mx.zeros_like(ce_weight))
-        if objective.needs_targets and (slope is None or not shared):
-            plain = self.plain.kept[block] * (ce_weight * self.plain.scales[block])
-            slope = plain if slope is None else slope + plain
-        return self._less_target(slope, ce_weight, start, stop) if objective.needs_targets else slope
 
-    def _less_target(self, slope: mx.array, ce_weight: mx.array, start: int, stop: int) -> mx.array:
-        here, columns = self._here(self.targets, start, stop)
-        return slope.at[mx.arange(slope.shape[0])[:, None], columns].add(mx.where(here, -ce_weight, 0))
+class _FirstPass(NamedTuple):
+    """What the first pass over the vocabulary leaves of C positions: columns [C, 1], and the way to the gradient.
 
-
-class _SparseChunk(_Chunk):
-    """The same where the teacher is K ids and the log of the rest: both are compared over K + 1 outcomes.
-
-    The last outcome's logit is the log-sum-exp of all other ids, so its slope is shared among them by their softmax
-    (`plain` is that one here); with the student's K logits it also gives the cross-entropy.
+    `gradient(block, share)` is d loss / d logits of a block, `share` [C, 1] times, all but what the targets take from it.
     """
 
-    def __init__(
-        self, walk: _Walk, hidden: mx.array, head_weight: mx.array, bounds: list[tuple[int, int]], rows: slice,
-        after: list[mx.array],
-    ) -> None:
-        self.answers = SparseHead(*(column[rows] for column in walk.teacher_head))
-        self.kept_logits = mx.full(self.answers.ids.shape, FLOOR)
-        self.best: list[mx.array] = []
-        super().__init__(replace(walk, teacher_head=None), hidden, head_weight, bounds, rows, after)
+    inputs: mx.array
+    targets: mx.array
+    kd: mx.array
+    ce: mx.array
+    agree: mx.array
+    gradient: Callable[[int, mx.array], mx.array]
 
-    def _see_student(self, logits: mx.array, top: mx.array, start: int, stop: int) -> list[mx.array]:
-        self._see_target(logits, start, stop)
-        here, columns = self._here(self.answers.ids, start, stop)
-        self.kept_logits = mx.where(here, mx.take_along_axis(logits, columns, axis=1), self.kept_logits)
-        found = _top(logits, start)
-        self.best = [mx.where(found[0] > self.best[0], new, old) for new, old in zip(found, self.best, strict=True)] if self.best else found
-        others = logits.at[mx.arange(len(logits))[:, None], columns].add(mx.where(here, FLOOR, 0))
-        done = self.plain.add(others, others.max(axis=1, keepdims=True))
-        return [self.target_logit, self.kept_logits, *self.best, *done]
 
-    def _cross(self) -> None:
-        super()._cross()
-        outcomes = mx.concatenate([self.kept_logits, self.plain.top + self.plain.log_sum], axis=1)
-        answers = _floor(mx.concatenate([self.answers.log_probs, self.answers.tail[:, None]], axis=1))
-        student, teacher = _Softmax(), _Softmax()
-        for softmax, logits in ((student, outcomes), (teacher, answers)):
-            softmax.add(logits, logits.max(axis=1, keepdims=True))
-            softmax.close()
-        self.divergence.add(student.kept[0], teacher.kept[0], outcomes, answers)
-        self.kd = self.divergence.close(student, teacher) + self.answers.offset[:, None]
-        self.log_total = student
+Logits = Callable[[int, int, list[mx.array]], mx.array]  # of a block, computed after some arrays
+Found = tuple[mx.array, mx.array, mx.array, Callable[[int, mx.array], mx.array]]  # kd, ce, agree, gradient
 
-    def rows(self) -> tuple[mx.array, ...]:
-        return self._columns(self.log_total, (self.best[1] == self.answers.top[:, None]).astype(mx.float32))
 
-    def _slope(self, block: int, start: int, stop: int, weight: mx.array) -> mx.array:
-        ce_weight = (1 - self.objective.kd_weight) * weight
-        outcomes = self.divergence.slope(0, self.objective.kd_weight * weight, ce_weight)
-        slope = self.plain.kept[block] * (outcomes[:, -1:] * self.plain.scales[block])
-        here, columns = self._here(self.answers.ids, start, stop)
-        slope = slope.at[mx.arange(len(slope))[:, None], columns].add(mx.where(here, outcomes[:, :-1], 0))
-        return self._less_target(slope, ce_weight, start, stop)
+def _against_nothing(
+    student_logits: Logits, targets: mx.array, bounds: list[tuple[int, int]], objective: Objective
+) -> Found:
+    """Without a teacher: the cross-entropy alone."""
+    softmax, target_logit, done = _Softmax(), _Picked(targets), []
+    for start, stop in bounds:
+        z = student_logits(start, stop, done)
+        done = [*target_logit.add(z, start), *softmax.add(z, z.max(axis=1, keepdims=True))]
+    softmax.close()
+    nothing = mx.zeros(targets.shape)
+
+    def gradient(block: int, share: mx.array) -> mx.array:
+        return softmax.kept[block] * ((1 - objective.kd_weight) * share * softmax.scales[block])
+
+    return nothing, softmax.minus_log(target_logit.logits), nothing, gradient
+
+
+def _against_logits(
+    student_logits: Logits, teacher_logits: Logits, targets: mx.array, bounds: list[tuple[int, int]], objective: Objective
+) -> Found:
+    """Against all of the teacher's logits: the divergence at the objective's temperature, the cross-entropy at 1."""
+    temperature, shared = objective.temperature, objective.temperature == 1
+    plain, teacher = _Softmax(), _Softmax()
+    student = plain if shared else _Softmax()  # one softmax serves both terms
+    divergence = _divergence(objective)
+    target_logit, choice, teacher_choice = _Picked(targets), _MostLikely(), _MostLikely()
+    done: list[mx.array] = []
+    for start, stop in bounds:
+        z = student_logits(start, stop, done)
+        t = teacher_logits(start, stop, [z])
+        top, teacher_top = choice.add(z, start), teacher_choice.add(t, start)
+        done = [*target_logit.add(z, start), *plain.add(z, top), *choice.best, *teacher_choice.best]
+        if not shared:
+            z, top, t, teacher_top = z / temperature, top / temperature, t / temperature, teacher_top / temperature
+            done += student.add(z, top)
+        done += teacher.add(t, teacher_top)
+        done += divergence.add(student.kept[-1], teacher.kept[-1], z, t)
+    for softmax in (plain, teacher) if shared else (plain, student, teacher):
+        softmax.close()
+    kd = objective.divergence_scale * divergence.close(student, teacher)
+    weight = objective.kd_weight * objective.divergence_scale / temperature
+
+    def gradient(block: int, share: mx.array) -> mx.array:
+        ce_share = (1 - objective.kd_weight) * share
+        found = None
+        if objective.needs_teacher:
+            found = divergence.gradient(block, weight * share, ce_share if shared else mx.zeros_like(share))
+        if objective.needs_targets and not (shared and objective.needs_teacher):
+            of_ce = plain.kept[block] * (ce_share * plain.scales[block])
+            found = of_ce if found is None else found + of_ce
+        return found
+
+    agree = (choice.id == teacher_choice.id).astype(mx.float32)
+    return kd, plain.minus_log(target_logit.logits), agree, gradient
+
+
+def _against_some_ids(
+    student_logits: Logits, teacher: SparseHead, targets: mx.array, bounds: list[tuple[int, int]], objective: Objective
+) -> Found:
+    """Against K of the teacher's ids and the log of the rest: both models are compared over K + 1 outcomes.
+
+    The last outcome's logit is the log-sum-exp of all other ids, so its gradient is shared among them by their softmax. With
+    the student's K logits it also gives the cross-entropy.
+    """
+    others, target_logit, known, choice = _Softmax(), _Picked(targets), _Picked(teacher.ids), _MostLikely()
+    done: list[mx.array] = []
+    for start, stop in bounds:
+        z = student_logits(start, stop, done)
+        choice.add(z, start)
+        done = [*target_logit.add(z, start), *known.add(z, start), *choice.best]
+        rest = _add_at(z, teacher.ids, start, FLOOR)
+        done += others.add(rest, rest.max(axis=1, keepdims=True))
+    others.close()
+    outcomes = mx.concatenate([known.logits, others.top + others.log_sum], axis=1)
+    answers = _floor(mx.concatenate([teacher.log_probs, teacher.tail[:, None]], axis=1))
+    of_student, of_teacher, divergence = _Softmax(), _Softmax(), _divergence(objective)
+    for softmax, logits in ((of_student, outcomes), (of_teacher, answers)):
+        softmax.add(logits, logits.max(axis=1, keepdims=True))
+        softmax.close()
+    divergence.add(of_student.kept[0], of_teacher.kept[0], outcomes, answers)
+    kd = divergence.close(of_student, of_teacher) + teacher.offset[:, None]
+
+    def gradient(block: int, share: mx.array) -> mx.array:
+        of_outcomes = divergence.gradient(0, objective.kd_weight * share, (1 - objective.kd_weight) * share)
+        found = others.kept[block] * (of_outcomes[:, -1:] * others.scales[block])
+        return _add_at(found, teacher.ids, bounds[block][0], of_outcomes[:, :-1])
+
+    agree = (choice.id == teacher.top[:, None]).astype(mx.float32)
+    return kd, of_student.minus_log(target_logit.logits), agree, gradient
 
 
 class _Softmax:
@@ -386,110 +391,163 @@ class _Softmax:
         """log Z / log Z of the other, [C, 1]."""
         return (self.top - other.top) + (self.log_sum - other.log_sum)
 
+    def minus_log(self, logit: mx.array) -> mx.array:
+        """-log of the probability of an id with this logit [C, 1]."""
+        return self.log_sum - (logit - self.top)
 
-class _SameToken:
-    """Whether student and teacher have the same most likely token (the first of equals), met block by block."""
+
+class _Picked:
+    """The logits [C, K] of some ids, met block by block; an id below 0 is none."""
+
+    def __init__(self, ids: mx.array) -> None:
+        self.ids, self.logits = ids, mx.full(ids.shape, FLOOR)
+
+    def add(self, logits: mx.array, start: int) -> list[mx.array]:
+        here, columns = _place(self.ids, start, logits.shape[1])
+        self.logits = mx.where(here, mx.take_along_axis(logits, columns, axis=1), self.logits)
+        return [self.logits]
+
+
+class _MostLikely:
+    """The first most likely id of each row, met block by block."""
 
     def __init__(self) -> None:
-        self.best: list[mx.array] = []  # the student's top logit and its token, then the teacher's: [C, 1] each
+        self.best: list[mx.array] = []  # its logit and itself, [C, 1] each
 
-    def add(self, logits: mx.array, teacher_logits: mx.array, start: int) -> tuple[mx.array, mx.array]:
-        """The block's maxima."""
-        top, token = _top(logits, start)
-        teacher_top, teacher_token = _top(teacher_logits, start)
-        found = [top, token, teacher_top, teacher_token]
-        if self.best:
-            better, teacher_better = top > self.best[0], teacher_top > self.best[2]
-            choices = (better, better, teacher_better, teacher_better)
-            self.best = [mx.where(c, new, old) for c, new, old in zip(choices, found, self.best, strict=True)]
-        else:
-            self.best = found
-        return top, teacher_top
+    def add(self, logits: mx.array, start: int) -> mx.array:
+        """The block's maxima [C, 1]."""
+        place = mx.argmax(logits, axis=1, keepdims=True)
+        found = [mx.take_along_axis(logits, place, axis=1), place.astype(mx.int32) + start]
+        better = found[0] > self.best[0] if self.best else None
+        self.best = [mx.where(better, new, old) for new, old in zip(found, self.best, strict=True)] if self.best else found
+        return found[0]
 
-    def agree(self, like: mx.array) -> mx.array:
-        return (self.best[1] == self.best[3]).astype(mx.float32) if self.best else mx.zeros_like(like)
+    @property
+    def id(self) -> mx.array:
+        return self.best[1]
+
+
+# A divergence is met block by block: `add` takes what both softmaxes keep of a block and its (scaled) logits and returns what must
+# be computed before the next; `close` gives the divergence [C, 1]; `gradient(block, weight, ce_weight)` is weight [C, 1] times its
+# gradient with respect to the block's logits plus ce_weight times the student's probabilities.
 
 
 class _ForwardKL:
-    """Σ t (log t - log s) = Σ t (v - u) + log Z_s - log Z_t for scaled logits u, v; slope s - t."""
+    """Σ t (log t - log s) = Σ t (v - u) + log Z_s - log Z_t for scaled logits u, v; gradient s - t. Linear: one pass is enough."""
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self) -> None:
         self.kept: list[tuple[mx.array, mx.array]] = []
-        self.crosses: list[mx.array] = []
+        self.sums: list[mx.array] = []
 
     def add(self, student: mx.array, teacher: mx.array, u: mx.array, v: mx.array) -> list[mx.array]:
         self.kept.append((student, teacher))
-        self.crosses.append(_row_dot(teacher, v - u))
-        return [self.crosses[-1]]
+        self.sums.append(_row_dot(teacher, v - u))
+        return [self.sums[-1]]
 
     def close(self, student: _Softmax, teacher: _Softmax) -> mx.array:
         self.student_scales, self.teacher_scales = student.scales, teacher.scales
-        return teacher.mean(self.crosses) + student.log_ratio(teacher)
+        return teacher.mean(self.sums) + student.log_ratio(teacher)
 
-    def slope(self, block: int, weight: mx.array, student_weight: mx.array) -> mx.array:
+    def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
         student, teacher = self.kept[block]
-        a = (weight + student_weight) * self.student_scales[block]
+        a = (weight + ce_weight) * self.student_scales[block]
         return _blend(student, a, teacher, -weight * self.teacher_scales[block])
 
 
 class _ReverseKL:
-    """Σ s (log s - log t) = Σ s (u - v) - log Z_s + log Z_t; slope s (log s/t - KL)."""
+    """Σ s (log s - log t) = Σ s (u - v) - log Z_s + log Z_t; gradient s (log s/t - KL). Linear too."""
 
-    def __init__(self, beta: float) -> None:
+    def __init__(self) -> None:
         self.kept: list[tuple[mx.array, mx.array]] = []
-        self.crosses: list[mx.array] = []
+        self.sums: list[mx.array] = []
 
     def add(self, student: mx.array, teacher: mx.array, u: mx.array, v: mx.array) -> list[mx.array]:
         self.kept.append((student, u - v))
-        self.crosses.append(_row_dot(*self.kept[-1]))
-        return [self.kept[-1][1], self.crosses[-1]]
+        self.sums.append(_row_dot(*self.kept[-1]))
+        return [self.kept[-1][1], self.sums[-1]]
 
     def close(self, student: _Softmax, teacher: _Softmax) -> mx.array:
         self.student_scales = student.scales
-        self.mean_difference = student.mean(self.crosses)
+        self.mean_difference = student.mean(self.sums)
         return self.mean_difference - student.log_ratio(teacher)
 
-    def slope(self, block: int, weight: mx.array, student_weight: mx.array) -> mx.array:
+    def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
         student, difference = self.kept[block]
         scale = self.student_scales[block]
-        return _advantage(student, difference, self.mean_difference, weight * scale, student_weight * scale)
+        return _advantage(student, difference, self.mean_difference, weight * scale, ce_weight * scale)
 
 
-class _JSD:
-    """β Σ t log t/m + (1-β) Σ s log s/m, m = β t + (1-β) s; slope (1-β) s (log s/m - KL(s‖m)).
+class _Pointwise:
+    """Any pair of f and g = ∂f/∂u: Σ f, and gradient g - s Σ g.
 
-    The mixture needs both normalisers, so `close` crosses what was kept once more.
+    Both want normalised probabilities, so `close` passes once more over what was kept, and keeps g.
     """
 
-    def __init__(self, beta: float) -> None:
-        self.beta = beta
-        self.kept: list[tuple[mx.array, mx.array]] = []
+    def __init__(self, pair: Callable, parameter: float) -> None:
+        self.terms, self.parameter = _terms_of(pair), mx.array(parameter)
+        self.kept: list[tuple[mx.array, ...]] = []
 
     def add(self, student: mx.array, teacher: mx.array, u: mx.array, v: mx.array) -> list[mx.array]:
-        self.kept.append((student, teacher))
+        self.kept.append((student, teacher, u, v))
         return []
 
     def close(self, student: _Softmax, teacher: _Softmax) -> mx.array:
-        pairs, self.kept = self.kept, []
-        student_sums, teacher_sums, done = [], [], []
-        for (s, t), student_scale, teacher_scale in zip(pairs, student.scales, teacher.scales, strict=True):
-            probability, student_term, teacher_term = _mixture_terms(
-                s, _after(student_scale, done), t, teacher_scale, self.beta
-            )
-            self.kept.append((probability, student_term))
-            student_sums.append(_row_sum(student_term))
-            teacher_sums.append(_row_sum(teacher_term))
-            done = [student_term, probability, student_sums[-1], teacher_sums[-1]]
-        self.student_kl = sum(student_sums)
-        return self.beta * sum(teacher_sums) + (1 - self.beta) * self.student_kl
+        kept, self.kept = self.kept, []
+        values, totals, done = [], [], []
+        for block, (s, t, u, v) in enumerate(kept):
+            s, t = s * _after(student.scales[block], done), t * teacher.scales[block]
+            normalisers = (student.top, student.log_sum, teacher.top, teacher.log_sum)
+            f, g = self.terms(u, v, s, t, *normalisers, self.parameter)
+            self.kept.append((s, g))
+            values.append(_row_sum(f))
+            totals.append(_row_sum(g))
+            done = [g, values[-1], totals[-1]]
+        self.total = sum(totals)
+        return sum(values)
 
-    def slope(self, block: int, weight: mx.array, student_weight: mx.array) -> mx.array:
-        probability, term = self.kept[block]
-        weight = (1 - self.beta) * weight
-        return _blend(probability, student_weight - weight * self.student_kl, term, weight)
+    def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
+        probability, g = self.kept[block]
+        return _blend(probability, ce_weight - weight * self.total, g, weight)
 
 
-_DIVERGENCES = {"forward_kl": _ForwardKL, "reverse_kl": _ReverseKL, "jsd": _JSD}
+@cache
+def _terms_of(pair: Callable) -> Callable:
+    """`pair` of scaled logits and probabilities, compiled. Log-probabilities that a pair does not look at are never computed."""
+
+    @mx.compile
+    def terms(u, v, s, t, top, log_sum, teacher_top, teacher_log_sum, parameter) -> tuple[mx.array, mx.array]:
+        return pair((u - top) - log_sum, (v - teacher_top) - teacher_log_sum, s, t, parameter)
+
+    return terms
+
+
+# `objective.py`'s pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their exponentials s and t. What is a
+# multiple of s may be left out of g: g - s Σ g is the same without it.
+
+
+def _forward_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array) -> tuple[mx.array, mx.array]:
+    return t * (v - u), -t
+
+
+def _reverse_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array) -> tuple[mx.array, mx.array]:
+    return s * (u - v), s * (u - v)
+
+
+def _jsd(u: mx.array, v: mx.array, s: mx.array, t: mx.array, beta: mx.array) -> tuple[mx.array, mx.array]:
+    of_student, of_teacher = (1 - beta) * s, beta * t
+    m = mx.maximum(of_student + of_teacher, TINY)
+    student = of_student * mx.log(mx.maximum(s, TINY) / m)
+    return student + of_teacher * mx.log(mx.maximum(t, TINY) / m), student
+
+
+_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+_LINEAR = {"forward_kl": _ForwardKL, "reverse_kl": _ReverseKL}
+
+
+def _divergence(objective: Objective) -> _ForwardKL | _ReverseKL | _Pointwise:
+    if linear := _LINEAR.get(objective.divergence):
+        return linear()
+    return _Pointwise(_DIVERGENCES[objective.divergence], objective.parameter)
 
 
 @mx.compile
@@ -502,21 +560,19 @@ def _advantage(s: mx.array, difference: mx.array, mean: mx.array, a: mx.array, b
     return s * ((difference - mean) * a + b)
 
 
-def _mixture_terms(
-    student: mx.array, student_scale: mx.array, teacher: mx.array, teacher_scale: mx.array, beta: float
-) -> tuple[mx.array, mx.array, mx.array]:
-    """(s, s log s/m, t log t/m); a probability of 0 adds 0."""
-    return _mixture_terms_of(student, student_scale, teacher, teacher_scale, mx.array(beta), mx.array(1 - beta))
+def _promoted(head_weight: mx.array, start: int, stop: int) -> mx.array:
+    return head_weight[start:stop].astype(mx.float32)
 
 
-@mx.compile
-def _mixture_terms_of(
-    student: mx.array, student_scale: mx.array, teacher: mx.array, teacher_scale: mx.array, beta: mx.array,
-    rest: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:
-    s, t = student * student_scale, teacher * teacher_scale
-    m = mx.maximum(beta * t + rest * s, TINY)
-    return s, s * mx.log(mx.maximum(s, TINY) / m), t * mx.log(mx.maximum(t, TINY) / m)
+def _place(ids: mx.array, start: int, size: int) -> tuple[mx.array, mx.array]:
+    """Which ids lie in a block, and their columns in it; 0 or the last one for those that do not."""
+    return (ids >= start) & (ids < start + size), mx.clip(ids - start, 0, size - 1)
+
+
+def _add_at(x: mx.array, ids: mx.array, start: int, amount: mx.array | float) -> mx.array:
+    """A block x [C, size] with `amount` [C, K] added at those ids [C, K] that lie in it."""
+    here, columns = _place(ids, start, x.shape[1])
+    return x.at[mx.arange(len(x))[:, None], columns].add(mx.where(here, amount, 0))
 
 
 def _floor(logits: mx.array) -> mx.array:
@@ -557,16 +613,12 @@ def _row_dot(x: mx.array, y: mx.array) -> mx.array:
     return (x[:, None] @ y[:, :, None])[:, 0] if on_cpu else (x * y).sum(axis=1, keepdims=True)
 
 
-def _top(logits: mx.array, start: int) -> tuple[mx.array, mx.array]:
-    """The maximum of each row of a block and its token id, [C, 1]."""
-    token = mx.argmax(logits, axis=1, keepdims=True)
-    return mx.take_along_axis(logits, token, axis=1), token.astype(mx.int32) + start
-
-
 def _bounds(vocab: int, rows: int, splits: bool) -> list[tuple[int, int]]:
     """The blocks of the vocabulary, as equal as they come."""
     device = mx.default_device().type
     count = min(vocab, -(-vocab * rows // BLOCK_ELEMENTS[device])) if splits else 1
+    if splits and device == mx.DeviceType.cpu:
+        count = max(count, -(-vocab // WIDEST_BLOCK))
     edges = [vocab * i // count for i in range(count + 1)]
     return list(pairwise(edges))
 

@@ -28,11 +28,12 @@ from torch import Tensor
 
 from mlx_distill.objective import Objective, even_chunk
 
-CROSS_ROWS = 16  # positions that the elementwise part works on at once on a CPU
+ROWS_AT_ONCE = 16  # positions that the elementwise part works on at once on a CPU
 BLOCK_ROWS = 8192  # of a half-precision head that are promoted at once on a CPU
 FEW_ROWS = 8  # as in a last chunk: BLAS loses a decimal of their sums over a vocabulary (MKL: of one to three rows)
 ARGMAX_IDS = 512  # of a vocabulary that are searched at once on a CPU
 FLOOR = -1e9  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+TINY = 1.1754944e-38  # smallest normal float32
 
 Finish = Callable[[Tensor], Tensor]
 
@@ -82,11 +83,11 @@ class SparseHead(NamedTuple):
         return SparseHead(*(column[place] for column in self))
 
 
-Answers = Tensor | SparseHead | None  # the teacher's logits [C, V], or what is known of them
+TeacherOutputs = Tensor | SparseHead | None  # the teacher's logits [C, V], or what is known of them
 
 
 class Work(NamedTuple):
-    """Buffers that chunks share on a CPU: logits [C, V] of student and teacher, and [CROSS_ROWS, V]."""
+    """Buffers that chunks share on a CPU: logits [C, V] of student and teacher, and [ROWS_AT_ONCE, V]."""
 
     student: Tensor
     teacher: Tensor
@@ -143,8 +144,8 @@ class _SavedGradients(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, slope: Tensor, *_) -> tuple[Tensor | None, ...]:
-        return None, *(None if gradient is None else gradient.mul_(slope) for gradient in ctx.saved_tensors)
+    def backward(ctx, of_loss: Tensor, *_) -> tuple[Tensor | None, ...]:
+        return None, *(None if gradient is None else gradient.mul_(of_loss) for gradient in ctx.saved_tensors)
 
 
 @dataclass(frozen=True)
@@ -168,186 +169,230 @@ class _Walk:
         matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
         count = len(hidden)
         size = even_chunk(count, self.chunk_tokens)  # a small last one costs nearly as much
-        heights = (size, size if self.teacher_hidden is not None else 0, min(size, CROSS_ROWS))
+        heights = (size, size if self.teacher_hidden is not None else 0, min(size, ROWS_AT_ONCE))
         work = None if matrix.is_cuda else Work(*(torch.empty((height, len(matrix))) for height in heights))
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
         head_grad = torch.empty(head_weight.shape, device=hidden.device) if train_head else None
         columns = []
         for start in range(0, count, size):
             place = slice(start, start + size)
-            inputs, slope, rows = self._chunk(hidden, matrix, place, work, train_hidden or train_head)
+            inputs, gradient, rows = self._chunk(hidden, matrix, place, work, train_hidden or train_head)
             columns.append(rows)
             if train_hidden:
-                hidden_grad[place] = _product(slope, matrix)
+                hidden_grad[place] = _product(gradient, matrix)
             if train_head:
-                _add_product(head_grad[: len(matrix)], slope.T, inputs, first=start == 0)
+                _add_product(head_grad[: len(matrix)], gradient.T, inputs, first=start == 0)
         loss, kd, ce, agree = (torch.cat(column) for column in zip(*columns, strict=True))
         if train_head:
             head_grad[len(matrix) :] = 0  # of a head that is cut
             head_grad = head_grad.to(head_weight.dtype)
         return LossRows(loss.sum(), kd, ce, agree), hidden_grad, head_grad
 
-    def _chunk(self, hidden: Tensor, matrix: Tensor, place: slice, work: Work | None, wants_slope: bool) -> tuple:
-        """(inputs [C, D], d loss / d logits [C, V], (weighted loss, kd, ce, agree) [C] each); the slope may lie in `work`."""
+    def _chunk(self, hidden: Tensor, matrix: Tensor, place: slice, work: Work | None, wants_gradient: bool) -> tuple:
+        """(inputs [C, D], d loss / d logits [C, V], (weighted loss, kd, ce, agree) [C] each); the gradient may lie in `work`."""
         weight = self.weight[place, None].float()
-        live = weight != 0
-        inputs = torch.where(live, hidden[place], 0).to(torch.float32 if work else self.dtype)  # dead rows may hold NaN
-        logits, answers = _project(inputs, matrix, work and work.student[: len(inputs)]), None
+        supervised = weight != 0
+        inputs = torch.where(supervised, hidden[place], 0)  # a row of weight 0 may hold NaN
+        inputs = inputs.to(torch.float32 if work else self.dtype)
+        logits, teacher = _project(inputs, matrix, work and work.student[: len(inputs)]), None
         if self.teacher_hidden is not None:
-            teacher_hidden = torch.where(live, self.teacher_hidden[place], 0)
+            teacher_hidden = torch.where(supervised, self.teacher_hidden[place], 0)
             teacher_hidden = teacher_hidden.float() if work else teacher_hidden
-            answers = self.teacher_head.logits(teacher_hidden, len(matrix), work and work.teacher[: len(inputs)])
+            teacher = self.teacher_head.logits(teacher_hidden, len(matrix), work and work.teacher[: len(inputs)])
         elif self.teacher_head is not None:
-            answers = self.teacher_head.rows(place)
+            teacher = self.teacher_head.rows(place)
         targets, share = self.targets[place, None].long(), weight / self.loss_tokens
+        arguments = (targets, share, self.objective, wants_gradient)
         if work:
-            slope, kd, ce, agree = _cross_by_rows(logits, answers, work.spare, targets, share, self.objective, wants_slope)
+            gradient, kd, ce, agree = _by_rows(logits, teacher, work.spare, *arguments)
         else:
-            at_once = _cross_at_once if isinstance(answers, SparseHead) else _compiled(_cross_at_once)
-            slope, kd, ce, agree = at_once(logits, answers, targets, share, self.objective, wants_slope, self.dtype)
+            at_once = _at_once if isinstance(teacher, SparseHead) else _compiled(_at_once)
+            gradient, kd, ce, agree = at_once(logits, teacher, *arguments, self.dtype)
         loss = (self.objective.kd_weight * kd + (1 - self.objective.kd_weight) * ce) * share
-        return inputs, slope, tuple(torch.where(live, column, 0)[:, 0] for column in (loss, kd, ce, agree))
+        columns = (loss, kd, ce, agree)
+        return inputs, gradient, tuple(torch.where(supervised, column, 0)[:, 0] for column in columns)
 
 
-def _cross_by_rows(
-    logits: Tensor, answers: Answers, spare: Tensor, targets: Tensor, share: Tensor, objective: Objective, wants_slope: bool
+def _by_rows(
+    logits: Tensor, teacher: TeacherOutputs, spare: Tensor, targets: Tensor, share: Tensor, objective: Objective,
+    wants_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    """(`share` of the slope, which replaces the logits, kd, ce, agree): as many rows at once as `spare` has."""
+    """(`share` of the gradient, which replaces the logits, kd, ce, agree): as many rows at once as `spare` has."""
     columns = []
     for start in range(0, len(logits), len(spare)):
         rows = slice(start, start + len(spare))
-        z, t = logits[rows], _rows_of(answers, rows)
-        slope, *column = _cross(z, t, spare[: len(z)], targets[rows], objective, wants_slope)
+        z = logits[rows]
+        gradient, *column = _logit_gradient(z, _rows_of(teacher, rows), spare[: len(z)], targets[rows], objective, wants_gradient)
         columns.append(column)
-        if wants_slope:
-            torch.mul(slope, share[rows], out=z)
+        if wants_gradient:
+            torch.mul(gradient, share[rows], out=z)
     return logits, *map(torch.cat, zip(*columns, strict=True))
 
 
-def _rows_of(answers: Answers, rows: slice) -> Answers:
-    if answers is None:
+def _rows_of(teacher: TeacherOutputs, rows: slice) -> TeacherOutputs:
+    if teacher is None:
         return None
-    return answers.rows(rows) if isinstance(answers, SparseHead) else answers[rows]
+    return teacher.rows(rows) if isinstance(teacher, SparseHead) else teacher[rows]
 
 
-def _cross_at_once(
-    logits: Tensor, answers: Answers, targets: Tensor, share: Tensor, objective: Objective, wants_slope: bool, dtype: torch.dtype
+def _at_once(
+    logits: Tensor, teacher: TeacherOutputs, targets: Tensor, share: Tensor, objective: Objective, wants_gradient: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """The same over all rows, the slope in `dtype`. What is overwritten are copies: compiled, they are never made."""
-    answers = answers.clone() if isinstance(answers, Tensor) else answers
-    slope, *column = _cross(logits.clone(), answers, torch.empty_like(logits), targets, objective, wants_slope)
-    return slope.mul(share).to(dtype) if wants_slope else None, *column
+    """The same over all rows, the gradient in `dtype`. What is overwritten are copies: compiled, they are never made."""
+    teacher = teacher.clone() if isinstance(teacher, Tensor) else teacher
+    gradient, *column = _logit_gradient(logits.clone(), teacher, torch.empty_like(logits), targets, objective, wants_gradient)
+    return gradient.mul(share).to(dtype) if wants_gradient else None, *column
 
 
-def _cross(
-    z: Tensor, t: Answers, spare: Tensor, targets: Tensor, objective: Objective, wants_slope: bool
+def _logit_gradient(
+    z: Tensor, teacher: TeacherOutputs, spare: Tensor, targets: Tensor, objective: Objective, wants_gradient: bool
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Logits [C, V] of student and teacher, both overwritten, and a spare buffer → (d loss / d z in one of them, kd, ce, agree)."""
-    if isinstance(t, SparseHead):
-        return _cross_sparse(z, t, spare, targets, objective, wants_slope)
-    kd = agree = z.new_zeros((len(z), 1))
+    """(d loss / d z, kd, ce, agree) of the student's logits z [C, V].
+
+    Logits of student and teacher and the spare buffer are overwritten; the gradient lies in one of them.
+    """
     z.clamp_(min=FLOOR)
-    if t is not None:
-        t.clamp_(min=FLOOR)
-        agree = (_most_likely(z) == _most_likely(t)).float()
-    temperature, kd_weight = objective.temperature, objective.kd_weight
-    plain = z if temperature == 1 else z.clone()
-    if temperature != 1 and t is not None:
+    if teacher is None:
+        return _against_nothing(z, spare, targets, 1 - objective.kd_weight, wants_gradient)
+    if isinstance(teacher, SparseHead):
+        return _against_some_ids(z, teacher, spare, targets, objective, wants_gradient)
+    return _against_logits(z, teacher, spare, targets, objective, wants_gradient)
+
+
+def _against_nothing(z: Tensor, spare: Tensor, targets: Tensor, ce_weight: float, wants_gradient: bool) -> tuple:
+    """Cross-entropy alone; its gradient is `ce_weight` times the student's probabilities less one at the target."""
+    nothing = z.new_zeros((len(z), 1))
+    u = _log_softmax(z, spare)
+    ce = -u.gather(1, targets)
+    if not wants_gradient:
+        return None, nothing, ce, nothing
+    gradient = u.exp_().mul_(ce_weight)
+    _subtract_at(gradient, targets, ce_weight)
+    return gradient, nothing, ce, nothing
+
+
+def _against_logits(z: Tensor, t: Tensor, spare: Tensor, targets: Tensor, objective: Objective, wants_gradient: bool) -> tuple:
+    """Against the teacher's logits t [C, V]: the divergence at the objective's temperature, the cross-entropy at 1."""
+    t.clamp_(min=FLOOR)
+    agree = (_most_likely(z) == _most_likely(t)).float()
+    temperature, ce_weight = objective.temperature, 1 - objective.kd_weight
+    shared = temperature == 1  # both terms are of the same softmax
+    if not shared:
+        plain = _log_softmax(z, torch.empty_like(z))
+        ce = -plain.gather(1, targets)
         z.div_(temperature), t.div_(temperature)
-    if temperature != 1 or t is None:
-        u_plain = _log_softmax(plain, torch.empty_like(plain) if t is not None else spare)
-        ce = -u_plain.gather(1, targets)
-    slope = None
-    if t is not None:
-        u = _log_softmax(z, spare)
-        ce = -u.gather(1, targets) if temperature == 1 else ce
-        v = _log_softmax(t, z)
-        ce_share = 1 - kd_weight if temperature == 1 else 0.0
-        scale = kd_weight * objective.divergence_scale / temperature
-        kd, slope = _DIVERGENCES[objective.divergence](u, v, t, objective.jsd_beta, scale, ce_share, wants_slope)
-        kd = kd * objective.divergence_scale
-    if not wants_slope:
+    u = _log_softmax(z, spare)
+    if shared:
+        ce = -u.gather(1, targets)
+    v = _log_softmax(t, z)
+    weight = objective.kd_weight * objective.divergence_scale / temperature
+    kd, gradient = _divergence(u, v, t, objective, weight, ce_weight if shared else 0.0, wants_gradient)
+    kd = kd * objective.divergence_scale
+    if not wants_gradient:
         return None, kd, ce, agree
-    if kd_weight < 1 and (t is None or temperature != 1):
-        plain = u_plain.exp_().mul_(1 - kd_weight)
-        slope = plain if slope is None else slope.add_(plain)
-    if kd_weight < 1:
-        _subtract_at(slope, targets, 1 - kd_weight)
-    return slope, kd, ce, agree
+    if objective.needs_targets:
+        if not shared:
+            gradient.add_(plain.exp_().mul_(ce_weight))
+        _subtract_at(gradient, targets, ce_weight)
+    return gradient, kd, ce, agree
 
 
-def _cross_sparse(
-    z: Tensor, teacher: SparseHead, spare: Tensor, targets: Tensor, objective: Objective, wants_slope: bool
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """`_cross` where the teacher is K ids and the log of the rest: both are compared over K + 1 outcomes.
+def _against_some_ids(
+    z: Tensor, teacher: SparseHead, spare: Tensor, targets: Tensor, objective: Objective, wants_gradient: bool
+) -> tuple:
+    """Against K ids and the log of the rest: student and teacher are compared over K + 1 outcomes.
 
-    The last outcome's logit is the log-sum-exp of all other ids, so its slope is shared among them by their softmax.
+    The last outcome's logit is the log-sum-exp of all other ids, so its gradient is shared among them by their softmax.
     """
     known, ids = teacher.ids >= 0, teacher.ids.clamp(min=0).long()
-    z.clamp_(min=FLOOR)
     agree = (_most_likely(z) == teacher.top[:, None]).float()
-    target_logit, kept = z.gather(1, targets), torch.where(known, z.gather(1, ids), FLOOR)
+    target_logit = z.gather(1, targets)
+    kept = torch.where(known, z.gather(1, ids), FLOOR)
     others = z.scatter_add_(1, ids, torch.where(known, FLOOR, 0.0))
-    share = _log_softmax(others, spare)
-    rest = others.amax(1, keepdim=True) - share.amax(1, keepdim=True)
+    log_share = _log_softmax(others, spare)
+    rest = others.amax(1, keepdim=True) - log_share.amax(1, keepdim=True)
     outcomes = torch.cat([kept, rest], 1)
-    answers = torch.cat([teacher.log_probs, teacher.tail[:, None]], 1).clamp_(min=FLOOR)
     ce = outcomes.logsumexp(1, keepdim=True) - target_logit
-    u, v = outcomes.log_softmax(1), answers.log_softmax(1)
-    kd_weight = objective.kd_weight
-    divergence = _DIVERGENCES[objective.divergence]
-    kd, slope = divergence(u, v, torch.empty_like(u), objective.jsd_beta, kd_weight, 1 - kd_weight, wants_slope)
+    u = outcomes.log_softmax(1)
+    v = torch.cat([teacher.log_probs, teacher.tail[:, None]], 1).clamp_(min=FLOOR).log_softmax(1)
+    kd_weight, ce_weight = objective.kd_weight, 1 - objective.kd_weight
+    kd, gradient = _divergence(u, v, torch.empty_like(u), objective, kd_weight, ce_weight, wants_gradient)
     kd = kd + teacher.offset[:, None]
-    if not wants_slope:
+    if not wants_gradient:
         return None, kd, ce, agree
-    everywhere = share.exp_().mul_(slope[:, -1:])
-    everywhere.scatter_add_(1, ids, torch.where(known, slope[:, :-1], 0.0))
-    everywhere.scatter_add_(1, targets, kd_weight - 1 + torch.zeros_like(ce))
+    everywhere = log_share.exp_().mul_(gradient[:, -1:])
+    everywhere.scatter_add_(1, ids, torch.where(known, gradient[:, :-1], 0.0))
+    everywhere.scatter_add_(1, targets, torch.full_like(ce, -ce_weight))
     return everywhere, kd, ce, agree
 
 
-# Each takes log-probabilities u of the student and v of the teacher and a spare buffer, all overwritten, and returns the
-# divergence [C, 1] and, if wanted, `scale` times its slope in u plus `ce` times the student's probabilities, [C, V].
+def _divergence(
+    u: Tensor, v: Tensor, spare: Tensor, objective: Objective, weight: float, ce_weight: float, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The divergence [C, 1] of log-probabilities u and v, and `weight` of its gradient plus `ce_weight` of the student's
+    probabilities, [C, V]. u, v and the spare buffer are overwritten.
 
-
-def _forward_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: float, wants_slope: bool) -> tuple:
-    """Σ t (log t - log s); slope s - t."""
-    difference = torch.sub(v, u, out=spare)
-    teacher = v.exp_()
-    value = _row_dot(teacher, difference, difference)
-    if not wants_slope:
-        return value, None
-    student = u.exp_()
-    return value, (student if scale + ce == 1 else student.mul_(scale + ce)).sub_(teacher, alpha=scale)
-
-
-def _reverse_kl(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: float, wants_slope: bool) -> tuple:
-    """Σ s (log s - log t); slope s (log s/t - KL)."""
-    difference = torch.sub(u, v, out=spare)
-    student = u.exp_()
-    value = _row_dot(student, difference, v)
-    return value, difference.sub_(value).mul_(scale).add_(ce).mul_(student) if wants_slope else None
-
-
-def _jsd(u: Tensor, v: Tensor, spare: Tensor, beta: float, scale: float, ce: float, wants_slope: bool) -> tuple:
-    """β Σ t log t/m + (1-β) Σ s log s/m, m = β t + (1-β) s; slope (1-β) s (log s/m - KL(s‖m)).
-
-    log s/m = -log(1 + β (e^d - 1)) with d = log t/s, and the mirror image of that where d > 0: nothing is subtracted that is nearly
-    equal, though s and t may be.
+    With the sums over the vocabulary, f and g as `objective.py` defines them: Σ f, and weight (g - s Σ g) + ce_weight s.
     """
-    d = torch.sub(v, u, out=spare)
-    student, teacher = u.exp_(), v.exp_()
-    above, distance = d > 0, d.abs().neg_()
-    nearer = torch.where(above, 1 - beta, beta).mul_(distance.expm1()).log1p_().neg_()  # log of the more likely one's ratio to m
-    further = distance.add_(nearer)
-    student_term, teacher_term = torch.where(above, further, nearer), torch.where(above, nearer, further)
-    student_kl = _row_dot(student, student_term, further)
-    value = beta * _row_dot(teacher, teacher_term, teacher_term) + (1 - beta) * student_kl
-    slope = student_term.sub_(student_kl).mul_((1 - beta) * scale).add_(ce).mul_(student) if wants_slope else None
-    return value, slope
+    if fused := _FUSED.get(objective.divergence):
+        return fused(u, v, spare, weight, ce_weight, wants_gradient)
+    s = torch.exp(u, out=spare)
+    f, g = _DIVERGENCES[objective.divergence](u, v, s, v.exp(), objective.parameter)
+    value = f.sum(1, keepdim=True)
+    if not wants_gradient:
+        return value, None
+    of_student = ce_weight - weight * g.sum(1, keepdim=True)
+    return value, g.mul_(weight).addcmul_(s, of_student)
+
+
+# `objective.py`'s pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their exponentials s and t, which
+# stay as they are. What is a multiple of s may be left out of g: g - s Σ g is the same without it.
+
+
+def _forward_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
+    return t * (v - u), -t
+
+
+def _reverse_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
+    f = s * (u - v)
+    return f, f.clone()
+
+
+def _jsd(u: Tensor, v: Tensor, s: Tensor, t: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    m = torch.lerp(s, t, beta).clamp_(min=TINY)
+    student = s.clamp(min=TINY).div_(m).log_().mul_(s).mul_(1 - beta)
+    return t.clamp(min=TINY).div_(m).log_().mul_(t).mul_(beta).add_(student), student
 
 
 _DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+
+
+# The two that are used most, in place: no buffer is made.
+
+
+def _forward_kl_in_place(u: Tensor, v: Tensor, spare: Tensor, weight: float, ce_weight: float, wants_gradient: bool) -> tuple:
+    """Σ t (v - u), and weight (s - t) + ce_weight s."""
+    difference = torch.sub(v, u, out=spare)
+    teacher = v.exp_()
+    value = _row_dot(teacher, difference, difference)
+    if not wants_gradient:
+        return value, None
+    student = u.exp_()
+    return value, (student if weight + ce_weight == 1 else student.mul_(weight + ce_weight)).sub_(teacher, alpha=weight)
+
+
+def _reverse_kl_in_place(u: Tensor, v: Tensor, spare: Tensor, weight: float, ce_weight: float, wants_gradient: bool) -> tuple:
+    """Σ s (u - v), and s (weight (u - v - Σ s (u - v)) + ce_weight)."""
+    difference = torch.sub(u, v, out=spare)
+    student = u.exp_()
+    value = _row_dot(student, difference, v)
+    if not wants_gradient:
+        return value, None
+    return value, difference.sub_(value).mul_(weight).add_(ce_weight).mul_(student)
+
+
+_FUSED = {"forward_kl": _forward_kl_in_place, "reverse_kl": _reverse_kl_in_place}
 
 
 @cache
@@ -383,12 +428,12 @@ def _ranges(logits: Tensor, size: int) -> list[Tensor]:
     return [view for view in views if view.shape[2]]
 
 
-def _subtract_at(slope: Tensor, targets: Tensor, amount: float) -> None:
+def _subtract_at(x: Tensor, ids: Tensor, amount: float) -> None:
     """`amount` less at one id of each row; a compiler fuses the comparison, while scattering would have it write [C, V] and read it."""
     if torch.compiler.is_compiling():
-        slope.sub_((torch.arange(slope.shape[1], device=slope.device) == targets).to(slope.dtype), alpha=amount)
+        x.sub_((torch.arange(x.shape[1], device=x.device) == ids).to(x.dtype), alpha=amount)
     else:
-        slope.scatter_add_(1, targets, slope.new_full((len(slope), 1), -amount))
+        x.scatter_add_(1, ids, x.new_full((len(x), 1), -amount))
 
 
 def _row_dot(x: Tensor, y: Tensor, work: Tensor) -> Tensor:
