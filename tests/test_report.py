@@ -259,8 +259,11 @@ def test_the_kl_after_is_that_of_the_exported_step(tmp_path):
     assert report([run], tmp_path).headline == headline.format("0.250")
     change_json(run / "manifest.json", lambda manifest: manifest.pop("exported_step"))
     assert report([run], tmp_path).headline == headline.format("0.500")
+    sentence = "supervised segments: 2.00 nats per token before training, 0.500 at the student's step."
+    assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8") and sentence in page_of(run, out=tmp_path)[1]
     write_lines(run / "validation.jsonl", [{"step": 50, "kl": 0.25}])
     assert report([run], tmp_path).headline == "run has not been scored."
+    assert "before training" not in page_of(run, out=tmp_path)[1]
 
 
 def test_an_unfinished_run_says_so(tmp_path):

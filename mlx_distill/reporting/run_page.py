@@ -30,7 +30,7 @@ from mlx_distill.reporting.page import (
 )
 from mlx_distill.reporting.run_charts import SEGMENT_NAMES, charts_of
 from mlx_distill.reporting.run_cost import cost_tiles, items, known
-from mlx_distill.reporting.run_words import headline, leads, progress, shared
+from mlx_distill.reporting.run_words import headline, kl_sentence, leads, progress, shared
 from mlx_distill.words import DASH, amount, duration, number, percent, points
 
 MODELS = {"base": "student before", "student": "student after", "teacher": "teacher"}
@@ -71,10 +71,7 @@ def run_sections(run: Run) -> list[Section]:
     unfinished = [Note(progress(run), strong=True)] if progress(run) else []
     return [
         Section("Scores", [*unfinished, *_scores(run)], run.task),
-        Section(
-            "Training",
-            [*_missing(run, "metrics.jsonl", "validation.jsonl"), Charts(charts_of(run))],
-        ),
+        Section("Training", _training(run)),
         Section("One example", _example(run), "what the student was trained on"),
         Section("Cost", [Tiles(cost_tiles(run))]),
         Section("Data", [*_missing(run, "manifest.json"), *_data(run)]),
@@ -85,6 +82,12 @@ def run_sections(run: Run) -> list[Section]:
         ),
         Section("Where it ran", [Facts(_facts(run))]),
     ]
+
+
+def _training(run: Run) -> list[Block]:
+    nearer = [Note(kl_sentence(run))] if kl_sentence(run) else []
+    missing = _missing(run, "metrics.jsonl", "validation.jsonl")
+    return [*missing, *nearer, Charts(charts_of(run))]
 
 
 def _missing(run: Run, *names: str) -> list[Block]:

@@ -133,3 +133,14 @@ def progress(run: Run) -> str:
         f"This run is not finished: it stands at step {cost.steps}{of}, "
         "and what follows describes it so far."
     )
+
+
+def kl_sentence(run: Run) -> str:
+    """How near the teacher the student was and is; empty where that was not measured."""
+    first, last = kl_before_after(run)
+    if first is None or last is None:
+        return ""
+    return (
+        "KL to the teacher over held-out tokens of the supervised segments: "
+        f"{number(first)} nats per token before training, {number(last)} at the student's step."
+    )
