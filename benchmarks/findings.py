@@ -3,7 +3,7 @@
     python benchmarks/findings.py keep runs/reproduction    copy each sweep's results.csv to reproduction/
     python benchmarks/findings.py write                     tables, figure and sentences from the kept rows
 
-What the paper says is quoted; every number beside it, and whether it agrees, is computed from the rows. The figure needs matplotlib.
+What the paper says is quoted; every number beside it, and whether it agrees, is computed from the rows.
 """
 
 import shutil

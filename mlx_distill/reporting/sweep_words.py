@@ -52,8 +52,7 @@ def _kept_sentence(found: Findings, one: Condition) -> str:
 
 
 def _short_sentence(found: Findings, one: Condition) -> str:
-    """The same of another condition, the full one being named already; "" where they share no seed.
-    """
+    """The same of another condition, the full one being named already; "" without a shared seed."""
     share = retention(one, found.full)
     return (
         f"{found.name(one)} keeps {percent(share.mean)} ({range_of(share)}) "
