@@ -172,7 +172,7 @@ class Calibration:
     forward: Working
     teacher_share: dict[bool, float]  # of the teacher's forward that meets the student's kept tensors, by checkpointing
     window: dict[str, tuple[float, float]]  # blocks of logits the walk holds: fixed, and for each block of the vocabulary
-    jsd: float  # more of these blocks where the divergence is JSD
+    jsd: float  # more of these blocks where the divergence is not one of the two KLs
     cross_rows: dict[str, int]  # positions of a block that exist at once, the logits themselves aside; all where nothing is said
     block_elements: dict[str, int]
     update: dict[str, Update]
@@ -508,7 +508,7 @@ class Memory:
             rows = even_chunk(micro.positions, chunk)
         blocks = max(1, math.ceil(vocabulary * rows / self.constants.block_elements[self.machine.device]))
         fixed, each = self.constants.window["alone" if alone else "plain" if temperature == 1 else "heated"]
-        if not alone and self.recipe.objective.divergence == "jsd":
+        if not alone and self.recipe.objective.divergence not in ("forward_kl", "reverse_kl"):
             fixed += self.constants.jsd
         widths = self.student.shape.width * (not self.full) + (0 if alone else self.teacher.shape.width)
         promoted = FLOAT * vocabulary / blocks * widths if self.machine.dtype != "float32" else 0.0

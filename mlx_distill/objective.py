@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from mlx_distill.recipe import ObjectiveTable
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
 # Measured on CPUs: MLX's walk gains nothing beyond 128, torch's products do up to 512. A GPU that reads a head of V numbers and adds
 # to its gradient computes longer than it moves numbers from about 800 positions on (H200: 206 operations a byte); not measured.
 CHUNK_TOKENS = {("torch", "cpu"): 512, ("torch", "cuda"): 1024}
@@ -38,11 +38,14 @@ class Objective:
     kd_weight: float = 0.5
     temperature: float = 1.0
     temperature_scaling: Literal["none", "hinton"] = "hinton"
+    skew_alpha: float = 0.1
 
     @classmethod
     def from_table(cls, table: "ObjectiveTable") -> "Objective":
         """The objective that a recipe's `[objective]` table asks for."""
-        return cls(table.divergence, table.jsd_beta, table.kd_weight, table.temperature, table.temperature_scaling)
+        return cls(
+            table.divergence, table.jsd_beta, table.kd_weight, table.temperature, table.temperature_scaling, table.skew_alpha
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -55,7 +58,7 @@ class Objective:
     @property
     def parameter(self) -> float:
         """The divergence's own number; 0 for one that has none."""
-        return {"jsd": self.jsd_beta}.get(self.divergence, 0.0)
+        return {"jsd": self.jsd_beta, "skew_kl": self.skew_alpha}.get(self.divergence, 0.0)
 
     @property
     def divergence_scale(self) -> float:
@@ -114,10 +117,20 @@ def jsd(u: np.ndarray, v: np.ndarray, beta: float) -> Pair:
     return beta * _times(v, v - log_mixture) + student, student  # the terms in which m itself moves sum to m/m and cancel
 
 
+def skew_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
+    """KL(t‖m) with m = (1-α) s + α t: forward KL that is at most log 1/α, for the teacher lends the student a share α.
+
+    DistiLLM (arXiv 2402.03898, §3.1), whose α = 0.1 is the default.
+    """
+    log_ratio = v - _log_mixture(v, u, alpha)
+    return _times(v, log_ratio), -(1 - alpha) * _times(u, np.exp(log_ratio))
+
+
 DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
+    "skew_kl": skew_kl,
 }
 
 

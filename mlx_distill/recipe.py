@@ -75,7 +75,7 @@ def _day(value: Any) -> Any:
 Day = Annotated[str, BeforeValidator(_day)]
 # where things are kept and what a run is shown beside
 OUTSIDE_DIGEST = {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare", "score_teacher", "score_base"}}
-NEWER = (("data", "date"),)
+NEWER = (("data", "date"), ("objective", "skew_alpha"))
 
 
 class Table(BaseModel):
@@ -135,8 +135,9 @@ class TruncationTable(Table):
 
 class ObjectiveTable(Table):
     segments: Annotated[tuple[Segments, ...], Field(min_length=1, strict=False)] = ("cot",)
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
     jsd_beta: Annotated[float, within(1e-3, 0.999)] = 0.5
+    skew_alpha: Annotated[float, within(1e-3, 0.999)] = 0.1
     kd_weight: Weight = 0.5  # 1 - kd_weight weighs cross-entropy
     temperature: Annotated[float, within(0.01, 100.0)] = 1.0
     temperature_scaling: Literal["none", "hinton"] = "hinton"  # hinton multiplies the divergence by T^2
@@ -309,6 +310,7 @@ def cache_serves(recipe: Recipe, kind: str) -> bool:
 
 _WHEN_READ = {
     ("objective", "jsd_beta"): 'only divergence = "jsd" does',
+    ("objective", "skew_alpha"): 'only divergence = "skew_kl" does',
     ("student", "rank"): 'only tuning = "lora" or "dora" does',
     ("student", "alpha"): 'only tuning = "lora" or "dora" does',
     ("student", "lora_layers"): 'only tuning = "lora" or "dora" does',
@@ -332,6 +334,7 @@ _WHEN_READ = {
 def _conditional_fields(recipe: Recipe) -> list[tuple[str, bool, tuple[str, ...]]]:
     return [
         ("objective", recipe.objective.divergence == "jsd", ("jsd_beta",)),
+        ("objective", recipe.objective.divergence == "skew_kl", ("skew_alpha",)),
         ("student", recipe.student.tuning != "full", ("rank", "alpha", "lora_layers", "lora_targets")),
         ("optim", recipe.optim.optimizer != "adafactor", ("beta1", "beta2")),
         ("optim", recipe.optim.optimizer == "adamw", ("eps",)),

@@ -61,6 +61,16 @@ def test_jsd_is_bounded_symmetric_at_one_half_and_tends_to_both_kls():
         assert ratio == pytest.approx(definition.divergence(student, teacher, Objective(limit)), rel=1e-4)
 
 
+def test_skew_kl_by_hand_bounded_and_forward_kl_in_the_limit():
+    by_hand = 0.5 * log(0.5 / (0.7 * 0.25 + 0.3 * 0.5)) + 0.5 * log(0.5 / (0.7 * 0.75 + 0.3 * 0.5))
+    assert definition.divergence(ONE_QUARTER, ONE_HALF, Objective("skew_kl", skew_alpha=0.3)) == pytest.approx(by_hand)
+    forbids, gives = np.array([[0.0, -np.inf]]), np.array([[-np.inf, 0.0]])
+    assert definition.divergence(forbids, gives, Objective("skew_kl")) == pytest.approx(log(10))  # of α = 0.1, forward KL is infinite
+    student, teacher, _ = random_logits(0)
+    nearly = definition.divergence(student, teacher, Objective("skew_kl", skew_alpha=1e-8))
+    assert nearly == pytest.approx(definition.divergence(student, teacher, Objective()), rel=1e-5)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_zero_for_equal_models_positive_otherwise(divergence: str, temperature: float):

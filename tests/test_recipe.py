@@ -143,6 +143,7 @@ UNREAD = {
     ("teacher", "cache_folder", '"elsewhere"'): 'cache="hidden"', ("teacher", "cache_top_k", "8"): 'cache="top_k"',
     ("teacher", "cache_samples", "8"): 'cache="sampled"',
     ("objective", "jsd_beta", "0.3"): 'divergence="jsd"',
+    ("objective", "skew_alpha", "0.3"): 'divergence="skew_kl"',
     ("student", "rank", "4"): 'tuning="lora"', ("student", "alpha", "8.0"): 'tuning="dora"',
     ("student", "lora_layers", "1"): 'tuning="lora"', ("student", "lora_targets", '["q_proj"]'): 'tuning="lora"',
     ("optim", "beta1", "0.8"): 'optimizer="lion"',

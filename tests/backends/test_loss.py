@@ -88,7 +88,7 @@ def evaluate(framework: Framework, function, case: Case, matrix=None) -> dict[st
 
 def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, np.ndarray]:
     """The same from the dense float32 formula and the framework's own derivatives."""
-    xp, beta, temperature = framework.xp, objective.jsd_beta, objective.temperature
+    xp, beta, alpha, temperature = framework.xp, objective.jsd_beta, objective.skew_alpha, objective.temperature
     targets, weight, teacher_hidden, teacher_matrix = map(
         framework.array, (case.targets, case.weight, case.teacher_hidden, case.teacher_matrix)
     )
@@ -107,6 +107,7 @@ def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, n
         kd = {
             "forward_kl": lambda: kl(t, s), "reverse_kl": lambda: kl(s, t),
             "jsd": lambda: beta * kl(t, m) + (1 - beta) * kl(s, m),
+            "skew_kl": lambda: kl(t, xp.logaddexp(math.log(alpha) + t, math.log1p(-alpha) + s)),
         }[objective.divergence]() * objective.divergence_scale
         ce = -log_softmax(logits)[xp.arange(len(case.targets)), targets]
         total = ((objective.kd_weight * kd + (1 - objective.kd_weight) * ce) * weight).sum() / len(case.weight)

@@ -114,7 +114,7 @@ def test_losses_and_gradients(backends: list[Backend], root: Path, tuning: str):
     assert_losses_and_gradients(backends, root, tuning, Objective(kd_weight=0.5))
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: f"{o.divergence} {o.kd_weight}")
+@pytest.mark.parametrize("objective", [*OBJECTIVES, Objective("skew_kl", temperature=2.0)], ids=lambda o: f"{o.divergence} {o.kd_weight}")
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_divergences(backends: list[Backend], llamas: Path, tuning: str, objective: Objective):
     assert_losses_and_gradients(backends, llamas, tuning, objective)
@@ -268,6 +268,12 @@ def flipped(monkeypatch):
     monkeypatch.setitem(torch_loss._FUSED, "forward_kl", torch_loss._reverse_kl_in_place)
 
 
+def skewed_the_other_way(monkeypatch):
+    """The teacher lends all but a share α."""
+    right = torch_loss._skew_kl
+    monkeypatch.setitem(torch_loss._DIVERGENCES, "skew_kl", lambda u, v, s, t, alpha: right(u, v, s, t, 1 - alpha))
+
+
 def shifted(monkeypatch):
     """Positions one token late."""
     gather = torch_backend.TorchModel.gather
@@ -292,6 +298,7 @@ def unscaled(monkeypatch):
 
 @pytest.mark.parametrize("mutant, objective", [
     (flipped, Objective()), (shifted, Objective()), (half_scaled, Objective()), (unscaled, Objective(temperature=2.0)),
+    (skewed_the_other_way, Objective("skew_kl")),
 ])
 def test_a_mutant_of_the_loss_is_seen(backends: list[Backend], llamas: Path, monkeypatch, mutant, objective: Objective):
     assert_losses_and_gradients(backends, llamas, "full", objective)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from mlx_distill.backends.torch import loss as subject
 from mlx_distill.backends.torch.loss import CallableHead, MatrixHead, kd_loss, score_rows
-from mlx_distill.objective import Objective
+from mlx_distill.objective import DIVERGENCES, Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's compiler
 TORCH = FRAMEWORKS["torch"]
@@ -233,7 +233,7 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "mm", mm)
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("temperature, kd_weight", [(1.0, 0.4), (2.0, 0.4), (1.0, 1.0), (2.0, 0.0)])
 def test_cudas_branch_computes_the_definition(
     pretended_cuda, monkeypatch: pytest.MonkeyPatch, divergence: str, temperature: float, kd_weight: float

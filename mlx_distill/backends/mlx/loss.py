@@ -540,7 +540,12 @@ def _jsd(u: mx.array, v: mx.array, s: mx.array, t: mx.array, beta: mx.array) -> 
     return student + of_teacher * mx.log(mx.maximum(t, TINY) / m), student
 
 
-_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+def _skew_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: mx.array) -> tuple[mx.array, mx.array]:
+    ratio = mx.maximum(t, TINY) / mx.maximum((1 - alpha) * s + alpha * t, TINY)
+    return t * mx.log(ratio), (alpha - 1) * s * ratio
+
+
+_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl}
 _LINEAR = {"forward_kl": _ForwardKL, "reverse_kl": _ReverseKL}
 
 

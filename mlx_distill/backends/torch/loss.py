@@ -365,7 +365,12 @@ def _jsd(u: Tensor, v: Tensor, s: Tensor, t: Tensor, beta: float) -> tuple[Tenso
     return t.clamp(min=TINY).div_(m).log_().mul_(t).mul_(beta).add_(student), student
 
 
-_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
+def _skew_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    ratio = t.clamp(min=TINY).div_(torch.lerp(s, t, alpha).clamp_(min=TINY))
+    return ratio.log().mul_(t), ratio.mul_(s).mul_(alpha - 1)
+
+
+_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl}
 
 
 # The two that are used most, in place: no buffer is made.
