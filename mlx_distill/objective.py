@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from mlx_distill.recipe import ObjectiveTable
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"]
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 # Measured on CPUs: MLX's walk gains nothing beyond 128, torch's products do up to 512. A GPU that reads a head of V numbers and adds
 # to its gradient computes longer than it moves numbers from about 800 positions on (H200: 206 operations a byte); not measured.
 CHUNK_TOKENS = {("torch", "cpu"): 512, ("torch", "cuda"): 1024}
@@ -58,7 +58,7 @@ class Objective:
     @property
     def parameter(self) -> float:
         """The divergence's own number; 0 for one that has none."""
-        return {"jsd": self.jsd_beta, "skew_kl": self.skew_alpha}.get(self.divergence, 0.0)
+        return {"jsd": self.jsd_beta, "skew_kl": self.skew_alpha, "skew_reverse_kl": self.skew_alpha}.get(self.divergence, 0.0)
 
     @property
     def divergence_scale(self) -> float:
@@ -126,11 +126,21 @@ def skew_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
     return _times(v, log_ratio), -(1 - alpha) * _times(u, np.exp(log_ratio))
 
 
+def skew_reverse_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
+    """KL(s‖m) with m = (1-α) t + α s: reverse KL that is at most log 1/α, for the student lends the teacher a share α.
+
+    DistiLLM (arXiv 2402.03898, §3.1).
+    """
+    log_ratio = u - _log_mixture(u, v, alpha)
+    return _times(u, log_ratio), _times(u, log_ratio + 1 - alpha * np.exp(log_ratio))
+
+
 DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
 }
 
 

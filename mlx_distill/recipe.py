@@ -135,7 +135,7 @@ class TruncationTable(Table):
 
 class ObjectiveTable(Table):
     segments: Annotated[tuple[Segments, ...], Field(min_length=1, strict=False)] = ("cot",)
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"] = "forward_kl"
     jsd_beta: Annotated[float, within(1e-3, 0.999)] = 0.5
     skew_alpha: Annotated[float, within(1e-3, 0.999)] = 0.1
     kd_weight: Weight = 0.5  # 1 - kd_weight weighs cross-entropy
@@ -310,7 +310,7 @@ def cache_serves(recipe: Recipe, kind: str) -> bool:
 
 _WHEN_READ = {
     ("objective", "jsd_beta"): 'only divergence = "jsd" does',
-    ("objective", "skew_alpha"): 'only divergence = "skew_kl" does',
+    ("objective", "skew_alpha"): 'only divergence = "skew_kl" or "skew_reverse_kl" does',
     ("student", "rank"): 'only tuning = "lora" or "dora" does',
     ("student", "alpha"): 'only tuning = "lora" or "dora" does',
     ("student", "lora_layers"): 'only tuning = "lora" or "dora" does',
@@ -334,7 +334,7 @@ _WHEN_READ = {
 def _conditional_fields(recipe: Recipe) -> list[tuple[str, bool, tuple[str, ...]]]:
     return [
         ("objective", recipe.objective.divergence == "jsd", ("jsd_beta",)),
-        ("objective", recipe.objective.divergence == "skew_kl", ("skew_alpha",)),
+        ("objective", recipe.objective.divergence in ("skew_kl", "skew_reverse_kl"), ("skew_alpha",)),
         ("student", recipe.student.tuning != "full", ("rank", "alpha", "lora_layers", "lora_targets")),
         ("optim", recipe.optim.optimizer != "adafactor", ("beta1", "beta2")),
         ("optim", recipe.optim.optimizer == "adamw", ("eps",)),

@@ -66,7 +66,10 @@ def test_skew_kl_by_hand_bounded_and_forward_kl_in_the_limit():
     assert definition.divergence(ONE_QUARTER, ONE_HALF, Objective("skew_kl", skew_alpha=0.3)) == pytest.approx(by_hand)
     forbids, gives = np.array([[0.0, -np.inf]]), np.array([[-np.inf, 0.0]])
     assert definition.divergence(forbids, gives, Objective("skew_kl")) == pytest.approx(log(10))  # of α = 0.1, forward KL is infinite
+    assert definition.divergence(forbids, gives, Objective("skew_reverse_kl")) == pytest.approx(log(10))
     student, teacher, _ = random_logits(0)
+    mirrored = definition.divergence(teacher, student, Objective("skew_reverse_kl"))
+    assert mirrored == pytest.approx(definition.divergence(student, teacher, Objective("skew_kl")))
     nearly = definition.divergence(student, teacher, Objective("skew_kl", skew_alpha=1e-8))
     assert nearly == pytest.approx(definition.divergence(student, teacher, Objective()), rel=1e-5)
 

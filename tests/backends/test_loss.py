@@ -108,6 +108,7 @@ def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, n
             "forward_kl": lambda: kl(t, s), "reverse_kl": lambda: kl(s, t),
             "jsd": lambda: beta * kl(t, m) + (1 - beta) * kl(s, m),
             "skew_kl": lambda: kl(t, xp.logaddexp(math.log(alpha) + t, math.log1p(-alpha) + s)),
+            "skew_reverse_kl": lambda: kl(s, xp.logaddexp(math.log(alpha) + s, math.log1p(-alpha) + t)),
         }[objective.divergence]() * objective.divergence_scale
         ce = -log_softmax(logits)[xp.arange(len(case.targets)), targets]
         total = ((objective.kd_weight * kd + (1 - objective.kd_weight) * ce) * weight).sum() / len(case.weight)

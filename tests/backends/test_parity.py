@@ -114,7 +114,7 @@ def test_losses_and_gradients(backends: list[Backend], root: Path, tuning: str):
     assert_losses_and_gradients(backends, root, tuning, Objective(kd_weight=0.5))
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, Objective("skew_kl", temperature=2.0)], ids=lambda o: f"{o.divergence} {o.kd_weight}")
+@pytest.mark.parametrize("objective", [*OBJECTIVES, Objective("skew_kl", temperature=2.0), Objective("skew_reverse_kl")], ids=lambda o: f"{o.divergence} {o.kd_weight}")
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_divergences(backends: list[Backend], llamas: Path, tuning: str, objective: Objective):
     assert_losses_and_gradients(backends, llamas, tuning, objective)

@@ -545,7 +545,14 @@ def _skew_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: mx.array
     return t * mx.log(ratio), (alpha - 1) * s * ratio
 
 
-_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl}
+def _skew_reverse_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: mx.array) -> tuple[mx.array, mx.array]:
+    ratio = mx.maximum(s, TINY) / mx.maximum((1 - alpha) * t + alpha * s, TINY)
+    return s * mx.log(ratio), s * (mx.log(ratio) - alpha * ratio)
+
+
+_DIVERGENCES = {
+    "forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl, "skew_reverse_kl": _skew_reverse_kl,
+}
 _LINEAR = {"forward_kl": _ForwardKL, "reverse_kl": _ReverseKL}
 
 

@@ -370,7 +370,15 @@ def _skew_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, alpha: float) -> tuple[
     return ratio.log().mul_(t), ratio.mul_(s).mul_(alpha - 1)
 
 
-_DIVERGENCES = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl}
+def _skew_reverse_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    ratio = s.clamp(min=TINY).div_(torch.lerp(t, s, alpha).clamp_(min=TINY))
+    f = ratio.log().mul_(s)
+    return f, torch.sub(f, ratio.mul_(s), alpha=alpha)
+
+
+_DIVERGENCES = {
+    "forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl, "skew_reverse_kl": _skew_reverse_kl,
+}
 
 
 # The two that are used most, in place: no buffer is made.
