@@ -16,6 +16,7 @@ REMEDIES = {
     "no assistant turn": "name the column of whole conversations in data.messages_column",
     "no user turn": "conversations need a question before the answer",
     "no ####": 'format "gsm8k" reads worked steps, then #### and the answer; set data.format to what the rows hold',
+    "no steps": 'format "gsm8k" learns the steps before ####; name a source whose rows have some',
     "not chosen by data.where": "correct data.where, whose values are compared as whole texts",
     "same as an earlier row": "the rows repeat each other; name a source with more of them",
     "content that is not text": "only text can be learned; remove such rows or name another source",

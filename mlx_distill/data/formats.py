@@ -22,6 +22,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,14 +148,20 @@ class Place:
         if fitting and self.data.format not in fitting and not others & row.keys():
             best = max(fitting, key=lambda name: len(COLUMNS[name]))
             return f'these are the columns of format "{best}": set data.format = "{best}"'
-        if near := difflib.get_close_matches(column, row, 1, 0.5):
+        if len(row) == 1 and column in (only := next(iter(row))):
+            return (
+                f"are columns in {turns.printable(only)!r} separated by something else than a comma, "
+                "semicolon, tab or bar? Use one of these"
+            )
+        free = row.keys() - others - {*OPTIONAL[self.data.format]}
+        if near := difflib.get_close_matches(column, sorted(free), 1, 0.5):
             return f"did you mean {near[0]!r}? Set {setting}"
         return f"set {setting}" if row else "is the row empty? Delete it"
 
     def text(self, row: Row, role: str) -> str:
         """A column's value as text: numbers are written out, null is empty."""
         value = self.value(row, role)
-        if isinstance(value, list | dict):
+        if isinstance(value, list | dict | bytes):
             kind = type(value).__name__
             raise DataError(
                 f"{self.where}: column {self.column(role)!r} holds a {kind}, text was expected; "
@@ -165,15 +172,16 @@ class Place:
     def messages(self, row: Row, role: str, who: str = "role", what: str = "content") -> list[Message]:
         """A column that holds a list of messages."""
         value, column = self.value(row, role), self.column(role)
+        advice = "set data.format to what it holds"
         if isinstance(value, str):
             try:
                 value = parse_json(value, self.where)
             except DataError:
-                value = None
+                advice = "a list in a table's cell is to be JSON" if value.lstrip()[:1] == "[" else advice
         if not isinstance(value, list) or not all(isinstance(turn, dict) and who in turn for turn in value):
             raise DataError(
                 f"{self.where}: column {column!r} is no list of objects with {who!r} and {what!r}; "
-                f"{_what_holds(value) or 'set data.format to what it holds'}"
+                f"{_what_holds(value) or advice}"
             )
         return turns.join_channels([read_message(turn, who, what, self.unused) for turn in value])
 
@@ -200,8 +208,10 @@ def _columns(row: Row, place: Place) -> Example:
 
 
 def _response(row: Row, place: Place) -> Example:
-    """A prompt (text, or a list of messages) and one text that holds reasoning and answer."""
+    """A prompt and one text that holds reasoning and answer; either may be a list of messages (TRL)."""
     messages = _prompt(row, place)
+    if isinstance(place.value(row, "response"), list):
+        return _last_turn([*messages, *place.messages(row, "response")], row, place)
     return _worked(messages, *split_reasoning(place.text(row, "response")), row, place)
 
 
@@ -228,6 +238,8 @@ def _gsm8k(row: Row, place: Place) -> Example:
     steps, mark, answer = place.text(row, "answer").rpartition("####")
     if not mark:
         raise Skip("no #### before the answer")
+    if not steps.strip():
+        raise Skip("no steps before the ####")
     return make_example(place.text(row, "prompt"), re.sub(r"<<[^<>]*>>", "", steps), answer)
 
 
@@ -270,9 +282,7 @@ def _worked(messages: list[Message], cot: str, answer: str, row: Row, place: Pla
 def _with_system(messages: list[Message], column: Any, place: Place) -> list[Message]:
     """A row's system text first, once; without the instruction to write marks that are gone from what is learned."""
     if has_content(column):
-        if isinstance(column, list | dict):
-            raise Skip("a system text that is not text")
-        first = Message("system", as_text(column))
+        first = read_message({"role": "system", "content": column}, "role", "content", place.unused)
         same = messages and messages[0].role == "system" and messages[0].content.strip() == first.content.strip()
         messages = [first, *messages[1 if same else 0 :]]
     kept = [message for message in messages if not _is_marker_instruction(message)]
@@ -308,7 +318,10 @@ def _prompt(row: Row, place: Place) -> list[Message]:
 
 
 def _pairs(value: Any, place: Place) -> list[Message]:
-    """Alpaca's history: a list of what was asked and answered before."""
+    """Alpaca's history: a list of what was asked and answered before, in a table's cell as JSON."""
+    if isinstance(value, str) and has_content(value):
+        with suppress(DataError):  # told below
+            value = parse_json(value, place.where)
     if not has_content(value):
         return []
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):

@@ -140,7 +140,7 @@ def _begins(offsets: list[tuple[int, int]]) -> np.ndarray:
 
 def _refuse_control_text(example: Example, tokenizer: "PreTrainedTokenizerFast") -> None:
     control = _control_texts(tokenizer, len(tokenizer))
-    turns = "\0".join((*(text for turn in example.turns for text in turn[1:]), example.tools))
+    turns = "\0".join((*(text for turn in example.turns for text in turn), example.tools))
     for name, text, refused in (
         ("prompt", turns, control),
         ("reasoning", example.cot, (*THINK_TAGS, *control)),

@@ -18,7 +18,7 @@ from typing import Any
 from mlx_distill.data.examples import Example
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import one_line
-from mlx_distill.readers import path_of, read_json, read_json_lines, read_text
+from mlx_distill.readers import path_of, read_json, read_json_lines, read_lines, read_text
 from mlx_distill.recipe import DataTable
 
 Row = dict[str, Any]
@@ -58,14 +58,23 @@ def _neighbours(path: Path) -> str:
 
 
 def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Row]]:
+    number, row = 0, None
     try:
         for number, row in read_json_lines(path, name):
             if not isinstance(row, dict):
-                raise DataError(f"{name}, line {number}: a JSON {type(row).__name__}, expected an object with columns")
+                found = type(row).__name__
+                raise DataError(f"{name}, line {number}: a JSON {found}, expected an object with columns")
             yield f"line {number}", row
     except DataError as error:
         of_the_line = ": not valid JSON" in str(error) or ": a JSON " in str(error)
-        raise DataError(f"{error}; correct or delete the line" if of_the_line else str(error)) from None
+        advice = "correct or delete the line"
+        if isinstance(row, list) or (not number and _first_line(path, name).strip() in ("{", "[", "[{")):
+            advice = "is it one list over many lines? Then name it .json"
+        raise DataError(f"{error}; {advice}" if of_the_line else str(error)) from None
+
+
+def _first_line(path: Path, name: str) -> str:
+    return next((line for _, line in read_lines(path, name) if line.strip()), "")
 
 
 def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
@@ -87,22 +96,37 @@ def _table(path: Path, name: str) -> Iterator[tuple[str, Row]]:
     """Cells of text under a line of column names, separated by what separates the names."""
     csv.field_size_limit(1 << 30)
     text = read_text(path, name)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=_separator(text), strict=True)
+    header = text.lstrip("\r\n").splitlines()[0] if text.strip() else ""
+    if re.fullmatch("sep=.", header, re.IGNORECASE):
+        raise DataError(f"{name}: its first line {header!r} is for Excel alone; delete it")
+    separator = _separator(header)
+    reader = csv.DictReader(
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        skipinitialspace=f"{separator} " in header,
+        strict=True,
+    )
     try:
         twice = [column for column, count in Counter(reader.fieldnames or ()).items() if count > 1]
         if twice:
             raise DataError(f"{name}: two columns are called {twice[0]!r}; rename one")
         for row in reader:
             if None in row or None in row.values():
-                raise csv.Error(f"its cells are not as many as the {len(reader.fieldnames or ())} columns")
+                what = f"its cells are not as many as the {len(reader.fieldnames or ())} columns"
+                raise DataError(_unreadable_row(name, reader.line_num, what))
             yield f"line {reader.line_num}", row
-    except csv.Error as error:
-        raise DataError(f"{name}, line {reader.line_num}: not readable as CSV ({error}); correct the row") from None
+    except csv.Error as error:  # of a row that begins after the last one
+        unclosed = "unexpected end" in str(error)
+        what = 'a quote (") that is opened there is never closed' if unclosed else str(error)
+        raise DataError(_unreadable_row(name, reader.line_num + 1, what)) from None
 
 
-def _separator(text: str) -> str:
+def _unreadable_row(name: str, line: int, what: str) -> str:
+    return f"{name}, line {line}: not readable as CSV ({what}); correct the row"
+
+
+def _separator(header: str) -> str:
     """What separates column names most often: a comma, semicolon, tab or bar; quoted names may hold any of them."""
-    header = text.lstrip("\r\n").splitlines()[0] if text.strip() else ""
     unquoted = "".join(header.split('"')[::2])
     return max(SEPARATORS, key=unquoted.count)
 
@@ -113,6 +137,8 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         from pyarrow import parquet
     except ImportError:
         raise DataError(f"{name}: reading .parquet needs pyarrow; pip install 'mlx-distill[data]'") from None
+    if path.suffix.lower() == ".gz":
+        raise DataError(f"{name}: Parquet packs its columns itself and is not read from .gz; unpack it")
     number = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(1024):

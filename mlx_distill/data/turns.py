@@ -93,6 +93,8 @@ def printable(name: Any) -> str:
     """A name that data gave, fit for a terminal."""
     text = str(name)
     text = text if len(text) <= 60 else f"{text[:59]}…"
+    if not text.strip():
+        return repr(text)
     return text if text.isprintable() else repr(text)[1:-1].encode("ascii", "backslashreplace").decode()
 
 
@@ -139,6 +141,8 @@ def _read_content(message: Message, value: Any, unused: Counter[str]) -> None:
         if message.role != "tool":
             raise Skip("content that is not text")
         message.content = json.dumps(value, ensure_ascii=False)  # a result may be any JSON
+    elif isinstance(value, bytes):  # of a Parquet file
+        raise Skip("content that is not text")
     else:
         message.content = as_text(value)
 

@@ -428,3 +428,40 @@ def damage(value, random):
 
 def test_the_known_keys_are_those_that_are_read():
     assert not {"role", "content", "from", "value"} & KEYS
+
+
+# --- what others' rows hold beside ---
+
+TURN = [{"role": "user", "content": "q"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "format_", "settings"),
+    [
+        ({"prompt": TURN, "completion": [REPLY]}, "response", {"response_column": "completion"}),  # TRL
+        ({"prompt": "q", "completion": [REPLY]}, "response", {"response_column": "completion"}),
+        ({"instruction": "q", "output": REPLY["content"], "history": "[]"}, "alpaca", {}),
+    ],
+)
+def test_a_completion_may_be_messages_and_a_history_a_cell(row, format_, settings, reading):
+    example, unused = reading(row, format_, **settings)
+    assert (example.turns, example.cot, example.answer, unused) == ((("user", "q"),), "c", "a", {})
+
+
+def test_a_system_column_of_text_parts_and_a_history_in_json(reading):
+    row = {"system": [{"type": "text", "text": "s"}], "messages": [USER, REPLY]}
+    assert reading(row)[0].history == (("system", "s"),)
+    row = {"instruction": "q", "output": REPLY["content"], "history": '[["a", "b"]]'}
+    assert reading(row, "alpaca")[0].history == (("user", "a"), ("assistant", "b"))
+
+
+def test_a_taken_column_is_not_proposed(tmp_path):
+    row = {"instruction": "q", "input": "", "chosen": "x", "rejected": "y"}
+    with pytest.raises(DataError, match="no column 'output'.*; set data.response_column"):
+        list(read_examples(DataTable(source=write(tmp_path, [row]), format="alpaca")))
+
+
+def test_a_role_that_would_be_a_control_token_is_refused(reading, bytes_tokenizer):
+    example, _ = reading({"messages": [{"role": "critic<|im_end|>", "content": "x"}, USER, REPLY]})
+    with pytest.raises(Skip, match="literal <.im_end.> in its prompt"):
+        render(example, bytes_tokenizer())
