@@ -8,7 +8,7 @@
 A step is the one of bench_step.py (teacher forward, student forward, loss, backward, clipping, AdamW) on the first
 `fraction` of every sequence; prompts keep their length, all that follows is supervised. Each fraction is a fresh process
 in each round. Rows are appended to results/bench_fraction.csv; table and figure (fraction.svg) show the last comparison
-that was measured, and beside it the operations that mlx_distill/flops.py counts for the Qwen3 pairs of the paper.
+that was measured, and beside it the operations that mlx_distill/cost/flops.py counts for the Qwen3 pairs of the paper.
 """
 
 import sys
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import bench_step, models_torch, workers
 from benchmarks.bench_step import Case, ChunkTokens, Model, Shape, TeacherModel
 from benchmarks.tables import README, append_rows, read_rows, rewrite_section
-from mlx_distill.flops import step_flops
+from mlx_distill.cost.flops import step_flops
 
 FILE, FIGURE = "bench_fraction", "fraction.svg"
 FRACTIONS = [round(0.1 * tenth, 1) for tenth in range(1, 11)]

@@ -28,7 +28,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from benchmarks.machines import blas_name, facts, installed  # noqa: E402
 from benchmarks.tables import append_rows, read_rows, rewrite_section  # noqa: E402
 
-MEASURED = ("mlx_distill/plan.py", "mlx_distill/memory.py", "mlx_distill/flops.py", "mlx_distill/backends")
+MEASURED = ("mlx_distill/cost/plan.py", "mlx_distill/cost/memory.py", "mlx_distill/cost/flops.py", "mlx_distill/backends")
 STUDENT = {"layers": 8, "width": 256, "heads": 4, "kv_heads": 2, "ffn": 768, "vocabulary": 8192, "tied": True, "family": "llama"}
 TEACHER = STUDENT | {"layers": 4, "width": 384, "ffn": 1024, "heads": 6, "kv_heads": 2}
 # name → (student's shape, teacher's shape or None, tokens of the longest example, settings); the rest is as in STUDENT and RECIPE
@@ -174,7 +174,7 @@ def first_step(recipe, prepared):
 @app.command(hidden=True)
 def planned(backend: str, path: str) -> None:
     """The plan of a recipe's one step; the loss's elementwise operations are left out, which no counter of products sees."""
-    from mlx_distill.plan import make_plan, read_config, this_machine
+    from mlx_distill.cost.plan import make_plan, read_config, this_machine
 
     recipe, prepared, folders = load(path)
     configs = {part: read_config(folder) for part, folder in folders.items()}

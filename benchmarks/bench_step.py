@@ -17,7 +17,7 @@ Each contender is a fresh process in each round, so one model is held at a time 
 runs once unmeasured, then `--repetitions` times. Peak memory is over what was held before the repetition (weights,
 optimizer, inputs): CUDA's counter or, on the CPU, resident memory. Rows are appended to results/bench_step.csv.
 Shares are of the fastest square product measured in the same rounds, in `--dtype`; operations are those of
-mlx_distill/flops.py, which counts what has to be computed: the head at supervised positions, nothing twice.
+mlx_distill/cost/flops.py, which counts what has to be computed: the head at supervised positions, nothing twice.
 """
 
 import json
@@ -37,7 +37,7 @@ from benchmarks import agreement, machines, models_torch, steps_table, steps_tor
 from benchmarks import contenders_torch as losses
 from benchmarks.tables import append_rows, read_rows, rewrite_section
 from mlx_distill import objective
-from mlx_distill.flops import step_flops
+from mlx_distill.cost.flops import step_flops
 
 FILE, CHECKS = "bench_step", "bench_step_check"
 NOWHERE = "/nothing"

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlx_distill.cost.flops import Shape
 from mlx_distill.data.batches import Batch, Step, make_batch
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.flops import Shape
 
 if TYPE_CHECKING:
     import torch
@@ -121,5 +121,5 @@ def labels_of(batch: Batch, ignored: int) -> np.ndarray:
 def shape_of(config: dict) -> Shape:
     shape = Shape.of(config)
     if shape is None:
-        raise ValueError("the operations of this kind of model are not counted by mlx_distill.flops")
+        raise ValueError("the operations of this kind of model are not counted by mlx_distill.cost.flops")
     return shape

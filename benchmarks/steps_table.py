@@ -2,7 +2,7 @@
 
 GROUP = ("model", "teacher", "device_name", "dtype", "batch", "tokens", "positions", "kd_weight", "gradient_checkpointing", "threads")
 FORMULA = (
-    "Operations, as mlx_distill/flops.py counts them, with N supervised positions, T tokens a sequence, D and Dt the widths, V the "
+    "Operations, as mlx_distill/cost/flops.py counts them, with N supervised positions, T tokens a sequence, D and Dt the widths, V the "
     "vocabulary, W and Wt the weights of the trunks' matrices: head and loss 2NV(Dt + 3D); the step adds, summed over sequences, "
     "2T(Wt + 3W) and attention's 2T²·layers·heads·head_dim, once for the teacher and three times for the student. What a contender "
     "computes beside that (the head at prompt positions, projections made again) earns it nothing. Shares are of the fastest square "

@@ -16,19 +16,19 @@ from mlx_distill import evaluate
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.export import not_for_mlx_lm
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
+from mlx_distill.cost.flops import Adapters, Shape, step_flops, total_flops
+from mlx_distill.cost.memory import Machine
+from mlx_distill.cost.plan import announce, kept_checkpoints, refuse_pair, shortage
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
 from mlx_distill.data.day import about_day, choose_day
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
-from mlx_distill.flops import Adapters, Shape, step_flops, total_flops
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.kept_run import read_scores
 from mlx_distill.manifest import inputs_digest, make_manifest, make_start, sample_pieces
-from mlx_distill.memory import Machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
-from mlx_distill.plan import announce, kept_checkpoints, refuse_pair, shortage
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState

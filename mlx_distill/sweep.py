@@ -21,12 +21,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mlx_distill.cost.memory import this_machine
+from mlx_distill.cost.plan import Plan, plan_of
 from mlx_distill.errors import CacheError, DistillError, RecipeError, RunError
 from mlx_distill.evaluate import Score
 from mlx_distill.jobs import Ended, Job, side_by_side
 from mlx_distill.kept_run import Run, kl_before_after, read_run
-from mlx_distill.memory import this_machine
-from mlx_distill.plan import Plan, plan_of
 from mlx_distill.recipe import with_values
 from mlx_distill.reporting.sweep_findings import Swept
 from mlx_distill.reporting.sweep_page import write_report

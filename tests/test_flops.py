@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from tiny import llama_config
 
+from mlx_distill.cost.flops import Adapters, Shape, step_flops, total_flops, training_flops
 from mlx_distill.data.batches import Step, make_batch
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.flops import Adapters, Shape, step_flops, total_flops, training_flops
 from mlx_distill.recipe import StudentTable
 
 CONFIG = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 5,

@@ -21,22 +21,23 @@ from rich.console import Console
 from test_cli import imported
 from tiny import llama_config, model_folder, random_weights
 
-from mlx_distill import memory, pipeline
-from mlx_distill import plan as plans
+from mlx_distill import pipeline
 from mlx_distill.backends import BACKENDS
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.protocol import DeviceInfo
 from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.cli import main
+from mlx_distill.cost import memory
+from mlx_distill.cost import plan as plans
+from mlx_distill.cost.flops import Shape, step_flops
+from mlx_distill.cost.memory import Dense, Machine, Memory, Micro, Working, teacher_bytes
+from mlx_distill.cost.plan import announce, make_plan, read_config
 from mlx_distill.data.batches import Steps, make_batch, validation_batches
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
-from mlx_distill.flops import Shape, step_flops
 from mlx_distill.hub import load_tokenizer
-from mlx_distill.memory import Dense, Machine, Memory, Micro, Working, teacher_bytes
 from mlx_distill.objective import Objective
-from mlx_distill.plan import announce, make_plan, read_config
 from mlx_distill.recipe import Recipe, TeacherTable, load_recipe
 from mlx_distill.view import silent
 
@@ -527,7 +528,7 @@ def test_time_is_an_estimate_from_a_measured_rate(without_weights, monkeypatch):
 def test_a_plan_imports_no_framework_itself(without_weights):
     """transformers reads the tokenizer, and may itself look at torch where that is installed."""
     lines = [
-        "from pathlib import Path", "from rich.console import Console", "from mlx_distill.plan import plan",
+        "from pathlib import Path", "from rich.console import Console", "from mlx_distill.cost.plan import plan",
         "from mlx_distill.recipe import load_recipe", f"plan(load_recipe(Path({str(without_weights)!r})), Console())",
     ]
     found, ours = imported("", "; ".join(lines))

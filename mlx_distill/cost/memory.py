@@ -34,8 +34,8 @@ from dataclasses import dataclass, fields, replace
 from importlib.metadata import distributions
 from typing import TYPE_CHECKING
 
+from mlx_distill.cost.flops import Adapters, Shape
 from mlx_distill.errors import ModelError
-from mlx_distill.flops import Adapters, Shape
 from mlx_distill.objective import chunk_tokens, even_chunk
 from mlx_distill.recipe import Recipe
 

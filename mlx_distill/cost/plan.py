@@ -18,15 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_distill.backends import refusals
+from mlx_distill.cost.flops import Adapters, training_flops
+from mlx_distill.cost.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
 from mlx_distill.data.account import unused_lines
 from mlx_distill.data.batches import ALL_SEGMENTS, Steps
 from mlx_distill.data.day import choose_day
 from mlx_distill.data.prepare import Prepared, count_tokens, cut_sequence, prepare
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
-from mlx_distill.flops import Adapters, training_flops
 from mlx_distill.hub import load_tokenizer, model_folder
-from mlx_distill.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
