@@ -35,7 +35,7 @@ from mlx_distill.run_dir import RunFolder
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
 from mlx_distill.sweep_file import Point, Sweep
-from mlx_distill.targets import TeacherCache
+from mlx_distill.teaching.cache import TeacherCache
 from mlx_distill.view import View
 from mlx_distill.words import DASH, amount, duration, percent
 

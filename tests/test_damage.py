@@ -17,13 +17,14 @@ import pytest
 from rich.console import Console
 from toy_backend import ToyBackend
 
-from mlx_distill import pipeline, targets
+from mlx_distill import pipeline
 from mlx_distill.data.batches import make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe import BatchTable, Recipe, TeacherTable, load_recipe
 from mlx_distill.run_dir import RunFolder
-from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, fill
+from mlx_distill.teaching import cache as targets
+from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, fill
 from mlx_distill.view import View
 
 TRIES = int(os.environ.get("MLX_DISTILL_FUZZ", "0")) or 60

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from tiny import family_folder, llama_config
 
-from mlx_distill import targets as subject
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums
 from mlx_distill.data.batches import Batch, make_batch
@@ -21,7 +20,8 @@ from mlx_distill.data.truncate import truncate
 from mlx_distill.errors import CacheError
 from mlx_distill.objective import Objective, log_softmax
 from mlx_distill.recipe import BatchTable, Recipe, TeacherTable, TruncationTable, with_values
-from mlx_distill.targets import CachedTeacher, CacheFields, TeacherCache, fill
+from mlx_distill.teaching import cache as subject
+from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, fill
 
 ROWS = 96
 ALL = ("prompt", "cot", "answer")

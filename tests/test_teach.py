@@ -121,7 +121,7 @@ def test_teach_killed_between_parts_goes_on(tiny_recipe, command_line, tmp_path,
     result = command_line(*words)
     assert result.code == 0 and "24 sequences" in result.out, result.err
     assert not list(folder.glob(".part*"))
-    assert command_line(*words, at="mlx_distill.targets:_teach").code == 0  # which is not called any more
+    assert command_line(*words, at="mlx_distill.teaching.cache:_teach").code == 0  # which is not called any more
 
 
 def test_a_teacher_that_changed_makes_another_cache(ask, loads, tiny_recipe):
