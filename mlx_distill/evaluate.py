@@ -21,7 +21,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.recipe import EvalTable
 from mlx_distill.scoring.generations import Generation, Generations
 from mlx_distill.scoring.intervals import interval, paired
-from mlx_distill.tasks import THINK_END, Problem, Task
+from mlx_distill.verify.tasks import THINK_END, Problem, Task
 
 if TYPE_CHECKING:
     from mlx_distill.backends.protocol import Model

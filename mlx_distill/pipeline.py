@@ -34,9 +34,9 @@ from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.signals import asked_to_stop
-from mlx_distill.tasks import Task, load_task
 from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
 from mlx_distill.train import Training, restore
+from mlx_distill.verify.tasks import Task, load_task
 from mlx_distill.view import View, silent
 
 

@@ -23,7 +23,7 @@ import mlx_distill.backends.mlx.backend  # before anything else of MLX: it loads
 import mlx_distill.jobs
 import mlx_distill.pipeline
 import mlx_distill.sweep
-import mlx_distill.tasks
+import mlx_distill.verify.tasks
 from mlx_distill.cli import main
 
 

@@ -9,7 +9,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.evaluate import Score, compare, describe, retention, score
 from mlx_distill.recipe import EvalTable
 from mlx_distill.scoring.intervals import interval, student_t, wilson
-from mlx_distill.tasks import Problem, Task, answer_text
+from mlx_distill.verify.tasks import Problem, Task, answer_text
 
 STOP = 0
 

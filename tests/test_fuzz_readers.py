@@ -24,7 +24,7 @@ from mlx_distill.kept_run import read_run
 from mlx_distill.recipe import DataTable, Recipe, eval_table, load_recipe
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.sweep_file import load_sweep
-from mlx_distill.tasks import load_task
+from mlx_distill.verify.tasks import load_task
 from mlx_distill.view import OBEYED, one_line
 
 TIMES = int(os.environ.get("MLX_DISTILL_FUZZ", "1"))

@@ -6,7 +6,7 @@ import pytest
 
 from mlx_distill.embedded import task as embedded
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.tasks import answer_text, load_task
+from mlx_distill.verify.tasks import answer_text, load_task
 
 
 def write_rows(path, rows):
