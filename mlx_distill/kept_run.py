@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DataError, DistillError, NotFound, RunError
-from mlx_distill.evaluate import Difference, Score, compare
 from mlx_distill.readers import parse_toml, path_of, read_json, read_text
 from mlx_distill.recipe import Recipe
 from mlx_distill.runs import logs
+from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.words import finite
 
 SEGMENTS = ("prompt", "cot", "answer")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_distill import evaluate
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.export import not_for_mlx_lm
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
@@ -32,6 +31,7 @@ from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
+from mlx_distill.scoring import score as evaluate
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, dates_of, fill

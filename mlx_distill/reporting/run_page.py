@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_distill.evaluate import Difference, Score, compare
 from mlx_distill.kept_run import SEGMENTS, Run
 from mlx_distill.recipe import Recipe
 from mlx_distill.reporting.page import (
@@ -31,6 +30,7 @@ from mlx_distill.reporting.page import (
 from mlx_distill.reporting.run_charts import SEGMENT_NAMES, charts_of
 from mlx_distill.reporting.run_cost import cost_tiles, items, known
 from mlx_distill.reporting.run_words import headline, kl_sentence, leads, progress, shared
+from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.words import DASH, amount, duration, number, percent, points
 
 MODELS = {"base": "student before", "student": "student after", "teacher": "teacher"}

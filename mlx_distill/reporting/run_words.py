@@ -5,9 +5,9 @@ In: `Run`s. Out: sentences. Decided here: what comes first, and that a tie has n
 
 from collections.abc import Sequence
 
-from mlx_distill.evaluate import Difference, Score, compare, retention
 from mlx_distill.kept_run import Compared, Run, kl_before_after
 from mlx_distill.reporting.run_cost import cost_of
+from mlx_distill.scoring.score import Difference, Score, compare, retention
 from mlx_distill.words import DASH, number, percent, points
 
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_distill.errors import NotFound
-from mlx_distill.evaluate import retention
 from mlx_distill.kept_run import Run, kl_before_after, method_of, read_run
 from mlx_distill.reporting.page import (
     Bar,
@@ -28,6 +27,7 @@ from mlx_distill.reporting.run_charts import overlays, run_role
 from mlx_distill.reporting.run_cost import cost_of
 from mlx_distill.reporting.run_page import NOTES, run_page, run_sections, score_bar
 from mlx_distill.reporting.run_words import headline, headline_of_one, leads, subline
+from mlx_distill.scoring.score import retention
 from mlx_distill.words import DASH, number, percent
 
 
