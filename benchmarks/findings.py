@@ -19,8 +19,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from tables import rewrite_section  # noqa: E402
 
 from mlx_distill.reporting.markdown import table  # noqa: E402
-from mlx_distill.scoring.intervals import Estimate  # noqa: E402
-from mlx_distill.study import (  # noqa: E402
+from mlx_distill.reporting.study import (  # noqa: E402
     Condition,
     Row,
     conditions,
@@ -29,6 +28,7 @@ from mlx_distill.study import (  # noqa: E402
     read_rows,
     retention,
 )
+from mlx_distill.scoring.intervals import Estimate  # noqa: E402
 from mlx_distill.words import amount, duration, percent, points  # noqa: E402
 
 KEPT = HERE / "reproduction"

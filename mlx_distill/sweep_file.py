@@ -20,7 +20,6 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from mlx_distill.errors import RecipeError
-from mlx_distill.kept_run import read_scores
 from mlx_distill.readers import path_of
 from mlx_distill.recipe import (
     OUTSIDE_DIGEST,
@@ -38,8 +37,9 @@ from mlx_distill.recipe import (
     short,
     with_values,
 )
+from mlx_distill.reporting.kept_run import read_scores
+from mlx_distill.reporting.study import MATCHED
 from mlx_distill.run_dir import RunFolder
-from mlx_distill.study import MATCHED
 
 Settings = dict[str, Any]  # "table.field" → value
 LONGEST_NAME = 120  # bytes of a run folder's name, before its digest

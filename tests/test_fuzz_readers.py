@@ -20,8 +20,8 @@ from mlx_distill.data.formats import read_examples
 from mlx_distill.data.prepare import prepare
 from mlx_distill.errors import DistillError
 from mlx_distill.hub import load_tokenizer, model_folder
-from mlx_distill.kept_run import read_run
 from mlx_distill.recipe import DataTable, Recipe, eval_table, load_recipe
+from mlx_distill.reporting.kept_run import read_run
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.sweep_file import load_sweep
 from mlx_distill.verify.tasks import load_task

@@ -11,8 +11,8 @@ import pytest
 from drawn import Drawn
 
 from mlx_distill.errors import NotFound, RunError
-from mlx_distill.kept_run import method_of
 from mlx_distill.recipe import Recipe
+from mlx_distill.reporting.kept_run import method_of
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.scoring.intervals import interval
 from mlx_distill.scoring.score import Score

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from mlx_distill import study
 from mlx_distill.errors import DataError, NotFound
+from mlx_distill.reporting import study
+from mlx_distill.reporting.study import Condition, Row, best_within, conditions, difference, pareto_front, read_rows, rows_text
 from mlx_distill.scoring.intervals import crossed_mean, crossed_variance, interval
-from mlx_distill.study import Condition, Row, best_within, conditions, difference, pareto_front, read_rows, rows_text
 
 
 def make_row(seed=0, right=(1.0, 0.0), settings=None, label="", **numbers):

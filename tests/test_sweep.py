@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_distill import study
 from mlx_distill.errors import RunError
 from mlx_distill.recipe import load_recipe
+from mlx_distill.reporting import study
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.sweep import collect, distinct, ended_by_signals, planned, teacher_pass
 from mlx_distill.sweep_file import load_sweep

@@ -10,12 +10,12 @@ from drawn import Drawn
 
 from mlx_distill.errors import DataError, RunError
 from mlx_distill.reporting.drawing import drawings
+from mlx_distill.reporting.study import Row, best_within, conditions, difference, gain_retention, pareto_front, retention
 from mlx_distill.reporting.sweep_charts import bars, cost_chart, curves, pareto_chart, quality_chart, x_axis
 from mlx_distill.reporting.sweep_findings import Swept, findings
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path, costs, quality
 from mlx_distill.reporting.sweep_words import headline
-from mlx_distill.study import Row, best_within, conditions, difference, gain_retention, pareto_front, retention
 from mlx_distill.sweep_file import load_sweep
 from mlx_distill.words import amount, percent, points
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from mlx_distill.kept_run import SEGMENTS, Run
 from mlx_distill.reporting.charts import Curves, Series, line_chart, smoothed
+from mlx_distill.reporting.kept_run import SEGMENTS, Run
 
 SEGMENT_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
 RUN_ROLES = ("run-1", "run-2", "run-3", "run-4", "run-5", "run-6")

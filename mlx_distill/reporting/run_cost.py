@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_distill.kept_run import Run
+from mlx_distill.reporting.kept_run import Run
 from mlx_distill.words import DASH, amount, duration, finite, is_number
 
 

@@ -5,7 +5,7 @@ In: `Run`s. Out: sentences. Decided here: what comes first, and that a tie has n
 
 from collections.abc import Sequence
 
-from mlx_distill.kept_run import Compared, Run, kl_before_after
+from mlx_distill.reporting.kept_run import Compared, Run, kl_before_after
 from mlx_distill.reporting.run_cost import cost_of
 from mlx_distill.scoring.score import Difference, Score, compare, retention
 from mlx_distill.words import DASH, number, percent, points

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_distill.errors import NotFound
-from mlx_distill.kept_run import Run, kl_before_after, method_of, read_run
+from mlx_distill.reporting.kept_run import Run, kl_before_after, method_of, read_run
 from mlx_distill.reporting.page import (
     Bar,
     Bars,

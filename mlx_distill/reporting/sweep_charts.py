@@ -9,8 +9,8 @@ from itertools import product
 from mlx_distill.reporting.charts import Curves, Level, Point, Scatter, Series, line_chart, scatter
 from mlx_distill.reporting.page import Bar
 from mlx_distill.reporting.run_charts import RUN_ROLES, run_role
+from mlx_distill.reporting.study import MATCHED, Condition, in_words, pareto_front
 from mlx_distill.reporting.sweep_findings import Findings, Swept, same
-from mlx_distill.study import MATCHED, Condition, in_words, pareto_front
 from mlx_distill.words import amount, counted, is_number
 
 COSTS = {"flops": "arithmetic", "train_seconds": "time", "peak_bytes": "peak memory"}

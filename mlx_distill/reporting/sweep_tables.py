@@ -8,10 +8,7 @@ import math
 import numpy as np
 
 from mlx_distill.reporting.page import Cell, Table
-from mlx_distill.reporting.sweep_findings import Findings
-from mlx_distill.reporting.sweep_words import range_of, ratio
-from mlx_distill.scoring.intervals import Estimate
-from mlx_distill.study import (
+from mlx_distill.reporting.study import (
     BUDGETS,
     Condition,
     best_within,
@@ -20,6 +17,9 @@ from mlx_distill.study import (
     in_words,
     retention,
 )
+from mlx_distill.reporting.sweep_findings import Findings
+from mlx_distill.reporting.sweep_words import range_of, ratio
+from mlx_distill.scoring.intervals import Estimate
 from mlx_distill.words import DASH, amount, duration, number, percent, points
 
 

@@ -4,10 +4,10 @@ In: `Findings`. Out: the headline, what follows it, and what intervals and costs
 """
 
 from mlx_distill.reporting.run_words import difference_sentence
+from mlx_distill.reporting.study import Condition, difference, in_words, pareto_front, retention
 from mlx_distill.reporting.sweep_findings import Findings, Swept, cheapest_kept, findings, missing
 from mlx_distill.scoring.intervals import Estimate
 from mlx_distill.scoring.score import Difference
-from mlx_distill.study import Condition, difference, in_words, pareto_front, retention
 from mlx_distill.words import DASH, amount, counted, number, percent
 
 
