@@ -10,7 +10,7 @@ from mlx_distill.backends import choose_backend
 from mlx_distill.compare import compare
 from mlx_distill.cost.memory import total_memory_bytes
 from mlx_distill.hub import model_folder
-from mlx_distill.manifest import PACKAGES, git_commit, processor_name
+from mlx_distill.runs.manifest import PACKAGES, git_commit, processor_name
 
 OPTIONAL = ("datasets", "pyarrow", "gguf", "math-verify")
 LOSS_TOLERANCE = 1e-5  # float32 against float64, relative

@@ -24,13 +24,13 @@ from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
-from mlx_distill.manifest import inputs_digest, make_manifest, make_start, sample_pieces
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
+from mlx_distill.runs.manifest import inputs_digest, make_manifest, make_start, sample_pieces
 from mlx_distill.scoring import score as evaluate
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.signals import asked_to_stop
