@@ -141,7 +141,7 @@ def show(
     example: Annotated[int, typer.Option("--example", callback=_range(1, 10**9), help="Which training example, from 1.")] = 1,
 ) -> None:
     """Print an example coloured by segment, what is cut and what is supervised, and token counts. Needs no weights."""
-    from mlx_distill.show import show as print_example
+    from mlx_distill.terminal.show import show as print_example
 
     print_example(load_recipe(recipe, tuple(set_ or ())), console, example)
 
@@ -182,7 +182,7 @@ def doctor(
     ] = "",
 ) -> None:
     """A self-check to share: versions, device, BLAS, memory, a tiny loss against float64, a measured matmul rate."""
-    from mlx_distill.doctor import check, check_model
+    from mlx_distill.terminal.doctor import check, check_model
 
     if not (check_model(console, model) if model else check(console, backend)):
         raise typer.Exit(1)

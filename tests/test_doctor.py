@@ -3,9 +3,9 @@
 import pytest
 from typer.testing import CliRunner, Result
 
-from mlx_distill import doctor
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.cli import app
+from mlx_distill.terminal import doctor
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
 from mlx_distill.run_dir import RunFolder
-from mlx_distill.show import account, count_table
+from mlx_distill.terminal.show import account, count_table
 from mlx_distill.verify.tasks import load_task
 from mlx_distill.words import amount, duration
 

@@ -18,7 +18,7 @@ from mlx_distill.data.prepare import Prepared, count_tokens
 from mlx_distill.data.sequences import Segment
 from mlx_distill.hub import model_fingerprint
 from mlx_distill.recipe import Recipe
-from mlx_distill.show import token_runs
+from mlx_distill.terminal.show import token_runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

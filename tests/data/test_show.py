@@ -15,7 +15,7 @@ from mlx_distill.data.prepare import count_tokens, prepare
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable, load_recipe
-from mlx_distill.show import show, token_runs
+from mlx_distill.terminal.show import show, token_runs
 
 OR_SPAN = ', or set truncation.span = "cot", which keeps prompts whole'
 ROWS = [{"prompt": f"{i}+1?", "cot": f"One more than {i}.\nSo {i + 1}.", "answer": str(i + 1)} for i in range(20)]
@@ -267,5 +267,5 @@ def test_no_such_example(number, recipe):
 
 
 def test_show_loads_no_framework():
-    code = "import sys, mlx_distill.show; sys.exit(any(name in sys.modules for name in ('mlx', 'mlx.core', 'torch')))"
+    code = "import sys, mlx_distill.terminal.show; sys.exit(any(name in sys.modules for name in ('mlx', 'mlx.core', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
