@@ -123,9 +123,9 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which runs there are and what each will cost, and run none.")] = False,
 ) -> None:
     """Run a base recipe along axes and seeds with one teacher pass: one table, one page, the best recipe for each budget."""
-    from mlx_distill.sweep import outline
-    from mlx_distill.sweep import sweep as run_sweeps
-    from mlx_distill.sweep_file import load_sweep
+    from mlx_distill.sweeps.file import load_sweep
+    from mlx_distill.sweeps.sweep import outline
+    from mlx_distill.sweeps.sweep import sweep as run_sweeps
 
     loaded = [load_sweep(path, tuple(set_ or ())) for path in sweeps]
     if dry_run:

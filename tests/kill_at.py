@@ -20,9 +20,9 @@ import sys
 import tempfile
 
 import mlx_distill.backends.mlx.backend  # before anything else of MLX: it loads the BLAS
-import mlx_distill.jobs
 import mlx_distill.pipeline
-import mlx_distill.sweep
+import mlx_distill.sweeps.jobs
+import mlx_distill.sweeps.sweep
 import mlx_distill.verify.tasks
 from mlx_distill.cli import main
 
@@ -110,7 +110,7 @@ def in_child(job: dict, out: int, err: int) -> int:
     process = os.fork()
     if not process:
         if job.get("fork_jobs"):
-            mlx_distill.jobs._start = lambda one, environment: Forked(one.arguments, str(one.log))
+            mlx_distill.sweeps.jobs._start = lambda one, environment: Forked(one.arguments, str(one.log))
         os.dup2(out, 1)
         os.dup2(err, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import mlx_distill
-from mlx_distill import jobs
-from mlx_distill.jobs import Job, side_by_side
+from mlx_distill.sweeps import jobs
+from mlx_distill.sweeps.jobs import Job, side_by_side
 
 SPAN = "import sys, time, pathlib; p = pathlib.Path(sys.argv[1]); p.with_suffix('.on').touch(); "
 WAIT_FOR = SPAN + "\nwhile not all(pathlib.Path(other).exists() for other in sys.argv[2:]): time.sleep(0.01)"

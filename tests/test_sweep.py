@@ -14,8 +14,8 @@ from mlx_distill.errors import RunError
 from mlx_distill.recipe import load_recipe
 from mlx_distill.reporting import study
 from mlx_distill.run_dir import RunFolder
-from mlx_distill.sweep import collect, distinct, ended_by_signals, planned, teacher_pass
-from mlx_distill.sweep_file import load_sweep
+from mlx_distill.sweeps.file import load_sweep
+from mlx_distill.sweeps.sweep import collect, distinct, ended_by_signals, planned, teacher_pass
 from mlx_distill.words import amount
 
 SWEEP = """
@@ -105,7 +105,7 @@ def test_a_sweep_that_was_stopped_goes_on(write, sweep_line, tmp_path, signals, 
     """Stopped after its first run; the child beside it may still be at work when the sweep is started again."""
     path = write(FRACTIONS)
     words = (path, "--jobs", "2", "--backend", "mlx")
-    stopped = sweep_line(*words, at="mlx_distill.sweep:student_row", when="after", signals=signals)
+    stopped = sweep_line(*words, at="mlx_distill.sweeps.sweep:student_row", when="after", signals=signals)
     assert stopped.code == code, stopped.err
     if code == 130:
         assert "report: " in stopped.out and "The same command continues" in stopped.out and rows_of(path)

@@ -24,7 +24,6 @@ from rich.table import Table
 from mlx_distill.cost.memory import this_machine
 from mlx_distill.cost.plan import Plan, plan_of
 from mlx_distill.errors import CacheError, DistillError, RecipeError, RunError
-from mlx_distill.jobs import Ended, Job, side_by_side
 from mlx_distill.recipe import with_values
 from mlx_distill.reporting.kept_run import Run, kl_before_after, read_run
 from mlx_distill.reporting.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
@@ -34,7 +33,8 @@ from mlx_distill.reporting.sweep_tables import best_path
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.scoring.score import Score
 from mlx_distill.signals import ended_by_signals
-from mlx_distill.sweep_file import Point, Sweep
+from mlx_distill.sweeps.file import Point, Sweep
+from mlx_distill.sweeps.jobs import Ended, Job, side_by_side
 from mlx_distill.teaching.cache import TeacherCache
 from mlx_distill.view import View
 from mlx_distill.words import DASH, amount, duration, percent
