@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mlx_distill.recipe import OptimTable
-from mlx_distill.schedule import learning_rate
+from mlx_distill.training.schedule import learning_rate
 
 PEAK = 0.3
 SCHEDULES = ("one_cycle", "cosine", "linear", "constant")
