@@ -77,7 +77,7 @@ def _embedded(name: str) -> Path:
         raise NotFound(f"model {_shown(name)}: no such embedded model; there are {' and '.join(known)}")
     folder = EMBEDDED_WEIGHTS / name.removeprefix("embedded:")
     if not folder.is_dir():
-        raise NotFound(f"model {name!r}: its weights are not installed; make them: python -m mlx_distill.embedded.make")
+        raise NotFound(f"model {name!r}: its weights are not installed; in a clone, make them: python benchmarks/make_embedded.py")
     return folder
 
 

@@ -122,7 +122,7 @@ def test_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(hub, "EMBEDDED_WEIGHTS", tmp_path)
     with pytest.raises(NotFound) as error:
         hub.model_folder("embedded:teacher")
-    one_line(error, "not installed", "embedded.make")
+    one_line(error, "not installed", "make_embedded")
     folder = write_model(tmp_path / "teacher")
     assert hub.model_folder("embedded:teacher") == folder
 

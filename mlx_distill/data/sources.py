@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.data.examples import Example
+from mlx_distill.data.examples import Example, make_example
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import one_line
 from mlx_distill.readers import path_of, read_json, read_json_lines, read_lines, read_text
@@ -216,7 +216,7 @@ def _line(error: Exception) -> str:
 
 def embedded_examples(data: DataTable, seed: int) -> Iterator[Example]:
     """Worked problems of `embedded:NAME`, which writes as many as a recipe asks for."""
-    from mlx_distill.embedded import EMBEDDED, PARTITIONS  # {name: generate(partition, count, seed) -> list[Example]}
+    from mlx_distill.embedded import EMBEDDED, PARTITIONS  # {name: generate(partition, count, seed) -> list[Worked]}
 
     name = data.source.removeprefix("embedded:")
     if name not in EMBEDDED:
@@ -225,4 +225,5 @@ def embedded_examples(data: DataTable, seed: int) -> Iterator[Example]:
         raise DataError(f"{data.source}: no split {data.split!r}; there are: {', '.join(PARTITIONS)}")
     if not data.train_examples:
         raise DataError(f"{data.source}: an embedded task has no end; set data.train_examples to a number above 0")
-    yield from EMBEDDED[name](data.split, data.train_examples + data.validation_examples, seed)
+    worked = EMBEDDED[name](data.split, data.train_examples + data.validation_examples, seed)
+    yield from (make_example(*row) for row in worked)

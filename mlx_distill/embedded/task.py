@@ -1,6 +1,6 @@
 """The embedded task `dial`: pull every lever as often as its counter says, in any order; where does the dial stop?
 
-In: a partition, a count and a seed. Out: `Example`s that never repeat. Decided here: the rules, how hard a problem is,
+In: a partition, a count and a seed. Out: `Worked` problems that never repeat. Decided here: the rules, how hard a problem is,
 which problems belong to which partition, and how reliable the writer of each partition's reasoning is.
 
 A prompt is a dial (a letter) and four counters (digits): `K3725`. Pulling lever a, b, c or d takes one from its counter
@@ -30,8 +30,8 @@ import random
 from functools import cache
 from itertools import product
 from string import ascii_uppercase
+from typing import NamedTuple
 
-from mlx_distill.data.examples import Example, make_example
 from mlx_distill.errors import DataError
 
 NAME = "dial"
@@ -45,7 +45,15 @@ SLIP_RATE = {"teacher": 0.0, "base": 0.0, "train": 0.3, "held_out": 0.0}
 WORN = {"base": {"c": "AEIO", "d": "AEIO"}}  # {partition: {lever: letters}}
 
 
-def generate(partition: str, count: int, seed: int) -> list[Example]:
+class Worked(NamedTuple):
+    """A problem as a row of data: what is asked, the steps, and where they end."""
+
+    prompt: str
+    cot: str
+    answer: str
+
+
+def generate(partition: str, count: int, seed: int) -> list[Worked]:
     """`count` examples of a partition, no prompt twice; the same arguments give the same examples.
 
     Raises `KeyError` for an unknown partition, `DataError` where more than `MOST` examples are asked for.
@@ -54,7 +62,7 @@ def generate(partition: str, count: int, seed: int) -> list[Example]:
         raise DataError(f"embedded:{NAME}: {count:,} examples asked for; ask for at most {MOST:,}, its prompts are finite")
     slip_rate = SLIP_RATE[partition]
     writer = random.Random(f"{NAME}/{partition}/{seed}")
-    examples: dict[str, Example] = {}
+    examples: dict[str, Worked] = {}
     while len(examples) < count:
         dial, counters = draw(partition, writer)
         prompt = line(dial, counters)
@@ -93,7 +101,7 @@ def counters_by_pulls() -> dict[int, list[tuple[int, ...]]]:
     return found
 
 
-def work(dial: int, counters: list[int], slip_rate: float, worn: dict[str, str], writer: random.Random) -> Example:
+def work(dial: int, counters: list[int], slip_rate: float, worn: dict[str, str], writer: random.Random) -> Worked:
     """One example: levers pulled in random order, uniformly among those left, by a writer who slips, on a dial that may be worn."""
     prompt, left, steps = line(dial, counters), list(counters), []
     while any(left):
@@ -104,7 +112,7 @@ def work(dial: int, counters: list[int], slip_rate: float, worn: dict[str, str],
         if writer.random() < slip_rate:
             dial = (dial + writer.randrange(1, len(DIAL))) % len(DIAL)
         steps.append(LEVERS[lever] + line(dial, left))
-    return make_example(prompt, "\n".join(steps), DIAL[dial])
+    return Worked(prompt, "\n".join(steps), DIAL[dial])
 
 
 def pull(dial: int, lever: int) -> int:

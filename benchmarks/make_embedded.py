@@ -1,7 +1,7 @@
-"""Makes the embedded teacher and student base with this program itself: `python -m mlx_distill.embedded.make`.
+"""Makes the embedded teacher and student base with this program itself: `python benchmarks/make_embedded.py`.
 
 Each starts as a folder with random weights drawn in numpy, is fine-tuned by an ordinary recipe (kd_weight = 0 needs no
-teacher), scored on the held-out partition, and copied to `weights/NAME`; what the run logged stays in `weights/NAME/log`.
+teacher), scored on the held-out partition, and copied to `weights/NAME`; what the run logged stays in `benchmarks/embedded/NAME`.
 Decided here: how big they are and how long each one learns. The base stops early, when it knows the format and solves few.
 """
 
@@ -23,7 +23,8 @@ from mlx_distill.embedded.tokenizer import END_OF_TURN, PAD, build_tokenizer, wr
 from mlx_distill.recipe import Recipe
 from mlx_distill.view import View
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(task.__file__).parent / "weights"
+LOG_FOLDER = Path(__file__).resolve().parent / "embedded"
 LOGS = ("recipe.toml", "manifest.json", "metrics.jsonl", "validation.jsonl", "eval.json")
 EMBEDDING_STD = 0.02  # as Llama and Qwen initialise
 MATRIX_GAIN = 0.6  # of 1/sqrt(fan-in): so narrow a model learns slowly from matrices of 0.02
@@ -136,13 +137,14 @@ def make(name: str, work: Path) -> None:
     target = WEIGHTS / name
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(run / "student", target)
-    (target / "log").mkdir()
+    logs = LOG_FOLDER / name
+    logs.mkdir(parents=True, exist_ok=True)
     for log in LOGS:
-        shutil.copy(run / log, target / "log" / log)
+        shutil.copy(run / log, logs / log)
 
 
 def main() -> None:
-    """`python -m mlx_distill.embedded.make [teacher] [student]`; a folder to work in may be given as work=FOLDER."""
+    """`python benchmarks/make_embedded.py [teacher] [student]`; a folder to work in may be given as work=FOLDER."""
     names = [word for word in sys.argv[1:] if word in PLANS] or list(PLANS)
     asked = [word.removeprefix("work=") for word in sys.argv[1:] if word.startswith("work=")]
     os.chdir(asked[0] if asked else tempfile.mkdtemp(prefix="mlx-distill-make-"))  # the logs name no folder of this machine
