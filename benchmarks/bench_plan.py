@@ -174,7 +174,9 @@ def first_step(recipe, prepared):
 @app.command(hidden=True)
 def planned(backend: str, path: str) -> None:
     """The plan of a recipe's one step; the loss's elementwise operations are left out, which no counter of products sees."""
-    from mlx_distill.cost.plan import make_plan, read_config, this_machine
+    from mlx_distill.cost.plan import make_plan
+    from mlx_distill.machine import this_machine
+    from mlx_distill.models.folder import read_config
 
     recipe, prepared, folders = load(path)
     configs = {part: read_config(folder) for part, folder in folders.items()}

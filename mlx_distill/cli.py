@@ -98,7 +98,7 @@ def plan(
     time: Annotated[bool, typer.Option("--time", help="Measure this machine's rate and estimate the training time.")] = False,
 ) -> None:
     """Say what a run will cost before it starts: tokens, FLOPs, memory by part, disk, and whether it fits. Needs no weights."""
-    from mlx_distill.cost.plan import plan as print_plan
+    from mlx_distill.terminal.plan import plan as print_plan
 
     print_plan(load_recipe(recipe, tuple(set_ or ())), console, backend, time)
 

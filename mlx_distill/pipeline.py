@@ -14,16 +14,17 @@ import numpy as np
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.export import not_for_mlx_lm
+from mlx_distill.backends.pair import refuse_pair
 from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
 from mlx_distill.cost.flops import Adapters, Shape, step_flops, total_flops
-from mlx_distill.cost.memory import Machine
-from mlx_distill.cost.plan import announce, kept_checkpoints, refuse_pair, shortage
+from mlx_distill.cost.plan import kept_checkpoints
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
 from mlx_distill.data.day import about_day, choose_day
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
+from mlx_distill.machine import Machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import DataTable, Recipe, eval_table
@@ -35,6 +36,7 @@ from mlx_distill.scoring import score as evaluate
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
+from mlx_distill.terminal.plan import announce, shortage
 from mlx_distill.train import Training, restore
 from mlx_distill.verify.tasks import Task, load_task
 from mlx_distill.view import View, silent

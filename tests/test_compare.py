@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.cli import app
 from mlx_distill.errors import DistillError, ModelError
-from mlx_distill.models.compare import Comparison, compare, probe
 from mlx_distill.models.config import Meaning
+from mlx_distill.terminal.compare import Comparison, compare, probe
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
 from families import FAMILIES
@@ -44,7 +44,7 @@ def test_a_rotary_base_that_is_not_read_is_wrong(folder: Path, monkeypatch: pyte
 def test_without_torch_a_line_says_what_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch):
     real = importlib.util.find_spec
     absent = lambda name, *rest: None if name == "torch" else real(name, *rest)  # noqa: E731
-    monkeypatch.setattr("mlx_distill.models.compare.importlib.util.find_spec", absent)
+    monkeypatch.setattr("mlx_distill.terminal.compare.importlib.util.find_spec", absent)
     with pytest.raises(
         DistillError, match=r"are those of config\.json; comparing logits needs torch"
     ):

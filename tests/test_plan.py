@@ -21,24 +21,28 @@ from rich.console import Console
 from test_cli import imported
 from tiny import llama_config, model_folder, random_weights
 
+from mlx_distill import machine as machines
 from mlx_distill import pipeline
 from mlx_distill.backends import BACKENDS
 from mlx_distill.backends.mlx.backend import MlxBackend
-from mlx_distill.backends.protocol import DeviceInfo
 from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.cli import main
 from mlx_distill.cost import memory
 from mlx_distill.cost import plan as plans
 from mlx_distill.cost.flops import Shape, step_flops
-from mlx_distill.cost.memory import Dense, Machine, Memory, Micro, Working, teacher_bytes
-from mlx_distill.cost.plan import announce, make_plan, read_config
+from mlx_distill.cost.memory import Dense, Memory, Micro, Working, teacher_bytes
+from mlx_distill.cost.plan import make_plan
 from mlx_distill.data.batches import Steps, make_batch, validation_batches
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.hub import load_tokenizer
+from mlx_distill.machine import Machine
+from mlx_distill.models.folder import read_config
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe, TeacherTable, load_recipe
+from mlx_distill.terminal import plan as printing
+from mlx_distill.terminal.plan import announce
 from mlx_distill.view import silent
 
 CPU = Machine("mlx", "cpu", "float32", 10**9, "physical memory")
@@ -359,8 +363,8 @@ def test_what_was_not_measured_is_said(machine, unmeasured, tmp_path):
     said: list[str] = []
     announce(recipe(), prepared([96] * 8), tmp_path, None, machine, said.append)
     plan, console = plan_of([96] * 8, machine), Console(file=io.StringIO(), width=80)
-    console.print(*plans.render(plan, machine, recipe()))
-    assert [line for line in said if "extrapolation" in line] == [f"plan: {plans.UNMEASURED}"] * unmeasured
+    console.print(*printing.render(plan, machine, recipe()))
+    assert [line for line in said if "extrapolation" in line] == [f"plan: {printing.UNMEASURED}"] * unmeasured
     assert ("extrapolation" in console.file.getvalue()) == unmeasured
     assert ("freed blocks" in console.file.getvalue()) == (machine == TORCH)
 
@@ -443,42 +447,6 @@ def test_a_family_that_cannot_be_planned_is_no_reason_to_refuse(tmp_path):
         make_plan(recipe(), prepared([9] * 8), None, read_config(tmp_path), CPU)
 
 
-# the machine
-
-
-def test_a_mac_has_a_working_set(monkeypatch):
-    monkeypatch.setattr(memory.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 16 * 2**30)
-    answers = {"sysctl": 0}
-    monkeypatch.setattr(memory, "_asked", lambda command, *rest: answers[command])
-    machine = memory.this_machine()
-    assert (machine.backend, machine.device, machine.dtype, machine.memory_bytes) == ("mlx", "metal", "bfloat16", 12 * 2**30)
-    answers["sysctl"] = 14_000
-    assert memory.this_machine().memory_bytes == 14_000 * 2**20
-
-
-@pytest.mark.parametrize(("asked", "torch", "expected"), [
-    ("auto", True, ("torch", "cuda", "bfloat16", 80_000 * 2**20)), ("auto", False, ("mlx", "cpu", "float32", 7)),
-    ("mlx", True, ("mlx", "cpu", "float32", 7)), ("torch", False, ("torch", "cuda", "bfloat16", 80_000 * 2**20)),
-])
-def test_linux_with_an_nvidia_gpu(asked, torch, expected, monkeypatch):
-    monkeypatch.setattr(memory.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(memory, "has_nvidia_driver", lambda: True)
-    monkeypatch.setattr(memory, "_installed", lambda prefix: False)
-    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 7)
-    monkeypatch.setattr(memory, "_asked", lambda command, *rest: {"nvidia-smi": 80_000}[command])
-    monkeypatch.setattr(memory.importlib.util, "find_spec", lambda name: torch or None)
-    machine = memory.this_machine(asked)
-    assert (machine.backend, machine.device, machine.dtype, machine.memory_bytes) == expected
-
-
-def test_the_machine_as_a_backend_describes_it(monkeypatch):
-    monkeypatch.setattr(memory, "device_memory", lambda kind: (5, kind))
-    for text, kind in (("CPU (x86_64, BLAS: OpenBLAS)", "cpu"), ("Metal (Apple M4)", "metal"), ("CUDA (H200 x 2)", "cuda")):
-        assert Machine.of(DeviceInfo("mlx", text, "float32", "", "")) == Machine("mlx", kind, "float32", 5, kind)
-    assert memory._asked("no-such-command") == 0 and memory._asked("echo", "12", "34") == 12 and memory._asked("echo", "x") == 0
-
-
 # what is printed
 
 
@@ -494,7 +462,7 @@ def without_weights(tiny_recipe, tmp_path) -> Path:
 
 def printed(path: Path, *settings: str, **arguments) -> tuple[plans.Plan, str]:
     console = Console(file=io.StringIO(), width=80)
-    made = plans.plan(load_recipe(path, settings), console, "mlx", **arguments)
+    made = printing.plan(load_recipe(path, settings), console, "mlx", **arguments)
     return made, console.file.getvalue()
 
 
@@ -511,7 +479,7 @@ def test_a_plan_is_printed_in_80_columns_and_needs_no_weights(without_weights):
 
 
 def test_advice_is_printed_where_it_does_not_fit(without_weights, monkeypatch):
-    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(machines, "total_memory_bytes", lambda: 10**6)
     made, text = printed(without_weights)
     assert not made.fits and "does not fit" in text and "- batch.micro_batch_size=1: saves" in text
 
@@ -521,14 +489,14 @@ def test_time_is_an_estimate_from_a_measured_rate(without_weights, monkeypatch):
     made, text = printed(without_weights, timed=True)
     expected = plans.SECONDS_FACTOR["mlx"] * made.total_flops / 5e6
     assert made.seconds(5e6, "mlx") == expected
-    assert f"about {plans.duration(expected)} of training: an estimate" in text
+    assert f"about {printing.duration(expected)} of training: an estimate" in text
     assert "estimate" not in printed(without_weights)[1]
 
 
 def test_a_plan_imports_no_framework_itself(without_weights):
     """transformers reads the tokenizer, and may itself look at torch where that is installed."""
     lines = [
-        "from pathlib import Path", "from rich.console import Console", "from mlx_distill.cost.plan import plan",
+        "from pathlib import Path", "from rich.console import Console", "from mlx_distill.terminal.plan import plan",
         "from mlx_distill.recipe import load_recipe", f"plan(load_recipe(Path({str(without_weights)!r})), Console())",
     ]
     found, ours = imported("", "; ".join(lines))
@@ -570,7 +538,7 @@ def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(what, wher
 
 @pytest.mark.parametrize("force", [False, True])
 def test_run_refuses_what_cannot_fit_unless_forced(force, tiny_recipe, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "total_memory_bytes", lambda: 10**6)
+    monkeypatch.setattr(machines, "total_memory_bytes", lambda: 10**6)
     monkeypatch.setattr("sys.argv", ["mlx-distill", *arguments(tiny_recipe, tmp_path), *(["--force"] if force else [])])
     if force:
         main_without_exit()

@@ -4,8 +4,8 @@ import importlib.util
 import platform
 from typing import TYPE_CHECKING
 
-from mlx_distill.cost.memory import has_nvidia_driver
 from mlx_distill.errors import DistillError
+from mlx_distill.machine import has_nvidia_driver
 
 if TYPE_CHECKING:
     from mlx_distill.backends.protocol import Backend

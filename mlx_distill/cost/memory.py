@@ -1,7 +1,7 @@
 """What a training step holds in memory, by part and by moment, counted from two configs before any weight is loaded.
 
 In: a recipe, the two models as their config.json describes them, the shapes of the micro-batches, a machine. Out: the bytes of
-each moment that can be the peak. Decided here: what is kept, what is under way, and how much memory a machine has.
+each moment that can be the peak. Decided here: what is kept, and what is under way.
 
 A step has a few moments that can be its peak, for a micro-batch of n = B·T tokens of which N carry loss. Above the weights
 and the optimizer's state there are
@@ -23,102 +23,38 @@ from measurement (benchmarks/bench_plan.py, which also says how far off the sum 
 Axes: B sequences, T tokens, N loss positions, V vocabulary, D width, F width of the MLP, H heads.
 """
 
-import ctypes
-import importlib.util
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import distributions
 from typing import TYPE_CHECKING
 
 from mlx_distill.cost.flops import Adapters, Shape
 from mlx_distill.errors import ModelError
+from mlx_distill.machine import Machine
 from mlx_distill.objective import chunk_tokens, even_chunk
 from mlx_distill.recipe import Recipe
 
 if TYPE_CHECKING:
-    from mlx_distill.backends.protocol import DeviceInfo
+    pass
 
 FLOAT = 4  # bytes of a trained number, its gradient and each of its moments
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-# the machine
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Where a run is to go: backend (mlx, torch), device (cpu, metal, cuda), the format "auto" computes in, memory and what it is."""
-
-    backend: str
-    device: str
-    dtype: str
-    memory_bytes: int  # 0 = unknown
-    limit: str
-
-    @classmethod
-    def of(cls, device: "DeviceInfo") -> "Machine":
-        """The machine as a backend that is already loaded describes it."""
-        name = device.device.split()[0].lower()
-        kind = name if name in ("cuda", "metal") else "cpu"
-        return cls(device.backend, kind, device.dtype, *device_memory(kind))
 
 
-def this_machine(backend_name: str = "auto") -> Machine:
-    """What `choose_backend` would choose, found without importing a framework."""
-    if platform.system() == "Darwin" and backend_name != "torch":
-        return Machine("mlx", "metal", "bfloat16", *device_memory("metal"))
-    cuda = has_nvidia_driver()
-    torch = backend_name == "torch" or (backend_name == "auto" and cuda and importlib.util.find_spec("torch") is not None)
-    on_gpu = cuda and (torch or _installed("mlx-cuda"))
-    device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
-    return Machine("torch" if torch else "mlx", device, dtype, *device_memory(device))
 
 
-def device_memory(kind: str) -> tuple[int, str]:
-    """Bytes that a run may use on a cpu, metal or cuda device, and what limits them; 0 where nobody says."""
-    if kind == "cuda":
-        return _asked("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") * 2**20, "GPU memory"
-    physical = total_memory_bytes()
-    if kind != "metal":
-        return physical, "physical memory"
-    wired = _asked("sysctl", "-n", "iogpu.wired_limit_mb") * 2**20
-    return (wired, "iogpu.wired_limit_mb") if wired else (physical * 3 // 4, "75 % of memory, the GPU's working set")
 
 
-def has_nvidia_driver() -> bool:
-    """Whether NVIDIA's driver is installed, found without importing a framework."""
-    if platform.system() != "Linux":
-        return False
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
-def _installed(prefix: str) -> bool:
-    return any((found.name or "").startswith(prefix) for found in distributions())
 
 
-def total_memory_bytes() -> int:
-    """Physical memory, 0 where it cannot be asked."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
 
 
-def _asked(*command: str) -> int:
-    """The number in the first line of what a command prints, 0 where it has none to say."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return int(answer[0]) if answer and answer[0].isdigit() else 0
 
 
 # what was measured

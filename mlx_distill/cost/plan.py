@@ -1,51 +1,33 @@
 """What a run will cost before it starts: tokens, steps, FLOPs, peak memory by part, disk, and whether it fits.
 
-In: a recipe, its prepared sequences and the two models' config.json. Out: a `Plan` of plain numbers, and its text. Needs no
-weights and imports no framework unless a time is asked for. Decided here: what counts as fitting, and what to change if not.
+In: a recipe, its prepared sequences and the two models' config.json. Out: a `Plan` of plain numbers, and its lines. Needs no
+weights and imports no framework. Decided here: what counts as fitting, and what to change if not.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from mlx_distill.backends import refusals
 from mlx_distill.cost.flops import Adapters, training_flops
-from mlx_distill.cost.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, PARTS, Dense, Machine, Memory, Micro, Moment, this_machine
-from mlx_distill.data.account import unused_lines
+from mlx_distill.cost.memory import CALIBRATIONS, DTYPE_BYTES, FLOAT, Dense, Memory, Micro, Moment
 from mlx_distill.data.batches import ALL_SEGMENTS, Steps
-from mlx_distill.data.day import choose_day
-from mlx_distill.data.prepare import Prepared, count_tokens, cut_sequence, prepare
+from mlx_distill.data.prepare import Prepared, count_tokens, cut_sequence
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.errors import ModelError, OutOfMemory
-from mlx_distill.hub import load_tokenizer, model_folder
-from mlx_distill.models.folder import read_config
-from mlx_distill.models.vocabulary import common_rows, head_rows
+from mlx_distill.errors import OutOfMemory
+from mlx_distill.machine import Machine
 from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
-from mlx_distill.run_dir import RunFolder
-from mlx_distill.terminal.show import account, count_table
-from mlx_distill.verify.tasks import load_task
-from mlx_distill.words import amount, duration
+from mlx_distill.words import amount
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 TIGHT = 0.85  # of the memory: more than this may not fit, since a plan can be off by 15 %
 # seconds of a step / (its FLOPs / the rate of large products), on a CPU: medians of benchmarks/bench_plan.py
 SECONDS_FACTOR = {"mlx": 2.5, "torch": 1.5}
-UNMEASURED = f"memory was measured on CPUs ({', '.join(CALIBRATIONS)}); on CUDA it is an extrapolation, and a run may need more"
-MEANING = {
-    "teacher": "teacher's weights", "student": "student's weights", "gradients": "gradients", "optimizer": "optimizer's state",
-    "activations": "activations", "loss": "loss workspace", "allocator": "code and freed blocks",
-}
 
 
 # what a run consists of
@@ -358,150 +340,3 @@ def _last_that_fits(change: Callable[[int], Change | None], most: int) -> Change
         else:
             found, low = tried or found, middle + 1
     return found
-
-
-# what is printed
-
-
-def plan_of(recipe: Recipe, machine: Machine, advise: bool = True) -> tuple[Prepared, Plan]:
-    """A recipe's data and its plan, from the models' configs alone. Raises `DistillError` as `prepare` and `make_plan` do."""
-    student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
-    teacher = model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False) if recipe.teacher.model else None
-    tokenizer = load_tokenizer(student)
-    refuse_pair(recipe, teacher, student, tokenizer)
-    prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()]))
-    return prepared, make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine, advise)
-
-
-def refuse_pair(recipe: Recipe, teacher: Path | None, student: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Raise `ModelError` for models that cannot be teacher and student, as their configs and tokenizers say; no weights are read."""
-    if any(key in read_config(student, recipe.student.model) for key in ("quantization", "quantization_config")):
-        raise refusals.quantised_student(recipe.student.model)
-    if teacher is None:
-        return
-    config = read_config(teacher, recipe.teacher.model)
-    stored = config.get("quantization") or config.get("quantization_config")
-    if stored and recipe.teacher.quantize_bits:
-        bits = stored.get("bits", "fewer") if isinstance(stored, dict) else "fewer"
-        raise refusals.quantised_already(recipe.teacher.model, recipe.teacher.quantize_bits, bits)
-    theirs = tokenizer if teacher == student else load_tokenizer(teacher)
-    rows = [head_rows(folder) or sys.maxsize for folder in (teacher, student)]
-    common_rows(theirs.get_vocab(), tokenizer.get_vocab(), *rows)
-
-
-def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bool = False) -> Plan:
-    """Print what a recipe will cost; `timed` measures this machine's rate first, for which the backend is loaded."""
-    backend = _backend(backend_name) if timed else None
-    machine = Machine.of(backend.device()) if backend else this_machine(backend_name)
-    if recipe.eval.task:
-        load_task(recipe.eval.task, recipe.eval.examples, recipe.eval.seed)  # a run reads it first, and refuses what it can't use
-    prepared, made = plan_of(recipe, machine)
-    console.print(count_table(prepared, recipe))
-    console.print(account(prepared))
-    for renderable in render(made, machine, recipe):
-        console.print(renderable)
-    if backend:
-        console.print(_time_text(made, backend.matmul_rate(), machine))
-    return made
-
-
-def announce(
-    recipe: Recipe, prepared: Prepared, student: Path, teacher: Path | None, machine: Machine, say: Callable[[str], None],
-    force: bool = False, ranks: int = 1,
-) -> None:
-    """Say a run's plan in two lines before it begins; raises `OutOfMemory` where it cannot fit, unless `force`.
-
-    A model whose cost cannot be planned is said and no reason to refuse. Several ranks share what a plan counts for one.
-    """
-    try:
-        made = make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine)
-    except ModelError as error:
-        say(f"plan: {error}")
-        return
-    for line in made.lines():
-        say(line)
-    if prepared.unused:
-        say(f"not used: {', '.join(unused_lines(prepared.unused))}")
-    if machine.device == "cuda":
-        say(f"plan: {UNMEASURED}")
-    if ranks > 1:
-        say(f"plan: its memory is that of one process; {ranks} ranks share weights, gradients and optimizer state")
-    elif not force:
-        made.check()
-
-
-def shortage(recipe: Recipe, prepared: Prepared, student: Path, teacher: Path | None, machine: Machine) -> str:
-    """What the plan expected of a run that has just run out of memory, and what to lower: what saves most first."""
-    try:
-        arguments = recipe, prepared, read_config(teacher) if teacher else None, read_config(student)
-        expected = make_plan(*arguments, machine)
-        less = replace(machine, memory_bytes=int(0.8 * min(expected.peak.total, machine.memory_bytes or expected.peak.total)))
-        advice = make_plan(*arguments, less).changes
-    except ModelError:
-        return "lower batch.micro_batch_size or truncation.max_tokens, or set student.gradient_checkpointing=true"
-    saves = (f"{change.what} (saves {amount(expected.peak.total - change.peak_bytes, 'B')})" for change in advice[:3])
-    return f"planned was {expected.verdict()}; set {', or '.join(saves)}"
-
-
-
-
-def _backend(name: str):
-    from mlx_distill.backends import choose_backend
-
-    return choose_backend(name)
-
-
-def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Text]:
-    """The plan at most 80 columns wide."""
-    yield Text(
-        f"{plan.steps:,} steps of {plan.global_batch_size} examples in micro-batches of {plan.micro_batch_size} × up to "
-        f"{plan.longest:,} tokens:\n{plan.tokens_read:,} tokens are read, {plan.loss_tokens:,} carry loss"
-    )
-    yield _flops_table(plan)
-    yield _memory_table(plan)
-    yield Text(
-        f"disk: {plan.checkpoints} checkpoints of {amount(plan.checkpoint_bytes, 'B')} and a student of "
-        f"{amount(plan.student_bytes, 'B')}, "
-        + (f"a teacher cache of {amount(plan.cache_bytes, 'B')}, " if plan.cache_bytes else "")
-        + f"{amount(plan.disk_bytes, 'B')} at most"
-    )
-    yield Text(f"{machine.backend} on {machine.device}, {recipe.student.compute_dtype.replace('auto', machine.dtype)}; {machine.limit}")
-    if machine.device == "cuda":
-        yield Text(UNMEASURED)
-    yield Text(plan.verdict(), "bold" if plan.fits else "bold red")
-    if advice := plan.advice():
-        yield Text("\n".join(f"- {line}" for line in advice))
-
-
-def _flops_table(plan: Plan) -> Table:
-    table = Table()
-    table.add_column("arithmetic")
-    for column in ("FLOP", "%"):
-        table.add_column(column, justify="right")
-    for part, value in plan.flops.items():
-        table.add_row(part, amount(value), f"{100 * value / plan.total_flops:.1f}")
-    table.add_section()
-    table.add_row("all", amount(plan.total_flops), "", style="bold")
-    return table
-
-
-def _memory_table(plan: Plan) -> Table:
-    """The parts at the peak, and the largest each of them is at any moment."""
-    peak, table = plan.peak, Table()
-    table.add_column("memory")
-    for column in (f"at the peak ({peak.name})", "at most"):
-        table.add_column(column, justify="right")
-    for part in PARTS:
-        most = max(getattr(moment, part) for moment in plan.moments)
-        if most or part != "allocator":
-            table.add_row(MEANING[part], amount(getattr(peak, part), "B"), amount(most, "B"))
-    table.add_section()
-    table.add_row("all", amount(peak.total, "B"), "", style="bold")
-    return table
-
-
-def _time_text(plan: Plan, rate: float, machine: Machine) -> Text:
-    return Text(
-        f"about {duration(plan.seconds(rate, machine.backend))} of training: an estimate from {rate / 1e9:,.0f} GFLOP/s measured in "
-        f"{machine.dtype}, of which a step reaches 1/{SECONDS_FACTOR[machine.backend]:g}"
-    )

@@ -5,8 +5,8 @@ whole, that rows are chosen before they are cut (so the same ones at every fract
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from mlx_distill.data.account import listed
 from mlx_distill.data.examples import Example, Skip, split_examples
 from mlx_distill.data.formats import read_examples
-from mlx_distill.data.sequences import TokenSequence, render
+from mlx_distill.data.sequences import Segment, TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.errors import DataError
@@ -147,3 +147,26 @@ def count_tokens(sequences: Sequence[TokenSequence], segments: tuple[str, ...]) 
         tokens += np.bincount(kinds, minlength=3)
         supervised += np.bincount(kinds[sequence.supervised(segments)], minlength=3)
     return TokenCounts(len(sequences), tokens, supervised)
+
+
+@dataclass(frozen=True)
+class TokenRun:
+    """Neighbouring tokens of one segment that are all kept or all cut; `learned` `bool[n]` says which carry loss."""
+
+    segment: Segment
+    kept: bool
+    tokens: np.ndarray
+    learned: np.ndarray
+
+
+def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[TokenRun]:
+    """A whole sequence as runs that are of one segment and all kept or all cut, in order and without gaps."""
+    cut = cut_sequence(replace(whole, tokens=np.arange(len(whole), dtype=np.int32)), recipe)  # tokens are now places
+    kept, learned = np.zeros(len(whole), bool), np.zeros(len(whole), bool)
+    kept[cut.tokens] = True
+    learned[cut.tokens[cut.supervised(recipe.objective.segments)]] = True
+    segments = whole.segments()
+    changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(kept) != 0)) + 1
+    for places in np.split(np.arange(len(whole)), changes):
+        first = places[0]
+        yield TokenRun(Segment(int(segments[first])), bool(kept[first]), whole.tokens[places], learned[places])

@@ -7,23 +7,20 @@ the machine or computed from the data; nothing is typed in.
 import hashlib
 import json
 import platform
-import subprocess
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.backends.protocol import DeviceInfo
-from mlx_distill.data.prepare import Prepared, count_tokens
+from mlx_distill.data.prepare import Prepared, count_tokens, token_runs
 from mlx_distill.data.sequences import Segment
 from mlx_distill.hub import model_fingerprint
+from mlx_distill.machine import git_commit, processor_name, versions
 from mlx_distill.recipe import Recipe
-from mlx_distill.terminal.show import token_runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PACKAGES = ("mlx-distill", "mlx", "mlx-lm", "torch", "peft", "transformers", "tokenizers", "numpy", "pydantic", "safetensors")
 
 
 def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[str, Path]], prepared: Prepared, steps: int) -> dict:
@@ -56,17 +53,8 @@ def make_start(device: DeviceInfo, step: int) -> dict:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that matter, as far as they are installed."""
-    return {name: version(name) for name in PACKAGES if is_installed(name)}
 
 
-def is_installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
 
 
 def inputs_digest(manifest: dict) -> str:
@@ -117,20 +105,5 @@ def sample_pieces(prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedToke
     ]
 
 
-def git_commit() -> str:
-    """The commit of the program's checkout, with "+changes" where it has some; "" for an installed package."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        status = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "") if commit.returncode == 0 else ""
 
 
-def processor_name() -> str:
-    """What the machine calls its processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

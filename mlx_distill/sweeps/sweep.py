@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mlx_distill.cost.memory import this_machine
-from mlx_distill.cost.plan import Plan, plan_of
+from mlx_distill.cost.plan import Plan
 from mlx_distill.errors import CacheError, DistillError, RecipeError, RunError
+from mlx_distill.machine import this_machine
 from mlx_distill.recipe import with_values
 from mlx_distill.reporting.kept_run import Run, kl_before_after, read_run
 from mlx_distill.reporting.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
@@ -36,6 +36,7 @@ from mlx_distill.signals import ended_by_signals
 from mlx_distill.sweeps.file import Point, Sweep
 from mlx_distill.sweeps.jobs import Ended, Job, side_by_side
 from mlx_distill.teaching.cache import TeacherCache
+from mlx_distill.terminal.plan import plan_of
 from mlx_distill.view import View
 from mlx_distill.words import DASH, amount, duration, percent
 

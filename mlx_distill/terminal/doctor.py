@@ -7,10 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.console import Console
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.cost.memory import total_memory_bytes
 from mlx_distill.hub import model_folder
-from mlx_distill.models.compare import compare
-from mlx_distill.runs.manifest import PACKAGES, git_commit, processor_name
+from mlx_distill.machine import PACKAGES, git_commit, processor_name, total_memory_bytes
+from mlx_distill.terminal.compare import compare
 
 OPTIONAL = ("datasets", "pyarrow", "gguf", "math-verify")
 LOSS_TOLERANCE = 1e-5  # float32 against float64, relative

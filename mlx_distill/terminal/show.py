@@ -6,8 +6,6 @@ without colour: each run of tokens has a heading that says what it is, and learn
 Needs the student's tokenizer and no weights; what it shows comes from `prepare`, the same function that training uses.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +16,8 @@ from rich.text import Text
 
 from mlx_distill.data.account import unused_lines
 from mlx_distill.data.day import about_day, choose_day
-from mlx_distill.data.prepare import Prepared, TokenCounts, count_tokens, cut_sequence, prepare
-from mlx_distill.data.sequences import Segment, TokenSequence
+from mlx_distill.data.prepare import Prepared, TokenCounts, TokenRun, count_tokens, prepare, token_runs
+from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.hub import load_tokenizer, model_folder
 from mlx_distill.recipe import Recipe
@@ -33,14 +31,6 @@ CUT = "dim strike"
 LEARNED = "bold underline"
 
 
-@dataclass(frozen=True)
-class Run:
-    """Neighbouring tokens of one segment that are all kept or all cut; `learned` `bool[n]` says which carry loss."""
-
-    segment: Segment
-    kept: bool
-    tokens: np.ndarray
-    learned: np.ndarray
 
 
 def show(recipe: Recipe, console: Console, example: int = 1) -> None:
@@ -74,17 +64,6 @@ def print_example(
         console.print(_body(run, tokenizer, console), soft_wrap=True)
 
 
-def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[Run]:
-    """A whole sequence as runs that are of one segment and all kept or all cut, in order and without gaps."""
-    cut = cut_sequence(replace(whole, tokens=np.arange(len(whole), dtype=np.int32)), recipe)  # tokens are now places
-    kept, learned = np.zeros(len(whole), bool), np.zeros(len(whole), bool)
-    kept[cut.tokens] = True
-    learned[cut.tokens[cut.supervised(recipe.objective.segments)]] = True
-    segments = whole.segments()
-    changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(kept) != 0)) + 1
-    for places in np.split(np.arange(len(whole)), changes):
-        first = places[0]
-        yield Run(Segment(int(segments[first])), bool(kept[first]), whole.tokens[places], learned[places])
 
 
 def count_table(prepared: Prepared, recipe: Recipe) -> Table:
@@ -159,7 +138,7 @@ def _legend(console: Console) -> Text:
     return text if console.color_system else text.append("  (without colour: ⟦learned⟧ among others)")
 
 
-def _heading(run: Run) -> Text:
+def _heading(run: TokenRun) -> Text:
     learned = int(run.learned.sum())
     state = "CUT" if not run.kept else "kept, learned" if learned == len(run.tokens) else "kept, not learned"
     if 0 < learned < len(run.tokens):
@@ -168,7 +147,7 @@ def _heading(run: Run) -> Text:
     return Text(text, f"{COLOURS[run.segment]} {'reverse' if run.kept else 'dim'}")
 
 
-def _body(run: Run, tokenizer: "PreTrainedTokenizerFast", console: Console) -> Text:
+def _body(run: TokenRun, tokenizer: "PreTrainedTokenizerFast", console: Console) -> Text:
     colour = COLOURS[run.segment]
     text = Text()
     pieces = np.split(np.arange(len(run.tokens)), np.flatnonzero(np.diff(run.learned)) + 1)

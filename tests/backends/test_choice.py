@@ -33,7 +33,10 @@ def test_a_framework_that_is_not_installed_is_named_with_how_to_get_it(monkeypat
 
 
 def test_our_own_modules_import_no_framework():
-    modules = ("cli", "recipe", "backends.protocol", "pipeline", "train", "evaluate", "report", "show", "data.prepare", "doctor")
+    modules = (
+        "cli", "recipe", "backends.protocol", "pipeline", "train", "scoring.score", "reporting.runs_page",
+        "terminal.show", "data.prepare", "terminal.doctor",
+    )
     imports = ", ".join(f"mlx_distill.{module}" for module in modules)
     check = f"import sys, {imports}; print([name for name in ('torch', 'mlx.core', 'peft') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"

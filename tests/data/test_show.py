@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from test_examples import INSTRUCTION
 
-from mlx_distill.data.prepare import count_tokens, prepare
+from mlx_distill.data.prepare import count_tokens, prepare, token_runs
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable, load_recipe
-from mlx_distill.terminal.show import show, token_runs
+from mlx_distill.terminal.show import show
 
 OR_SPAN = ', or set truncation.span = "cot", which keeps prompts whole'
 ROWS = [{"prompt": f"{i}+1?", "cot": f"One more than {i}.\nSo {i + 1}.", "answer": str(i + 1)} for i in range(20)]

@@ -1,0 +1,135 @@
+"""What machine this is: its devices and their memory, its processor, the versions of what is installed.
+
+Decided here: how much memory a run may use, and who is asked for it. No framework is imported for an answer.
+"""
+
+import ctypes
+import importlib.util
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Protocol
+
+import mlx_distill
+
+PACKAGES = ("mlx-distill", "mlx", "mlx-lm", "torch", "peft", "transformers", "tokenizers", "numpy", "pydantic", "safetensors")
+
+
+class Described(Protocol):
+    """A device as a backend that is loaded describes it (`backends.protocol.DeviceInfo`)."""
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to go: backend (mlx, torch), device (cpu, metal, cuda), the format "auto" computes in, memory and what it is."""
+
+    backend: str
+    device: str
+    dtype: str
+    memory_bytes: int  # 0 = unknown
+    limit: str
+
+    @classmethod
+    def of(cls, device: Described) -> "Machine":
+        """The machine as a backend that is already loaded describes it."""
+        name = device.device.split()[0].lower()
+        kind = name if name in ("cuda", "metal") else "cpu"
+        return cls(device.backend, kind, device.dtype, *device_memory(kind))
+
+
+def this_machine(backend_name: str = "auto") -> Machine:
+    """What `choose_backend` would choose, found without importing a framework."""
+    if platform.system() == "Darwin" and backend_name != "torch":
+        return Machine("mlx", "metal", "bfloat16", *device_memory("metal"))
+    cuda = has_nvidia_driver()
+    torch = backend_name == "torch" or (backend_name == "auto" and cuda and importlib.util.find_spec("torch") is not None)
+    on_gpu = cuda and (torch or _installed("mlx-cuda"))
+    device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
+    return Machine("torch" if torch else "mlx", device, dtype, *device_memory(device))
+
+
+def device_memory(kind: str) -> tuple[int, str]:
+    """Bytes that a run may use on a cpu, metal or cuda device, and what limits them; 0 where nobody says."""
+    if kind == "cuda":
+        return _asked("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") * 2**20, "GPU memory"
+    physical = total_memory_bytes()
+    if kind != "metal":
+        return physical, "physical memory"
+    wired = _asked("sysctl", "-n", "iogpu.wired_limit_mb") * 2**20
+    return (wired, "iogpu.wired_limit_mb") if wired else (physical * 3 // 4, "75 % of memory, the GPU's working set")
+
+
+def has_nvidia_driver() -> bool:
+    """Whether NVIDIA's driver is installed, found without importing a framework."""
+    if platform.system() != "Linux":
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _installed(prefix: str) -> bool:
+    return any((found.name or "").startswith(prefix) for found in distributions())
+
+
+def total_memory_bytes() -> int:
+    """Physical memory, 0 where it cannot be asked."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
+
+
+def _asked(*command: str) -> int:
+    """The number in the first line of what a command prints, 0 where it has none to say."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return int(answer[0]) if answer and answer[0].isdigit() else 0
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter, as far as they are installed."""
+    return {name: version(name) for name in PACKAGES if is_installed(name)}
+
+
+def is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def git_commit() -> str:
+    """The commit of the program's checkout, with "+changes" where it has some; "" for an installed package."""
+    here = Path(mlx_distill.__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+        status = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "") if commit.returncode == 0 else ""
+
+
+def processor_name() -> str:
+    """What the machine calls its processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
