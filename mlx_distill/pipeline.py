@@ -19,7 +19,7 @@ from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
 from mlx_distill.cost.flops import Adapters, Shape, step_flops, total_flops
 from mlx_distill.cost.plan import kept_checkpoints
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
-from mlx_distill.data.day import about_day, choose_day
+from mlx_distill.data.day import about_day, agreed_day, choose_day, shared_day
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
@@ -67,7 +67,7 @@ def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
     shared: dict[Path, list[Pipeline]] = {}
     for recipe in recipes:
         pipeline = Pipeline(recipe, view if backend.ranks.first else silent(), backend)
-        pipeline.choose_day()
+        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
         shared.setdefault(pipeline.open_cache().path, []).append(pipeline)
     pipeline.announce()
     for pipelines in shared.values():
@@ -129,6 +129,8 @@ class Pipeline:
         if not (self.recipe.data.date or kept) and self.recipe.teacher.cache != "off":
             root = Path(self.recipe.teacher.cache_folder).expanduser()
             day = choose_day(self.recipe.data, self.tokenizer, [kept, *dates_of(root, self._cache_fields())])
+        if not (self.recipe.data.date or kept) and self.backend.ranks.first:
+            day = agreed_day(RunFolder.of(self.recipe).path.parent, day)
         number = datetime.date.fromisoformat(day).toordinal() if self.backend.ranks.first else 0
         self.day = datetime.date.fromordinal(int(self.backend.all_sum(np.array([float(number)]))[0])).isoformat()
 

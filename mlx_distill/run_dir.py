@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Self
 
 from mlx_distill import files
+from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
 from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
 from mlx_distill.readers import read_text
@@ -181,9 +182,11 @@ class RunFolder(SmallFiles):
         return files.is_locked(self.path / own_files.LOCK)
 
     def kept_day(self) -> str:
-        """The day that this run's prompts say, "" before it has begun; older runs rendered them when they were made."""
+        """The day that this run's prompts say, or will say as a run of a sweep; "" where none is chosen yet."""
         manifest = self.readable("manifest.json")
-        return manifest.get("prompt_date", manifest.get("created", "")[:10])
+        made = manifest.get("created", "")[:10]  # older runs rendered their prompts when they were made
+        day = kept_as_day(manifest.get("prompt_date", made), f"prompt_date in {self.path / 'manifest.json'}")
+        return day or shared_day(self.path.parent)
 
     # starting over
 

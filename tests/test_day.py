@@ -10,7 +10,7 @@ from tiny import recipe_file
 
 from mlx_distill import pipeline
 from mlx_distill.data import day as days
-from mlx_distill.errors import DataError
+from mlx_distill.errors import DataError, RunError
 from mlx_distill.recipe import load_recipe
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.view import View
@@ -93,6 +93,40 @@ def test_scores_are_asked_on_the_day_of_the_run(call, monkeypatch):
     monkeypatch.setattr(pipeline.evaluate, "score", lambda *given, **named: asked.append((given, named)) or score(*given, **named))
     call(pipeline.run, "2026-01-02")
     assert asked and all("2026-01-02" in given or "2026-01-02" in named.values() for given, named in asked)
+
+
+def test_runs_of_a_sweep_say_the_day_of_the_first_of_them(call, tmp_path):
+    days.share_day(tmp_path / "runs")
+    first, _ = call(pipeline.run, "2026-01-02", "run.name=first")
+    for name, today in (("tomorrow", "2026-01-03"), ("later", "2026-02-01")):
+        assert "Today Date: 02 Jan 2026" in prompt(call(pipeline.run, today, f"run.name={name}")[0])
+    dated, _ = call(pipeline.run, "2026-01-03", "run.name=dated", "data.date=2025-12-31")
+    assert "Today Date: 31 Dec 2025" in prompt(dated)
+    assert (tmp_path / "runs" / days.SHARED).read_text() == "2026-01-02\n"
+    kept, _ = call(teach, "2026-01-03", "run.name=taught", "teacher.cache=top_k")
+    assert content(kept, "manifest.json")["fields"]["date"] == "2026-01-02"
+
+
+def test_a_sweep_takes_the_day_of_a_teacher_cache_or_of_a_run_that_has_begun(call, tmp_path):
+    call(teach, "2026-01-02", "teacher.cache=top_k")
+    days.share_day(tmp_path / "runs")
+    call(pipeline.run, "2026-01-03", "run.name=cached", "teacher.cache=top_k")
+    live, _ = call(pipeline.run, "2026-01-03", "run.name=live")
+    assert "Today Date: 02 Jan 2026" in prompt(live)
+    days.share_day(tmp_path / "others", RunFolder(live).kept_day())
+    assert days.shared_day(tmp_path / "others") == days.agreed_day(tmp_path / "others", "2026-01-03") == "2026-01-02"
+
+
+def test_a_kept_day_that_is_none_is_one_line(tmp_path):
+    days.share_day(tmp_path)
+    assert days.shared_day(tmp_path) == "" and days.agreed_day(tmp_path / "alone", "2026-01-03") == "2026-01-03"
+    (tmp_path / days.SHARED).write_text("yesterday")
+    with pytest.raises(RunError, match="prompt_date holds 'yesterday', expected a day like"):
+        days.shared_day(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text('{"prompt_date": "soon"}')
+    with pytest.raises(RunError, match="prompt_date in .*manifest.json holds 'soon', expected a day"):
+        RunFolder(tmp_path / "run").kept_day()
 
 
 def test_a_day_that_nothing_reads_is_refused(tiny_recipe, tmp_path):

@@ -80,6 +80,7 @@ def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_pat
     assert half.accuracy == run.read_json("eval.json")["scores"]["student"]["accuracy"] == np.mean(half.right)
     assert bad.label == "too fast" and bad.status.startswith("step 2: the gradient norm") and bad.right == ()
 
+    assert (tmp_path / "runs" / "prompt_date").read_text() == ""  # this template reads no clock
     assert "asking the teacher 24/24" in (tmp_path / "mine" / "logs" / "teacher.log").read_text()
     for name in (half.run, whole.run):
         assert "asking the teacher" not in (tmp_path / "mine" / "logs" / f"{name}.log").read_text()

@@ -1,19 +1,25 @@
 """The day that prompts say, where a chat template reads the clock.
 
 In: a recipe, a tokenizer, days that were kept. Out: one day, chosen once when a run begins and passed to whoever
-renders. Decided here: that the recipe's own comes first, then what a run or a teacher cache began with, then today.
+renders. Decided here: that the recipe's own comes first, then what a run or a teacher cache began with, then today; and
+that the runs of a sweep, which are compared, say one day: the first of them to choose one writes it beside them.
 """
 
 import datetime
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.data.template import reads_clock
-from mlx_distill.errors import DataError
+from mlx_distill.errors import DataError, NotFound, RunError
+from mlx_distill.files import locked, told_as, write_text
+from mlx_distill.readers import read_text
 from mlx_distill.recipe import DataTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+SHARED = "prompt_date"  # in a folder of runs: the day that all of them say, empty until one of them chooses
 
 
 def choose_day(data: DataTable, tokenizer: "PreTrainedTokenizerFast", kept: Iterable[str] = ()) -> str:
@@ -28,6 +34,47 @@ def choose_day(data: DataTable, tokenizer: "PreTrainedTokenizerFast", kept: Iter
             f"[data] date is {data.date}, but the chat template of {tokenizer.name_or_path} reads no clock; leave it empty"
         )
     return ""
+
+
+def share_day(runs: Path, day: str = "") -> None:
+    """From here on all runs in this folder say one day: this one, or the one that the first of them chooses."""
+    path = runs / SHARED
+    with told_as(RunError, path):
+        runs.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    if day:
+        agreed_day(runs, day)
+
+
+def shared_day(runs: Path) -> str:
+    """The day that all runs in this folder say, "" where none was chosen."""
+    path = runs / SHARED
+    try:
+        text = read_text(path, error=RunError).strip()
+    except NotFound:
+        return ""
+    return kept_as_day(text, str(path))
+
+
+def kept_as_day(text: object, where: str) -> str:
+    """A day as it was kept, "" for none; raises `RunError` for what is no day."""
+    try:
+        return datetime.date.fromisoformat(text).isoformat() if text else ""
+    except (TypeError, ValueError):
+        found = f"{text!r:.40}"
+        raise RunError(f"{where} holds {found}, expected a day like 2026-11-26; correct it") from None
+
+
+def agreed_day(runs: Path, day: str) -> str:
+    """The day of the runs in this folder: what was chosen before, else `day`, which is kept where they share one."""
+    path = runs / SHARED
+    if not path.is_file():
+        return day
+    with told_as(RunError, path), locked(path, waiting=lambda: None):
+        chosen = shared_day(runs)
+        if not chosen:
+            write_text(path, f"{day}\n")
+    return chosen or day
 
 
 def today() -> str:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_distill.cost.plan import Plan
+from mlx_distill.data.day import share_day
 from mlx_distill.errors import CacheError, DistillError, RecipeError, RunError
 from mlx_distill.machine import this_machine
 from mlx_distill.recipe import with_values
@@ -52,6 +53,7 @@ def sweep(sweeps: Sequence[Sweep], view: View, backend: str = "auto", at_once: i
     with ExitStack() as stack:
         for one in sweeps:
             stack.enter_context(_results(one).locked())
+        _share_days(points)
         stack.enter_context(ended_by_signals())
         queue = Queue(sweeps, points, view, backend, at_once)
         try:
@@ -106,6 +108,15 @@ def _results(one: Sweep) -> RunFolder:
     except OSError as error:
         raise RunError(f"{one.path}: cannot write to {one.folder} ({error.strerror}): name another `folder`") from None
     return RunFolder(one.folder)
+
+
+def _share_days(points: dict[Path, Point]) -> None:
+    """Where a chat template reads the clock, runs that are compared say one day: that of a run which has begun, if one has."""
+    days: dict[Path, list[str]] = {}
+    for path, point in points.items():
+        days.setdefault(path.parent, []).append(point.folder.kept_day())
+    for runs, kept in days.items():
+        share_day(runs, next(filter(None, kept), ""))
 
 
 class Queue:
