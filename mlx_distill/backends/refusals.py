@@ -15,6 +15,20 @@ def no_trunk(name: str, kind: type) -> ModelError:
     return ModelError(f"{name}: no trunk (model, transformer or backbone) in {kind.__module__}; please report it")
 
 
+def not_computed(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"{name}: a text of seven tokens cannot be computed ({type(error).__name__}: {one_line(error)}): its "
+        "config.json does not fit its weights, or asks for what the family's code lacks; fetch both again"
+    )
+
+
+def not_finite(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: its logits are not finite, though its weights are: a number in config.json is wrong, or the "
+        "weights are too large for their type; fetch both again, or name another model"
+    )
+
+
 def not_split(name: str, kind: type, how: str) -> ModelError:
     return ModelError(
         f"{name}: head(hidden(x)) {how} model(x), so this family ({kind.__module__}) "

@@ -11,6 +11,7 @@ without a word where they find none.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.folder import read_config
+from mlx_distill.models.folder import read_config, read_weights
+from mlx_distill.models.ranges import refuse_impossible
 from mlx_distill.models.rotary import TYPES, Rotary, yarn_scale
 
 if TYPE_CHECKING:
@@ -50,7 +52,27 @@ TESTED = (
 INTERLEAVED = ("cohere", "cohere2", "glm4")  # of those: rotate neighbours
 PARTIAL = ("phi", "phi3", "glm4", "stablelm")  # of those: can rotate a part of the head
 WINDOWED_BY_TYPE = ("sliding_attention", "full_attention")
+TRANSLATION = "1"  # raise it when a folder that mlx-lm alone reads wrong is computed otherwise
+READ_INSIDE = ("qwen3",)  # mlx-lm's class looks for rope_theta inside rope_parameters
+READ_AS_WRITTEN = ("default", "linear", "llama3")  # the other types are put in mlx-lm's words
+OWN_PARTS = ("gemma", "starcoder2", "gemma3_text")  # whose activation or embedding we replace
 FLOAT_TAG = "__float__"  # how transformers writes numbers that JSON has no word for
+SCALED = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+FILLED_ALIKE = {  # keys that mlx-lm fills in as transformers does, or needs
+    "rope_parameters",
+    "head_dim",
+    "hidden_act",
+    "num_key_value_heads",
+    "tie_word_embeddings",
+    "layer_types",
+    "sliding_window",
+    "max_window_layers",
+}
 HARMLESS = {  # keys that change no arithmetic of a text without dropout
     "initializer_range",
     "use_cache",
@@ -103,32 +125,44 @@ class Meaning:
         self.name = name
         self.file = folder / "config.json"
         self.whole = _decoded(read_config(folder, name))
+        refuse_impossible(self.whole, f"{name}: {self.file}")
         self.nested = isinstance(self.whole.get("text_config"), dict)
         self.stored: dict[str, Any] = self.whole["text_config"] if self.nested else self.whole
         self._refuse_contradictions()
         self.config = self._read()
-        if self.tested:
-            _ = self.layers  # which refuses what cannot be computed
+        if self.tested and self.layers is None:  # which refuses what cannot be computed
+            raise self._without_layers()
 
     @property
     def family(self) -> str:
-        return self.config.model_type if self.config else self.whole["model_type"]
+        if self.config is None:
+            return self.whole["model_type"]
+        return "mistral" if self.config.model_type == "ministral" else self.config.model_type
 
     @property
     def tested(self) -> bool:
         return self.family in TESTED
 
-    def notes(self) -> tuple[str, ...]:
-        """What a person should know of a family that was never compared."""
+    def notes(self, unread: Sequence[str] = ()) -> tuple[str, ...]:
+        """What a person should know of a family that was never compared; `unread` are keys that
+        mlx-lm's class does not know."""
         if self.tested:
             return ()
+        keys = f" (it does not read {', '.join(unread)})" if unread else ""
         return (
-            f"{self.name}: mlx-lm's {self.family} was not compared with transformers by our tests; "
-            "`mlx-distill doctor --model` compares it here",
+            f"{self.name}: mlx-lm's {self.family}{keys} was not compared with transformers by our "
+            "tests; `mlx-distill doctor --model` compares it here",
         )
 
     def refusal(self, key: str, found: str, remedy: str) -> ModelError:
         return ModelError(f"{self.name}: {self.file}: {key} {found}: {remedy}")
+
+    def _without_layers(self) -> ModelError:
+        if not (self.rope_parameters() or {}).get("rope_theta"):
+            return self.refusal("rope_theta", "is null", "write the base that it was trained with")
+        unknown = set(self._layer_types() or ["none"]) - set(WINDOWED_BY_TYPE)
+        found = f"has {', '.join(sorted(unknown))}"
+        return self.refusal("layer_types", found[:100], f"known: {', '.join(WINDOWED_BY_TYPE)}")
 
     # what it means
 
@@ -136,11 +170,9 @@ class Meaning:
     def declared(self) -> dict[str, Any]:
         """The keys that transformers' class of the family has, with their values; nothing where
         it knows none."""
-        return (
-            {key: getattr(self.config, key, None) for key in own_fields(type(self.config))}
-            if self.config
-            else {}
-        )
+        if self.config is None:
+            return {}
+        return {key: _value(self.config, key) for key in own_fields(type(self.config))}
 
     @cached_property
     def layers(self) -> list[Layer] | None:
@@ -159,7 +191,7 @@ class Meaning:
     @property
     def head_dim(self) -> int:
         return (
-            getattr(self.config, "head_dim", None)
+            _value(self.config, "head_dim")
             or self.config.hidden_size // self.config.num_attention_heads
         )
 
@@ -183,7 +215,11 @@ class Meaning:
     def _rotates(self, index: int, kind: str) -> bool:
         if self.family == "cohere2":
             return kind == "sliding_attention"
-        return bool(without[index]) if (without := self.declared.get("no_rope_layers")) else True
+        without = self.declared.get("no_rope_layers")
+        if without and len(without) != self.declared["num_hidden_layers"]:
+            found = f"has {len(without)} entries for {self.declared['num_hidden_layers']} layers"
+            raise self.refusal("no_rope_layers", found, "write one for each layer")
+        return bool(without[index]) if without else True
 
     def _rotary(self, kind: str) -> Rotary | None:
         parameters = self.rope_parameters(kind)
@@ -248,6 +284,56 @@ class Meaning:
             else found
         )
 
+    # what mlx-lm alone would make of it
+
+    @property
+    def reading(self) -> str:
+        """ "" where mlx-lm alone computes what this file asks for, as every version of this program
+        did; else the version of the translation, by which the numbers of older ones are told apart.
+        Where it is not certain it is the version."""
+        if self.config is None:
+            return TRANSLATION if self.keys_for_mlx() else ""
+        layers = self.layers or [Layer(None, 1)]
+        translated = (
+            self.family in OWN_PARTS
+            or any(layer.window for layer in layers)
+            or not self._rotary_keys_are_read()
+            or self._missing_keys_matter()
+        )
+        return TRANSLATION if translated else ""
+
+    def _rotary_keys_are_read(self) -> bool:
+        """Whether mlx-lm's class finds them where they are, in words that it knows."""
+        parameters = self.rope_parameters()
+        if not parameters:
+            return True
+        kind = parameters.get("rope_type") or "default"
+        if self.family in READ_INSIDE and self.rope_parameters_as_stored():
+            return kind in READ_AS_WRITTEN
+        outside = _scaling(self.stored.get("rope_scaling") or {})
+        return (
+            not any(isinstance(value, dict) for value in parameters.values())
+            and kind in READ_AS_WRITTEN
+            and kind == outside["rope_type"]
+            and (kind != "llama3" or "original_max_position_embeddings" in outside)
+            and all(outside.get(key) == value for key, value in parameters.items() if key in SCALED)
+            and all(
+                self.stored.get(key) == parameters.get(key)
+                for key in ("rope_theta", "partial_rotary_factor")
+            )
+        )
+
+    def _missing_keys_matter(self) -> bool:
+        """Whether transformers fills in a number where mlx-lm may fill in another."""
+        missing = {
+            key
+            for key, value in self.declared.items()
+            if self.stored.get(key) is None and value not in (None, False)
+        }
+        tied = self.stored.get("tie_word_embeddings", self.declared.get("tie_word_embeddings"))
+        untold = "tie_word_embeddings" not in self.stored and not tied
+        return untold or bool(missing - HARMLESS - FILLED_ALIKE)
+
     # how mlx-lm is told
 
     def for_mlx(self, tied: bool | None = None) -> dict[str, Any]:
@@ -303,7 +389,8 @@ class Meaning:
         parameters = self.rope_parameters()
         if not parameters:
             return {}
-        keys = flat_rotary_keys(parameters, getattr(self.config, "max_position_embeddings", None))
+        longest = getattr(self.config, "max_position_embeddings", None)
+        keys = flat_rotary_keys(parameters, longest, "qk_rope_head_dim" in self.declared)
         keys |= {
             "rotary_emb_base": keys["rope_theta"],
             "rotary_pct": keys.get("partial_rotary_factor", 1.0),
@@ -346,7 +433,10 @@ class Meaning:
         from transformers import CONFIG_MAPPING, PreTrainedConfig
         from transformers.utils import logging
 
-        if self.whole["model_type"] not in CONFIG_MAPPING:
+        kind = self.whole["model_type"]
+        if kind == "mistral" and "layer_types" in self.whole:
+            kind = "ministral"  # as transformers' AutoConfig reads it
+        if kind not in CONFIG_MAPPING:
             return None
         plain = {
             key: value
@@ -356,7 +446,7 @@ class Meaning:
         said = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of what is refused here, or of nothing
         try:
-            config = CONFIG_MAPPING[self.whole["model_type"]].from_dict(plain)
+            config = CONFIG_MAPPING[kind].from_dict(plain | {"model_type": kind})
             config = config.get_text_config(decoder=True)
         except Exception as error:  # its checks of the values raise whatever they like
             reason = " ".join(str(error).split())[
@@ -368,7 +458,6 @@ class Meaning:
         finally:
             logging.set_verbosity(said)
         if not isinstance(config, PreTrainedConfig):
-            kind = self.whole["model_type"]
             raise self.refusal("text_config", f"is there, which a {kind} has not", "remove it")
         return config
 
@@ -410,11 +499,14 @@ def own_fields(config_class: type) -> list[str]:
     return [field.name for field in fields(config_class) if field.name not in common]
 
 
-def flat_rotary_keys(parameters: dict[str, Any], longest: int | None) -> dict[str, Any]:
+def flat_rotary_keys(
+    parameters: dict[str, Any], longest: int | None, latent: bool = False
+) -> dict[str, Any]:
     """The keys of transformers 4, which mlx-lm and llama.cpp look for, for the flat
     `rope_parameters` of transformers 5.
 
-    transformers 5 reads them as it reads the new ones.
+    transformers 5 reads them as it reads the new ones. `latent` attention (DeepSeek's) takes its
+    scale from the mscales, which are left as they are.
     """
     keys = {"rope_theta": parameters.get("rope_theta"), "rope_scaling": None}
     if (partial := parameters.get("partial_rotary_factor")) is not None:
@@ -427,7 +519,7 @@ def flat_rotary_keys(parameters: dict[str, Any], longest: int | None) -> dict[st
     if kind == "default" and not scaling:
         return keys
     scaling |= {"type": kind, "rope_type": kind}
-    if kind == "yarn":
+    if kind == "yarn" and not latent:
         scaling |= _yarn_for_mlx(parameters, longest)
     if "original_max_position_embeddings" in scaling:
         keys["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
@@ -453,6 +545,29 @@ def _yarn_for_mlx(parameters: dict[str, Any], longest: int | None) -> dict[str, 
             "mscale_all_dim": 0,
         }
     return keys
+
+
+def _value(config: "PreTrainedConfig", key: str) -> Any:
+    """None too for a key that varies by layer, which some families refuse to say for all."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:
+        return None
+
+
+def reading_of(folder: Path) -> str:
+    """`Meaning.reading` of a folder, also of one that MLX refuses and torch may compute.
+
+    A head that is stored though tied is read now and was not: whether it differs is not looked at.
+    """
+    try:
+        meaning = Meaning(folder, str(folder))
+    except ModelError:
+        return TRANSLATION
+    tied = meaning.declared.get("tie_word_embeddings")
+    if tied and "lm_head.weight" in read_weights(folder, str(folder)).tensors:
+        return TRANSLATION
+    return meaning.reading
 
 
 def _scaling(table: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,10 @@ import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import RotatingKVCache
 
+from mlx_distill.errors import ModelError
+from mlx_distill.files import one_line
 from mlx_distill.models.config import HARMLESS, Meaning
+from mlx_distill.models.ranges import ACTIVATIONS
 from mlx_distill.models.rotary import Rotary
 
 ROTATED = 1e-4  # how far a rotated number may be off, relative to itself, at the first positions
@@ -54,6 +57,18 @@ def settle(model: nn.Module, meaning: Meaning) -> tuple[str, ...]:
 
     Raises `ModelError` for a key that asks for what the model does not do.
     """
+    try:
+        return _settled(model, meaning)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if meaning.tested:
+            raise
+        raise ModelError(  # a family whose parts are not where they are in those that we know
+            f"{meaning.name}: mlx-lm's {meaning.family} cannot be checked against "
+            f"{meaning.file} ({one_line(error)}); use --backend torch"
+        ) from None
+
+
+def _settled(model: nn.Module, meaning: Meaning) -> tuple[str, ...]:
     owner = getattr(model, "language_model", model)
     if not meaning.config or not hasattr(owner, "args"):
         return ()
@@ -81,11 +96,7 @@ def _check_arguments(args: Any, meaning: Meaning) -> None:
         if key in HARMLESS or key in HANDLED or "token_id" in key:
             continue
         if key not in known:
-            if (
-                value != defaults.get(key)
-                and key not in ("hidden_act", "hidden_activation")
-                and meaning.tested
-            ):
+            if value != defaults.get(key) and key not in ACTIVATIONS and meaning.tested:
                 raise meaning.refusal(
                     key, f"is {value}", "mlx-lm does not read it; use --backend torch"
                 )
@@ -100,6 +111,25 @@ def _check_arguments(args: Any, meaning: Meaning) -> None:
                 key, f"is {value}", f"mlx-lm reads {reached}; use --backend torch"
             )
     _check_stray(args, meaning, known)
+
+
+def unread(model: nn.Module, meaning: Meaning) -> list[str]:
+    """Keys with values of their own that mlx-lm's class does not know, of a family that our tests
+    did not compare: whether they matter is not known."""
+    owner = getattr(model, "language_model", model)
+    if meaning.tested or not meaning.config or not hasattr(owner, "args"):
+        return []
+    known = {field.name for field in fields(type(owner.args))} | HARMLESS | HANDLED
+    defaults = {field.name: field.default for field in fields(type(meaning.config))}
+    return [
+        key
+        for key, value in meaning.declared.items()
+        if key not in known
+        and key not in ACTIVATIONS
+        and "token_id" not in key
+        and value is not None
+        and value != defaults.get(key)
+    ]
 
 
 def _check_stray(args: Any, meaning: Meaning, known: dict[str, Any]) -> None:
@@ -117,10 +147,8 @@ def _check_stray(args: Any, meaning: Meaning, known: dict[str, Any]) -> None:
 
 
 def _settle_activation(owner: nn.Module, meaning: Meaning) -> list[str]:
-    key = next(
-        (key for key in ("hidden_act", "hidden_activation") if meaning.declared.get(key)), None
-    )
-    if key is None or not meaning.tested:
+    key = next((key for key in ACTIVATIONS if meaning.declared.get(key)), None)
+    if key is None:
         return []
     default = next(field.default for field in fields(type(meaning.config)) if field.name == key)
     asked, computed = meaning.declared[key], OWN_ACTIVATION.get(meaning.family, default)
@@ -207,13 +235,13 @@ def _settle_rotary(owner: nn.Module, meaning: Meaning) -> list[str]:
         next((getattr(layer, name) for name in ATTENTION if name in layer), None)
         for layer in owner.layers
     ]
-    pairs = [
-        pair
-        for pair in zip(asked, modules, strict=True)
-        if pair[1] is not None and hasattr(pair[1], "rope")
-    ]
-    if len(pairs) < len(asked):
+    pairs = list(zip(asked, modules, strict=True))
+    without = [pair for pair in pairs if getattr(pair[1], "rope", None) is None]
+    if without and not meaning.tested:
         return []  # rotated elsewhere, or not at all
+    if lacking := next((rotary for rotary, _ in without if rotary is not None), None):
+        raise _rotary_refusal(lacking, meaning)
+    pairs = [pair for pair in pairs if pair not in without]
     wrong = _differing(pairs, meaning)
     for rotary, attention in wrong:
         if meaning.tested and (

@@ -129,7 +129,13 @@ class SplitModel:
 
     def _check_split(self) -> None:
         probe = mx.array(PROBE)
-        hidden, self._probe_logits = self.hidden(probe), self.model(probe)
+        try:
+            hidden, self._probe_logits = self.hidden(probe), self.model(probe)
+            finite = mx.all(mx.isfinite(self._probe_logits)).item()
+        except Exception as error:  # a family's code, run on a config it was not written for
+            raise refusals.not_computed(self.name, error) from None
+        if not finite:
+            raise refusals.not_finite(self.name)
         self._probe_width = hidden.shape[-1]
         try:
             equal, how = _close(self.head(hidden), self._probe_logits), "differs from"
@@ -183,7 +189,7 @@ class _PassOn:
 def _find_trunk(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     for owner in (model, getattr(model, "language_model", None)):
         for trunk in ("model", "transformer", "backbone") if owner is not None else ():
-            if isinstance(getattr(owner, trunk, None), nn.Module):
+            if isinstance(owner.get(trunk), nn.Module):  # a part, no property that looks into one
                 return owner, trunk
     raise refusals.no_trunk(name, type(model))
 
@@ -284,7 +290,7 @@ def _load(folder: Path, name: str, student: bool, lazy: bool) -> tuple[nn.Module
         except (Exception, SystemExit) as error:  # a family's code, run on a config it was not written for, fails in any way
             raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
     ours = arithmetic.settle(model, meaning)
-    return model, config, meaning.notes(), ours
+    return model, config, meaning.notes(arithmetic.unread(model, meaning)), ours
 
 
 def _refuse_missing_head(weights: Weights, meaning: Meaning) -> None:
@@ -313,7 +319,10 @@ def _tied(folder: Path, meaning: Meaning) -> bool | None:
 def stored_weights(folder: Path, name: str = "") -> dict[str, mx.array]:
     """The tensors of a model folder's files, buffers of rotary embeddings left out."""
     files = read_weights(folder, name or str(folder)).files
-    stored = {key: value for file in files for key, value in mx.load(str(file)).items()}
+    try:
+        stored = {key: value for file in files for key, value in mx.load(str(file)).items()}
+    except RuntimeError as error:  # formats that MLX does not have, float64 among them
+        raise refusals.unloadable(name or str(folder), folder, "mlx", error) from None
     return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
 
 

@@ -16,6 +16,7 @@ from peft.tuners.lora import Linear as AdaptedLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2CLS
 from transformers.modeling_outputs import ModelOutput
 
 from mlx_distill.backends import export, refusals
@@ -23,6 +24,7 @@ from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.torch.loss import CallableHead, Finish, Head, MatrixHead
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config, read_generation_config, read_weights
+from mlx_distill.models.ranges import ACTIVATIONS, refuse_impossible
 from mlx_distill.recipe import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -126,7 +128,12 @@ class SplitModel:
     @torch.no_grad()
     def _check_split(self) -> None:
         probe = torch.tensor(PROBE, device=self.device)
-        output, self._probe_logits = self._run_trunk(probe), self.model(probe, use_cache=False).logits
+        try:
+            output, self._probe_logits = self._run_trunk(probe), self.model(probe, use_cache=False).logits
+        except Exception as error:  # a family's code, run on a config it was not written for
+            raise refusals.not_computed(self.name, error) from None
+        if not self._probe_logits.isfinite().all():
+            raise refusals.not_finite(self.name)
         hidden, self._trunk_answer = output.last_hidden_state, type(output)  # which has a field for all that the family asks of it
         self._probe_width = hidden.shape[-1]
         try:
@@ -238,7 +245,10 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | None, **options) -> transformers.PreTrainedModel:
     weights = read_weights(folder, name)
-    weights.refuse_unusable(read_config(folder, name), name)
+    config = read_config(folder, name)
+    refuse_impossible(config, f"{name}: {folder / 'config.json'}")
+    weights.refuse_unusable(config, name)
+    _refuse_unknown_activation(config, folder, name)
     if device.type == "cuda":
         options |= {"device_map": {"": device}}
     quiet = transformers.utils.logging.get_verbosity()
@@ -258,6 +268,13 @@ def _load(folder: Path, name: str, device: torch.device, dtype: torch.dtype | No
             reason = f"{len(wrong)} tensors are {kind.partition('_')[0]}, {wrong[0]} among them"
             raise refusals.unloadable(name, folder, "transformers", ValueError(reason))
     return model
+
+
+def _refuse_unknown_activation(config: dict, folder: Path, name: str) -> None:
+    for key in ACTIVATIONS:
+        asked = config.get(key)
+        if isinstance(asked, str) and asked not in ACT2CLS:
+            raise ModelError(f"{name}: {folder / 'config.json'}: {key} is {asked!r}, which transformers does not know")
 
 
 def stored_weights(folder: Path, name: str = "") -> dict[str, Tensor]:
