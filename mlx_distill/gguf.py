@@ -10,8 +10,6 @@ Numbers are stored as float32 where every matrix of the file is float32, else as
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from mlx_distill.errors import ModelError, NotFound
+from mlx_distill.errors import DistillError, ModelError, NotFound
+from mlx_distill.files import made_whole, one_line, remedy
 from mlx_distill.models.gguf_header import check_header
 
 if TYPE_CHECKING:
@@ -487,19 +486,17 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def _appearing_whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that is renamed to it at the end, or removed when anything fails."""
+    """A folder to fill that becomes `folder` at the end, or is removed when anything fails."""
     from safetensors import SafetensorError
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        yield partial
-        partial.chmod(0o755)
-        partial.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with made_whole(folder) as partial:
+            yield partial
     except (OSError, SafetensorError) as error:
+        if isinstance(error, DistillError):
+            raise
         if folder.is_dir():  # another process was faster, with the same content
             return
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{folder}: cannot be written ({reason}); free some space or choose another place") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        why = f"{folder}: cannot be written ({one_line(error)})"
+        raise ModelError(f"{why}; {remedy(error)}, or set MLX_DISTILL_CACHE to another one") from error

@@ -408,7 +408,7 @@ def test_disk_full_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("safetensors.numpy.save_file", save_file)
     path = write(tmp_path / "tiny.gguf", source_model("llama"), Written())
-    with pytest.raises(ModelError, match=r"No space left on device.*free some space"):
+    with pytest.raises(ModelError, match=r"No space left on device.*free some disk"):
         ours.convert(path, tmp_path / "model")
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
 

@@ -13,6 +13,7 @@ from drawn import Drawn
 from mlx_distill.errors import NotFound, RunError
 from mlx_distill.recipe import Recipe
 from mlx_distill.reporting.kept_run import method_of
+from mlx_distill.reporting.page import TITLE_END
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.scoring.intervals import interval
 from mlx_distill.scoring.score import Score
@@ -350,7 +351,7 @@ def test_what_is_not_a_run_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     run = write_run(tmp_path / "run", steps=20)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"report in .*file/x: cannot be written"):
+    with pytest.raises(RunError, match=r"file/x: cannot be written \(Not a directory\); a file stands where a folder is needed"):
         report([run], tmp_path / "file" / "x")
 
 
@@ -359,3 +360,19 @@ def test_numbers_in_words():
     assert spans == ["0.0 s", "59 s", "4 min 12 s", "1 h 00 min", "2 h 01 min"]
     assert [amount(value, "B") for value in (0, 999, 61_400_000, 999_700_000)] == ["0 B", "999 B", "61.4 MB", "1 GB"]
     assert [points(share) for share in (0.054, -0.0004, 0.0, -0.262)] == ["+5.4", "0.0", "0.0", "−26.2"]
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_a_report_of_somebody_else_is_not_overwritten(runs, tmp_path, name):
+    mine = tmp_path / "notes" / name
+    mine.parent.mkdir()
+    mine.write_text("<title>mine</title>")
+    with pytest.raises(RunError, match=rf"{name} is there, and mlx-distill did not write it: move it away"):
+        report([runs["main"]], mine.parent)
+    assert [path.name for path in mine.parent.iterdir()] == [name] and mine.read_text() == "<title>mine</title>"
+    mine.unlink()
+    report([runs["main"]], mine.parent)
+    (mine.parent / "report.md").write_text("# an ancient page")
+    report([runs["plain"]], mine.parent)
+    assert TITLE_END in (mine.parent / "report.html").read_text()
+    assert "ancient" not in (mine.parent / "report.md").read_text()

@@ -15,7 +15,7 @@ from mlx_distill.recipe import load_recipe
 from mlx_distill.reporting import study
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.sweeps.file import load_sweep
-from mlx_distill.sweeps.sweep import collect, distinct, ended_by_signals, planned, teacher_pass
+from mlx_distill.sweeps.sweep import _held, collect, distinct, ended_by_signals, planned, teacher_pass
 from mlx_distill.words import amount
 
 SWEEP = """
@@ -185,3 +185,24 @@ def test_what_a_run_needs_is_planned_and_told_before_anything_runs(write, sweep_
 
 def test_nothing_run_yet_is_an_empty_result(write):
     assert collect(load_sweep(write(FRACTIONS)), {}) == [] and teacher_pass(load_sweep(write(FRACTIONS))) == {}
+
+
+@pytest.mark.parametrize("name", ["recipes/seed=42.toml", "results.csv", "report.md", "best/budget-1.00.toml", "logs/a.log"])
+def test_files_of_others_with_a_sweeps_names_are_not_overwritten(write, tmp_path, name):
+    mine = tmp_path / "mine" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(RunError, match="no sweep made it: move it away, or name another `folder`"), _held(load_sweep(write(FRACTIONS))):
+        pass
+    assert [path for path in (tmp_path / "mine").rglob("*") if path.is_file()] == [mine] and mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("gone", ["results.csv", "run.lock"])
+def test_a_sweeps_folder_is_known_by_its_lock_and_by_its_results(write, tmp_path, gone):
+    one = load_sweep(write(FRACTIONS))
+    with _held(one):
+        (one.folder / "recipes" / "a.toml").touch()
+        (one.folder / "results.csv").write_text(study.rows_text([]))
+    (one.folder / gone).unlink()
+    with _held(one):
+        pass

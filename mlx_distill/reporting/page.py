@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from mlx_distill.errors import RunError
+from mlx_distill.files import told_as, write_text
 from mlx_distill.reporting.charts import Curves, Scatter
 from mlx_distill.reporting.drawing import drawings
 from mlx_distill.reporting.markdown import bullets, plain, table
+from mlx_distill.runs.own_files import LOCK
 from mlx_distill.words import percent
+
+TITLE_END = "· mlx-distill</title>"  # of every page that was ever written
+LONGEST_HEAD = 10_000  # bytes of a page up to there
 
 
 class Block(Protocol):
@@ -275,22 +280,38 @@ class Report:
 
 
 def write(page: Page, out: Path) -> Report:
-    """Put `report.md` and `report.html` into the folder `out`, made if need be.
+    """Put `report.md` and `report.html` into the folder `out`, made if need be, each whole or not
+    at all. Those of an earlier page are replaced.
 
-    Raises `RunError` where that cannot be done.
+    Raises `RunError` where that cannot be done, or where somebody else's files have these names.
     """
     written = Report(out / "report.md", out / "report.html", page.headline)
-    markdown, html = page.markdown(), page.html()
-    try:
+    with told_as(RunError, out):
         out.mkdir(parents=True, exist_ok=True)
-        written.markdown.write_text(markdown, encoding="utf-8")
-        written.html.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"report in {out}: cannot be written ({error.strerror}); "
-            "choose another folder or free some space"
-        ) from None
+    _refuse_foreign(written)
+    for path, text in ((written.html, page.html()), (written.markdown, page.markdown())):
+        with told_as(RunError, path):
+            write_text(path, text)
     return written
+
+
+def _refuse_foreign(there: Report) -> None:
+    """A run or a sweep knows its files by name; elsewhere a page of ours says so in its title, and
+    the Markdown beside it is of the same page."""
+    paths = [path for path in (there.html, there.markdown) if path.exists()]
+    if not paths or (there.html.parent / LOCK).exists() or _is_a_page(there.html):
+        return
+    raise RunError(
+        f"{paths[0]} is there, and mlx-distill did not write it: move it away, or name another "
+        "folder with --out"
+    )
+
+
+def _is_a_page(path: Path) -> bool:
+    try:
+        return TITLE_END.encode() in path.read_bytes()[:LONGEST_HEAD]
+    except OSError:
+        return False
 
 
 def _joined(parts: Iterable[str]) -> str:

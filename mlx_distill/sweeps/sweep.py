@@ -10,8 +10,8 @@ on where it stopped.
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from math import inf, nan
 from pathlib import Path
@@ -25,6 +25,7 @@ from mlx_distill.cost.plan import Plan
 from mlx_distill.data.day import share_day
 from mlx_distill.errors import CacheError, DistillError, RecipeError, RunError
 from mlx_distill.machine import this_machine
+from mlx_distill.readers import read_text
 from mlx_distill.recipe import with_values
 from mlx_distill.reporting.kept_run import Run, kl_before_after, read_run
 from mlx_distill.reporting.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
@@ -32,6 +33,7 @@ from mlx_distill.reporting.sweep_findings import Swept
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path
 from mlx_distill.run_dir import RunFolder
+from mlx_distill.runs.own_files import LOCK
 from mlx_distill.scoring.score import Score
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.sweeps.file import Point, Sweep
@@ -40,6 +42,8 @@ from mlx_distill.teaching.cache import TeacherCache
 from mlx_distill.terminal.plan import plan_of
 from mlx_distill.view import View
 from mlx_distill.words import DASH, amount, duration, percent
+
+PARTS, RESULTS = ("recipes", "logs", "best"), ("results.csv", "report.md", "report.html")
 
 
 def sweep(sweeps: Sequence[Sweep], view: View, backend: str = "auto", at_once: int = 1) -> list[Path]:
@@ -52,7 +56,7 @@ def sweep(sweeps: Sequence[Sweep], view: View, backend: str = "auto", at_once: i
     points = distinct(sweeps)
     with ExitStack() as stack:
         for one in sweeps:
-            stack.enter_context(_results(one).locked())
+            stack.enter_context(_held(one))
         _share_days(points)
         stack.enter_context(ended_by_signals())
         queue = Queue(sweeps, points, view, backend, at_once)
@@ -100,14 +104,36 @@ def _refuse_changed(point: Point) -> None:
         raise RunError(f"{folder.path} holds another run than this sweep's ({changes}): name another folder with `runs`, or delete it")
 
 
-def _results(one: Sweep) -> RunFolder:
-    """A sweep's own folder, made if need be."""
+@contextmanager
+def _held(one: Sweep) -> Iterator[None]:
+    """A sweep's own folder, made if need be and held for this process; its lock is the first thing in it."""
+    _refuse_foreign(one)
+    _make(one, one.folder)
+    with RunFolder(one.folder).locked():
+        for part in PARTS:
+            _make(one, one.folder / part)
+        yield
+
+
+def _make(one: Sweep, folder: Path) -> None:
     try:
-        for part in ("recipes", "logs", "best"):
-            (one.folder / part).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{one.path}: cannot write to {one.folder} ({error.strerror}): name another `folder`") from None
-    return RunFolder(one.folder)
+        raise RunError(f"{one.path}: cannot write to {folder} ({error.strerror}): name another `folder`") from None
+
+
+def _refuse_foreign(one: Sweep) -> None:
+    """Raises `RunError` where files of others have the names of a sweep's: its folder has its lock, or its results."""
+    there = [path for name in (*PARTS, *RESULTS) if (path := one.folder / name).exists()]
+    foreign = [path for path in there if not path.is_dir() or any(path.iterdir())]
+    if not foreign or (one.folder / LOCK).exists():
+        return
+    try:
+        ours = read_text(one.folder / "results.csv").startswith(rows_text([]))
+    except DistillError:
+        ours = False
+    if not ours:
+        raise RunError(f"{one.path}: {foreign[0]} is there, and no sweep made it: move it away, or name another `folder`")
 
 
 def _share_days(points: dict[Path, Point]) -> None:
