@@ -84,6 +84,7 @@ def write_run(folder: Path, kd_weight=0.5, student=356, compare=(), seed=0, step
                    "student": {"name": "embedded:student", "fingerprint": "17be0c55d2f1", "parameters": 433_152}},
         "data": {"read": 2064, "kept": 1987, "train": 1923, "validation": 64,
                  "dropped": {"no supervised token": 13, "longer than longest_tokens": 64},
+                 "not_used": {"column source": 2064, "key name": 1},
                  "segments": {"prompt": {"before": 180_112, "after": 180_112, "supervised": 0},
                               "cot": {"before": 402_340, "after": 124_113, "supervised": 124_113},
                               "answer": {"before": 25_998, "after": 0, "supervised": 0}}},
@@ -145,12 +146,22 @@ def test_the_numbers_on_the_page_are_those_of_the_files(runs):
         f"tokens read {metrics[-1]['tokens_seen'] / 1e6:.2f} M",
         "arithmetic 4.9 TFLOP teacher 1.8 T, student 2.7 T, head 400 G",
         "read 2,064 dropped: no supervised token 13 dropped: longer than longest_tokens 64 kept 1,987 for training 1,923",
+        "Not used: column source in 2,064 rows, key name in 1 turn.",
         "chain of thought 402,340 124,113 30.8 % 124,113",
         "all 608,450 304,225 50.0 % 124,113",
         "student's step 450",
         "embedded:teacher · 865 k parameters · 9f2c41d07ab3",
     ):
         assert expected in text, expected
+
+
+def test_the_page_says_how_answers_were_compared(tmp_path):
+    run = write_run(tmp_path / "run")
+    change_json(run / "eval.json", lambda told: told.update(compared={"mathematics": 480, "text": 20, "odd": "x"}))
+    _, text = page_of(run, out=tmp_path / "out")
+    assert "Answers are compared with the expected ones: 480 as mathematics, 20 as text, – as odd." in text
+    change_json(run / "eval.json", lambda told: told.update(compared=5))
+    assert "Answers are compared" not in page_of(run, out=tmp_path / "out")[1]
 
 
 def test_bars_and_error_bars_are_as_long_as_the_scores(runs):

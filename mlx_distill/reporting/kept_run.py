@@ -37,6 +37,7 @@ class Run:
     scores: dict[str, Score]
     sample: list[dict[str, Any]]
     notes: dict[str, str]
+    ways: Any = None  # how many problems were compared as mathematics or as text, as eval.json says
     compared: list["Compared"] = field(default_factory=list)
 
     @property
@@ -85,6 +86,7 @@ def _read_parts(folder: Path) -> Run:
         scores=read_scores(evaluation.get("scores"), notes),
         sample=[piece for piece in pieces if isinstance(piece, dict) and piece.get("segment") in SEGMENTS],
         notes=notes,
+        ways=evaluation.get("compared"),
     )
 
 

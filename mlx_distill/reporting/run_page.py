@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_distill.recipe import Recipe
+from mlx_distill.data.account import unused_lines
 from mlx_distill.reporting.kept_run import SEGMENTS, Run
 from mlx_distill.reporting.page import (
     Bar,
@@ -103,8 +104,10 @@ def _scores(run: Run) -> list[Block]:
     scored = _scored(run)
     if not scored:
         return missing
+    ways = ", ".join(f"{_count(known(count))} as {way}" for way, count in items(run.ways))
+    told = [Note(f"Answers are compared with the expected ones: {ways}.")] if ways else []
     bars = [score_bar(label, remark, role, score) for label, remark, role, score in scored]
-    return [*missing, Bars(bars), *_against(run), _score_table(run, scored)]
+    return [*missing, *told, Bars(bars), *_against(run), _score_table(run, scored)]
 
 
 def _scored(run: Run) -> list[tuple[str, str, str, Score]]:
@@ -246,8 +249,17 @@ def _data(run: Run) -> list[Block]:
                 _examples_table(data),
                 _tokens_table(data) or Note("Tokens by segment were not counted."),
             ]
-        )
+        ),
+        *_not_used(data),
     ]
+
+
+def _not_used(data: dict[str, Any]) -> list[Block]:
+    """What the rows carry and nothing read, by name."""
+    counts = {
+        name: int(count) for name, found in items(data.get("not_used")) if (count := known(found))
+    }
+    return [Note(f"Not used: {', '.join(unused_lines(counts))}.")] if counts else []
 
 
 def _examples_table(data: dict[str, Any]) -> Table:
