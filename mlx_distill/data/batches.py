@@ -61,8 +61,10 @@ class Steps(Sequence[Step]):
         epochs: int = 1, steps: int = 0,
     ):
         if batch.global_batch_size > len(sequences):
-            raise DataError(f"batch.global_batch_size is {batch.global_batch_size}, but only {len(sequences)} training "
-                            "examples carry loss; lower it or raise data.train_examples")
+            raise DataError(
+                f"batch.global_batch_size is {batch.global_batch_size}, but only {len(sequences)} training "
+                "examples carry loss; lower it"
+            )
         self._sequences, self._segments, self._batch, self._seed = sequences, segments, batch, seed
         self._count = steps or -(-epochs * len(sequences) // batch.global_batch_size)
 
@@ -109,14 +111,18 @@ def share_of(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
 def make_batch(sequences: Sequence[TokenSequence], segments: tuple[str, ...], pad_multiple: int = 1) -> Batch:
     """Pad sequences to one `[B, T]` and shift: target `tokens[b, t]` is predicted at position `b*T + t - 1`.
 
-    T and N are rounded up to `pad_multiple`, to keep shapes few. Raises `ValueError` for indices that do not fit.
+    T and N are rounded up to `pad_multiple`, to keep shapes few. Raises `DataError` for a batch with more
+    positions than 32 bits count, `ValueError` for indices that do not fit.
     """
     if not sequences:
         raise ValueError("a batch needs at least one sequence")
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
     width = _round_up(int(lengths.max()), pad_multiple)
     if len(sequences) * width > np.iinfo(np.int32).max:
-        raise ValueError(f"a batch of {len(sequences)} × {width} tokens does not fit 32-bit positions")
+        raise DataError(
+            f"a micro-batch of {len(sequences)} × {width:,} tokens does not fit 32-bit positions; "
+            "lower batch.micro_batch_size, batch.pad_multiple or data.longest_tokens"
+        )
     tokens = np.zeros((len(sequences), width), np.int32)
     carries = np.zeros((len(sequences), width), bool)
     kinds = np.zeros((len(sequences), width), np.int8)

@@ -201,3 +201,9 @@ def test_ranks_share_every_micro_batch_once_and_run_equally_many(count, size):
     working = [batch for share in shares for batch in share if batch.weight.any()]
     assert sorted(id(batch) for batch in working) == sorted(map(id, batches))
     assert {batch.tokens.tobytes() for share in shares for batch in share} == {batch.tokens.tobytes() for batch in batches}
+
+
+def test_a_batch_with_more_positions_than_32_bits_count_is_one_line():
+    whole = sequence(0, 1, 1, 1)
+    with pytest.raises(DataError, match=r"a micro-batch of 2 × 2,000,000,000 tokens .*; lower batch\.micro_batch_size"):
+        make_batch([whole, whole], ("cot",), 2_000_000_000)
