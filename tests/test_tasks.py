@@ -138,3 +138,25 @@ def test_a_gsm8k_row_without_its_marks_is_named(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"question": "x", "answer": "five"}])
     with pytest.raises(DataError, match=r", line 1: answer ends in 'five', expected '#### ANSWER'"):
         load_task(f"gsm8k:{path}", 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "it has no rows, so there is nothing to score"),
+        ('[{"prompt": "p", "answer": 1}]', "line 1: no column 'prompt', found list.*: write one JSON object on each line"),
+        ('{"prompt": " ", "answer": 1}', "column 'prompt' is empty, so nothing is asked"),
+        ('{"prompt": "\\ud83d", "answer": 1}', "line 1: holds half of a character"),
+    ],
+)
+def test_a_row_that_asks_nothing_is_refused_before_training(text, message, tmp_path):
+    (tmp_path / "task.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_task(f"jsonl:{tmp_path / 'task.jsonl'}", 5, 0)
+
+
+@pytest.mark.parametrize(("written", "gold"), [("1,234", "1234"), ("-1,000.50", "-1000.50"), ("1.234,5", "1.234,5"), ("3,5", "3,5")])
+def test_only_commas_between_thousands_are_taken_out_of_a_gsm8k_answer(written, gold, tmp_path):
+    (tmp_path / "task.jsonl").write_text(json.dumps({"question": "q", "answer": f"x\n#### {written}"}))
+    (problem,) = load_task(f"gsm8k:{tmp_path / 'task.jsonl'}", 5, 0).problems
+    assert problem.expected == gold

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.readers import path_of, read_json_lines
+from mlx_distill.readers import is_text, path_of, read_json_lines
 from mlx_distill.verify import TEXT, compared_as, states
 
 THINK_END = "</think>"
 GSM8K_ANSWER = re.compile(r"####[ \t]*(\S[^\n]*)$")
-GSM8K_NUMBER = re.compile(r"-?[\d.,]*\d")
+GSM8K_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")  # not 1.234,5
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_task(name: str, examples: int, seed: int) -> Task:
     kind, _, rest = name.partition(":")
     if kind not in _LOADERS:
         near = difflib.get_close_matches(kind, _LOADERS, 1)
-        hint = f"; did you mean {_FORMS[near[0]]}?" if near else ""
+        hint = f"; did you mean {_FORMS[near[0]]}?" if near else "."
         raise NotFound(f"no task {name!r}{hint} Choices: {', '.join(_FORMS.values())}")
     if not rest:
         raise NotFound(f"task {name!r} names nothing after {kind!r}: write {_FORMS[kind]}")
@@ -133,18 +133,26 @@ def _drawn(path: Path, columns: tuple[str, str], examples: int, seed: int) -> li
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl")], 1)
         raise NotFound(f"no task file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; check the path"))
     rows = list(read_json_lines(path))
+    if not rows:
+        raise DataError(f"{path}: it has no rows, so there is nothing to score; name another file")
     kept = sorted(random.Random(seed).sample(range(len(rows)), min(examples, len(rows))))
     return [_row(f"{path}, line {rows[i][0]}", rows[i][1], columns) for i in kept]
 
 
 def _row(place: str, row: Any, columns: tuple[str, str]) -> tuple[str, str, str]:
     found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    advice = "rename it" if isinstance(row, dict) else "write one JSON object on each line"
     for column in columns:
         if not isinstance(row, dict) or column not in row:
-            raise DataError(f"{place}: no column {column!r}, found {found}; this task reads {' and '.join(columns)}")
+            read = " and ".join(columns)
+            raise DataError(f"{place}: no column {column!r}, found {found}; this task reads {read}: {advice}")
+    if not is_text(row):
+        raise DataError(f"{place}: holds half of a character (a lone surrogate); correct or drop the row")
     prompt, answer = columns
     if not isinstance(row[prompt], str | int | float):
         raise DataError(f"{place}: column {prompt!r} should be text, found {type(row[prompt]).__name__}")
+    if not str(row[prompt]).strip():
+        raise DataError(f"{place}: column {prompt!r} is empty, so nothing is asked; drop the row")
     return place, str(row[prompt]), _written(row[answer], place, answer)
 
 
