@@ -15,6 +15,6 @@ A text that states several answers ("5 or 6", "5-6", "between 5 and 6"), or says
 
 from mlx_distill.verify.verdict import MATHEMATICS, TEXT, compared_as, states
 
-VERSION = 1  # of the rules: what was judged by others is judged again
+VERSION = 2  # of the rules: what was judged by others is judged again
 
 __all__ = ["MATHEMATICS", "TEXT", "VERSION", "compared_as", "states"]

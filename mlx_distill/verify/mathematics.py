@@ -268,7 +268,7 @@ def _assigned(text: str) -> tuple[str, str]:
 
 
 def _trimmed(text: str) -> str:
-    return re.sub(r"[.,;:\s]+$", "", text.strip().removeprefix(":").strip())
+    return text.strip().removeprefix(":").strip().rstrip(".,;: \t\n")
 
 
 def _tight(text: str) -> str:

@@ -117,9 +117,9 @@ def plain(text: str) -> str:
         text = WORDS_IN_LATEX.sub(r" \1 ", text)
     text = SHORT_FRACTION.sub(lambda found: rf"\frac{_braced(found[1])}{_braced(found[2])}", text)
     text = SHORT_ROOT.sub(r"\\sqrt{\1}", text)
-    text = re.sub(r"[^\S\n]+(?=\^)", "", text)  # \text{ ft}^2
+    text = re.sub(r"[^\S\n]+", " ", text).replace(" ^", "^")  # \text{ ft}^2
     text = NEGATIVE.sub("-", text)
-    return re.sub(r"[^\S\n]+", " ", text.replace(MONEY, "$")).strip()
+    return text.replace(MONEY, "$").strip()
 
 
 def without_marks(text: str) -> str:

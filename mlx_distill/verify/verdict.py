@@ -1,5 +1,6 @@
 """The verdict: a gold answer decides how it is compared, and the answer's statement is held against it."""
 
+import re
 from functools import lru_cache
 
 from mlx_distill.verify import mathematics, wording
@@ -7,6 +8,9 @@ from mlx_distill.verify.spelling import plain, without_marks
 from mlx_distill.verify.statement import stated, value
 
 MATHEMATICS, TEXT = "mathematics", "text"
+EXCLAIMED = re.compile(
+    r"(?<=[a-z] )(?P<number>[$€£]\d[\d,.]*|\d+[,.]\d[\d,.]*|2[1-9]|[3-9]\d|\d{3,})!(?=\s*\Z|\s*\n|\s+[A-Z])"
+)
 LONGEST = 10_000  # characters of an answer's end that are read
 
 
@@ -26,7 +30,17 @@ def compared_as(gold: str) -> str:
 
 def states(gold: str, answer: str) -> bool:
     """Whether an answer, a text without its reasoning, states the gold answer."""
-    expected, said = _gold(gold), stated(plain(answer[-LONGEST:]))
+    text = plain(answer[-LONGEST:])
+    return _states(gold, text) or (text != (calm := _unexclaimed(text)) and _states(gold, calm))
+
+
+def _unexclaimed(text: str) -> str:
+    """The text with a full stop for the mark of "The total is 42!", where no one means a factorial."""
+    return EXCLAIMED.sub(lambda found: f"{found['number']}.", text)
+
+
+def _states(gold: str, text: str) -> bool:
+    expected, said = _gold(gold), stated(text)
     if said is None:
         return False
     if compared_as(gold) == MATHEMATICS:

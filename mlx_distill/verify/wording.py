@@ -78,7 +78,7 @@ def undressed(text: str) -> str:
     text = LEADING.sub("", text.strip(DRESS)).casefold()
     text = re.sub(r"\b([a-z])\.\s?([a-z])\.?(?!\w)", r"\1\2", text)  # p.m. is pm
     text = re.sub(r"(?<=[a-z]),?(?: and)? (?=\d)", " ", text)  # 2 hours and 40 minutes
-    return re.sub(r"\s+|[{}⟦⟧\"'*`]|[.!?,;:\s]+$", "", text.strip(DRESS))
+    return re.sub(r"\s+|[{}⟦⟧\"'*`]", "", text.strip(DRESS).rstrip(".!?,;: \t\n"))
 
 
 def _letter_of(phrase: str) -> str:

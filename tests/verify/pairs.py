@@ -1100,4 +1100,13 @@ PAIRS += [  # phrasings of answers, as models write them, and what sounds like a
     ("5 m", MATHEMATICS, [], ["5 m^2"]),
     ("$5", MATHEMATICS, [], ["5 cents"]),
     ("1000", MATHEMATICS, [], ["1.000,5", "1 0 0 0"]),
+    # an exclamation at the end of a sentence, and a factorial
+    (
+        "42",
+        MATHEMATICS,
+        ["The total is 42!", "The answer is 42!", "So there are 42! I hope this helps.", "She pays $42!"],
+        ["42!", "The answer is 43!", r"\boxed{42!}", "It is 41! + 1"],
+    ),
+    ("5", MATHEMATICS, ["There are 5 of them!"], ["The answer is 5!", "It is 5!"]),
+    ("30!", MATHEMATICS, ["30!", "The number of orders is 30!"], ["30", "The number of orders is 30."]),
 ]
