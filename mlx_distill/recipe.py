@@ -431,12 +431,13 @@ def describe(error: ValidationError) -> str:
     table, field, *rest = (*first["loc"], "")
     where = (f"[{table}] {field}" if field != "" else table) + "".join(f"[{part}]" for part in rest if part != "")
     found = first.get("input")
-    expected = first["msg"].removeprefix("Input ").removeprefix("should be ").replace("a valid tuple", "a list")
+    expected = first["msg"].removeprefix("Input ").removeprefix("should be ")
+    expected = expected.replace("a valid tuple", "a list").replace("a valid dictionary", "a table")
     if first["type"] == "too_short":
         expected = f"a list of at least {first['ctx']['min_length']}"
     choices = first.get("ctx", {}).get("expected", "")
     near = difflib.get_close_matches(str(found)[:60], choices.replace("'", "").replace(" or ", ", ").split(", "), 1)
-    return f"{where} should be {expected}, found {found_as(found)}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"{where} should be {expected}, found {found_as(found)}" + (f"; did you mean {near[0]!r}?" if near and near[0] else "")
 
 
 def found_as(value: Any) -> str:

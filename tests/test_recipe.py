@@ -403,3 +403,9 @@ def test_a_run_name_is_a_plain_name(name, tmp_path):
     path.write_text("")
     with pytest.raises(RecipeError, match="is not the plain name of a folder"):
         load_recipe(path, (f"run.name='{name}'",))
+
+
+@pytest.mark.parametrize("field, kind", [("data.where", "a table"), ("eval.compare", "a list")])
+def test_an_empty_value_is_not_proposed_again(field, kind):
+    with pytest.raises(RecipeError, match=f"should be {kind}, found ''$"):
+        load_recipe(Path(__file__).parents[1] / "recipes" / "cot50.toml", (f"{field}=",))

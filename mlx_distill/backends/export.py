@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.backends.refusals import one_line
+from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import INDEX, read_generation_config, read_weights
 from mlx_distill.models.tokenizer import make_open_as_file
+from mlx_distill.readers import read_json
 
 SHARD_BYTES = 5 * 2**30
 TOKENIZER_FILES = (
@@ -73,7 +75,7 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / OTHER_TEMPLATES / file.name)
     path = folder / "tokenizer_config.json"
     if path.is_file():
-        _write_json(path, _without_left_overs(json.loads(path.read_text(encoding="utf-8"))))
+        _write_json(path, _without_left_overs(read_json(path, error=ModelError)))
         make_open_as_file(folder)
 
 

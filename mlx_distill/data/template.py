@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlx_distill.data.examples import Skip, Turn, Turns
 from mlx_distill.data.turns import printable
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import DataError, ModelError
+from mlx_distill.readers import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -132,8 +133,8 @@ class Rendering(NamedTuple):
 def _as_object(arguments: Any) -> Any:
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments, "arguments")
+        except DataError:
             raise Skip("a tool call whose arguments are not JSON") from None
     return arguments
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import ModelError
 from mlx_distill.files import one_line
+from mlx_distill.readers import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,7 +69,7 @@ def make_open_as_file(folder: Path) -> None:
     if not (folder / "tokenizer.json").is_file() or not config.is_file():
         return
     if _first_difference(_opened(folder), folder) is not None:
-        document = json.loads(config.read_text(encoding="utf-8")) | {"tokenizer_class": FILE_CLASS}
+        document = read_json(config, error=ModelError) | {"tokenizer_class": FILE_CLASS}
         config.write_text(json.dumps(document, indent=2, ensure_ascii=False), encoding="utf-8")
 
 

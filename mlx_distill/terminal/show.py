@@ -71,9 +71,9 @@ def count_table(prepared: Prepared, recipe: Recipe) -> Table:
     segments = recipe.objective.segments
     before, after = count_tokens(prepared.train_whole, segments), count_tokens(prepared.train, segments)
     table = Table()
-    table.add_column("segment")
+    table.add_column("segment", overflow="fold")
     for column in ("whole", "mean", "kept", "mean", "kept %", "learned", "mean", "learned %"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for segment in Segment:
         name = segment.name.lower() + (" *" if segment.name.lower() in segments else "")
         table.add_row(Text(name, COLOURS[segment]), *_cells(before, after, [segment]))
