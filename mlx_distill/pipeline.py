@@ -25,15 +25,17 @@ from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
 from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.machine import Machine
+from mlx_distill.models.config import reading_of
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
-from mlx_distill.runs.manifest import inputs_digest, make_manifest, make_start, sample_pieces
+from mlx_distill.runs.manifest import identity, inputs_digest, make_manifest, make_start, sample_pieces
 from mlx_distill.scoring import score as evaluate
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
+from mlx_distill.scoring.stops import stops_of
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
 from mlx_distill.terminal.plan import announce, shortage
@@ -103,6 +105,7 @@ class Pipeline:
         settings = self.recipe.eval
         task = load_task(settings.task, settings.examples, settings.seed) if settings.task else None
         if not folder.has_student():
+            self._refuse_older_arithmetic(folder)
             self._train_and_export(folder)
         elif wrong := folder.exported.damage():  # its owner may have meant it; it is not scored as this run's
             self.view.say(f"note: {wrong}")
@@ -215,7 +218,8 @@ class Pipeline:
         vocabulary = load_tokenizer(self.teacher_folder).get_vocab()
         rows = common_rows(vocabulary, self.tokenizer.get_vocab(), teacher_rows, student_rows)
         rows = teacher_rows if self.recipe.teacher.cache == "hidden" else rows
-        return CacheFields.of(self.recipe.teacher, model_fingerprint(self.teacher_folder), vocabulary, rows, self.day)
+        fingerprint, arithmetic = model_fingerprint(self.teacher_folder), reading_of(self.teacher_folder)
+        return CacheFields.of(self.recipe.teacher, fingerprint, vocabulary, rows, self.day, arithmetic)
 
     @staticmethod
     def _head_rows(folder: Path) -> int:
@@ -276,10 +280,7 @@ class Pipeline:
         """
         kept = folder.readable("manifest.json", self.view.say, "it is written again")
         last = folder.last_state(self.recipe.run.export == "best")
-        models = {"student": (self.recipe.student.model, self.student_folder)}
-        if self.teacher_folder:
-            models["teacher"] = (self.recipe.teacher.model, self.teacher_folder)
-        manifest = make_manifest(self.recipe, self.backend.device(), models, prepared, steps)
+        manifest = make_manifest(self.recipe, self.backend.device(), self._models(), prepared, steps)
         manifest |= {"teacher_cache": cached.cache.fields.name} if cached else {}
         for key, what in (("models", "a model's files"), ("data_digest", "the data")):
             if kept.get(key, manifest[key]) != manifest[key]:
@@ -302,11 +303,12 @@ class Pipeline:
         for part, path, bits in self._scored(folder):
             if part in scores:
                 continue
+            self._refuse_older_arithmetic(folder)
             self._refuse_changed(folder, part)
             model = self.backend.load_teacher(path, part, bits)
-            made_by = {"fingerprint": model_fingerprint(path), "bits": bits, "backend": self.backend.name}
+            made_by = identity(path) | {"bits": bits, "backend": self.backend.name}
             generations = Generations(folder.path / FILE, part, made_by, self.view.say)
-            scores[part] = self._score(model, task, part, generations).to_json()
+            scores[part] = self._score(model, task, part, self._stops(part, path), generations).to_json()
             told = {"task": task.name, "compared": task.compared(), "generations": generations.reference()}
             folder.write_json("eval.json", told | {"scores": scores})
             del model
@@ -321,6 +323,26 @@ class Pipeline:
             if part not in whole:
                 self.view.say(f"note: {folder.path / 'eval.json'}: the score of the {part} is incomplete and is made again")
         return {part: kept[part] for part in whole}
+
+    def _refuse_older_arithmetic(self, folder: RunFolder) -> None:
+        """Raises `RunError` for a run of a version that read a model's config.json as mlx-lm alone does, and so computed other numbers."""
+        began = folder.readable("manifest.json").get("models", {})
+        for role, (name, path) in self._models().items():
+            if role in began and began[role].get("arithmetic", "") != reading_of(path):
+                raise RunError(
+                    f"{folder.path}: this run was begun by a version that read the {role}'s config.json ({name}) otherwise, so its numbers "
+                    "are not those of this version; start over with --fresh"
+                )
+
+    def _models(self) -> dict[str, tuple[str, Path]]:
+        """Role → name in the recipe and folder."""
+        models = {"student": (self.recipe.student.model, self.student_folder)}
+        return models | ({"teacher": (self.recipe.teacher.model, self.teacher_folder)} if self.teacher_folder else {})
+
+    def _stops(self, part: str, path: Path) -> frozenset[int]:
+        """Where texts of the teacher, the base or the student end; only the teacher has a tokenizer of its own."""
+        own = [load_tokenizer(path)] if part == "teacher" else []
+        return stops_of(path, self.tokenizer, *own)
 
     def _refuse_changed(self, folder: RunFolder, part: str) -> None:
         """Raises `RunError` if a model that is to be scored is not the one that the run began with, or wrote."""
@@ -339,9 +361,9 @@ class Pipeline:
             yield "base", self.student_folder, 0
         yield "student", folder.student, 0
 
-    def _score(self, model: Model, task: Task, part: str, generations: Generations) -> evaluate.Score:
+    def _score(self, model: Model, task: Task, part: str, stops: frozenset[int], generations: Generations) -> evaluate.Score:
         progress = self.view.count(f"scoring {part}", len(task.problems) * self.recipe.eval.samples)
-        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, progress, frozenset(self.stop_ids), self.day, generations)
+        score = evaluate.score(model, self.tokenizer, task, self.recipe.eval, progress, stops, self.day, generations)
         self.view.say(f"{part}: {evaluate.describe(score)}")
         return score
 
@@ -376,11 +398,11 @@ def score_model(
     for note in model.notes:
         view.say(f"note: {note}")
     progress = view.count(f"scoring {name}", len(task.problems) * settings.samples)
-    made_by = {"fingerprint": model_fingerprint(folder), "backend": backend.name}
+    made_by = identity(folder) | {"backend": backend.name}
     view.say(task.describe())
     with Evaluation.opened(out or (path if folder.parent == path else Path()) / "evals", name, task, settings, made_by) as kept:
         generations = Generations(kept.generations, name, made_by, view.say)
-        score = evaluate.score(model, tokenizer, task, settings, progress, stop_ids(tokenizer), day, generations)
+        score = evaluate.score(model, tokenizer, task, settings, progress, stops_of(folder, tokenizer), day, generations)
         kept.write(score.to_json(), generations.reference())
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     view.say(f"kept: {kept.generations} and {kept.result.name}")

@@ -15,10 +15,14 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from mlx_distill import pipeline
+from mlx_distill.backends import choose_backend
 from mlx_distill.errors import OutOfMemory, RankLost, RunError
+from mlx_distill.hub import load_tokenizer
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.run_dir import RunFolder, TrainState
-from mlx_distill.view import View
+from mlx_distill.runs.manifest import identity
+from mlx_distill.scoring.stops import stops_of
+from mlx_distill.view import View, silent
 
 
 def make_recipe(folder: Path, **tables) -> Recipe:
@@ -628,3 +632,64 @@ def test_logs_are_cut_to_a_step_and_survive_a_torn_line(folder):
     assert (folder.path / "validation.jsonl").read_text() == '{"step": 0}\n'
     folder.cut_logs(-1)
     assert folder.rows("metrics.jsonl") == [] == folder.rows("validation.jsonl")
+
+
+# runs and scores of versions that read config.json as mlx-lm alone does
+
+
+@pytest.fixture
+def world(tiny_recipe, tmp_path) -> Path:
+    """A recipe of its own, whose teacher says its rotary base where mlx-lm's Llama does not look."""
+    world = shutil.copytree(tiny_recipe.parent, tmp_path / "world")
+    recipe = world / "tiny.toml"
+    recipe.write_text(recipe.read_text().replace(str(tiny_recipe.parent), str(world)))
+    config = json.loads((world / "teacher" / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config.pop("rope_theta")}
+    (world / "teacher" / "config.json").write_text(json.dumps(config))
+    return recipe
+
+
+@pytest.mark.parametrize("kill", [
+    dict(at=f"{STUDENT}.apply", call=4), dict(at="mlx_distill.view:Counter.__call__", call=6),
+], ids=["training", "scoring"])
+def test_a_run_of_a_version_that_computed_the_teacher_otherwise_is_refused(world, command_line, tmp_path, kill):
+    words = arguments(world, tmp_path)
+    assert command_line(*words, **kill).code == -9
+    manifest = tmp_path / "tiny" / "manifest.json"
+    whole = json.loads(manifest.read_text())
+    assert whole["models"]["teacher"]["arithmetic"] == "1" and "arithmetic" not in whole["models"]["student"]
+    older = json.loads(manifest.read_text())
+    del older["models"]["teacher"]["arithmetic"]
+    manifest.write_text(json.dumps(older))
+    result = command_line(*words)
+    assert result.code == 2 and result.err.count("\n") == 1
+    assert result.err.startswith(f"error: {tmp_path / 'tiny'}: this run was begun by a version that read the teacher's config.json")
+    assert "start over with --fresh" in result.err
+    manifest.write_text(json.dumps(whole))
+    assert command_line(*words).code == 0
+
+
+def test_a_cache_and_kept_texts_say_whose_arithmetic_they_are_of(world, tmp_path):
+    recipe = load_recipe(world, ("teacher.cache=top_k", f"teacher.cache_folder={tmp_path}/answers"))
+    made = pipeline.Pipeline(recipe, silent(), choose_backend("mlx"))
+    assert made.open_cache().fields.arithmetic == "1"
+    assert identity(made.teacher_folder)["arithmetic"] == "1" and set(identity(made.student_folder)) == {"fingerprint"}
+    table = recipe.teacher.model_copy(update={"model": recipe.student.model})
+    plain = pipeline.Pipeline(recipe.model_copy(update={"teacher": table}), silent(), choose_backend("mlx"))
+    assert plain.open_cache().fields.arithmetic == ""
+
+
+def test_texts_end_where_configs_tokenizer_or_template_say(world):
+    recipe = load_recipe(world, ())
+    made = pipeline.Pipeline(recipe, silent(), choose_backend("mlx"))
+    folder, common = made.teacher_folder, set(made.stop_ids)
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [7, 10**6]}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert made._stops("teacher", folder) == common | {7, 9}
+    assert not {7, 9} & made._stops("base", made.student_folder)
+    assert stops_of(folder, load_tokenizer(made.student_folder)) == common | {7, 9}
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": None}))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    assert made._stops("teacher", folder) == common | {7, 9}

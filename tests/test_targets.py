@@ -265,7 +265,7 @@ def test_a_manifest_that_differs_is_refused_by_field(tmp_path, field):
     assert "\n" not in str(error.value)
     del manifest["fields"][field]
     (cache.path / "manifest.json").write_text(json.dumps(manifest))
-    if field == "date":  # a cache that was written before there were dates
+    if field in subject.ADDED:  # a cache that was written before there was this field
         TeacherCache(tmp_path, asked)
         return
     with pytest.raises(CacheError, match=f"{field} .*'nothing' found"):
@@ -274,7 +274,18 @@ def test_a_manifest_that_differs_is_refused_by_field(tmp_path, field):
 
 def test_a_cache_from_before_there_were_dates_keeps_its_name():
     made = CacheFields("top_k", "f" * 16, 0, "a" * 16, 96, top_k=8, dtype="float16")
-    assert made.name == "top_k-a2aadb254a26" and "date" not in made.content()
+    assert made.name == "top_k-a2aadb254a26" and not subject.ADDED.keys() & made.content().keys()
+    read = dataclasses.replace(made, arithmetic="1")
+    assert read.name != made.name and read.content()["arithmetic"] == "1"
+
+
+def test_a_date_is_taken_from_a_cache_of_the_same_arithmetic_alone(tmp_path):
+    made = CacheFields("top_k", "f" * 16, 0, "a" * 16, 96, top_k=8, dtype="float16", date="2026-11-20")
+    (tmp_path / made.name).mkdir()
+    (tmp_path / made.name / "manifest.json").write_text(json.dumps({"fields": made.content()}))
+    today = dataclasses.replace(made, date="2026-11-26")
+    assert subject.dates_of(tmp_path, today) == ["2026-11-20"]
+    assert subject.dates_of(tmp_path, dataclasses.replace(today, arithmetic="1")) == []
 
 
 def test_each_field_makes_another_cache_and_says_what_is_near(tmp_path, root):

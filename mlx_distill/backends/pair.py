@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mlx_distill.backends import refusals
 from mlx_distill.hub import load_tokenizer
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.ranges import refuse_impossible
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import Recipe
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 def refuse_pair(recipe: Recipe, teacher: Path | None, student: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
     """Raise `ModelError` for models that cannot be teacher and student, as their configs and tokenizers say; no weights are read."""
+    for folder, name in ((student, recipe.student.model), (teacher, recipe.teacher.model)):
+        if folder:
+            refuse_impossible(read_config(folder, name), f"{name}: {folder / 'config.json'}")
     if any(key in read_config(student, recipe.student.model) for key in ("quantization", "quantization_config")):
         raise refusals.quantised_student(recipe.student.model)
     if teacher is None:

@@ -16,6 +16,7 @@ from mlx_distill.data.prepare import Prepared, count_tokens, token_runs
 from mlx_distill.data.sequences import Segment
 from mlx_distill.hub import model_fingerprint
 from mlx_distill.machine import git_commit, processor_name, versions
+from mlx_distill.models.config import reading_of
 from mlx_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -37,12 +38,18 @@ def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[st
         "machine": {"system": platform.platform(), "processor": processor_name(), "python": platform.python_version()},
         "git_commit": git_commit(),
         "seed": recipe.run.seed,
-        "models": {part: {"name": name, "fingerprint": model_fingerprint(folder)} for part, (name, folder) in models.items()},
+        "models": {part: {"name": name} | identity(folder) for part, (name, folder) in models.items()},
         "data": data_account(prepared, recipe),
         "data_digest": data_digest(prepared),
         "prompt_date": prepared.day,
         "steps": steps,
     }
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """What tells two models' numbers apart: fingerprint and, where mlx-lm alone computes other numbers than we do, whose they are."""
+    arithmetic = reading_of(folder)
+    return {"fingerprint": model_fingerprint(folder)} | ({"arithmetic": arithmetic} if arithmetic else {})
 
 
 def make_start(device: DeviceInfo, step: int) -> dict:

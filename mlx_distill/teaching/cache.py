@@ -40,7 +40,7 @@ FORMAT = 1
 PART_TOKENS = 2**17  # what a kill can lose
 PART_BYTES = 2**28  # held in memory until a part is written
 DRAW_SEED = 0
-BEFORE_DATES = {"date": ""}  # what a cache has that was written when the fields had no date
+ADDED = {"date": "", "arithmetic": ""}  # fields that older caches lack, and what their lack means
 LOG_PROB_DTYPE = "float16"  # off by at most 2^-11 of the log-probability: see test_half_precision_moves_the_loss_by_less_than
 PART = re.compile(r"part-([0-9]{6,})")
 ROUND_K = 8  # drawn answers are padded to a multiple, to keep shapes few
@@ -60,15 +60,16 @@ class CacheFields:
     seed: int = 0
     dtype: str = ""  # of log-probabilities
     date: str = ""  # what prompts say, where their template reads the clock
+    arithmetic: str = ""  # `models.config.reading_of` the teacher: older versions computed it otherwise
     format_version: int = FORMAT
 
     @classmethod
     def of(
-        cls, table: TeacherTable, fingerprint: str, vocabulary: dict[str, int], rows: int, date: str = ""
+        cls, table: TeacherTable, fingerprint: str, vocabulary: dict[str, int], rows: int, date: str = "", arithmetic: str = ""
     ) -> "CacheFields":
         """What a recipe asks for; `rows` as for `vocabulary_rows`."""
         digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
-        fields = cls(table.cache, fingerprint[:16], table.quantize_bits, digest, rows, date=date)
+        fields = cls(table.cache, fingerprint[:16], table.quantize_bits, digest, rows, date=date, arithmetic=arithmetic)
         if table.cache == "top_k":
             return dataclasses.replace(fields, top_k=min(table.cache_top_k, rows), dtype=LOG_PROB_DTYPE)
         return dataclasses.replace(fields, samples=table.cache_samples, seed=DRAW_SEED) if table.cache == "sampled" else fields
@@ -79,9 +80,8 @@ class CacheFields:
         return f"{self.kind}-{hashlib.sha256(json.dumps(self.content()).encode()).hexdigest()[:12]}"
 
     def content(self) -> dict[str, Any]:
-        """The fields as the manifest has them; without a date where none is said, as caches had it before there were dates."""
-        fields = dataclasses.asdict(self)
-        return fields if self.date else {key: value for key, value in fields.items() if key != "date"}
+        """The fields as the manifest has them; without those that were added later where they say nothing, as caches had it."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if ADDED.get(key) != value}
 
 
 class Record(NamedTuple):
@@ -199,7 +199,7 @@ class TeacherCache:
         manifest = self.path / "manifest.json"
         if not manifest.exists():
             return
-        found = BEFORE_DATES | _read_manifest(self.path)
+        found = ADDED | _read_manifest(self.path)
         for field, asked in dataclasses.asdict(self.fields).items():
             if found.get(field) != asked:
                 raise CacheError(
@@ -230,7 +230,7 @@ class TeacherCache:
                 fields = _read_manifest(manifest.parent)
             except (CacheError, NotFound):
                 continue  # not ours to mend
-            fields = BEFORE_DATES | fields
+            fields = ADDED | fields
             differing = [f"{key} {fields.get(key)!r} (asked: {value!r})" for key, value in dataclasses.asdict(self.fields).items()
                          if fields.get(key) != value]
             if differing:
@@ -270,7 +270,7 @@ def dates_of(root: Path, fields: CacheFields) -> list[str]:
     for manifest in root.glob(f"{fields.kind}-*/manifest.json"):
         try:
             found = read_json(manifest)["fields"]
-            same = found | BEFORE_DATES == dataclasses.asdict(fields) | BEFORE_DATES
+            same = ADDED | found | {"date": ""} == dataclasses.asdict(fields) | {"date": ""}
         except (DistillError, KeyError, TypeError):
             continue  # not ours to mend
         if same and isinstance(found.get("date"), str):
