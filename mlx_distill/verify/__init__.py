@@ -1,7 +1,7 @@
 """Whether a text states the expected answer.
 
-In: a gold answer and what a model wrote after its reasoning. Out: right or wrong, and how the two were compared.
-Decided here, a file each, and every rule has a name and a reason beside it:
+In: a gold answer and what a model wrote after its reasoning. Out: right or wrong, and how the two
+were compared. Decided here, a file each, and every rule has a name and a reason beside it:
 
     spelling    one way of writing: Unicode, LaTeX's spacing and fractions, bold, delimiters
     statement   which part of a text is its answer: the last box, "#### N", "the answer is N", the last sentence
@@ -10,7 +10,8 @@ Decided here, a file each, and every rule has a name and a reason beside it:
     mathematics expressions, lists, sets, intervals, equations; what is left goes to math-verify
     sympy_child math-verify in a process of its own, which no expression can hang
 
-A text that states several answers ("5 or 6", "5-6", "between 5 and 6"), or says what the answer is not, states none.
+A text that states several answers ("5 or 6", "5-6", "between 5 and 6"), or says what the answer is
+not, states none.
 """
 
 from mlx_distill.verify.verdict import MATHEMATICS, TEXT, compared_as, states

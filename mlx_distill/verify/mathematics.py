@@ -1,7 +1,8 @@
-r"""Whether two pieces of mathematics are equal: numbers, lists, sets, tuples, intervals, equations, expressions.
+r"""Whether two pieces of mathematics are equal: numbers, lists, sets, tuples, intervals, equations,
+expressions.
 
-In: two phrases in the writing of `spelling.plain`, without marks. Numbers and containers are compared here; what is
-left goes to math-verify, if it is small enough to be a written answer.
+In: two phrases in the writing of `spelling.plain`, without marks. Numbers and containers are
+compared here; what is left goes to math-verify, if it is small enough to be a written answer.
 """
 
 import re
@@ -137,7 +138,9 @@ def _same_to_sympy(gold: str, answer: str) -> bool:
 
 
 def members(text: str) -> tuple[str, list[str]]:
-    r"""The brackets around a phrase ("", "{}", "(]", ...) and what stands between its commas, "and" and "or"."""
+    r"""The brackets around a phrase ("", "{}", "(]", ...) and what stands between its commas, "and"
+    and "or".
+    """
     text = _trimmed(text).replace(r"\{", "{").replace(r"\}", "}")
     text = re.sub(r"^(?:either|both)\s+", "", text)
     brackets, inner = "", text
@@ -185,7 +188,9 @@ def _same_members(gold: str, answer: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """At commas, semicolons, "and" and "or" outside of brackets; the comma of 1,234 is part of a number."""
+    """At commas, semicolons, "and" and "or" outside of brackets; the comma of 1,234 is part of a
+    number.
+    """
     depth, cut, parts = 0, 0, []
     for position, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -239,7 +244,9 @@ def _braces_for(text: str, opening: str, written: str) -> str:
 
 
 def _small(text: str) -> bool:
-    """Whether an expression is one that a person would write down, and not one that takes for ever to compute."""
+    """Whether an expression is one that a person would write down, and not one that takes for ever
+    to compute.
+    """
     depth = deepest = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -1,6 +1,8 @@
-r"""What number a phrase says: `$1,234.50`, `-\frac{3}{4}`, `1 1/2`, `70k`, `20 percent`, `18 dollars a day`, `twelve`.
+r"""What number a phrase says: `$1,234.50`, `-\frac{3}{4}`, `1 1/2`, `70k`, `20 percent`, `18
+dollars a day`, `twelve`.
 
-In: a phrase in the writing of `spelling.plain`. Out: a `Quantity`, exact, or None where the phrase is not one number.
+In: a phrase in the writing of `spelling.plain`. Out: a `Quantity`, exact, or None where the phrase
+is not one number.
 """
 
 import re
@@ -55,7 +57,8 @@ NAMED = re.compile(
     rf"(?P<tens>{ANY_TEN})(?:[- ](?P<ones>{ANY_ONE}))?(?!\w)|(?P<word>{ANY_ONE})(?!\w)", re.I
 )
 APPROXIMATELY = re.compile(
-    r"^(?:\\(?:approx|sim)\b|~|=|(?:about|approximately|approx\.?|around|roughly|exactly|precisely|only|just|a total of|total of|"
+    r"^(?:\\(?:approx|sim)\b|~|=|(?:about|approximately|approx\.?|around|roughly|exactly|"
+    r"precisely|only|just|a total of|total of|"
     r"in total|equal to|equals|simply)(?![a-z]))\s*",
     re.I,
 )
@@ -158,7 +161,9 @@ TAIL = re.compile(
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number as it was written: `value` without the percent sign, `decimals` after its point (None: exact), words of its unit."""
+    """A number as it was written: `value` without the percent sign, `decimals` after its point
+    (None: exact), words of its unit.
+    """
 
     value: Fraction
     percent: bool = False
@@ -167,7 +172,9 @@ class Quantity:
 
 
 def read(phrase: str, comma: bool = False) -> Quantity | None:
-    """The one number that the whole phrase says, with the unit behind it; `comma`: 3,5 may be a decimal."""
+    """The one number that the whole phrase says, with the unit behind it; `comma`: 3,5 may be a
+    decimal.
+    """
     if len(phrase) > LONGEST:
         return None
     phrase = APPROXIMATELY.sub("", phrase.strip()).strip()
@@ -266,7 +273,8 @@ def _words(part: str) -> list[str]:
 
 
 def same_unit(gold: frozenset[str], answer: frozenset[str]) -> bool:
-    """Whether two units do not contradict each other: one is missing, or holds the other's words."""
+    """Whether two units do not contradict each other: one is missing, or holds the other's words.
+    """
     if not gold or not answer:
         return True
     return gold & EXACT_UNITS == answer & EXACT_UNITS and (gold <= answer or answer <= gold)
@@ -275,8 +283,8 @@ def same_unit(gold: frozenset[str], answer: frozenset[str]) -> bool:
 def equal(gold: Quantity, answer: Quantity) -> bool:
     """Whether an answer says the expected number.
 
-    A percentage is asked for in per cent: gold 20 % is 20 or 20 %, never 0.2. A bare gold number may be a percentage as
-    GSM8K writes it (20 for 20 %), or the value of one (0.2 for 20 %).
+    A percentage is asked for in per cent: gold 20 % is 20 or 20 %, never 0.2. A bare gold number
+    may be a percentage as GSM8K writes it (20 for 20 %), or the value of one (0.2 for 20 %).
     """
     if not same_unit(gold.unit, answer.unit):
         return False
@@ -290,7 +298,9 @@ def equal(gold: Quantity, answer: Quantity) -> bool:
 
 
 def _close(gold: Fraction, answer: Quantity) -> bool:
-    """Equal, or rounded or cut to at least six decimals: 0.333333 is 1/3, 0.333 and 0.333334 are not."""
+    """Equal, or rounded or cut to at least six decimals: 0.333333 is 1/3, 0.333 and 0.333334 are
+    not.
+    """
     if gold == answer.value:
         return True
     if answer.decimals is None or answer.decimals < 6 or abs(answer.value) < Fraction(1, 10):

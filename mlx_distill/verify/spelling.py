@@ -1,7 +1,7 @@
 r"""One way of writing: the same answer in Unicode, LaTeX or Markdown becomes the same characters.
 
-`plain` leaves `\boxed{}` alone, and marks mathematics (`$x$`, `\(x\)`, `\[x\]`) as ⟦x⟧, so that a dollar sign that is left
-is money. It is idempotent but for white space.
+`plain` leaves `\boxed{}` alone, and marks mathematics (`$x$`, `\(x\)`, `\[x\]`) as ⟦x⟧, so that a
+dollar sign that is left is money. It is idempotent but for white space.
 """
 
 import re
@@ -49,14 +49,16 @@ REWRITTEN = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (
-            r"\\(?:left|right|big|Big|bigg|Bigg|[bB]igg?[lr]|displaystyle|textstyle|limits|nolimits|bf|it|rm)(?![a-zA-Z])",
+            r"\\(?:left|right|big|Big|bigg|Bigg|[bB]igg?[lr]|displaystyle|textstyle|limits|"
+            r"nolimits|bf|it|rm)(?![a-zA-Z])",
             "",
         ),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\{,\}", ","),  # 2{,}125
         (r"(?<=\d)\\,(?=\d{3}(?!\d))", " "),  # 2\,125
         (
-            r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-zA-Z])|\\(?:h|thin)space(?![a-zA-Z])|\\hspace\{[^{}]*\}",
+            r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-zA-Z])|\\(?:h|thin)space(?![a-zA-Z])|"
+            r"\\hspace\{[^{}]*\}",
             " ",
         ),
         (r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le "),
@@ -73,7 +75,8 @@ REWRITTEN = [
     )
 ]
 WORDS_IN_LATEX = re.compile(
-    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|hbox|operatorname|bold|emph|underline)"
+    r"\\(?:text|textbf|textit|textrm|textsf|texttt|textnormal|mathrm|mathbf|mathit|mathsf|mbox|"
+    r"hbox|operatorname|bold|emph|underline)"
     r"\*?\s*\{([^{}]*)\}"
 )
 SHORT_FRACTION = re.compile(

@@ -1,8 +1,9 @@
 r"""Which part of a text is its answer.
 
-In: a text in the writing of `spelling.plain`. Out: a `Statement`. In this order: the last `\boxed{}` (with those joined to it
-by "and" or "or"), the last line that begins with "####", the last "the answer is …", else the last sentence. A text that
-takes its word back ("wait", "actually") is read from there.
+In: a text in the writing of `spelling.plain`. Out: a `Statement`. In this order: the last
+`\boxed{}` (with those joined to it by "and" or "or"), the last line that begins with "####", the
+last "the answer is …", else the last sentence. A text that takes its word back ("wait", "actually")
+is read from there.
 """
 
 import re
@@ -21,7 +22,8 @@ MARKED = re.compile(r"^[ \t]*####[ \t]*(\S.*)$", re.M)
 HEADING = re.compile(r"\d+[.)]\s+[A-Za-z]|[A-Za-z]")
 SAID = re.compile(
     r"\banswers?\b(?:\s+(?:to|for|of|here)\b[^.\n:=]{0,80}?)?\s*"
-    r"(?:(?:is|was|are|equals|should be|must be|would be|will be|comes to)\b(?!n't)\s*:?|=|:)[ \t]*\n*|\banswers?\b[ \t]*\n+",
+    r"(?:(?:is|was|are|equals|should be|must be|would be|will be|comes to)\b(?!n't)\s*:?|=|"
+    r":)[ \t]*\n*|\banswers?\b[ \t]*\n+",
     re.I,
 )
 TAKEN_BACK = re.compile(
@@ -41,7 +43,8 @@ CONCLUDES = re.compile(
 REASON = re.compile(r",?\s+(?:because|since|as|not|rather than|instead of|which)\s")
 ASIDE = re.compile(rf"(?<=\S)\s+\(([^()]*)\)(?=[\s.,;:{CLOSE}]*$|\s)")
 DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|cannot|neither|nor|rather than|instead of|excluding)\b|n't\b)(?:(?!\bbut\b)[^,.;])*$",
+    r"(?:\b(?:not|never|cannot|neither|nor|rather than|instead of|excluding)\b|"
+    r"n't\b)(?:(?!\bbut\b)[^,.;])*$",
     re.I,
 )
 DENIED_AFTER = re.compile(
@@ -59,7 +62,8 @@ JOIN = re.compile(
 )
 OTHER_NUMBER = re.compile(
     r"\s*(?:or|and) (?:more|less|fewer|up|above|below|over|under|higher|lower)\b|"
-    r"\s+(?:squared|cubed|factorial|pi|sqrt|root|halves|thirds|fourths|fifths|sixths|sevenths|eighths|ninths|tenths|hundredths)\b",
+    r"\s+(?:squared|cubed|factorial|pi|sqrt|root|halves|thirds|fourths|fifths|sixths|sevenths|"
+    r"eighths|ninths|tenths|hundredths)\b",
     re.I,
 )
 OPERATOR = re.compile(r"\s*[-+*/^]\s*(?=[\d.\\(])")
@@ -74,7 +78,8 @@ class Statement:
 
 
 def stated(text: str) -> Statement | None:
-    """The part of a text that is its answer; None where nothing is said, or what is said is denied."""
+    """The part of a text that is its answer; None where nothing is said, or what is said is denied.
+    """
     boxes = list(_boxes(text))
     if boxes:
         return _boxed(text, boxes)
@@ -102,7 +107,9 @@ def sentences(text: str) -> list[str]:
 
 
 def value(statement: Statement) -> str | None:
-    """The one piece of mathematics that a statement says; None where there is none, or more than one."""
+    """The one piece of mathematics that a statement says; None where there is none, or more than
+    one.
+    """
     said = sentences(statement.text)
     if not said:
         return None
@@ -130,7 +137,9 @@ def value(statement: Statement) -> str | None:
 
 
 def reads(phrase: str) -> bool:
-    """Whether a phrase is mathematics as a whole: a number with its unit, an expression, or a list of those."""
+    """Whether a phrase is mathematics as a whole: a number with its unit, an expression, or a list
+    of those.
+    """
     if len(phrase) > LONGEST_PIECE:
         return False
     if quantity.read(phrase, comma=True) or mathematics.is_expression(phrase):
@@ -145,7 +154,9 @@ def reads(phrase: str) -> bool:
 
 
 def shortened(sentence: str, clause: re.Pattern = CLAUSE) -> Iterator[str]:
-    """A sentence, without what it says aside, up to its first clause, and what it says aside at its end."""
+    """A sentence, without what it says aside, up to its first clause, and what it says aside at its
+    end.
+    """
     sentence = without_marks(sentence).rstrip(" .,;:?")
     aside = ASIDE.sub("", sentence).rstrip(" .,;:")
     if quantity.read(aside):  # 12 (6 + 6) is no product
@@ -181,7 +192,9 @@ def _result(sentence: str) -> str | None:
 
 
 def _token(sentence: str, last: bool) -> str | None:
-    """The first or last number in prose, unless its neighbours make it one of several, or words before it a bound."""
+    """The first or last number in prose, unless its neighbours make it one of several, or words
+    before it a bound.
+    """
     found = list(_numbers(sentence))
     order = range(len(found))
     for i in reversed(order) if last else order:
@@ -248,7 +261,9 @@ def _end_of_number(text: str, start: int) -> int:
 
 
 def _boxes(text: str) -> Iterator[tuple[int, int, str]]:
-    r"""(start, end, content) of each \boxed{} that holds anything; one that is not closed ends with its line."""
+    r"""(start, end, content) of each \boxed{} that holds anything; one that is not closed ends with
+    its line.
+    """
     for found in list(BOX.finditer(text))[-MOST_BOXES:]:
         if not found[1]:
             token = re.compile(r"[^\s{}.,;]+").match(text, found.end())

@@ -1,10 +1,12 @@
 """math-verify in a process of its own.
 
-Neither a signal nor a thread stops `9**9**9` inside of CPython's integers, and signals are the main thread's alone. So a
-child compares; the kernel ends it after `SECONDS` of processor time (not of the clock: a busy machine changes no verdict),
-and what it could not say in that time is not equal. The next question starts another child.
+Neither a signal nor a thread stops `9**9**9` inside of CPython's integers, and signals are the main
+thread's alone. So a child compares; the kernel ends it after `SECONDS` of processor time (not of
+the clock: a busy machine changes no verdict), and what it could not say in that time is not equal.
+The next question starts another child.
 
-A question is a line of JSON, `[gold, answer]`; an answer is a line, "1" or "0". `[gold]` asks whether it can be read.
+A question is a line of JSON, `[gold, answer]`; an answer is a line, "1" or "0". `[gold]` asks
+whether it can be read.
 """
 
 import atexit
@@ -29,7 +31,9 @@ class Child:
         self.others: list[subprocess.Popen | None] = []
 
     def ask(self, *expressions: str) -> bool:
-        """Whether the child says yes; no where it ran out of time. One that was killed by others is asked once more."""
+        """Whether the child says yes; no where it ran out of time. One that was killed by others is
+        asked once more.
+        """
         with self.lock:
             for _ in range(2):
                 line = self._reply(json.dumps(expressions) + "\n")

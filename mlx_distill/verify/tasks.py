@@ -1,9 +1,10 @@
 """Tasks: problems with a checkable answer, and the check.
 
-In: a task's name (`embedded:NAME`, `gsm8k:PATH`, `jsonl:PATH`), how many problems and a seed. Out: a `Task` whose `verify`
-says whether a whole generation, reasoning included, ends in the expected answer. Decided here: what is read as the answer
-(the text after the first `</think>`), which rows are drawn, what makes two problems the same (the digest of their text), and
-how a gold answer that is a number or a list in JSON is written. Whether an answer is right, `verify/` says.
+In: a task's name (`embedded:NAME`, `gsm8k:PATH`, `jsonl:PATH`), how many problems and a seed. Out:
+a `Task` whose `verify` says whether a whole generation, reasoning included, ends in the expected
+answer. Decided here: what is read as the answer (the text after the first `</think>`), which rows
+are drawn, what makes two problems the same (the digest of their text), and how a gold answer that
+is a number or a list in JSON is written. Whether an answer is right, `verify/` says.
 """
 
 import difflib
@@ -27,7 +28,8 @@ GSM8K_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")  # not 1.23
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt as the user says it and the answer to be found; `id` is a digest of both, so it is the same in every run.
+    """A prompt as the user says it and the answer to be found; `id` is a digest of both, so it is
+    the same in every run.
 
     `compared` says how answers are compared with the expected one: as "mathematics" or as "text".
     """
@@ -40,7 +42,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Task:
-    """Problems under one name; `verify(expected, generated_text)` takes the whole generation, reasoning included.
+    """Problems under one name; `verify(expected, generated_text)` takes the whole generation,
+    reasoning included.
 
     A generation without `</think>` has given no answer and is never right.
     """
@@ -60,7 +63,8 @@ class Task:
 
 
 def load_task(name: str, examples: int, seed: int) -> Task:
-    """The task called `name` with at most `examples` problems, drawn with `seed`; the same arguments give the same problems.
+    """The task called `name` with at most `examples` problems, drawn with `seed`; the same
+    arguments give the same problems.
 
     Raises `NotFound` (no such task or file) or `DataError` (a row or column that cannot be used).
     """
@@ -119,7 +123,9 @@ _FORMS = {"embedded": "embedded:NAME", "gsm8k": "gsm8k:PATH", "jsonl": "jsonl:PA
 
 
 def _problems(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
-    """Problems in order; the same text twice is one problem, since it could not be told apart when runs are compared."""
+    """Problems in order; the same text twice is one problem, since it could not be told apart when
+    runs are compared.
+    """
     found = {}
     for prompt, expected, compared in rows:
         key = hashlib.sha256(f"{prompt}\0{expected}".encode(errors="surrogatepass")).hexdigest()[:12]
@@ -128,7 +134,9 @@ def _problems(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
 
 
 def _drawn(path: Path, columns: tuple[str, str], examples: int, seed: int) -> list[tuple[str, str, str]]:
-    """(where, first column, second column) of `examples` rows of a JSON-lines file, in file order; all if it has fewer."""
+    """(where, first column, second column) of `examples` rows of a JSON-lines file, in file order;
+    all if it has fewer.
+    """
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl")], 1)
         raise NotFound(f"no task file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; check the path"))
@@ -157,7 +165,9 @@ def _row(place: str, row: Any, columns: tuple[str, str]) -> tuple[str, str, str]
 
 
 def _written(gold: Any, place: str, column: str) -> str:
-    """A gold answer as text: 5 of the number, "3, 5" of the list [3, 5], all of whose items are to be stated."""
+    """A gold answer as text: 5 of the number, "3, 5" of the list [3, 5], all of whose items are to
+    be stated.
+    """
     items = gold if isinstance(gold, list) else [gold]
     for item in items:
         if not isinstance(item, str | int | float):

@@ -1,4 +1,6 @@
-"""The verdict: a gold answer decides how it is compared, and the answer's statement is held against it."""
+"""The verdict: a gold answer decides how it is compared, and the answer's statement is held against
+it.
+"""
 
 import re
 from functools import lru_cache
@@ -9,14 +11,16 @@ from mlx_distill.verify.statement import stated, value
 
 MATHEMATICS, TEXT = "mathematics", "text"
 EXCLAIMED = re.compile(
-    r"(?<=[a-z] )(?P<number>[$€£]\d[\d,.]*|\d+[,.]\d[\d,.]*|2[1-9]|[3-9]\d|\d{3,})!(?=\s*\Z|\s*\n|\s+[A-Z])"
+    r"(?<=[a-z] )(?P<number>[$€£]\d[\d,.]*|\d+[,.]\d[\d,.]*|2[1-9]|[3-9]\d|\d{3,})!(?=\s*\Z|"
+    r"\s*\n|\s+[A-Z])"
 )
 LONGEST = 10_000  # characters of an answer's end that are read
 
 
 @lru_cache(65536)
 def compared_as(gold: str) -> str:
-    """How answers are compared with a gold answer: as `MATHEMATICS` where it can be read as that, else as `TEXT`.
+    """How answers are compared with a gold answer: as `MATHEMATICS` where it can be read as that,
+    else as `TEXT`.
 
     Raises `ValueError` for a gold answer that says nothing.
     """
@@ -35,7 +39,8 @@ def states(gold: str, answer: str) -> bool:
 
 
 def _unexclaimed(text: str) -> str:
-    """The text with a full stop for the mark of "The total is 42!", where no one means a factorial."""
+    """The text with a full stop for the mark of "The total is 42!", where no one means a factorial.
+    """
     return EXCLAIMED.sub(lambda found: f"{found['number']}.", text)
 
 

@@ -1,7 +1,9 @@
-r"""Texts and the letters of choices: compared by their characters, with what is only dress taken off.
+r"""Texts and the letters of choices: compared by their characters, with what is only dress taken
+off.
 
-In: phrases in the writing of `spelling.plain`. Dress is case, white space, quotes, bold, braces, a final stop, and "the
-answer is" before; of a letter also brackets and "Option" ("(B)", "B)", "B. Paris", "Option B").
+In: phrases in the writing of `spelling.plain`. Dress is case, white space, quotes, bold, braces, a
+final stop, and "the answer is" before; of a letter also brackets and "Option" ("(B)", "B)", "B.
+Paris", "Option B").
 """
 
 import re
@@ -9,21 +11,25 @@ import re
 from mlx_distill.verify.statement import DENIED_AFTER, Statement, denied, sentences, shortened
 
 LEADING = re.compile(
-    r"^(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:(?:final|correct|right)\s+)?answer\s*(?:is|:|=)\s*:?\s*",
+    r"^(?:(?:so|thus|therefore|hence),?\s+)?(?:(?:the|my)\s+)?(?:(?:final|correct|"
+    r"right)\s+)?answer\s*(?:is|:|=)\s*:?\s*",
     re.I,
 )
 STATED_LAST = re.compile(
-    r".*(?:\b(?:is|it's|are|was|were|be|equals|choose|pick|select|choice|option|with)|=|:)\s+(?P<what>\S.*)",
+    r".*(?:\b(?:is|it's|are|was|were|be|equals|choose|pick|select|choice|option|with)|=|"
+    r":)\s+(?P<what>\S.*)",
     re.S | re.I,
 )
 DRESS = "\"'*_`{}[]⟦⟧ \n\t"
 LETTER = re.compile(
-    r"(?:(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|answer|letter)\s*:?\s*)?(?P<open>[(\[{]?)\s*(?P<letter>[A-Za-z])(?P<close>(?:\s*[)\]}])?)"
+    r"(?:(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|answer|"
+    r"letter)\s*:?\s*)?(?P<open>[(\[{]?)\s*(?P<letter>[A-Za-z])(?P<close>(?:\s*[)\]}])?)"
     r"(?P<rest>.*)",
     re.S | re.I,
 )
 AFTER_LETTER = re.compile(
-    r"[\s.,;:!?\"'*]*|\s*[.:)]\s*\S.*|\s*,?\s+(?:because|since)\b.*|\s*,\s*(?:as|which|not|so)\b.*|\s+-+\s.*|"
+    r"[\s.,;:!?\"'*]*|\s*[.:)]\s*\S.*|\s*,?\s+(?:because|since)\b.*|\s*,\s*(?:as|which|not|"
+    r"so)\b.*|\s+-+\s.*|"
     r"\s+is\s+(?:the\s+)?(?:correct|right|best|true)\b.*",
     re.S | re.I,
 )
@@ -39,7 +45,9 @@ LETTERS = re.compile(r"[A-Z](?:\s*(?:,|;|/|&|and|\s)\s*(?:and\s+)?[A-Z])+")
 
 
 def letter(gold: str) -> str:
-    """The letter that a gold answer asks for: B of "B", "(B)", "B." and "Option B"; "" where it asks for something else."""
+    """The letter that a gold answer asks for: B of "B", "(B)", "B." and "Option B"; "" where it
+    asks for something else.
+    """
     found = LETTER.fullmatch(gold.strip(DRESS))
     return found["letter"].upper() if found and not found["rest"].strip(". ") else ""
 
@@ -56,7 +64,9 @@ def states_letter(gold: str, statement: Statement) -> bool:
 
 
 def states_letters(gold: list[str], statement: Statement) -> bool:
-    """Whether a statement says these letters; their order counts only where the expected one is not the alphabet's."""
+    """Whether a statement says these letters; their order counts only where the expected one is not
+    the alphabet's.
+    """
     for phrase in _phrases(statement):
         bare = re.sub(r"[()\[\]\"'*]|\b(?:options?|choices?)\b", "", phrase, flags=re.I).strip(
             DRESS + "."
@@ -90,7 +100,9 @@ def _letter_of(phrase: str) -> str:
 
 
 def _phrases(statement: Statement, whole_sentences: bool = False) -> list[str]:
-    """What may be the text of the answer: all of it, its first and last sentence, shorter forms, what follows a last "is"."""
+    """What may be the text of the answer: all of it, its first and last sentence, shorter forms,
+    what follows a last "is".
+    """
     said = sentences(statement.text)
     if not said:
         return [statement.text] if statement.source == "box" else []
