@@ -76,6 +76,8 @@ class RunFolder(SmallFiles):
             target = self.path.readlink()
             raise RunError(f"{self.path} is a link to {target}, which is not there: make that folder or remove the link")
         if not self.path.is_dir():
+            if self.path.exists():
+                raise RunError(f"{self.path} is a file: move it away, or choose another --set run.name=NAME")
             return
         try:
             names = {entry.name for entry in self.path.iterdir()} - set(own_files.LEFT_BY_SYSTEMS)
@@ -125,7 +127,10 @@ class RunFolder(SmallFiles):
         if (self.path / own_files.STARTING_OVER).exists():
             return False
         return bool(
-            (self.student / "config.json").exists() or self.saved.steps() or any(self.rows(log) for log in LOGS)
+            (self.student / "config.json").exists()
+            or any((self.path / name).exists() for name in ("eval.json", "generations.jsonl"))
+            or self.saved.steps()
+            or any(self.rows(log) for log in LOGS)
         )
 
     def _refuse_changed(self, recipe: Recipe, say: Say) -> None:
@@ -291,7 +296,11 @@ class RunFolder(SmallFiles):
         return self.exported.is_complete(bool(self.steps()))
 
     def write_student(self, write: Callable[[Path], None]) -> None:
-        """The exported student, whole or not at all."""
+        """The exported student, whole or not at all. A score of an earlier one is not a score of it."""
+        kept = self.readable("eval.json")
+        scores = kept.get("scores")
+        if isinstance(scores, dict) and "student" in scores:
+            self.write_json("eval.json", kept | {"scores": {name: scores[name] for name in scores if name != "student"}})
         self.exported.write(write)
 
 

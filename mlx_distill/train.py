@@ -18,13 +18,15 @@ from safetensors import SafetensorError
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, share_of
 from mlx_distill.data.sequences import Segment
-from mlx_distill.errors import DistillError, DivergedError, RunError
+from mlx_distill.errors import DistillError, DivergedError, OutOfMemory, RunError
 from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
 from mlx_distill.run_dir import RunFolder, TrainState
 from mlx_distill.training.schedule import learning_rate
 from mlx_distill.view import View
+
+NO_ROOM = ("out of memory", "insufficient memory", "attempting to allocate", "unable to allocate")  # MLX's and torch's
 
 
 class Interrupted(Exception):
@@ -74,10 +76,13 @@ class Training:
             self._restore(last)
         self._any(False)  # every rank has read it; only then is anything removed
         self.run.tidy(last, self.recipe.run.keep_checkpoints)
+        begun = not last.step and any(row["step"] for row in self.run.rows("metrics.jsonl"))
         self.run.cut_logs(last.step or -1, self.view.say)
         if last.step:
             self.view.say(f"continuing after step {self.state.step}, the newest checkpoint")
         else:
+            if begun:
+                self.view.say("note: there is no checkpoint: training begins again at its first step")
             self._validate()
 
     def _newest(self) -> TrainState:
@@ -192,14 +197,20 @@ class Training:
 
 
 def restore(student: Student, folder: Path, optimizer: bool = True) -> None:
-    """Load a checkpoint into a student; raises `RunError` where its files cannot be read."""
+    """Load a checkpoint into a student; raises `OutOfMemory` where there is no room for it, `RunError` else.
+
+    Its files were found to be as they were saved, so that this says nothing of them.
+    """
     try:
         student.restore_state(folder, optimizer)
     except DistillError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError, MemoryError, SafetensorError) as error:
+        said = one_line(error)
+        if isinstance(error, MemoryError) or any(words in said.lower() for words in NO_ROOM):
+            raise OutOfMemory(f"{folder}: there is no memory to load it into ({said})") from error
         raise RunError(
-            f"{folder} cannot be read ({one_line(error)}): put a copy in its place, or start over with --fresh"
+            f"{folder} cannot be loaded ({said}): put a copy in its place, or start over with --fresh"
         ) from error
 
 

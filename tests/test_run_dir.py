@@ -22,6 +22,7 @@ from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.run_dir import RunFolder, TrainState
 from mlx_distill.runs.manifest import identity
 from mlx_distill.scoring.stops import stops_of
+from mlx_distill.train import restore
 from mlx_distill.view import View, silent
 
 
@@ -566,7 +567,7 @@ def test_a_run_killed_while_its_folder_was_made_is_opened(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_plain_error(tmp_path):
     (tmp_path / "one").write_text("a file")
-    with pytest.raises(RunError, match=r"cannot write the run folder .*one: Not a directory; choose another --set run\.folder"):
+    with pytest.raises(RunError, match=r"one is a file: move it away, or choose another --set run\.name=NAME"):
         RunFolder.open(make_recipe(tmp_path))
 
 
@@ -659,7 +660,7 @@ def test_a_run_of_a_version_that_computed_the_teacher_otherwise_is_refused(world
     whole = json.loads(manifest.read_text())
     assert whole["models"]["teacher"]["arithmetic"] == "1" and "arithmetic" not in whole["models"]["student"]
     older = json.loads(manifest.read_text())
-    del older["models"]["teacher"]["arithmetic"]
+    del older["models"]["teacher"]["arithmetic"], older["sha256"]
     manifest.write_text(json.dumps(older))
     result = command_line(*words)
     assert result.code == 2 and result.err.count("\n") == 1
@@ -693,3 +694,57 @@ def test_texts_end_where_configs_tokenizer_or_template_say(world):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": None}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     assert made._stops("teacher", folder) == common | {7, 9}
+
+
+# what was changed by hand
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "eval.json"])
+@pytest.mark.parametrize("change", [{"steps": 7}, {"finished": False}, {"more": None}, {"sha256": "0" * 64}, {"sha256": 1}])
+def test_a_changed_digit_is_damage_and_a_file_of_an_older_version_is_believed(folder, name, change):
+    content = {"steps": 6, "finished": True, "data": {"large": 1e300, "none": float("nan"), "é": ["\ud800"]}}
+    folder.write_json(name, content)
+    assert folder.read_json(name)["steps"] == 6 and "sha256" not in folder.read_json(name)
+    kept = json.loads((folder.path / name).read_text())
+    (folder.path / name).write_text(json.dumps(kept | change))
+    with pytest.raises(RunError, match=rf"{name} is damaged: it is not as the run wrote it"):
+        folder.read_json(name)
+    del kept["sha256"]
+    (folder.path / name).write_text(json.dumps(kept | {"steps": 7}))
+    assert folder.read_json(name)["steps"] == 7
+
+
+@pytest.mark.parametrize("name", ["eval.json", "generations.jsonl"])
+def test_scores_are_results_that_another_recipe_does_not_replace(tmp_path, name):
+    mine = add(RunFolder.open(make_recipe(tmp_path)).path / name)
+    with pytest.raises(RunError, match="holds a run of another recipe"):
+        RunFolder.open(make_recipe(tmp_path, optim={"learning_rate": 0.5}))
+    RunFolder.open(make_recipe(tmp_path))
+    assert mine.read_text() == "mine"
+
+
+def test_a_student_that_is_written_again_is_scored_again(folder):
+    scores = {"teacher": {"accuracy": 1.0}, "student": {"accuracy": 0.5}}
+    folder.write_json("eval.json", {"task": "dial", "scores": scores})
+    folder.write_student(write())
+    assert folder.read_json("eval.json") == {"task": "dial", "scores": {"teacher": {"accuracy": 1.0}}}
+
+
+def test_a_new_disk_holds_no_more_than_its_own_folder(tmp_path):
+    (tmp_path / "one" / "lost+found").mkdir(parents=True)
+    assert RunFolder.open(make_recipe(tmp_path), fresh=True).path == tmp_path / "one"
+    assert (tmp_path / "one" / "lost+found").is_dir()
+
+
+@pytest.mark.parametrize(("error", "kind", "words"), [
+    (RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"), OutOfMemory, "there is no memory to load it into"),
+    (MemoryError(), OutOfMemory, "there is no memory to load it into"),
+    (RuntimeError("[load_safetensors] Invalid json header length"), RunError, "cannot be loaded"),
+])
+def test_a_restore_that_fails_says_whether_memory_was_missing(folder, error, kind, words):
+    class Student:
+        def restore_state(self, path, optimizer):
+            raise error
+
+    with pytest.raises(kind, match=f"step-000002.*{words}"):
+        restore(Student(), folder.checkpoint(2))

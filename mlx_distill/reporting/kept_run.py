@@ -13,6 +13,7 @@ from mlx_distill.errors import DataError, DistillError, NotFound, RunError
 from mlx_distill.readers import parse_toml, path_of, read_json, read_text
 from mlx_distill.recipe import Recipe
 from mlx_distill.runs import logs
+from mlx_distill.runs.seals import SEALED, is_broken, unsealed
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.words import finite
 
@@ -140,7 +141,9 @@ def _json(folder: Path, name: str, kind: type | tuple[type, ...], notes: dict[st
     if not isinstance(content, kind):
         notes[name] = f"{name} holds a {type(content).__name__}: {otherwise}."
         return empty
-    return content
+    if name in SEALED and is_broken(content):
+        notes[name] = f"{name} is not as the run wrote it: somebody changed it."
+    return unsealed(content) if name in SEALED else content
 
 
 def _json_lines(folder: Path, name: str, notes: dict[str, str], otherwise: str) -> list[dict]:

@@ -18,7 +18,7 @@ FILES = (
 LOCK = "run.lock"
 STARTING_OVER = ".starting-over"  # stands while the files of an earlier run are being removed
 CHECKPOINT = ("state.json", "weights.safetensors", "optimizer.safetensors", "SHA256SUMS")
-LEFT_BY_SYSTEMS = (".DS_Store",)  # macOS puts one into every folder that was looked at
+LEFT_BY_SYSTEMS = (".DS_Store", "lost+found")  # in every folder that a Mac showed, on every new disk
 STUDENT = re.compile(  # what a run writes there, where its manifest does not say
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|chat_template|preprocessor_config|processor_config|model\.safetensors\.index)\.json"

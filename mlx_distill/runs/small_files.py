@@ -13,6 +13,7 @@ from mlx_distill.errors import NotFound, RunError
 from mlx_distill.files import told_as
 from mlx_distill.readers import read_json
 from mlx_distill.runs import logs, manifests
+from mlx_distill.runs.seals import SEALED, is_broken, sealed, unsealed
 
 LOGS = ("metrics.jsonl", "validation.jsonl")
 INTACT = "the checkpoints are intact"
@@ -35,6 +36,7 @@ class SmallFiles:
             files.write_text(self.path / name, text)
 
     def write_json(self, name: str, content: dict | list) -> None:
+        content = sealed(content) if name in SEALED else content
         with told_as(RunError, self.path / name, INTACT):
             files.write_json(self.path / name, content)
 
@@ -49,7 +51,9 @@ class SmallFiles:
         wrong = manifests.trouble(content) if name == "manifest.json" else ""
         if wrong or not isinstance(content, dict):
             raise RunError(f"{self.path / name} is damaged: {wrong or 'it holds no object'}")
-        return content
+        if name in SEALED and is_broken(content):
+            raise RunError(f"{self.path / name} is damaged: it is not as the run wrote it")
+        return unsealed(content) if name in SEALED else content
 
     def readable(self, name: str, say: Say = quiet, otherwise: str = "") -> dict[str, Any]:
         """The same, but a file that cannot be read is told, with what is done instead, and {}."""

@@ -1,0 +1,34 @@
+"""A seal inside of a JSON file of a run: the SHA-256 of all else in it, by which a changed digit is noticed.
+
+In: the content of a file. Out: the same with its seal, or whether the seal still holds. A file of an
+older version has none, and is believed.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+from mlx_distill.readers import parse_json
+
+SEAL = "sha256"
+SEALED = ("manifest.json", "eval.json")
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with its seal."""
+    return unsealed(content) | {SEAL: _digest(content)}
+
+
+def unsealed(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != SEAL}
+
+
+def is_broken(content: dict[str, Any]) -> bool:
+    """Whether it has a seal that is not of what it holds."""
+    return SEAL in content and content[SEAL] != _digest(content)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """Of what a reader finds: text for every key, null for NaN."""
+    read = parse_json(json.dumps(unsealed(content)), "")
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
