@@ -1,4 +1,6 @@
-"""Do the contenders of bench_step.py compute the same? Losses and every element of the gradients, on one small batch."""
+"""Do the contenders of bench_step.py compute the same? Losses and every element of the gradients,
+on one small batch.
+"""
 
 import sys
 import time
@@ -18,26 +20,41 @@ if TYPE_CHECKING:
 def head_errors(case: "Case", contenders: list[str]) -> list[dict[str, object]]:
     """Each contender's loss and gradients, given hidden states, against the definition in float64."""
     widths = case.config["hidden_size"], case.teacher_config["hidden_size"]
-    x = losses.random_inputs(case.positions, case.config["vocab_size"], widths, True, case.device, case.dtype)
-    hidden, weight, teacher, teacher_weight = (tensor.detach().float().cpu().numpy().astype(np.float64) for tensor in x[:4])
+    x = losses.random_inputs(
+        case.positions, case.config["vocab_size"], widths, True, case.device, case.dtype
+    )
+    hidden, weight, teacher, teacher_weight = (
+        tensor.detach().float().cpu().numpy().astype(np.float64) for tensor in x[:4]
+    )
     targets, wanted = x.labels.cpu().numpy(), definition.Objective(kd_weight=case.kd_weight)
     logits, teacher_logits = hidden @ weight.T, teacher @ teacher_weight.T
     slope = definition.grad(logits, teacher_logits, targets, wanted) / len(targets)
-    expected = definition.loss(logits, teacher_logits, targets, wanted).mean(), (slope @ weight, slope.T @ hidden)
+    expected = (
+        definition.loss(logits, teacher_logits, targets, wanted).mean(),
+        (slope @ weight, slope.T @ hidden),
+    )
     errors = []
     for name in contenders:
         loss, *gradients = losses.value_and_gradients(name, x, case.kd_weight, case.chunk_tokens)
         pairs = zip(expected[1], (g.float().cpu().numpy() for g in gradients), strict=True)
-        gradient_error = max(float(np.abs(want - got).max() / np.abs(want).max()) for want, got in pairs)
-        errors.append(error_row("head", name, "definition", float(loss), float(expected[0]), gradient_error))
+        gradient_error = max(
+            float(np.abs(want - got).max() / np.abs(want).max()) for want, got in pairs
+        )
+        errors.append(
+            error_row("head", name, "definition", float(loss), float(expected[0]), gradient_error)
+        )
     return errors
 
 
 def step_errors(case: "Case", contenders: list[str]) -> list[dict[str, object]]:
-    """Each contender's loss and gradients of all weights against ours, relative to each tensor's largest."""
+    """Each contender's loss and gradients of all weights against ours, relative to each tensor's
+    largest.
+    """
     errors, reference = [], None
     for name in ["ours", *(c for c in contenders if c != "ours")]:
-        trainer = steps_torch.load(name, Path(case.student_folder), Path(case.teacher_folder), case.step(), case.setting())
+        trainer = steps_torch.load(
+            name, Path(case.student_folder), Path(case.teacher_folder), case.step(), case.setting()
+        )
         started = time.perf_counter()
         loss = trainer.accumulate()
         gradients = {key: value.detach().clone() for key, value in trainer.gradients().items()}
@@ -47,8 +64,14 @@ def step_errors(case: "Case", contenders: list[str]) -> list[dict[str, object]]:
             reference = loss, gradients
             continue
         if gradients.keys() != reference[1].keys():
-            raise SystemExit(f"{name} trains other weights than ours: {sorted(gradients.keys() ^ reference[1].keys())[:3]}")
-        error = max(float((value - gradients[key]).abs().max() / value.abs().max()) for key, value in reference[1].items())
+            raise SystemExit(
+                f"{name} trains other weights than ours: "
+                f"{sorted(gradients.keys() ^ reference[1].keys())[:3]}"
+            )
+        error = max(
+            float((value - gradients[key]).abs().max() / value.abs().max())
+            for key, value in reference[1].items()
+        )
         errors.append(error_row("step", name, "ours", loss, reference[0], error))
     return errors
 
@@ -58,8 +81,14 @@ def apart(value: float, expected: float) -> float:
     return abs(value - expected) / max(abs(expected), 1.0)
 
 
-def error_row(part: str, name: str, against: str, loss: float, expected: float, gradient_error: float) -> dict[str, object]:
+def error_row(
+    part: str, name: str, against: str, loss: float, expected: float, gradient_error: float
+) -> dict[str, object]:
     return {
-        "part": part, "contender": name, "against": against, "loss": loss, "loss_error": apart(loss, expected),
+        "part": part,
+        "contender": name,
+        "against": against,
+        "loss": loss,
+        "loss_error": apart(loss, expected),
         "gradient_error": gradient_error,
     }

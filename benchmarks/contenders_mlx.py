@@ -15,16 +15,25 @@ def bytes_needed(contender: str, positions: int, vocab: int) -> int:
 
 
 def repetition(
-    contender: str, positions: int, vocab: int, widths: tuple[int, int], trained: bool, chunk_tokens: int
+    contender: str,
+    positions: int,
+    vocab: int,
+    widths: tuple[int, int],
+    trained: bool,
+    chunk_tokens: int,
 ) -> Callable[[], Numbers]:
-    """Hold the inputs; a repetition is the loss and its gradient, evaluated, and MLX's peak over what was active before."""
+    """Hold the inputs; a repetition is the loss and its gradient, evaluated, and MLX's peak over
+    what was active before.
+    """
     from mlx_distill.blas import load_blas
 
     load_blas()
     import mlx.core as mx
 
     step = build(contender, trained, chunk_tokens)
-    mx.eval(step(*inputs(8, vocab, widths)))  # kernels are compiled here, not in the first repetition
+    mx.eval(
+        step(*inputs(8, vocab, widths))
+    )  # kernels are compiled here, not in the first repetition
     arrays = inputs(positions, vocab, widths)
 
     def repeat() -> Numbers:
@@ -35,7 +44,12 @@ def repetition(
         mx.eval(value, gradients)
         seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
         peak = mx.get_peak_memory() - before
-        return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak, "loss": value.item()}
+        return {
+            "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
+            "peak_bytes": peak,
+            "loss": value.item(),
+        }
 
     return repeat
 
@@ -48,13 +62,21 @@ def inputs(positions: int, vocab: int, widths: tuple[int, int]) -> tuple:
     width, teacher_width = widths
     shapes = (positions, width), (vocab, width), (positions, teacher_width), (vocab, teacher_width)
     hidden, matrix, teacher_hidden, teacher_matrix = (mx.random.normal(shape) for shape in shapes)
-    arrays = (hidden, 0.1 * matrix, teacher_hidden, 0.1 * teacher_matrix, mx.random.randint(0, vocab, (positions,)))
+    arrays = (
+        hidden,
+        0.1 * matrix,
+        teacher_hidden,
+        0.1 * teacher_matrix,
+        mx.random.randint(0, vocab, (positions,)),
+    )
     mx.eval(arrays)
     return arrays
 
 
 def build(contender: str, trained: bool, chunk_tokens: int):
-    """`inputs` → (loss, gradients with respect to the hidden states and, if trained, the student's matrix)."""
+    """`inputs` → (loss, gradients with respect to the hidden states and, if trained, the student's
+    matrix).
+    """
     import mlx.core as mx
 
     from mlx_distill.backends.mlx.loss import MatrixHead, kd_loss
@@ -64,7 +86,10 @@ def build(contender: str, trained: bool, chunk_tokens: int):
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
     def dense_sum(hidden, matrix, teacher_hidden, teacher_matrix, targets):
-        student, teacher = log_softmax(hidden @ matrix.T), log_softmax(teacher_hidden @ teacher_matrix.T)
+        student, teacher = (
+            log_softmax(hidden @ matrix.T),
+            log_softmax(teacher_hidden @ teacher_matrix.T),
+        )
         kd = (mx.exp(teacher) * (teacher - student)).sum(axis=-1)
         ce = -mx.take_along_axis(student, targets[:, None], axis=1)[:, 0]
         return (0.5 * kd + 0.5 * ce).sum()
@@ -76,15 +101,28 @@ def build(contender: str, trained: bool, chunk_tokens: int):
         total = mx.array(0.0)
         for start in range(0, hidden.shape[0], chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            total = total + dense_sum(hidden[rows], matrix, teacher_hidden[rows], teacher_matrix, targets[rows])
+            total = total + dense_sum(
+                hidden[rows], matrix, teacher_hidden[rows], teacher_matrix, targets[rows]
+            )
         return total / hidden.shape[0]
 
     def ours(hidden, matrix, teacher_hidden, teacher_matrix, targets):
         weight, rows = mx.ones(targets.shape), hidden.shape[0]
         head = MatrixHead(teacher_matrix)
         return kd_loss(
-            hidden, matrix, teacher_hidden, head, targets, weight, Objective(), float(rows), chunk_tokens, trained
+            hidden,
+            matrix,
+            teacher_hidden,
+            head,
+            targets,
+            weight,
+            Objective(),
+            float(rows),
+            chunk_tokens,
+            trained,
         ).loss
 
-    step = mx.value_and_grad({"dense": dense, "autodiff": autodiff, "ours": ours}[contender], (0, 1) if trained else 0)
+    step = mx.value_and_grad(
+        {"dense": dense, "autodiff": autodiff, "ours": ours}[contender], (0, 1) if trained else 0
+    )
     return mx.compile(step) if contender == "dense" else step

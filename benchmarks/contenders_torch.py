@@ -1,20 +1,24 @@
-"""The distillation loss on torch: ours, the peers' own functions and the paper's formulation, on one objective.
+"""The distillation loss on torch: ours, the peers' own functions and the paper's formulation, on
+one objective.
 
-The objective is `kd_weight · KL(teacher‖student) + (1 - kd_weight) · cross-entropy` at temperature 1, a mean over the
-positions that have a label. Contenders, named as in the tables:
+The objective is `kd_weight · KL(teacher‖student) + (1 - kd_weight) · cross-entropy` at temperature
+1, a mean over the positions that have a label. Contenders, named as in the tables:
 
 - paper: dense logits, softmax and then its logarithm, KL and cross-entropy left to autograd.
-- trl-gkd: `GKDTrainer.generalized_jsd_loss(beta=0)` of TRL (trl.experimental.gkd; GOLD's is the same): dense
-  log-softmax and `F.kl_div`; the cross-entropy of the same logits is added.
-- trl: `_chunked_divergence_loss(beta=0)` of TRL's `DistillationTrainer`: tiles of 4,096 × 32,768 logits, the backward
-  projects again. It has no cross-entropy; the one added is TRL's own chunked one, `ChunkedLogProbFunction`, which the
-  `SFTTrainer` uses: it projects twice more. At `kd_weight` 1 TRL pays nothing that it would not pay itself.
-- liger, liger-eager: `liger_kernel.chunked_loss.LigerFusedLinearJSDLoss(beta=0)` as it ships (`torch.compile`d) and
-  with `compiled=False`: chunks of 1,024 positions (up to 2,047) with all of the vocabulary, soft and hard loss in one
-  call. Always computes the gradient of the head.
-- liger-triton (CUDA alone): `LigerFusedLinearJSD(jsd_beta=0)` and `LigerFusedLinearCrossEntropyLoss`.
+- trl-gkd: `GKDTrainer.generalized_jsd_loss(beta=0)` of TRL (trl.experimental.gkd; GOLD's is the
+  same): dense log-softmax and `F.kl_div`; the cross-entropy of the same logits is added.
+- trl: `_chunked_divergence_loss(beta=0)` of TRL's `DistillationTrainer`: tiles of 4,096 × 32,768
+  logits, the backward projects again. It has no cross-entropy; the one added is TRL's own chunked
+  one, `ChunkedLogProbFunction`, which the `SFTTrainer` uses: it projects twice more. At `kd_weight`
+  1 TRL pays nothing that it would not pay itself.
+- liger, liger-eager: `liger_kernel.chunked_loss.LigerFusedLinearJSDLoss(beta=0)` as it ships
+  (`torch.compile`d) and with `compiled=False`: chunks of 1,024 positions (up to 2,047) with all of
+  the vocabulary, soft and hard loss in one call. Always computes the gradient of the head.
+- liger-triton (CUDA alone): `LigerFusedLinearJSD(jsd_beta=0)` and
+  `LigerFusedLinearCrossEntropyLoss`.
 - ours: `mlx_distill.backends.torch.loss.kd_loss`.
-- matmuls: no contender, the four products (three with a frozen head) that any of them needs, and nothing else.
+- matmuls: no contender, the four products (three with a frozen head) that any of them needs, and
+  nothing else.
 """
 
 import contextlib
@@ -33,11 +37,16 @@ CONTENDERS = ("paper", "trl-gkd", "trl", "liger-eager", "liger", "ours")
 ON_CUDA_ALONE = ("liger-triton",)
 DENSE = ("paper", "trl-gkd")
 MATMUL_ROWS = 1024
-DENSE_TENSORS, LIGER_TENSORS = 8, 8  # float32 [rows, V] tensors at a contender's peak, for what to skip
+DENSE_TENSORS, LIGER_TENSORS = (
+    8,
+    8,
+)  # float32 [rows, V] tensors at a contender's peak, for what to skip
 
 
 class Inputs(NamedTuple):
-    """What a head and loss are given: hidden [N, D], weight [V, D], teacher_hidden [N, Dt], teacher_weight [V, Dt], labels [N]."""
+    """What a head and loss are given: hidden [N, D], weight [V, D], teacher_hidden [N, Dt],
+    teacher_weight [V, Dt], labels [N].
+    """
 
     hidden: "torch.Tensor"
     weight: "torch.Tensor"
@@ -54,30 +63,49 @@ def bytes_needed(contender: str, positions: int, vocab: int) -> int:
 
 
 def random_inputs(
-    positions: int, vocab: int, widths: tuple[int, int], trained: bool, device: str = "cpu", dtype: str = "float32"
+    positions: int,
+    vocab: int,
+    widths: tuple[int, int],
+    trained: bool,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> Inputs:
-    """Seeded numbers: hidden states and the teacher's head in `dtype`, the student's head in float32 as it trains."""
+    """Seeded numbers: hidden states and the teacher's head in `dtype`, the student's head in
+    float32 as it trains.
+    """
     import torch
 
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(rows: int, width: int, scale: float, kind: str) -> torch.Tensor:
-        return (scale * torch.randn(rows, width, generator=generator, device=device)).to(getattr(torch, kind))
+        return (scale * torch.randn(rows, width, generator=generator, device=device)).to(
+            getattr(torch, kind)
+        )
 
     width, teacher_width = widths
     return Inputs(
         normal(positions, width, 1.0, dtype).requires_grad_(),
         normal(vocab, width, 2.0 / width**0.5, "float32").requires_grad_(trained),
-        normal(positions, teacher_width, 1.0, dtype), normal(vocab, teacher_width, 2.0 / teacher_width**0.5, dtype),
+        normal(positions, teacher_width, 1.0, dtype),
+        normal(vocab, teacher_width, 2.0 / teacher_width**0.5, dtype),
         torch.randint(0, vocab, (positions,), generator=generator, device=device),
     )
 
 
 def repetition(
-    contender: str, positions: int, vocab: int, widths: tuple[int, int], trained: bool, chunk_tokens: int,
-    kd_weight: float = 0.5, device: str = "cpu", dtype: str = "float32",
+    contender: str,
+    positions: int,
+    vocab: int,
+    widths: tuple[int, int],
+    trained: bool,
+    chunk_tokens: int,
+    kd_weight: float = 0.5,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> Callable[[], Numbers]:
-    """Hold the inputs; a repetition is the loss and its gradient. One was run before, unmeasured: it compiles and warms."""
+    """Hold the inputs; a repetition is the loss and its gradient. One was run before, unmeasured:
+    it compiles and warms.
+    """
     x = random_inputs(positions, vocab, widths, trained, device, dtype)
     if contender == "matmuls":
         step, norm = matmuls(x), 0.0
@@ -93,7 +121,9 @@ def norm_of(gradients: Iterable["torch.Tensor"]) -> float:
 
 
 def measured(step: Callable[[], "torch.Tensor"], device: str, dtype: str) -> Numbers:
-    """Seconds, CPU seconds and peak memory of one call, the loss it returned, and what a square product in `dtype` reaches just after."""
+    """Seconds, CPU seconds and peak memory of one call, the loss it returned, and what a square
+    product in `dtype` reaches just after.
+    """
     memory = PeakMemory(device == "cuda")
     memory.start()
     start, cpu_start = time.perf_counter(), time.process_time()
@@ -102,14 +132,26 @@ def measured(step: Callable[[], "torch.Tensor"], device: str, dtype: str) -> Num
         import torch
 
         torch.cuda.synchronize()
-    found = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start, **memory.stop()}
-    return {**found, "loss": float(loss), "matmul_flops": matmul_rate(device, dtype), **named_device(device)}
+    found = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu_start,
+        **memory.stop(),
+    }
+    return {
+        **found,
+        "loss": float(loss),
+        "matmul_flops": matmul_rate(device, dtype),
+        **named_device(device),
+    }
 
 
 def named_device(device: str) -> dict[str, str]:
     import torch
 
-    return {"device_name": torch.cuda.get_device_name() if device == "cuda" else "cpu", "threads": torch.get_num_threads()}
+    return {
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+    }
 
 
 def matmul_rate(device: str, dtype: str, repeats: int = 3) -> float:
@@ -128,7 +170,9 @@ def matmul_rate(device: str, dtype: str, repeats: int = 3) -> float:
     return 2 * size**3 / min(seconds[1:])
 
 
-def value_and_gradients(contender: str, x: Inputs, kd_weight: float, chunk_tokens: int) -> tuple["torch.Tensor", ...]:
+def value_and_gradients(
+    contender: str, x: Inputs, kd_weight: float, chunk_tokens: int
+) -> tuple["torch.Tensor", ...]:
     """The loss, d loss / d hidden and, if it trains, d loss / d weight."""
     import torch
 
@@ -156,14 +200,29 @@ def head_and_loss(contender: str, x: Inputs, kd_weight: float, chunk_tokens: int
         with torch.no_grad():
             teacher = torch.nn.functional.linear(x.teacher_hidden, x.teacher_weight)
         return dense_loss(contender, student[None], teacher[None], x.labels[None], kd_weight)
-    functions = {"trl": trl, "liger": liger, "liger-eager": liger_eager, "liger-triton": liger_triton}
-    return ours(x, kd_weight, chunk_tokens) if contender == "ours" else functions[contender](x, kd_weight)
+    functions = {
+        "trl": trl,
+        "liger": liger,
+        "liger-eager": liger_eager,
+        "liger-triton": liger_triton,
+    }
+    return (
+        ours(x, kd_weight, chunk_tokens)
+        if contender == "ours"
+        else functions[contender](x, kd_weight)
+    )
 
 
 def dense_loss(
-    contender: str, student: "torch.Tensor", teacher: "torch.Tensor", labels: "torch.Tensor", kd_weight: float
+    contender: str,
+    student: "torch.Tensor",
+    teacher: "torch.Tensor",
+    labels: "torch.Tensor",
+    kd_weight: float,
 ) -> "torch.Tensor":
-    """From logits [B, T, V] of all positions and labels [B, T] (shifted, IGNORED where there is no loss) to the scalar."""
+    """From logits [B, T, V] of all positions and labels [B, T] (shifted, IGNORED where there is no
+    loss) to the scalar.
+    """
     import torch.nn.functional as F
 
     kd = {"paper": paper, "trl-gkd": trl_gkd}[contender](student, teacher, labels)
@@ -173,13 +232,17 @@ def dense_loss(
     return kd_weight * kd + (1 - kd_weight) * hard
 
 
-def paper(student: "torch.Tensor", teacher: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+def paper(
+    student: "torch.Tensor", teacher: "torch.Tensor", labels: "torch.Tensor"
+) -> "torch.Tensor":
     p, q = teacher.float().softmax(-1), student.float().softmax(-1)
     rows = (p * (p.log() - q.log())).sum(-1)
     return rows[labels != IGNORED].mean()
 
 
-def trl_gkd(student: "torch.Tensor", teacher: "torch.Tensor", labels: "torch.Tensor") -> "torch.Tensor":
+def trl_gkd(
+    student: "torch.Tensor", teacher: "torch.Tensor", labels: "torch.Tensor"
+) -> "torch.Tensor":
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     return GKDTrainer.generalized_jsd_loss(
@@ -194,11 +257,22 @@ def trl(x: Inputs, kd_weight: float) -> "torch.Tensor":
     count = (x.labels != IGNORED).sum()
     mask = (x.labels != IGNORED)[None]
     kd, _, _ = _chunked_divergence_loss(
-        x.hidden[None], x.teacher_hidden[None], x.weight, x.teacher_weight, mask, beta=0.0, num_items_in_batch=count
+        x.hidden[None],
+        x.teacher_hidden[None],
+        x.weight,
+        x.teacher_weight,
+        mask,
+        beta=0.0,
+        num_items_in_batch=count,
     )
     if kd_weight == 1:
         return kd
-    vocab_chunk, softcap, scale, outputs = 32_768, None, 1.0, ()  # as TRL's SFT loss calls it, without its metrics
+    vocab_chunk, softcap, scale, outputs = (
+        32_768,
+        None,
+        1.0,
+        (),
+    )  # as TRL's SFT loss calls it, without its metrics
     log_probability = ChunkedLogProbFunction.apply(
         x.hidden, x.weight, None, x.labels.clamp(min=0), 1.0, vocab_chunk, softcap, scale, outputs
     )[0]
@@ -208,7 +282,9 @@ def trl(x: Inputs, kd_weight: float) -> "torch.Tensor":
 def liger(x: Inputs, kd_weight: float, compiled: bool = True) -> "torch.Tensor":
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    loss = LigerFusedLinearJSDLoss(1 - kd_weight, kd_weight, beta=0.0, ignore_index=IGNORED, temperature=1.0, compiled=compiled)
+    loss = LigerFusedLinearJSDLoss(
+        1 - kd_weight, kd_weight, beta=0.0, ignore_index=IGNORED, temperature=1.0, compiled=compiled
+    )
     return loss(x.hidden, x.weight, x.teacher_hidden, x.teacher_weight, x.labels)
 
 
@@ -236,13 +312,24 @@ def ours(x: Inputs, kd_weight: float, chunk_tokens: int) -> "torch.Tensor":
     rows = len(x.labels)
     weight = torch.ones(rows, device=x.labels.device)
     return kd_loss(
-        x.hidden, x.weight, x.teacher_hidden, MatrixHead(x.teacher_weight), x.labels, weight, Objective(kd_weight=kd_weight),
-        float(rows), chunk_tokens, x.weight.requires_grad, dtype=x.hidden.dtype,
+        x.hidden,
+        x.weight,
+        x.teacher_hidden,
+        MatrixHead(x.teacher_weight),
+        x.labels,
+        weight,
+        Objective(kd_weight=kd_weight),
+        float(rows),
+        chunk_tokens,
+        x.weight.requires_grad,
+        dtype=x.hidden.dtype,
     ).loss
 
 
 def matmuls(x: Inputs) -> Callable[[], "torch.Tensor"]:
-    """Both heads' products and the two of the gradient, `MATMUL_ROWS` positions at a time, float32 out where half goes in on CUDA."""
+    """Both heads' products and the two of the gradient, `MATMUL_ROWS` positions at a time, float32
+    out where half goes in on CUDA.
+    """
     import torch
 
     low = x.hidden.dtype

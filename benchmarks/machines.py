@@ -1,4 +1,6 @@
-"""What a measured number depends on beside the code: the machine, the versions, the commit; and a process's peak memory."""
+"""What a measured number depends on beside the code: the machine, the versions, the commit; and a
+process's peak memory.
+"""
 
 import ctypes
 import gc
@@ -14,10 +16,16 @@ HERE = Path(__file__).resolve().parent
 
 
 def facts(*sources: str) -> dict[str, object]:
-    """Columns that every row starts with; `sources` are the measured files below the repository, `load` the run queue."""
+    """Columns that every row starts with; `sources` are the measured files below the repository,
+    `load` the run queue.
+    """
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), "commit": commit(*sources), "cpu": cpu_name(),
-        "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": commit(*sources),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "python": platform.python_version(),
     }
 
 
@@ -36,23 +44,33 @@ def blas_name() -> str:
     """The BLAS that MLX runs on, asked in a process of its own: loading one changes the process."""
     code = "from mlx_distill.blas import load_blas; print(load_blas().name)"
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    ).stdout.strip()
 
 
 def commit(*sources: str) -> str:
     """The commit, and "+changes" where a measured file differs from it."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=HERE.parent).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, cwd=HERE.parent
+        ).stdout.strip()
 
-    return (git("rev-parse", "--short", "HEAD") or "none") + ("+changes" if git("status", "--porcelain", "--", *sources) else "")
+    return (git("rev-parse", "--short", "HEAD") or "none") + (
+        "+changes" if git("status", "--porcelain", "--", *sources) else ""
+    )
 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or platform.machine()
-    models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    models = [
+        line.split(":", 1)[1].strip()
+        for line in info.read_text().splitlines()
+        if line.startswith("model name")
+    ]
     return models[0] if models else platform.machine()
 
 
@@ -67,8 +85,8 @@ def available_bytes() -> int:
 class PeakMemory:
     """A torch process's peak between `start` and `stop`, and what it held at `start`.
 
-    On CUDA the allocator's own counters; on a CPU resident memory, whose high-water mark Linux lets a process reset.
-    Elsewhere both are 0, for "not measured".
+    On CUDA the allocator's own counters; on a CPU resident memory, whose high-water mark Linux lets
+    a process reset. Elsewhere both are 0, for "not measured".
     """
 
     def __init__(self, cuda: bool) -> None:
@@ -83,7 +101,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # memory freed before is not to be taken for memory not needed
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # memory freed before is not to be taken for memory not needed
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
             self.before = _status_bytes("VmRSS")
         else:

@@ -1,7 +1,9 @@
-"""Model folders and batches for benchmarks of whole steps: a real model's folder, or a published shape with random weights.
+"""Model folders and batches for benchmarks of whole steps: a real model's folder, or a published
+shape with random weights.
 
-Time, memory and operations do not depend on the values, so tokens are random, and a teacher of the student's own folder
-is that model with noise in its weights (a teacher equal to its student has a divergence of 0, which proves nothing).
+Time, memory and operations do not depend on the values, so tokens are random, and a teacher of the
+student's own folder is that model with noise in its weights (a teacher equal to its student has a
+divergence of 0, which proves nothing).
 """
 
 import json
@@ -23,9 +25,20 @@ NOISE = 0.1  # of each tensor's standard deviation
 
 def _qwen3(width: int, layers: int, heads: int, ffn: int, tied: bool) -> dict:
     return {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": ffn, "vocab_size": 151_936,
-        "tie_word_embeddings": tied, "max_position_embeddings": 40_960, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "hidden_act": "silu",
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": ffn,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 40_960,
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
         "attention_bias": False,
     }
 
@@ -35,7 +48,12 @@ SHAPES = {
     "qwen3-1.7b": _qwen3(2048, 28, 16, 6144, True),
     "qwen3-4b": _qwen3(2560, 36, 32, 9728, True),
     "qwen3-8b": _qwen3(4096, 36, 32, 12_288, False),
-    "tiny": {**_qwen3(64, 2, 4, 128, True), "head_dim": 16, "num_key_value_heads": 2, "vocab_size": 4096},
+    "tiny": {
+        **_qwen3(64, 2, 4, 128, True),
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+    },
 }
 
 
@@ -46,7 +64,11 @@ def config_of(model: str, shape: str) -> dict:
 
 def student_folder(model: str, shape: str, scratch: Path, device: str, dtype: str) -> Path:
     """The folder of a model, or one made of a shape."""
-    return Path(model) if model else random_folder(SHAPES[shape], scratch / f"student-{shape}", device, 0, dtype)
+    return (
+        Path(model)
+        if model
+        else random_folder(SHAPES[shape], scratch / f"student-{shape}", device, 0, dtype)
+    )
 
 
 def teacher_folder(student: Path, shape: str, scratch: Path, device: str, dtype: str) -> Path:
@@ -67,7 +89,9 @@ def random_folder(config: dict, folder: Path, device: str, seed: int, dtype: str
         torch.manual_seed(seed)
         settings = {key: value for key, value in config.items() if key != "architectures"}
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**settings), dtype=getattr(torch, dtype)
+            )
         model.save_pretrained(folder)
         del model
         if device == "cuda":
@@ -87,7 +111,8 @@ def noisy_copy(source: Path, folder: Path, dtype: str) -> Path:
     generator = torch.Generator().manual_seed(1)
     for file in sorted(source.glob("*.safetensors")):
         tensors = {
-            key: (value.float() + _noise(value, generator)).to(getattr(torch, dtype)) for key, value in load_file(file).items()
+            key: (value.float() + _noise(value, generator)).to(getattr(torch, dtype))
+            for key, value in load_file(file).items()
         }
         save_file(tensors, folder / file.name, metadata={"format": "pt"})
     for file in source.glob("*.json"):
@@ -98,15 +123,23 @@ def noisy_copy(source: Path, folder: Path, dtype: str) -> Path:
 def _noise(value: "torch.Tensor", generator: "torch.Generator") -> "torch.Tensor":
     import torch
 
-    return NOISE * value.float().std() * torch.randn(value.shape, generator=generator) if value.ndim > 1 else 0.0
+    return (
+        NOISE * value.float().std() * torch.randn(value.shape, generator=generator)
+        if value.ndim > 1
+        else 0.0
+    )
 
 
 def make_step(vocabulary: int, rows: int, tokens: int, prompt_tokens: int) -> Step:
-    """One batch of `rows` sequences of `tokens`, all of them chain of thought after the prompt: no padding, no answer."""
+    """One batch of `rows` sequences of `tokens`, all of them chain of thought after the prompt: no
+    padding, no answer.
+    """
     random = np.random.default_rng(0)
     drawn = random.integers(0, vocabulary, (rows, tokens)).astype(np.int32)
     everywhere = np.ones(tokens, bool)
-    sequences = [TokenSequence(str(i), row, prompt_tokens, tokens, everywhere) for i, row in enumerate(drawn)]
+    sequences = [
+        TokenSequence(str(i), row, prompt_tokens, tokens, everywhere) for i, row in enumerate(drawn)
+    ]
     batch = make_batch(sequences, ("cot",))
     return Step(0, (batch,), float(batch.weight.sum()), rows * tokens)
 
@@ -121,5 +154,7 @@ def labels_of(batch: Batch, ignored: int) -> np.ndarray:
 def shape_of(config: dict) -> Shape:
     shape = Shape.of(config)
     if shape is None:
-        raise ValueError("the operations of this kind of model are not counted by mlx_distill.cost.flops")
+        raise ValueError(
+            "the operations of this kind of model are not counted by mlx_distill.cost.flops"
+        )
     return shape

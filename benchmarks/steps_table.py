@@ -1,17 +1,39 @@
-"""The README's tables of bench_step.py: one for each comparison, a line a contender, head-and-loss beside the whole step."""
+"""The README's tables of bench_step.py: one for each comparison, a line a contender, head-and-loss
+beside the whole step.
+"""
 
-GROUP = ("model", "teacher", "device_name", "dtype", "batch", "tokens", "positions", "kd_weight", "gradient_checkpointing", "threads")
+GROUP = (
+    "model",
+    "teacher",
+    "device_name",
+    "dtype",
+    "batch",
+    "tokens",
+    "positions",
+    "kd_weight",
+    "gradient_checkpointing",
+    "threads",
+)
 FORMULA = (
-    "Operations, as mlx_distill/cost/flops.py counts them, with N supervised positions, T tokens a sequence, D and Dt the widths, V the "
-    "vocabulary, W and Wt the weights of the trunks' matrices: head and loss 2NV(Dt + 3D); the step adds, summed over sequences, "
-    "2T(Wt + 3W) and attention's 2T²·layers·heads·head_dim, once for the teacher and three times for the student. What a contender "
-    "computes beside that (the head at prompt positions, projections made again) earns it nothing. Shares are of the fastest square "
+    "Operations, as mlx_distill/cost/flops.py counts them, with N supervised positions, T tokens "
+    "a sequence, D and Dt the widths, V the "
+    "vocabulary, W and Wt the weights of the trunks' matrices: head and loss 2NV(Dt + 3D); the "
+    "step adds, summed over sequences, "
+    "2T(Wt + 3W) and attention's 2T²·layers·heads·head_dim, once for the teacher and three times "
+    "for the student. What a contender "
+    "computes beside that (the head at prompt positions, projections made again) earns it "
+    "nothing. Shares are of the fastest square "
     "product measured in the same rounds."
 )
 NAMES = {
-    "paper": "paper: dense, softmax then log", "trl-gkd": "TRL GKDTrainer: dense log-softmax", "trl": "TRL DistillationTrainer: chunked",
-    "liger-eager": "Liger chunked_loss, not compiled", "liger": "Liger chunked_loss, as shipped", "liger-triton": "Liger Triton kernels",
-    "ours": "**ours**", "matmuls": "its matrix products alone",
+    "paper": "paper: dense, softmax then log",
+    "trl-gkd": "TRL GKDTrainer: dense log-softmax",
+    "trl": "TRL DistillationTrainer: chunked",
+    "liger-eager": "Liger chunked_loss, not compiled",
+    "liger": "Liger chunked_loss, as shipped",
+    "liger-triton": "Liger Triton kernels",
+    "ours": "**ours**",
+    "matmuls": "its matrix products alone",
 }
 Row = dict[str, str]
 
@@ -20,15 +42,19 @@ def render(rows: list[Row], checks: list[Row]) -> str:
     groups: dict[tuple[str, ...], dict[tuple[str, str], Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in GROUP), {})[row["part"], row["contender"]] = row
-    return "\n\n".join([FORMULA, *(comparison(group) for group in groups.values()), *agreement(checks)])
+    return "\n\n".join(
+        [FORMULA, *(comparison(group) for group in groups.values()), *agreement(checks)]
+    )
 
 
 def comparison(group: dict[tuple[str, str], Row]) -> str:
     """One table; × compares rows of the same rounds, which share their date."""
     last = max(group.values(), key=lambda row: row["date"])
     lines = [
-        heading(last), "",
-        "| | head and loss | × best peer | × products | peak | share | whole step | × best peer | tokens/s | peak | share |",
+        heading(last),
+        "",
+        "| | head and loss | × best peer | × products | peak | share | whole step | × best peer | "
+        "tokens/s | peak | share |",
         f"|---|{'---:|' * 10}",
     ]
     present = {contender for _, contender in group}
@@ -36,8 +62,16 @@ def comparison(group: dict[tuple[str, str], Row]) -> str:
         if contender in present:
             head, step = group.get(("head", contender)), group.get(("step", contender))
             cells = [
-                times(head), against(group, head, peers(group)), against(group, head, ["matmuls"]), megabytes(head), share(group, head),
-                times(step), against(group, step, peers(group)), speed(step), megabytes(step), share(group, step),
+                times(head),
+                against(group, head, peers(group)),
+                against(group, head, ["matmuls"]),
+                megabytes(head),
+                share(group, head),
+                times(step),
+                against(group, step, peers(group)),
+                speed(step),
+                megabytes(step),
+                share(group, step),
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -48,9 +82,12 @@ def heading(row: Row) -> str:
     place = row["device_name"] if row["device"] == "cuda" else cpu
     checkpointing = ", gradient checkpointing" if row["gradient_checkpointing"] == "True" else ""
     return (
-        f"**{row['model']}**, teacher: {row['teacher']}; {row['batch']} × {row['tokens']} tokens, {int(row['positions']):,} of them "
-        f"supervised, kd_weight {row['kd_weight']}, {row['dtype']}{checkpointing}. {place}; torch {row['torch']}, transformers "
-        f"{row['transformers']}, TRL {row['trl']}, Liger {row['liger_kernel']}, {row['date'][:10]}, commit {row['commit']}. Median seconds "
+        f"**{row['model']}**, teacher: {row['teacher']}; {row['batch']} × {row['tokens']} tokens, "
+        f"{int(row['positions']):,} of them "
+        f"supervised, kd_weight {row['kd_weight']}, {row['dtype']}{checkpointing}. {place}; torch "
+        f"{row['torch']}, transformers "
+        f"{row['transformers']}, TRL {row['trl']}, Liger {row['liger_kernel']}, "
+        f"{row['date'][:10]}, commit {row['commit']}. Median seconds "
         "on the clock (least CPU seconds); peak over what was held before."
     )
 
@@ -73,7 +110,11 @@ def against(group: dict[tuple[str, str], Row], row: Row | None, others: list[str
     if row is None or not row["seconds_median"] or row["contender"] == "matmuls":
         return ""
     found = [group.get((row["part"], other)) for other in others]
-    seconds = [float(other["seconds_median"]) for other in found if other and other["seconds_median"] and other["date"] == row["date"]]
+    seconds = [
+        float(other["seconds_median"])
+        for other in found
+        if other and other["seconds_median"] and other["date"] == row["date"]
+    ]
     return f"{float(row['seconds_median']) / min(seconds):.2f}" if seconds else "–"
 
 
@@ -98,13 +139,26 @@ def agreement(checks: list[Row]) -> list[str]:
     if not checks:
         return []
     last = [row for row in checks if row["date"] == checks[-1]["date"]]
-    parts = {"head": "given hidden states, from the definition in float64", "step": "in whole models, from ours"}
+    parts = {
+        "head": "given hidden states, from the definition in float64",
+        "step": "in whole models, from ours",
+    }
     found = []
     for part, words in parts.items():
         rows = [row for row in last if row["part"] == part]
         if rows:
-            errors = ", ".join(f"{row['contender']} {float(row['loss_error']):.0e} and {float(row['gradient_error']):.0e}" for row in rows)
+            errors = ", ".join(
+                f"{row['contender']} {float(row['loss_error']):.0e} and "
+                f"{float(row['gradient_error']):.0e}"
+                for row in rows
+            )
             found.append(f"{words}: {errors}")
-    model = f"{last[0]['model']}, {last[0]['positions']} positions, {last[0]['dtype']}, {last[0]['device']}"
-    what = "the loss (relative; absolute below 1) and of any gradient's element (relative to its tensor's largest)"
+    model = (
+        f"{last[0]['model']}, {last[0]['positions']} positions, {last[0]['dtype']}, "
+        f"{last[0]['device']}"
+    )
+    what = (
+        "the loss (relative; absolute below 1) and of any gradient's element (relative to its "
+        "tensor's largest)"
+    )
     return [f"Largest difference of {what}; {model}: {'; '.join(found)}."]

@@ -1,11 +1,14 @@
-"""Whole training steps on torch: teacher forward, student forward, loss, backward, clipping and AdamW.
+"""Whole training steps on torch: teacher forward, student forward, loss, backward, clipping and
+AdamW.
 
-Every contender trains the same weights on the same batch with the same optimizer (torch's fused AdamW, gradients clipped
-at norm 1); they differ in what lies between the trunks' hidden states and the gradients, and in which positions they
-take there:
+Every contender trains the same weights on the same batch with the same optimizer (torch's fused
+AdamW, gradients clipped at norm 1); they differ in what lies between the trunks' hidden states and
+the gradients, and in which positions they take there:
 
-- paper, trl-gkd: `model(input_ids).logits` of both, [B, T, V] with the prompt's positions, then the contender's loss.
-- trl: the trunks through `DistillationTrainer._get_last_hidden_state`, completion positions alone, then its loss.
+- paper, trl-gkd: `model(input_ids).logits` of both, [B, T, V] with the prompt's positions, then the
+  contender's loss.
+- trl: the trunks through `DistillationTrainer._get_last_hidden_state`, completion positions alone,
+  then its loss.
 - liger: the trunks, completion positions alone, then `LigerFusedLinearJSDLoss`.
 - ours: `TorchBackend`, through the verbs that the training loop uses.
 
@@ -38,7 +41,9 @@ class Setting:
     gradient_checkpointing: bool
 
 
-def load(contender: str, student: Path, teacher: Path, step: Step, setting: Setting) -> "Ours | Peer":
+def load(
+    contender: str, student: Path, teacher: Path, step: Step, setting: Setting
+) -> "Ours | Peer":
     return (Ours if contender == "ours" else Peer)(contender, student, teacher, step, setting)
 
 
@@ -57,9 +62,14 @@ class Ours:
     def accumulate(self) -> float:
         """The loss, whose gradients are then held by the student."""
         (batch,) = self.step.batches
-        sums = self.student.accumulate(batch, self.teacher.targets(batch), self.objective, self.step.loss_tokens)
+        sums = self.student.accumulate(
+            batch, self.teacher.targets(batch), self.objective, self.step.loss_tokens
+        )
         kd_weight = self.objective.kd_weight
-        return float(kd_weight * sums.kd.sum() + (1 - kd_weight) * sums.ce.sum()) / self.step.loss_tokens
+        return (
+            float(kd_weight * sums.kd.sum() + (1 - kd_weight) * sums.ce.sum())
+            / self.step.loss_tokens
+        )
 
     def apply(self) -> float:
         """The gradients' norm before clipping; the weights have moved and the gradients are gone."""
@@ -77,15 +87,24 @@ class Peer:
         from transformers import AutoModelForCausalLM
 
         def load(folder: Path, dtype: str):
-            options = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa", "local_files_only": True}
+            options = {
+                "dtype": getattr(torch, dtype),
+                "attn_implementation": "sdpa",
+                "local_files_only": True,
+            }
             return AutoModelForCausalLM.from_pretrained(folder, **options).to(setting.device)
 
         self.contender, self.setting, self.step = contender, setting, step
-        self.student, self.teacher = load(student, "float32").train(), load(teacher, setting.dtype).eval().requires_grad_(False)
+        self.student, self.teacher = (
+            load(student, "float32").train(),
+            load(teacher, setting.dtype).eval().requires_grad_(False),
+        )
         if setting.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = list(self.student.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+        )
         (batch,) = step.batches
         self.tokens = torch.from_numpy(batch.tokens).long().to(setting.device)
         self.labels = torch.from_numpy(labels_of(batch, losses.IGNORED)).to(setting.device)
@@ -116,7 +135,9 @@ class Peer:
         with torch.no_grad():
             teacher = self.teacher(self.tokens, use_cache=False).logits
         student = self.student(self.tokens, use_cache=False).logits
-        return losses.dense_loss(self.contender, student, teacher, self.labels, self.setting.kd_weight)
+        return losses.dense_loss(
+            self.contender, student, teacher, self.labels, self.setting.kd_weight
+        )
 
     def _from_hidden(self) -> "torch.Tensor":
         import torch
@@ -127,10 +148,15 @@ class Peer:
         with torch.no_grad():
             teacher = self._last_hidden(self.teacher, completion)
         inputs = losses.Inputs(
-            student.reshape(-1, student.shape[-1]), self.student.get_output_embeddings().weight,
-            teacher.reshape(-1, teacher.shape[-1]), self.teacher.get_output_embeddings().weight, self.labels[:, carries].flatten(),
+            student.reshape(-1, student.shape[-1]),
+            self.student.get_output_embeddings().weight,
+            teacher.reshape(-1, teacher.shape[-1]),
+            self.teacher.get_output_embeddings().weight,
+            self.labels[:, carries].flatten(),
         )
-        return losses.head_and_loss(self.contender, inputs, self.setting.kd_weight, self.setting.chunk_tokens)
+        return losses.head_and_loss(
+            self.contender, inputs, self.setting.kd_weight, self.setting.chunk_tokens
+        )
 
     def _last_hidden(self, model, completion: int) -> "torch.Tensor":
         """[B, completion, D]: what predicts the last `completion` tokens, final norm included."""
@@ -140,9 +166,13 @@ class Peer:
         import torch
         from trl import DistillationTrainer
 
-        trainer = SimpleNamespace(model_kwarg_keys=(), _is_vlm=False)  # what the method reads of its trainer
+        trainer = SimpleNamespace(
+            model_kwarg_keys=(), _is_vlm=False
+        )  # what the method reads of its trainer
         mask = torch.ones_like(self.tokens)
-        return DistillationTrainer._get_last_hidden_state(trainer, model, self.tokens, mask, completion)
+        return DistillationTrainer._get_last_hidden_state(
+            trainer, model, self.tokens, mask, completion
+        )
 
 
 def _recipe(setting: Setting):
@@ -150,8 +180,13 @@ def _recipe(setting: Setting):
 
     return Recipe(
         student=StudentTable(
-            model="student", tuning="full", compute_dtype=setting.dtype, gradient_checkpointing=setting.gradient_checkpointing
+            model="student",
+            tuning="full",
+            compute_dtype=setting.dtype,
+            gradient_checkpointing=setting.gradient_checkpointing,
         ),
         objective=ObjectiveTable(kd_weight=setting.kd_weight, chunk_tokens=setting.chunk_tokens),
-        optim=OptimTable(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM),
+        optim=OptimTable(
+            learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM
+        ),
     )

@@ -1,4 +1,6 @@
-"""Tables of benchmarks/README.md, rewritten in place from kept rows: each lies between `<!-- NAME -->` markers."""
+"""Tables of benchmarks/README.md, rewritten in place from kept rows: each lies between `<!-- NAME
+-->` markers.
+"""
 
 import csv
 from pathlib import Path
@@ -17,7 +19,9 @@ def append_rows(name: str, rows: list[dict[str, object]]) -> None:
         if new:
             writer.writeheader()
         elif read_header(path) != list(rows[0]):
-            raise ValueError(f"{path.name}: columns are {read_header(path)}, the new rows have {list(rows[0])}")
+            raise ValueError(
+                f"{path.name}: columns are {read_header(path)}, the new rows have {list(rows[0])}"
+            )
         writer.writerows(rows)
 
 
@@ -33,7 +37,9 @@ def read_rows(name: str) -> list[dict[str, str]]:
 
 
 def rewrite_section(name: str, text: str, path: Path = README) -> None:
-    """Put `text` between the markers of `name` in a Markdown file; one without them gets them at its end."""
+    """Put `text` between the markers of `name` in a Markdown file; one without them gets them at
+    its end.
+    """
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     content = path.read_text() if path.exists() else "# Benchmarks\n"
     if start not in content:

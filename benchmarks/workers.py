@@ -1,6 +1,7 @@
 """Contenders as processes: started, asked for one repetition at a time over a pipe, stopped.
 
-A worker answers every line it reads with one line of JSON. Whatever its libraries print goes to stderr.
+A worker answers every line it reads with one line of JSON. Whatever its libraries print goes to
+stderr.
 """
 
 import json
@@ -14,13 +15,21 @@ THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 Numbers = dict[str, float]
 
 
-def start(script: str, words: list[str], threads: int = 0, hide_gpu: bool = False) -> subprocess.Popen:
+def start(
+    script: str, words: list[str], threads: int = 0, hide_gpu: bool = False
+) -> subprocess.Popen:
     """`python script worker words…`; threads 0 is the library's choice."""
-    environment = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", **(dict.fromkeys(THREADS, str(threads)) if threads else {})}
+    environment = {
+        **os.environ,
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+        **(dict.fromkeys(THREADS, str(threads)) if threads else {}),
+    }
     if hide_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, script, "worker", *words]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def ask(worker: subprocess.Popen) -> Numbers:
@@ -52,12 +61,21 @@ def serve(make: Callable[[], Callable[[], Numbers]]) -> None:
 def summary(repetitions: list[Numbers]) -> dict[str, object]:
     """What a row keeps of its repetitions; empty cells for a contender that was skipped."""
     if not repetitions:
-        names = ("repetitions", "seconds_min", "seconds_median", "cpu_seconds_min", "peak_bytes", "loss")
+        names = (
+            "repetitions",
+            "seconds_min",
+            "seconds_median",
+            "cpu_seconds_min",
+            "peak_bytes",
+            "loss",
+        )
         return dict.fromkeys(names, "")
     seconds = [r["seconds"] for r in repetitions]
     return {
-        "repetitions": len(repetitions), "seconds_min": round(min(seconds), 4),
+        "repetitions": len(repetitions),
+        "seconds_min": round(min(seconds), 4),
         "seconds_median": round(statistics.median(seconds), 4),
         "cpu_seconds_min": round(min(r["cpu_seconds"] for r in repetitions), 4),
-        "peak_bytes": int(max(r["peak_bytes"] for r in repetitions)), "loss": round(repetitions[0]["loss"], 6),
+        "peak_bytes": int(max(r["peak_bytes"] for r in repetitions)),
+        "loss": round(repetitions[0]["loss"], 6),
     }

@@ -1,7 +1,7 @@
 """The command line: each command reads its arguments, calls one function and prints.
 
-Decided here: how a command ends. A `DistillError`, a wrong option, a refusal of the operating system and Ctrl-C are one line on
-stderr and an exit code (2, 2, 2, 130); a bug keeps its traceback.
+Decided here: how a command ends. A `DistillError`, a wrong option, a refusal of the operating
+system and Ctrl-C are one line on stderr and an exit code (2, 2, 2, 130); a bug keeps its traceback.
 """
 
 import errno
@@ -23,11 +23,26 @@ from mlx_distill.signals import ended_by_signals
 from mlx_distill.view import Screen, View, one_line, show_what_can_be_shown
 
 LONGEST_LINE = 2000  # characters of an error
-(UsageError,) = (kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")  # typer brings click under two names
-# what the operating system refuses whatever a program does; a file that is missing is not among them
+(UsageError,) = (
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)  # typer brings click under two names
+# what the operating system refuses whatever a program does; a file that is missing is not among
+# them
 REFUSALS = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR,
-    errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EIO,
+    errno.ESTALE,
 }
 
 
@@ -42,8 +57,12 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-    help="Distil reasoning models on a Mac: a recipe in, a smaller model that opens in mlx-lm and transformers out.",
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Distil reasoning models on a Mac: a recipe in, a smaller model that opens in mlx-lm and "
+    "transformers out.",
 )
 console = Screen()
 
@@ -68,16 +87,29 @@ def _known_backend(name: str) -> str:
     return name
 
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/cot50.toml.")]
-SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="TABLE.FIELD=VALUE", help="Override one field; may be repeated.")]
-BackendOption = Annotated[str, typer.Option("--backend", callback=_known_backend, help="auto, mlx or torch.")]
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/cot50.toml.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="TABLE.FIELD=VALUE", help="Override one field; may be repeated."),
+]
+BackendOption = Annotated[
+    str, typer.Option("--backend", callback=_known_backend, help="auto, mlx or torch.")
+]
 
 
 @app.command()
 def run(
-    recipe: RecipeArgument, set_: SetOption = None, backend: BackendOption = "auto",
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run of this name and start over.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Run even if the plan says that it does not fit.")] = False,
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    backend: BackendOption = "auto",
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the run of this name and start over.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Run even if the plan says that it does not fit.")
+    ] = False,
 ) -> None:
     """Distil: train, export, score, report. On an unfinished run folder, continue where it stopped."""
     from mlx_distill import pipeline
@@ -94,10 +126,17 @@ def run(
 
 @app.command()
 def plan(
-    recipe: RecipeArgument, set_: SetOption = None, backend: BackendOption = "auto",
-    time: Annotated[bool, typer.Option("--time", help="Measure this machine's rate and estimate the training time.")] = False,
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    backend: BackendOption = "auto",
+    time: Annotated[
+        bool,
+        typer.Option("--time", help="Measure this machine's rate and estimate the training time."),
+    ] = False,
 ) -> None:
-    """Say what a run will cost before it starts: tokens, FLOPs, memory by part, disk, and whether it fits. Needs no weights."""
+    """Say what a run will cost before it starts: tokens, FLOPs, memory by part, disk, and whether
+    it fits. Needs no weights.
+    """
     from mlx_distill.terminal.plan import plan as print_plan
 
     print_plan(load_recipe(recipe, tuple(set_ or ())), console, backend, time)
@@ -105,24 +144,50 @@ def plan(
 
 @app.command()
 def teach(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="Recipes; those that share a cache share one pass.")],
-    set_: SetOption = None, backend: BackendOption = "auto",
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE…", help="Recipes; those that share a cache share one pass."),
+    ],
+    set_: SetOption = None,
+    backend: BackendOption = "auto",
 ) -> None:
-    """Ask the teacher once: write or complete the cache that teacher.cache names, for any number of runs."""
+    """Ask the teacher once: write or complete the cache that teacher.cache names, for any number of
+    runs.
+    """
     from mlx_distill import pipeline
 
     with _stoppable() as view:
-        pipeline.teach([load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend)
+        pipeline.teach(
+            [load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend
+        )
 
 
 @app.command()
 def sweep(
-    sweeps: Annotated[list[Path], typer.Argument(metavar="SWEEP…", help="Sweep files, for example recipes/sweeps/fraction.toml.")],
-    set_: SetOption = None, backend: BackendOption = "auto",
-    jobs: Annotated[int, typer.Option("--jobs", callback=_range(1, 1024), help="Runs side by side, as far as memory allows.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say which runs there are and what each will cost, and run none.")] = False,
+    sweeps: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SWEEP…", help="Sweep files, for example recipes/sweeps/fraction.toml."
+        ),
+    ],
+    set_: SetOption = None,
+    backend: BackendOption = "auto",
+    jobs: Annotated[
+        int,
+        typer.Option(
+            "--jobs", callback=_range(1, 1024), help="Runs side by side, as far as memory allows."
+        ),
+    ] = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say which runs there are and what each will cost, and run none."
+        ),
+    ] = False,
 ) -> None:
-    """Run a base recipe along axes and seeds with one teacher pass: one table, one page, the best recipe for each budget."""
+    """Run a base recipe along axes and seeds with one teacher pass: one table, one page, the best
+    recipe for each budget.
+    """
     from mlx_distill.sweeps.file import load_sweep
     from mlx_distill.sweeps.sweep import outline
     from mlx_distill.sweeps.sweep import sweep as run_sweeps
@@ -137,10 +202,18 @@ def sweep(
 
 @app.command()
 def show(
-    recipe: RecipeArgument, set_: SetOption = None,
-    example: Annotated[int, typer.Option("--example", callback=_range(1, 10**9), help="Which training example, from 1.")] = 1,
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    example: Annotated[
+        int,
+        typer.Option(
+            "--example", callback=_range(1, 10**9), help="Which training example, from 1."
+        ),
+    ] = 1,
 ) -> None:
-    """Print an example coloured by segment, what is cut and what is supervised, and token counts. Needs no weights."""
+    """Print an example coloured by segment, what is cut and what is supervised, and token counts.
+    Needs no weights.
+    """
     from mlx_distill.terminal.show import show as print_example
 
     print_example(load_recipe(recipe, tuple(set_ or ())), console, example)
@@ -148,13 +221,29 @@ def show(
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.",
+        ),
+    ],
     task: Annotated[str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH or jsonl:PATH.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="A field of the eval table: examples=100.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="A field of the eval table: examples=100."
+        ),
+    ] = None,
     backend: BackendOption = "auto",
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for what is kept; default: evals in the run, or here.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for what is kept; default: evals in the run, or here."),
+    ] = None,
 ) -> None:
-    """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens. Started again, it goes on."""
+    """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens. Started
+    again, it goes on.
+    """
     from mlx_distill import pipeline
 
     with _stoppable() as view:
@@ -164,7 +253,10 @@ def evaluate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report; default: the run's own, or `reports`.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the report; default: the run's own, or `reports`."),
+    ] = None,
 ) -> None:
     """Write a Markdown table and one self-contained HTML page about one or several runs."""
     from mlx_distill.reporting.runs_page import report as write_report
@@ -178,10 +270,15 @@ def report(
 def doctor(
     backend: BackendOption = "auto",
     model: Annotated[
-        str, typer.Option("--model", help="Compare MLX's logits of this model with transformers' instead.")
+        str,
+        typer.Option(
+            "--model", help="Compare MLX's logits of this model with transformers' instead."
+        ),
     ] = "",
 ) -> None:
-    """A self-check to share: versions, device, BLAS, memory, a tiny loss against float64, a measured matmul rate."""
+    """A self-check to share: versions, device, BLAS, memory, a tiny loss against float64, a
+    measured matmul rate.
+    """
     from mlx_distill.terminal.doctor import check, check_model
 
     if not (check_model(console, model) if model else check(console, backend)):
@@ -191,7 +288,9 @@ def doctor(
 @contextmanager
 def _stoppable() -> Iterator[View]:
     """A view to work in; Ctrl-C, or a polite kill, ends the work with a line and exit code 130."""
-    if callable(signal.getsignal(signal.SIGINT)):  # it may be ignored; else files will now be written that are to be left whole
+    if callable(
+        signal.getsignal(signal.SIGINT)
+    ):  # it may be ignored; else files will now be written that are to be left whole
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with View(console) as view:
         try:
@@ -203,7 +302,9 @@ def _stoppable() -> Iterator[View]:
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         print(__version__)
         raise typer.Exit
@@ -244,7 +345,10 @@ def _refuse_deleted_folder() -> None:
 def _say_error(text: str) -> int:
     rank = os.environ.get("RANK") or os.environ.get("MLX_RANK") or "0"
     line = one_line(text)
-    _say_last(f"error{f' (rank {rank})' if rank != '0' else ''}: {line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}")
+    _say_last(
+        f"error{f' (rank {rank})' if rank != '0' else ''}: "
+        f"{line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}"
+    )
     return 2
 
 
@@ -271,7 +375,9 @@ def _say_refusal(error: OSError) -> int:
 
 
 def _drop_output() -> None:
-    """Let what is still to be printed go nowhere, so that the interpreter does not fail on it at its end."""
+    """Let what is still to be printed go nowhere, so that the interpreter does not fail on it at
+    its end.
+    """
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -285,7 +391,8 @@ def _say_last(line: str) -> None:
 def _end(code: int) -> NoReturn:
     """End the process; one of several ranks at once, without taking the interpreter down.
 
-    A thread of torch's group that lets go of a tensor meanwhile would abort it (pytorch issue 190489).
+    A thread of torch's group that lets go of a tensor meanwhile would abort it (pytorch issue
+    190489).
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

@@ -1,8 +1,9 @@
 """What can go wrong by a user's hand.
 
-Every `DistillError` carries one line that says where, what was asked, what was found and what to do; the command line
-prints that line and exits with code 2. Each child is also the standard-library error it resembles, so callers of the
-Python API can catch the usual names. Anything else that escapes is a bug of ours and keeps its traceback.
+Every `DistillError` carries one line that says where, what was asked, what was found and what to
+do; the command line prints that line and exits with code 2. Each child is also the standard-library
+error it resembles, so callers of the Python API can catch the usual names. Anything else that
+escapes is a bug of ours and keeps its traceback.
 """
 
 

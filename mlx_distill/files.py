@@ -1,4 +1,5 @@
-"""Files and folders that appear whole or not at all; locks; digests; what a disk says when it refuses.
+"""Files and folders that appear whole or not at all; locks; digests; what a disk says when it
+refuses.
 
 In: paths. Out: files that a kill at any moment leaves as they were before, or as they are after.
 Decided here: how something is written so that this holds, what a left-over of a kill is called, and
@@ -98,7 +99,9 @@ def told_as(kind: type[DistillError], path: Path, kept: str = "") -> Iterator[No
         if isinstance(error, DistillError):
             raise
         intact = f"{kept}; " if kept else ""
-        raise kind(f"{path}: cannot be written ({one_line(error)}); {intact}{remedy(error)}") from error
+        raise kind(
+            f"{path}: cannot be written ({one_line(error)}); {intact}{remedy(error)}"
+        ) from error
 
 
 # whole or not at all
@@ -128,8 +131,8 @@ def write_json(path: Path, content: dict | list) -> None:
 def made_whole(folder: Path) -> Iterator[Path]:
     """A new folder to fill, which appears as `folder` by one rename, or not at all.
 
-    What a killed process left half made under this name is removed first; what is being made is not.
-    Raises whatever the filling raised, and `OSError`.
+    What a killed process left half made under this name is removed first; what is being made is
+    not. Raises whatever the filling raised, and `OSError`.
     """
     for path in left_overs(folder.parent, re.compile(re.escape(folder.name))):
         shutil.rmtree(path, ignore_errors=True)
@@ -193,7 +196,8 @@ def flush_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path` for this process; raises `OSError` where it cannot be made or locked.
+    """Hold the lock file `path` for this process; raises `OSError` where it cannot be made or
+    locked.
 
     Where another process holds it: raises `InUse`, or calls `waiting` and waits.
     """
@@ -209,7 +213,9 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[No
 
 
 def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock file now. Writes nothing; False where that cannot be known."""
+    """Whether another process holds the lock file now. Writes nothing; False where that cannot be
+    known.
+    """
     return _lock_of(path) is HELD
 
 

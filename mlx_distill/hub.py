@@ -1,9 +1,10 @@
 """Where a model's files are: from the name in a recipe to a local Hugging Face folder.
 
-In: `embedded:teacher`, a local folder, a `.gguf` file or a hub id `org/name`. Out: a folder with `config.json`,
-tokenizer files and, when asked for, `model*.safetensors`; a digest that tells two models apart. Decided here: in which
-order a name is tried, which files of a hub repository are fetched, where a converted `.gguf` is kept. Only a hub id
-uses the network, and no code from a model's folder is ever run.
+In: `embedded:teacher`, a local folder, a `.gguf` file or a hub id `org/name`. Out: a folder with
+`config.json`, tokenizer files and, when asked for, `model*.safetensors`; a digest that tells two
+models apart. Decided here: in which order a name is tried, which files of a hub repository are
+fetched, where a converted `.gguf` is kept. Only a hub id uses the network, and no code from a
+model's folder is ever run.
 """
 
 import hashlib
@@ -29,9 +30,10 @@ SAMPLES = 64
 def model_folder(name: str, revision: str = "main", weights: bool = True) -> Path:
     """The local folder of a model named in a recipe, downloaded or converted first where needed.
 
-    `revision` is a hub branch, tag or commit and means nothing for other names. With `weights=False` a hub download
-    leaves the weights out and a local folder need not have any. Raises `NotFound` (no such folder, repository or
-    revision, hub not reachable) or `ModelError` (not a model folder, gated, a `.gguf` that cannot be converted).
+    `revision` is a hub branch, tag or commit and means nothing for other names. With
+    `weights=False` a hub download leaves the weights out and a local folder need not have any.
+    Raises `NotFound` (no such folder, repository or revision, hub not reachable) or `ModelError`
+    (not a model folder, gated, a `.gguf` that cannot be converted).
     """
     if name.startswith("embedded:"):
         return _checked(_embedded(name), name, weights)
@@ -42,18 +44,23 @@ def model_folder(name: str, revision: str = "main", weights: bool = True) -> Pat
         return _checked(path, name, weights)
     if _looks_like_path(name):
         raise NotFound(
-            f"model {name!r}: no such file or folder in {_place(path)}; check the path, or give a hub id org/name"
+            f"model {name!r}: no such file or folder in {_place(path)}; check the path, or give a "
+            "hub id org/name"
         )
     if not HUB_ID.fullmatch(name):
-        raise NotFound(f"model {name!r}: not a folder here and not a hub id; give a folder, a .gguf file or org/name")
+        raise NotFound(
+            f"model {name!r}: not a folder here and not a hub id; give a folder, a .gguf file or "
+            "org/name"
+        )
     return _checked(_downloaded(name, revision, weights), name, weights)
 
 
 def model_fingerprint(folder: Path) -> str:
-    """A hex digest of `config.json` and the weights (the files that are loaded), equal for equal models wherever they lie.
+    """A hex digest of `config.json` and the weights (the files that are loaded), equal for equal
+    models wherever they lie.
 
-    Weights of at most 2 GB are hashed whole (SHA-256); of larger ones the sizes, the safetensors headers and 64 evenly
-    spaced megabytes of each file are. Tokenizer files do not count.
+    Weights of at most 2 GB are hashed whole (SHA-256); of larger ones the sizes, the safetensors
+    headers and 64 evenly spaced megabytes of each file are. Tokenizer files do not count.
     """
     files = weight_files(folder, str(folder))
     whole = sum(file.stat().st_size for file in files) <= WHOLE_HASH_BYTES
@@ -65,7 +72,9 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$MLX_DISTILL_CACHE`, else `mlx-distill` in the user's cache folder."""
+    """Where converted models are kept: `$MLX_DISTILL_CACHE`, else `mlx-distill` in the user's cache
+    folder.
+    """
     if asked := os.environ.get("MLX_DISTILL_CACHE"):
         return Path(asked).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-distill"
@@ -74,15 +83,22 @@ def cache_folder() -> Path:
 def _embedded(name: str) -> Path:
     known = ("embedded:teacher", "embedded:student")
     if name not in known:
-        raise NotFound(f"model {_shown(name)}: no such embedded model; there are {' and '.join(known)}")
+        raise NotFound(
+            f"model {_shown(name)}: no such embedded model; there are {' and '.join(known)}"
+        )
     folder = EMBEDDED_WEIGHTS / name.removeprefix("embedded:")
     if not folder.is_dir():
-        raise NotFound(f"model {name!r}: its weights are not installed; in a clone, make them: python benchmarks/make_embedded.py")
+        raise NotFound(
+            f"model {name!r}: its weights are not installed; in a clone, make them: python "
+            "benchmarks/make_embedded.py"
+        )
     return folder
 
 
 def _checked(folder: Path, name: str, weights: bool) -> Path:
-    """The folder, whose config can be read and whose weights (if asked for) are whole by their headers."""
+    """The folder, whose config can be read and whose weights (if asked for) are whole by their
+    headers.
+    """
     named = f"model {_shown(name)}"
     if not (folder / "config.json").is_file():
         raise ModelError(f"{named}: the folder has no config.json; {_advice(folder)}")
@@ -91,7 +107,8 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
         return folder
     if not any(folder.glob(WEIGHT_FILES)) and (other := _other_weights(folder)):
         raise ModelError(
-            f"{named}: the folder has no {WEIGHT_FILES} (weights found: {other}); convert it to safetensors"
+            f"{named}: the folder has no {WEIGHT_FILES} (weights found: {other}); convert it to "
+            "safetensors"
         )
     read_weights(folder, named)
     return folder
@@ -99,7 +116,11 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
 
 def _other_weights(folder: Path) -> str | None:
     """A file of weights in another format; adapters are known by `read_weights`."""
-    found = (file.name for pattern in ("*.bin", "*.safetensors", "*.gguf") for file in folder.glob(pattern))
+    found = (
+        file.name
+        for pattern in ("*.bin", "*.safetensors", "*.gguf")
+        for file in folder.glob(pattern)
+    )
     return next((file for file in found if not file.startswith("adapter")), None)
 
 
@@ -112,7 +133,10 @@ def _advice(folder: Path) -> str:
     if (folder / "student" / "config.json").is_file():
         return f"it looks like a run: name {folder / 'student'}"
     if (folder / "adapter_config.json").is_file():
-        return "it is an adapter: fuse it into its base model (peft's merge_and_unload) and name the folder of the result"
+        return (
+            "it is an adapter: fuse it into its base model (peft's merge_and_unload) and name "
+            "the folder of the result"
+        )
     if found := sorted(folder.glob("*.gguf")):
         return f"name the file in it: {found[0]}"
     if found := sorted(folder.glob("*/config.json")):
@@ -137,10 +161,13 @@ def _place(path: Path) -> str:
 
 
 def _converted(path: Path) -> Path:
-    """The cached Hugging Face folder of a `.gguf` file, written on first use (atomically: a rename ends it)."""
+    """The cached Hugging Face folder of a `.gguf` file, written on first use (atomically: a rename
+    ends it).
+    """
     if path.suffix.lower() != ".gguf":
         raise ModelError(
-            f"model {str(path)!r}: a {path.suffix or 'plain'} file is not a model; give its folder, or a .gguf file"
+            f"model {str(path)!r}: a {path.suffix or 'plain'} file is not a model; give its "
+            "folder, or a .gguf file"
         )
     from mlx_distill.gguf import convert
 
@@ -165,13 +192,19 @@ def _downloaded(name: str, revision: str, weights: bool) -> Path:
 
     patterns = [*TOKENIZER_FILES, WEIGHT_FILES] if weights else TOKENIZER_FILES
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
     except (HTTPError, OSError, ValueError) as error:
         raise _explained(error, name, revision) from error
 
 
 def _explained(error: Exception, name: str, revision: str) -> ModelError | NotFound:
-    """The one-line error of a failed hub download; gated before unknown, because the hub's classes nest that way."""
+    """The one-line error of a failed hub download; gated before unknown, because the hub's classes
+    nest that way.
+    """
     from huggingface_hub.errors import (
         GatedRepoError,
         LocalEntryNotFoundError,
@@ -181,17 +214,28 @@ def _explained(error: Exception, name: str, revision: str) -> ModelError | NotFo
 
     asked = f"model {name!r}: no such local folder, and on the hub"
     if isinstance(error, GatedRepoError):
-        return ModelError(f"{asked} it is gated; accept its terms on the model's page, then `hf auth login`")
+        return ModelError(
+            f"{asked} it is gated; accept its terms on the model's page, then `hf auth login`"
+        )
     if isinstance(error, RepositoryNotFoundError):
-        return NotFound(f"{asked} there is no such repository, or it is private; check the name, or `hf auth login`")
+        return NotFound(
+            f"{asked} there is no such repository, or it is private; check the name, or `hf auth "
+            "login`"
+        )
     if isinstance(error, RevisionNotFoundError):
-        return NotFound(f"{asked} it has no revision {revision!r}; name a branch, tag or commit that exists")
+        return NotFound(
+            f"{asked} it has no revision {revision!r}; name a branch, tag or commit that exists"
+        )
     if isinstance(error, LocalEntryNotFoundError):
         return NotFound(
-            f"{asked} it cannot be fetched: the hub is not reachable (or HF_HUB_OFFLINE is set) and its files at"
-            f" revision {revision!r} are not all in the local cache; go online once, or give a local folder"
+            f"{asked} it cannot be fetched: the hub is not reachable (or HF_HUB_OFFLINE is set) "
+            "and its files at"
+            f" revision {revision!r} are not all in the local cache; go online once, or give a "
+            "local folder"
         )
-    return ModelError(f"{asked} the download failed ({_first_line(error)}); try again, or give a local folder")
+    return ModelError(
+        f"{asked} the download failed ({_first_line(error)}); try again, or give a local folder"
+    )
 
 
 def _hash_whole(file: Path) -> str:

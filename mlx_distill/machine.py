@@ -1,6 +1,8 @@
-"""What machine this is: its devices and their memory, its processor, the versions of what is installed.
+"""What machine this is: its devices and their memory, its processor, the versions of what is
+installed.
 
-Decided here: how much memory a run may use, and who is asked for it. No framework is imported for an answer.
+Decided here: how much memory a run may use, and who is asked for it. No framework is imported for
+an answer.
 """
 
 import ctypes
@@ -15,7 +17,18 @@ from typing import Protocol
 
 import mlx_distill
 
-PACKAGES = ("mlx-distill", "mlx", "mlx-lm", "torch", "peft", "transformers", "tokenizers", "numpy", "pydantic", "safetensors")
+PACKAGES = (
+    "mlx-distill",
+    "mlx",
+    "mlx-lm",
+    "torch",
+    "peft",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pydantic",
+    "safetensors",
+)
 
 
 class Described(Protocol):
@@ -33,7 +46,9 @@ class Described(Protocol):
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run is to go: backend (mlx, torch), device (cpu, metal, cuda), the format "auto" computes in, memory and what it is."""
+    """Where a run is to go: backend (mlx, torch), device (cpu, metal, cuda), the format "auto"
+    computes in, memory and what it is.
+    """
 
     backend: str
     device: str
@@ -54,21 +69,31 @@ def this_machine(backend_name: str = "auto") -> Machine:
     if platform.system() == "Darwin" and backend_name != "torch":
         return Machine("mlx", "metal", "bfloat16", *device_memory("metal"))
     cuda = has_nvidia_driver()
-    torch = backend_name == "torch" or (backend_name == "auto" and cuda and importlib.util.find_spec("torch") is not None)
+    torch = backend_name == "torch" or (
+        backend_name == "auto" and cuda and importlib.util.find_spec("torch") is not None
+    )
     on_gpu = cuda and (torch or _installed("mlx-cuda"))
     device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
     return Machine("torch" if torch else "mlx", device, dtype, *device_memory(device))
 
 
 def device_memory(kind: str) -> tuple[int, str]:
-    """Bytes that a run may use on a cpu, metal or cuda device, and what limits them; 0 where nobody says."""
+    """Bytes that a run may use on a cpu, metal or cuda device, and what limits them; 0 where nobody
+    says.
+    """
     if kind == "cuda":
-        return _asked("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits") * 2**20, "GPU memory"
+        return _asked(
+            "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"
+        ) * 2**20, "GPU memory"
     physical = total_memory_bytes()
     if kind != "metal":
         return physical, "physical memory"
     wired = _asked("sysctl", "-n", "iogpu.wired_limit_mb") * 2**20
-    return (wired, "iogpu.wired_limit_mb") if wired else (physical * 3 // 4, "75 % of memory, the GPU's working set")
+    return (
+        (wired, "iogpu.wired_limit_mb")
+        if wired
+        else (physical * 3 // 4, "75 % of memory, the GPU's working set")
+    )
 
 
 def has_nvidia_driver() -> bool:
@@ -117,14 +142,32 @@ def is_installed(package: str) -> bool:
 
 
 def git_commit() -> str:
-    """The commit of the program's checkout, with "+changes" where it has some; "" for an installed package."""
+    """The commit of the program's checkout, with "+changes" where it has some; "" for an installed
+    package.
+    """
     here = Path(mlx_distill.__file__).parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
-        status = subprocess.run(["git", "status", "--porcelain", "."], cwd=here, capture_output=True, text=True, timeout=10)
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=12", "HEAD"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain", "."],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "") if commit.returncode == 0 else ""
+    return (
+        commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+        if commit.returncode == 0
+        else ""
+    )
 
 
 def processor_name() -> str:

@@ -1,11 +1,12 @@
 """What the student is asked to minimise, defined once in float64 numpy.
 
-In: logits of student and teacher at the N loss positions, the target tokens and an `Objective`. Out: one number a row,
-or the gradient of a row's number with respect to the student's logits. These are the definitions, written to be read
-and to be right; every backend computes the same numbers without ever holding [N, V] and is tested against this file.
-Logits of -inf (padding, forbidden tokens) have probability 0 and add nothing; a divergence is infinite only where it
-really is: forward KL where the student forbids what the teacher gives, reverse KL where the teacher forbids what the
-student gives. Axes: `N` loss positions, `V` vocabulary.
+In: logits of student and teacher at the N loss positions, the target tokens and an `Objective`.
+Out: one number a row, or the gradient of a row's number with respect to the student's logits. These
+are the definitions, written to be read and to be right; every backend computes the same numbers
+without ever holding [N, V] and is tested against this file. Logits of -inf (padding, forbidden
+tokens) have probability 0 and add nothing; a divergence is infinite only where it really is:
+forward KL where the student forbids what the teacher gives, reverse KL where the teacher forbids
+what the student gives. Axes: `N` loss positions, `V` vocabulary.
 """
 
 import math
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
     from mlx_distill.recipe import ObjectiveTable
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
-# Measured on CPUs: MLX's walk gains nothing beyond 128, torch's products do up to 512. A GPU that reads a head of V numbers and adds
-# to its gradient computes longer than it moves numbers from about 800 positions on (H200: 206 operations a byte); not measured.
+# Measured on CPUs: MLX's walk gains nothing beyond 128, torch's products do up to 512. A GPU that
+# reads a head of V numbers and adds to its gradient computes longer than it moves numbers from
+# about 800 positions on (H200: 206 operations a byte); not measured.
 CHUNK_TOKENS = {("torch", "cpu"): 512, ("torch", "cuda"): 1024}
 
 
@@ -28,9 +30,9 @@ CHUNK_TOKENS = {("torch", "cpu"): 512, ("torch", "cuda"): 1024}
 class Objective:
     """`kd_weight * divergence + (1 - kd_weight) * cross_entropy`, per position.
 
-    kd_weight 0 needs no teacher; kd_weight 1 leaves the targets without a gradient. `temperature` divides both logits
-    inside the divergence and never those of the cross-entropy; "hinton" multiplies the divergence, value and gradient,
-    by temperature squared.
+    kd_weight 0 needs no teacher; kd_weight 1 leaves the targets without a gradient. `temperature`
+    divides both logits inside the divergence and never those of the cross-entropy; "hinton"
+    multiplies the divergence, value and gradient, by temperature squared.
     """
 
     divergence: Divergence = "forward_kl"
@@ -44,7 +46,12 @@ class Objective:
     def from_table(cls, table: "ObjectiveTable") -> "Objective":
         """The objective that a recipe's `[objective]` table asks for."""
         return cls(
-            table.divergence, table.jsd_beta, table.kd_weight, table.temperature, table.temperature_scaling, table.skew_alpha
+            table.divergence,
+            table.jsd_beta,
+            table.kd_weight,
+            table.temperature,
+            table.temperature_scaling,
+            table.skew_alpha,
         )
 
     @property
@@ -58,21 +65,31 @@ class Objective:
     @property
     def parameter(self) -> float:
         """The divergence's own number; 0 for one that has none."""
-        return {"jsd": self.jsd_beta, "skew_kl": self.skew_alpha, "skew_reverse_kl": self.skew_alpha}.get(self.divergence, 0.0)
+        return {
+            "jsd": self.jsd_beta,
+            "skew_kl": self.skew_alpha,
+            "skew_reverse_kl": self.skew_alpha,
+        }.get(self.divergence, 0.0)
 
     @property
     def divergence_scale(self) -> float:
-        """What multiplies the divergence: temperature squared under "hinton" (Hinton et al. 2015, §2.1), else 1."""
+        """What multiplies the divergence: temperature squared under "hinton" (Hinton et al. 2015,
+        §2.1), else 1.
+        """
         return self.temperature**2 if self.temperature_scaling == "hinton" else 1.0
 
 
 def chunk_tokens(asked: int, backend: str, device: str) -> int:
-    """Positions whose logits exist at once; 0 asks for what suits a backend's device (torch: cpu, cuda; MLX: all the same)."""
+    """Positions whose logits exist at once; 0 asks for what suits a backend's device (torch: cpu,
+    cuda; MLX: all the same).
+    """
     return asked or CHUNK_TOKENS.get((backend, device), 128)
 
 
 def even_chunk(positions: int, most: int) -> int:
-    """Positions per chunk where 1 or more are cut into as few chunks of at most `most` as can be, all of one size but for the last."""
+    """Positions per chunk where 1 or more are cut into as few chunks of at most `most` as can be,
+    all of one size but for the last.
+    """
     return math.ceil(positions / math.ceil(positions / most))
 
 
@@ -89,9 +106,10 @@ def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
         return _times(log_p, log_p - log_q).sum(axis=-1)
 
 
-# A divergence is Σ f(u, v) over the vocabulary, of log-probabilities u of the student and v of the teacher. Each function below
-# gives f and g = ∂f/∂u for every id by itself. The gradient with respect to the student's logits is then g - s Σ g with s = exp(u),
-# the student's probabilities; t = exp(v) are the teacher's.
+# A divergence is Σ f(u, v) over the vocabulary, of log-probabilities u of the student and v of the
+# teacher. Each function below gives f and g = ∂f/∂u for every id by itself. The gradient with
+# respect to the student's logits is then g - s Σ g with s = exp(u), the student's probabilities; t
+# = exp(v) are the teacher's.
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -109,16 +127,20 @@ def reverse_kl(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
 def jsd(u: np.ndarray, v: np.ndarray, beta: float) -> Pair:
     """Generalised Jensen-Shannon divergence: β KL(t‖m) + (1-β) KL(s‖m) with m = β t + (1-β) s.
 
-    The convention of GKD (arXiv 2306.13649, §2, with P the teacher): symmetric at β = ½, where it is at most log 2;
-    divided by β it tends to forward KL as β → 0, divided by 1-β to reverse KL as β → 1.
+    The convention of GKD (arXiv 2306.13649, §2, with P the teacher): symmetric at β = ½, where it
+    is at most log 2; divided by β it tends to forward KL as β → 0, divided by 1-β to reverse KL as
+    β → 1.
     """
     log_mixture = _log_mixture(v, u, beta)
     student = (1 - beta) * _times(u, u - log_mixture)
-    return beta * _times(v, v - log_mixture) + student, student  # the terms in which m itself moves sum to m/m and cancel
+    return beta * _times(
+        v, v - log_mixture
+    ) + student, student  # the terms in which m itself moves sum to m/m and cancel
 
 
 def skew_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
-    """KL(t‖m) with m = (1-α) s + α t: forward KL that is at most log 1/α, for the teacher lends the student a share α.
+    """KL(t‖m) with m = (1-α) s + α t: forward KL that is at most log 1/α, for the teacher lends the
+    student a share α.
 
     DistiLLM (arXiv 2402.03898, §3.1), whose α = 0.1 is the default.
     """
@@ -127,7 +149,8 @@ def skew_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
 
 
 def skew_reverse_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
-    """KL(s‖m) with m = (1-α) t + α s: reverse KL that is at most log 1/α, for the student lends the teacher a share α.
+    """KL(s‖m) with m = (1-α) t + α s: reverse KL that is at most log 1/α, for the student lends the
+    teacher a share α.
 
     DistiLLM (arXiv 2402.03898, §3.1).
     """
@@ -162,36 +185,55 @@ def _value(u: np.ndarray, v: np.ndarray, objective: Objective) -> np.ndarray:
 
 
 def _gradient(u: np.ndarray, v: np.ndarray, objective: Objective) -> np.ndarray:
-    """g - s Σ g: the gradient with respect to the logits of which u are the log-probabilities, as [N, V]."""
+    """g - s Σ g: the gradient with respect to the logits of which u are the log-probabilities, as
+    [N, V].
+    """
     with np.errstate(invalid="ignore"):
         _, g = DIVERGENCES[objective.divergence](u, v, objective.parameter)
     return g - np.exp(u) * g.sum(axis=-1, keepdims=True)
 
 
-def divergence(student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective) -> np.ndarray:
-    """The objective's divergence of logits [N, V], temperature and its scaling included, as float64[N] in nats."""
-    return objective.divergence_scale * _value(*_at_temperature(student_logits, teacher_logits, objective), objective)
+def divergence(
+    student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective
+) -> np.ndarray:
+    """The objective's divergence of logits [N, V], temperature and its scaling included, as
+    float64[N] in nats.
+    """
+    return objective.divergence_scale * _value(
+        *_at_temperature(student_logits, teacher_logits, objective), objective
+    )
 
 
 def coarse_divergence(
-    student_logits: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, tail: np.ndarray, objective: Objective
+    student_logits: np.ndarray,
+    ids: np.ndarray,
+    log_probs: np.ndarray,
+    tail: np.ndarray,
+    objective: Objective,
 ) -> np.ndarray:
-    """The divergence at temperature 1 where only K of the teacher's log-probabilities are known, as float64[N] in nats.
+    """The divergence at temperature 1 where only K of the teacher's log-probabilities are known, as
+    float64[N] in nats.
 
-    ids int[N, K] (-1 pads), log_probs [N, K], tail [N]: log of the teacher's mass on all other ids. Student and teacher
-    are compared as distributions over K + 1 outcomes, the last being "any other id". Grouping outcomes never raises a divergence,
-    so this is a lower bound of the full one, and equal to it where all ids are given. The student is not renormalised
-    to the K ids: its mass elsewhere is in its last outcome.
+    ids int[N, K] (-1 pads), log_probs [N, K], tail [N]: log of the teacher's mass on all other ids.
+    Student and teacher are compared as distributions over K + 1 outcomes, the last being "any other
+    id". Grouping outcomes never raises a divergence, so this is a lower bound of the full one, and
+    equal to it where all ids are given. The student is not renormalised to the K ids: its mass
+    elsewhere is in its last outcome.
     """
     return _value(*_coarse(student_logits, ids, log_probs, tail), objective)
 
 
 def coarse_divergence_grad(
-    student_logits: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, tail: np.ndarray, objective: Objective
+    student_logits: np.ndarray,
+    ids: np.ndarray,
+    log_probs: np.ndarray,
+    tail: np.ndarray,
+    objective: Objective,
 ) -> np.ndarray:
     """d coarse_divergence[n] / d student_logits[n, v], as float64[N, V].
 
-    The last outcome's logit is the log-sum-exp of all other logits, so its gradient is shared among them by their softmax.
+    The last outcome's logit is the log-sum-exp of all other logits, so its gradient is shared among
+    them by their softmax.
     """
     outcomes = _gradient(*_coarse(student_logits, ids, log_probs, tail), objective)
     others = _others(student_logits, ids)
@@ -211,15 +253,21 @@ def cross_entropy(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray
 def same_choice(student_logits: np.ndarray, teacher_logits: np.ndarray) -> np.ndarray:
     """Whether the student's first most likely id is the teacher's first most likely id, as bool[N].
 
-    Of ids that are equally likely the lowest is the first. At any temperature: dividing logits changes no order.
+    Of ids that are equally likely the lowest is the first. At any temperature: dividing logits
+    changes no order.
     """
     return student_logits.argmax(axis=-1) == teacher_logits.argmax(axis=-1)
 
 
 def loss(
-    student_logits: np.ndarray, teacher_logits: np.ndarray | None, targets: np.ndarray, objective: Objective
+    student_logits: np.ndarray,
+    teacher_logits: np.ndarray | None,
+    targets: np.ndarray,
+    objective: Objective,
 ) -> np.ndarray:
-    """`kd_weight * divergence + (1 - kd_weight) * cross_entropy` of logits [N, V] and targets [N], as float64[N]."""
+    """`kd_weight * divergence + (1 - kd_weight) * cross_entropy` of logits [N, V] and targets [N],
+    as float64[N].
+    """
     rows = np.zeros(len(student_logits))
     if objective.needs_teacher:
         rows += objective.kd_weight * divergence(student_logits, teacher_logits, objective)
@@ -228,7 +276,9 @@ def loss(
     return rows
 
 
-def divergence_grad(student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective) -> np.ndarray:
+def divergence_grad(
+    student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective
+) -> np.ndarray:
     """d divergence[n] / d student_logits[n, v], as float64[N, V]."""
     scale = objective.divergence_scale / objective.temperature
     return scale * _gradient(*_at_temperature(student_logits, teacher_logits, objective), objective)
@@ -242,7 +292,10 @@ def cross_entropy_grad(student_logits: np.ndarray, targets: np.ndarray) -> np.nd
 
 
 def grad(
-    student_logits: np.ndarray, teacher_logits: np.ndarray | None, targets: np.ndarray, objective: Objective
+    student_logits: np.ndarray,
+    teacher_logits: np.ndarray | None,
+    targets: np.ndarray,
+    objective: Objective,
 ) -> np.ndarray:
     """d loss[n] / d student_logits[n, v], as float64[N, V]."""
     gradient = np.zeros(student_logits.shape)
@@ -253,14 +306,22 @@ def grad(
     return gradient
 
 
-def _coarse(student_logits: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, tail: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _coarse(
+    student_logits: np.ndarray, ids: np.ndarray, log_probs: np.ndarray, tail: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """log-probabilities [N, K+1] of student and teacher over the ids and "any other id"."""
     others = _others(student_logits, ids)
     with np.errstate(divide="ignore"):  # no other id is left: log 0
         top = np.maximum(others.max(axis=-1, keepdims=True), -1e300)
         rest = top + np.log(np.exp(others - top).sum(axis=-1, keepdims=True))
-    kept = np.where(ids < 0, -np.inf, np.take_along_axis(np.asarray(student_logits, np.float64), np.maximum(ids, 0), -1))
-    teacher = np.concatenate([np.asarray(log_probs, np.float64), np.asarray(tail, np.float64)[:, None]], -1)
+    kept = np.where(
+        ids < 0,
+        -np.inf,
+        np.take_along_axis(np.asarray(student_logits, np.float64), np.maximum(ids, 0), -1),
+    )
+    teacher = np.concatenate(
+        [np.asarray(log_probs, np.float64), np.asarray(tail, np.float64)[:, None]], -1
+    )
     return log_softmax(np.concatenate([kept, rest], -1)), log_softmax(teacher)
 
 
@@ -275,6 +336,10 @@ def _others(student_logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def _at_temperature(
     student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective
 ) -> tuple[np.ndarray, np.ndarray]:
-    student, teacher = np.asarray(student_logits, np.float64), np.asarray(teacher_logits, np.float64)
-    return log_softmax(student / objective.temperature), log_softmax(teacher / objective.temperature)
-
+    student, teacher = (
+        np.asarray(student_logits, np.float64),
+        np.asarray(teacher_logits, np.float64),
+    )
+    return log_softmax(student / objective.temperature), log_softmax(
+        teacher / objective.temperature
+    )

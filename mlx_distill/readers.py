@@ -1,12 +1,14 @@
 """How a file of text, JSON, JSON lines or TOML is read, whoever reads it.
 
-In: a path (or text) of a person, a library or an earlier run. Out: text or plain values. Decided here: UTF-8 with or
-without its mark, `.gz` by a name's ending, how deep values may nest, which numbers can be read, and that whatever
-cannot be read ends in one line that says the file, the line and what is wrong there.
+In: a path (or text) of a person, a library or an earlier run. Out: text or plain values. Decided
+here: UTF-8 with or without its mark, `.gz` by a name's ending, how deep values may nest, which
+numbers can be read, and that whatever cannot be read ends in one line that says the file, the line
+and what is wrong there.
 
-What is read here can be used without a second thought: it is never nested so deep that walking, copying or printing it
-fails, its floats are finite and no key of an object has two values. A string may hold half of a character (`\\ud83d`
-alone, as JSON can say it); it can't be encoded, so whoever encodes asks `is_text` before.
+What is read here can be used without a second thought: it is never nested so deep that walking,
+copying or printing it fails, its floats are finite and no key of an object has two values. A string
+may hold half of a character (`\\ud83d` alone, as JSON can say it); it can't be encoded, so whoever
+encodes asks `is_text` before.
 """
 
 import gzip
@@ -27,13 +29,17 @@ LONGEST_TOML = 1 << 20  # bytes; TOML is written by hand
 LONGEST_NAME = 255  # bytes that one part of a path may have
 LONGEST_PATH = 4096
 WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")  # what UTF-16 and UTF-32 begin with
-PIECES = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)  # of JSON: what nests, and strings, which do not
+PIECES = re.compile(
+    r'"(?:[^"\\]|\\.)*+"|[\[{]|[\]}]', re.DOTALL
+)  # of JSON: what nests, and strings, which do not
 HALVES = re.compile("[\ud800-\udfff]")  # of characters beyond the first plane, as UTF-16 has them
 Error = type[DistillError]
 
 
 def read_text(path: Path, name: str = "", error: Error = DataError) -> str:
-    """The whole file as text; `name` is what errors call it, and they are `error`s but for a missing file's `NotFound`."""
+    """The whole file as text; `name` is what errors call it, and they are `error`s but for a
+    missing file's `NotFound`.
+    """
     name = name or str(path)
     content = b""
     with _opened(path, name, error) as file:
@@ -50,7 +56,9 @@ def read_json(path: Path, name: str = "", error: Error = DataError) -> Any:
     return _parsed(read_text(path, name, error), name, error, lines=True)
 
 
-def read_json_lines(path: Path, name: str = "", error: Error = DataError) -> Iterator[tuple[int, Any]]:
+def read_json_lines(
+    path: Path, name: str = "", error: Error = DataError
+) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) for each line that is not blank, read one at a time."""
     name = name or str(path)
     for number, line in read_lines(path, name, error):
@@ -59,7 +67,9 @@ def read_json_lines(path: Path, name: str = "", error: Error = DataError) -> Ite
 
 
 def read_lines(path: Path, name: str = "", error: Error = DataError) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text with its end) for each line, read one at a time; only "\\n" ends a line."""
+    """(line number from 1, text with its end) for each line, read one at a time; only "\\n" ends a
+    line.
+    """
     name, number = name or str(path), 0
     with _opened(path, name, error) as file:
         try:
@@ -70,7 +80,9 @@ def read_lines(path: Path, name: str = "", error: Error = DataError) -> Iterator
 
 
 def parse_json(text: str | bytes, where: str, error: Error = DataError) -> Any:
-    """The value that JSON text says; a bare NaN or Infinity is None. `where` begins the line of an error."""
+    """The value that JSON text says; a bare NaN or Infinity is None. `where` begins the line of an
+    error.
+    """
     if isinstance(text, bytes):
         text = _decoded(text, where, error)
     return _parsed(text.removeprefix("\ufeff"), where, error, lines=False)
@@ -85,7 +97,10 @@ def read_toml(path: Path, error: Error = RecipeError) -> dict[str, Any]:
         except (OSError, EOFError, zlib.error) as why:
             raise error(f"{name}: {_unread(why)}") from None
     if len(content) > LONGEST_TOML:
-        raise error(f"{name}: larger than {LONGEST_TOML // 1024:,} KiB; a file of settings is smaller: is it another file?")
+        raise error(
+            f"{name}: larger than {LONGEST_TOML // 1024:,} KiB; a file of settings is smaller: is "
+            "it another file?"
+        )
     return parse_toml(_decoded(content, name, error), name, error)
 
 
@@ -95,11 +110,15 @@ def parse_toml(text: str, where: str, error: Error = RecipeError) -> dict[str, A
         return _tables(text, where, error)
     except tomllib.TOMLDecodeError as why:
         end = f"at line {_line(text.rstrip(), len(text))}, the last"
-        raise error(f"{where}: not valid TOML: {str(why).replace('at end of document', end)}") from None
+        raise error(
+            f"{where}: not valid TOML: {str(why).replace('at end of document', end)}"
+        ) from None
 
 
 def toml_value(text: str, where: str, error: Error = RecipeError) -> Any:
-    """The value that TOML text says; text that is no single value is a bare word, and the value itself."""
+    """The value that TOML text says; text that is no single value is a bare word, and the value
+    itself.
+    """
     try:
         tables = _tables(f"value = {text}", where, error)
     except tomllib.TOMLDecodeError:
@@ -117,7 +136,8 @@ def is_text(value: Any) -> bool:
 
 
 def path_of(text: str, where: str, error: Error = RecipeError) -> Path:
-    """The path that a field or an option names, `~` expanded; an `error` for one that no file can have.
+    """The path that a field or an option names, `~` expanded; an `error` for one that no file can
+    have.
 
     `where` is the field or option as a person wrote it. Whether the path is there is not asked.
     """
@@ -128,12 +148,19 @@ def path_of(text: str, where: str, error: Error = RecipeError) -> Path:
         raise error(f"{where}: there is no home folder {user!r}; write the path out") from None
     if "\0" in text:
         raise error(f"{where}: a path cannot hold a NUL character, found {text[:60]!r}")
-    longest = max((part.encode(errors="surrogatepass") for part in path.parts), key=len, default=b"")
+    longest = max(
+        (part.encode(errors="surrogatepass") for part in path.parts), key=len, default=b""
+    )
     if len(longest) > LONGEST_NAME:
         found = f"{len(longest)} bytes ({longest[:20].decode(errors='replace')}…)"
-        raise error(f"{where}: a name in a path can have {LONGEST_NAME} bytes, found one of {found}")
+        raise error(
+            f"{where}: a name in a path can have {LONGEST_NAME} bytes, found one of {found}"
+        )
     if len(str(path).encode(errors="surrogatepass")) > LONGEST_PATH:
-        raise error(f"{where}: a path can have {LONGEST_PATH:,} bytes, found {len(str(path)):,} ({text[:20]}…)")
+        raise error(
+            f"{where}: a path can have {LONGEST_PATH:,} bytes, found {len(str(path)):,} "
+            f"({text[:20]}…)"
+        )
     return path
 
 
@@ -164,14 +191,18 @@ def _unread(why: Exception) -> str:
 
 
 def _decoded(content: bytes, name: str, error: Error, line: int = 0) -> str:
-    """Text of UTF-8 bytes, without a mark at its beginning; `line` is set where they are one line of a file."""
+    """Text of UTF-8 bytes, without a mark at its beginning; `line` is set where they are one line
+    of a file.
+    """
     if line <= 1 and content.startswith(WIDE_MARKS):
         raise error(f"{name}: UTF-16 or UTF-32 text, expected UTF-8; save it as UTF-8")
     try:
         text = content.decode("utf-8-sig" if line <= 1 else "utf-8")
     except UnicodeDecodeError as why:
         at = f"line {line or _line(content, why.start)}"
-        raise error(f"{name}, {at}: byte 0x{content[why.start]:02x} is not UTF-8; save it as UTF-8") from None
+        raise error(
+            f"{name}, {at}: byte 0x{content[why.start]:02x} is not UTF-8; save it as UTF-8"
+        ) from None
     if "\0" in text:
         at = f"line {line or _line(text, text.index(chr(0)))}"
         raise error(f"{name}, {at}: holds a NUL byte, so it is not text in UTF-8; save it as UTF-8")
@@ -199,14 +230,18 @@ def _parsed(text: str, where: str, error: Error, lines: bool) -> Any:
     if not text.strip():
         raise error(f"{where}: empty, expected JSON")
     try:
-        value = json.loads(text, parse_constant=_none, parse_float=_float, object_pairs_hook=_object)
+        value = json.loads(
+            text, parse_constant=_none, parse_float=_float, object_pairs_hook=_object
+        )
     except json.JSONDecodeError as why:
         at = f", line {why.lineno}" if lines else ""
         raise error(f"{where}{at}: not valid JSON ({why.msg} at character {why.colno})") from None
     except RecursionError:
         raise error(_too_deep(where, text, "" if lines else None)) from None
     except _TwiceError as why:
-        raise error(f"{where}: the key {why.args[0]!r} has two values in one object; delete one") from None
+        raise error(
+            f"{where}: the key {why.args[0]!r} has two values in one object; delete one"
+        ) from None
     except ValueError as why:  # a number
         at = _line_of_number(text, why) if lines else ""
         raise error(f"{where}{at}: not valid JSON: {_of_a_number(why)}") from None
@@ -216,7 +251,9 @@ def _parsed(text: str, where: str, error: Error, lines: bool) -> Any:
 
 
 def _tables(text: str, where: str, error: Error) -> dict[str, Any]:
-    """What TOML text says; raises `TOMLDecodeError` where it is none, an `error` for what no one can use."""
+    """What TOML text says; raises `TOMLDecodeError` where it is none, an `error` for what no one
+    can use.
+    """
     try:
         tables = tomllib.loads(text, parse_float=_float)
     except tomllib.TOMLDecodeError:
@@ -267,7 +304,7 @@ def _short(text: str) -> str:
 
 
 def _line_of_number(text: str, why: ValueError) -> str:
-    """", line 3": where in a file the number stands that could not be read."""
+    """ ", line 3": where in a file the number stands that could not be read."""
     if isinstance(why, _NumberError):
         position = text.find(why.args[0])
     else:
@@ -288,7 +325,9 @@ def _depth(value: Any) -> int:
 def _largest_bits(value: Any) -> int:
     if isinstance(value, int):
         return value.bit_length()
-    return max(map(_largest_bits, _inside(value)), default=0) if isinstance(value, dict | list) else 0
+    return (
+        max(map(_largest_bits, _inside(value)), default=0) if isinstance(value, dict | list) else 0
+    )
 
 
 def _inside(value: dict | list) -> Iterable[Any]:

@@ -1,12 +1,15 @@
 """One run = one folder, which at any moment can be killed and opened again.
 
-    runs/NAME/  recipe.toml  manifest.json  metrics.jsonl  validation.jsonl  sample.json  eval.json  generations.jsonl
-                checkpoints/step-000100/   student/   report.md  report.html   run.lock   evals/ (of `eval`)
+    runs/NAME/  recipe.toml  manifest.json  metrics.jsonl  validation.jsonl  sample.json  eval.json
+    generations.jsonl
+                checkpoints/step-000100/   student/   report.md  report.html   run.lock   evals/ (of
+                `eval`)
 
-Decided here: what is written where, that every file but the logs appears whole or not at all, and when a
-folder is continued, started over or refused. The run's own files have names (`runs/own_files.py`); nothing
-else is ever removed or overwritten. The logs grow by lines; those of training are cut back to the checkpoint
-on resume, generations to the last whole batch (`scoring/generations.py`).
+Decided here: what is written where, that every file but the logs appears whole or not at all, and
+when a folder is continued, started over or refused. The run's own files have names
+(`runs/own_files.py`); nothing else is ever removed or overwritten. The logs grow by lines; those of
+training are cut back to the checkpoint on resume, generations to the last whole batch
+(`scoring/generations.py`).
 """
 
 import shutil
@@ -55,10 +58,12 @@ class RunFolder(SmallFiles):
     @classmethod
     @contextmanager
     def held(cls, recipe: Recipe, fresh: bool = False, say: Say = quiet) -> Iterator[Self]:
-        """The folder of this recipe, held for this process: made if new, continued if its recipe is equal.
+        """The folder of this recipe, held for this process: made if new, continued if its recipe is
+        equal.
 
-        With `fresh` the run's own files are removed first. Raises `RunError` if another process holds it, or if it
-        holds another recipe's run (the differing fields are shown) or something else.
+        With `fresh` the run's own files are removed first. Raises `RunError` if another process
+        holds it, or if it holds another recipe's run (the differing fields are shown) or something
+        else.
         """
         run = cls.of(recipe)
         run._refuse_other_folder()
@@ -74,34 +79,50 @@ class RunFolder(SmallFiles):
     def _refuse_other_folder(self) -> None:
         if self.path.is_symlink() and not self.path.exists():
             target = self.path.readlink()
-            raise RunError(f"{self.path} is a link to {target}, which is not there: make that folder or remove the link")
+            raise RunError(
+                f"{self.path} is a link to {target}, which is not there: make that folder or "
+                "remove the link"
+            )
         if not self.path.is_dir():
             if self.path.exists():
-                raise RunError(f"{self.path} is a file: move it away, or choose another --set run.name=NAME")
+                raise RunError(
+                    f"{self.path} is a file: move it away, or choose another --set run.name=NAME"
+                )
             return
         try:
             names = {entry.name for entry in self.path.iterdir()} - set(own_files.LEFT_BY_SYSTEMS)
             begun = not names or self._is_begun(names)
         except OSError as error:
-            raise RunError(f"{self.path} cannot be read ({one_line(error)}): {remedy(error)}") from None
+            raise RunError(
+                f"{self.path} cannot be read ({one_line(error)}): {remedy(error)}"
+            ) from None
         if not begun:
             raise RunError(
-                f"{self.path} is not empty and holds no run: choose another --set run.name=NAME or move it away"
+                f"{self.path} is not empty and holds no run: choose another --set run.name=NAME "
+                "or move it away"
             )
 
     def _is_begun(self, names: set[str]) -> bool:
         """Whether a run made this folder, going by the names in it."""
         if "checkpoints" in names and not self.checkpoints.is_dir():
             return False
-        if own_files.LOCK in names and names & {"checkpoints", "recipe.toml", own_files.STARTING_OVER}:
+        if own_files.LOCK in names and names & {
+            "checkpoints",
+            "recipe.toml",
+            own_files.STARTING_OVER,
+        }:
             return True
-        if "recipe.toml" in names:  # a person may have one of that name: ours has every field, in our order
+        if (
+            "recipe.toml" in names
+        ):  # a person may have one of that name: ours has every field, in our order
             return self._recipe_is_ours() or "recipe_digest" in self.readable("manifest.json")
         return names <= {"checkpoints", ".recipe.toml.tmp"} and not any(self.checkpoints.iterdir())
 
     def _recipe_is_ours(self) -> bool:
         try:
-            return load_recipe(self.path / "recipe.toml").toml() == read_text(self.path / "recipe.toml")
+            return load_recipe(self.path / "recipe.toml").toml() == read_text(
+                self.path / "recipe.toml"
+            )
         except DistillError:
             return False
 
@@ -139,19 +160,26 @@ class RunFolder(SmallFiles):
         except RunError:
             if self._known_digest() != recipe.digest():
                 raise
-            say(f"note: {self.path / 'recipe.toml'} cannot be read; by its digest this is the run's recipe, written again")
+            say(
+                f"note: {self.path / 'recipe.toml'} cannot be read; by its digest this is the "
+                "run's recipe, written again"
+            )
             return
         if kept.digest() != recipe.digest():
             changes = "; ".join(kept.differences(recipe))
             raise RunError(
-                f"{self.path} holds a run of another recipe ({changes}): give this one a name of its own "
+                f"{self.path} holds a run of another recipe ({changes}): give this one a name of "
+                "its own "
                 "(--set run.name=NAME) or start over with --fresh"
             )
 
     def _known_digest(self) -> str:
         """The recipe's digest as manifest or checkpoints know it, "" if neither does."""
         try:
-            return self.readable("manifest.json").get("recipe_digest") or self.last_state().recipe_digest
+            return (
+                self.readable("manifest.json").get("recipe_digest")
+                or self.last_state().recipe_digest
+            )
         except RunError:
             return ""
 
@@ -161,10 +189,13 @@ class RunFolder(SmallFiles):
         try:
             return load_recipe(path)
         except NotFound:
-            raise RunError(f"{path} is missing: put a copy in its place, or start over with --fresh") from None
+            raise RunError(
+                f"{path} is missing: put a copy in its place, or start over with --fresh"
+            ) from None
         except RecipeError as error:
             raise RunError(
-                f"{self.path} was started by another version of mlx-distill or its recipe.toml is damaged ({error}): "
+                f"{self.path} was started by another version of mlx-distill or its recipe.toml is "
+                f"damaged ({error}): "
                 "put back a copy; use --fresh to start over"
             ) from None
 
@@ -178,7 +209,8 @@ class RunFolder(SmallFiles):
                     stack.enter_context(files.locked(lock))
             except InUse:
                 raise RunError(
-                    f"{self.path} is in use by another mlx-distill process: wait for it or choose another run.name"
+                    f"{self.path} is in use by another mlx-distill process: wait for it or choose "
+                    "another run.name"
                 ) from None
             yield
 
@@ -187,20 +219,29 @@ class RunFolder(SmallFiles):
         return files.is_locked(self.path / own_files.LOCK)
 
     def kept_day(self) -> str:
-        """The day that this run's prompts say, or will say as a run of a sweep; "" where none is chosen yet."""
+        """The day that this run's prompts say, or will say as a run of a sweep; "" where none is
+        chosen yet.
+        """
         manifest = self.readable("manifest.json")
-        made = manifest.get("created", "")[:10]  # older runs rendered their prompts when they were made
-        day = kept_as_day(manifest.get("prompt_date", made), f"prompt_date in {self.path / 'manifest.json'}")
+        made = manifest.get("created", "")[
+            :10
+        ]  # older runs rendered their prompts when they were made
+        day = kept_as_day(
+            manifest.get("prompt_date", made), f"prompt_date in {self.path / 'manifest.json'}"
+        )
         return day or shared_day(self.path.parent)
 
     # starting over
 
     def _start_over(self, say: Say) -> None:
-        """Remove the earlier run. A mark stands meanwhile, so that the next start goes on after a kill."""
+        """Remove the earlier run. A mark stands meanwhile, so that the next start goes on after a
+        kill.
+        """
         inside = [*self.saved.foreign_after(0), *self.exported.foreign()]
         if inside:
             raise RunError(
-                f"{self.path} cannot start over: no run made {own_files.few(inside, self.path)}: move that away"
+                f"{self.path} cannot start over: no run made {own_files.few(inside, self.path)}: "
+                "move that away"
             )
         mark = self.path / own_files.STARTING_OVER
         with told_as(RunError, mark):
@@ -234,7 +275,9 @@ class RunFolder(SmallFiles):
             with told_as(RunError, removed.path):
                 own_files.remove(removed.student, removed.exported.own())
                 removed.saved.remove_all()
-                own_files.remove(removed.path, lambda name: own_files.is_own_file(name) or name == own_files.LOCK)
+                own_files.remove(
+                    removed.path, lambda name: own_files.is_own_file(name) or name == own_files.LOCK
+                )
 
     # checkpoints
 
@@ -250,7 +293,9 @@ class RunFolder(SmallFiles):
         return self.saved.what_is_saved() or "no checkpoint was written yet"
 
     def last_state(self, needs_best: bool = False, say: Say = quiet) -> TrainState:
-        """The newest whole checkpoint's state, or the state before the first step; see `Checkpoints.newest`."""
+        """The newest whole checkpoint's state, or the state before the first step; see
+        `Checkpoints.newest`.
+        """
         return self.saved.newest(needs_best, say)
 
     def state_at(self, step: int) -> TrainState:
@@ -258,18 +303,23 @@ class RunFolder(SmallFiles):
         return self.saved.state(step) if step else TrainState()
 
     def tidy(self, state: TrainState, keep: str) -> None:
-        """Remove what a kill left behind: half-written checkpoints, and those that `keep` does not name."""
+        """Remove what a kill left behind: half-written checkpoints, and those that `keep` does not
+        name.
+        """
         inside = self.saved.foreign_after(state.step)
         if inside:
             names = own_files.few(inside, self.path)
-            raise RunError(f"{self.path} needs the place of {names}, which no run made: move that away")
+            raise RunError(
+                f"{self.path} needs the place of {names}, which no run made: move that away"
+            )
         with told_as(RunError, self.checkpoints, INTACT):
             self.saved.tidy()
             if state.step:
                 self._prune(state, keep)
 
     def save_checkpoint(self, state: TrainState, write: Callable[[Path], None], keep: str) -> None:
-        """A complete checkpoint appears by one rename; then those that `keep` does not name are removed.
+        """A complete checkpoint appears by one rename; then those that `keep` does not name are
+        removed.
 
         Raises `RunError` if it cannot be written; earlier checkpoints are then as they were.
         """
@@ -280,7 +330,8 @@ class RunFolder(SmallFiles):
         except UNWRITTEN as error:
             good = self.saved.what_is_saved() or "there is no earlier checkpoint"
             raise RunError(
-                f"{self.checkpoint(state.step)}: the checkpoint could not be written ({files.first_line(error)}; "
+                f"{self.checkpoint(state.step)}: the checkpoint could not be written "
+                f"({files.first_line(error)}; "
                 f"{shutil.disk_usage(self.path).free / 1e9:.2f} GB free); {good}; {remedy(error)}"
             ) from error
         with told_as(RunError, self.checkpoints, INTACT):
@@ -296,16 +347,23 @@ class RunFolder(SmallFiles):
         return self.exported.is_complete(bool(self.steps()))
 
     def write_student(self, write: Callable[[Path], None]) -> None:
-        """The exported student, whole or not at all. A score of an earlier one is not a score of it."""
+        """The exported student, whole or not at all. A score of an earlier one is not a score of
+        it.
+        """
         kept = self.readable("eval.json")
         scores = kept.get("scores")
         if isinstance(scores, dict) and "student" in scores:
-            self.write_json("eval.json", kept | {"scores": {name: scores[name] for name in scores if name != "student"}})
+            self.write_json(
+                "eval.json",
+                kept | {"scores": {name: scores[name] for name in scores if name != "student"}},
+            )
         self.exported.write(write)
 
 
 class SilentFolder(RunFolder):
-    """The run's folder for a rank that is not the first: it reads what the first one wrote, and helps to make what is written."""
+    """The run's folder for a rank that is not the first: it reads what the first one wrote, and
+    helps to make what is written.
+    """
 
     @classmethod
     @contextmanager
@@ -326,7 +384,9 @@ class SilentFolder(RunFolder):
 
     def tidy(self, state: TrainState, keep: str) -> None: ...
 
-    def save_checkpoint(self, state: TrainState, write: Callable[[Path | None], None], keep: str) -> None:
+    def save_checkpoint(
+        self, state: TrainState, write: Callable[[Path | None], None], keep: str
+    ) -> None:
         write(None)
 
     def write_student(self, write: Callable[[Path | None], None]) -> None:

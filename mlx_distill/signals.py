@@ -1,7 +1,8 @@
-"""How a person, a script or a scheduler stops this program: Ctrl-C, SIGTERM, a terminal that closes.
+"""How a person, a script or a scheduler stops this program: Ctrl-C, SIGTERM, a terminal that
+closes.
 
-Decided here: all three mean the same, and one that is ignored stays ignored. A script's `&` starts its
-children with SIGINT ignored, `nohup` with SIGHUP: who wrote that meant it.
+Decided here: all three mean the same, and one that is ignored stays ignored. A script's `&` starts
+its children with SIGINT ignored, `nohup` with SIGHUP: who wrote that meant it.
 """
 
 import signal
@@ -11,12 +12,16 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-POLITE = signal.SIGTERM  # what a child is asked to stop with: a script's `&` does not make it deaf to it
+POLITE = (
+    signal.SIGTERM
+)  # what a child is asked to stop with: a script's `&` does not make it deaf to it
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """While open, a polite kill or a terminal that closes raises `KeyboardInterrupt`, as Ctrl-C does."""
+    """While open, a polite kill or a terminal that closes raises `KeyboardInterrupt`, as Ctrl-C
+    does.
+    """
     with _handled(signal.default_int_handler):
         yield
 

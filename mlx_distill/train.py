@@ -1,7 +1,8 @@
 """The training loop: steps, validation, when to save, how to stop and start again.
 
-In: a student, a teacher (or none), steps and validation batches, a run folder. Out: the run folder's logs and checkpoints.
-Everything random was decided before: a step is a function of its number, so a resumed run repeats the run it continues.
+In: a student, a teacher (or none), steps and validation batches, a run folder. Out: the run
+folder's logs and checkpoints. Everything random was decided before: a step is a function of its
+number, so a resumed run repeats the run it continues.
 """
 
 import dataclasses
@@ -26,7 +27,12 @@ from mlx_distill.run_dir import RunFolder, TrainState
 from mlx_distill.training.schedule import learning_rate
 from mlx_distill.view import View
 
-NO_ROOM = ("out of memory", "insufficient memory", "attempting to allocate", "unable to allocate")  # MLX's and torch's
+NO_ROOM = (
+    "out of memory",
+    "insufficient memory",
+    "attempting to allocate",
+    "unable to allocate",
+)  # MLX's and torch's
 
 
 class Interrupted(Exception):
@@ -51,12 +57,17 @@ class Training:
 
     def __post_init__(self):
         self.objective = Objective.from_table(self.recipe.objective)
-        # one yardstick for every recipe: forward KL at temperature 1, weighed as the recipe weighs its divergence
+        # one yardstick for every recipe: forward KL at temperature 1, weighed as the recipe weighs
+        # its divergence
         self.yardstick = Objective(kd_weight=self.objective.kd_weight)
-        self.state = TrainState(recipe_digest=self.recipe.digest(), inputs_digest=self.inputs_digest, flops={})
+        self.state = TrainState(
+            recipe_digest=self.recipe.digest(), inputs_digest=self.inputs_digest, flops={}
+        )
 
     def train(self) -> TrainState:
-        """Train from the newest checkpoint to the last step; raises `DivergedError`, `RunError` or `Interrupted`."""
+        """Train from the newest checkpoint to the last step; raises `DivergedError`, `RunError` or
+        `Interrupted`.
+        """
         self._resume()
         self.view.start(len(self.steps), self.state.step)
         while self.state.step < len(self.steps):
@@ -82,7 +93,9 @@ class Training:
             self.view.say(f"continuing after step {self.state.step}, the newest checkpoint")
         else:
             if begun:
-                self.view.say("note: there is no checkpoint: training begins again at its first step")
+                self.view.say(
+                    "note: there is no checkpoint: training begins again at its first step"
+                )
             self._validate()
 
     def _newest(self) -> TrainState:
@@ -96,7 +109,10 @@ class Training:
         if last.recipe_digest != self.state.recipe_digest:
             raise RunError(f"{folder} was written for another recipe; start over with --fresh")
         if last.step > len(self.steps):
-            raise RunError(f"{folder} is of a longer run than this one of {len(self.steps)} steps; start over with --fresh")
+            raise RunError(
+                f"{folder} is of a longer run than this one of {len(self.steps)} steps; start "
+                "over with --fresh"
+            )
         restore(self.student, folder)
         self.state = last
 
@@ -107,7 +123,12 @@ class Training:
         rate = learning_rate(step.index, len(self.steps), self.recipe.optim)
         norm = self.student.apply(rate)
         if not math.isfinite(norm):
-            raise self._diverged(step.index, "the gradient norm", norm, [i for batch in step.batches for i in batch.ids])
+            raise self._diverged(
+                step.index,
+                "the gradient norm",
+                norm,
+                [i for batch in step.batches for i in batch.ids],
+            )
         seconds = time.perf_counter() - started
         self.state = dataclasses.replace(
             self.state,
@@ -123,7 +144,11 @@ class Training:
         """The sums over all micro-batches of the step, this rank's and the others'."""
         parts, broken = [], []
         for batch in self._mine(step.batches):
-            targets = self.teacher.targets(batch) if self.teacher and self.objective.needs_teacher else None
+            targets = (
+                self.teacher.targets(batch)
+                if self.teacher and self.objective.needs_teacher
+                else None
+            )
             parts.append(self.student.accumulate(batch, targets, self.objective, step.loss_tokens))
             if not math.isfinite(_total(parts[-1])):
                 broken.append((_total(parts[-1]), batch.ids))
@@ -145,15 +170,31 @@ class Training:
 
     def _diverged(self, index: int, what: str, value: float, ids: Sequence[str]) -> DivergedError:
         return DivergedError(
-            f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were not touched and "
+            f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were "
+            "not touched and "
             f"{self.run.what_is_saved()}; look at these examples, or lower optim.learning_rate"
         )
 
     def _diverged_in_validation(self, value: float) -> DivergedError:
-        advice = "lower optim.learning_rate" if self.state.step else "the student's or the teacher's own weights do that: name others"
-        return DivergedError(f"validation after step {self.state.step}: the loss is {value}; {self.run.what_is_saved()}; {advice}")
+        advice = (
+            "lower optim.learning_rate"
+            if self.state.step
+            else "the student's or the teacher's own weights do that: name others"
+        )
+        return DivergedError(
+            f"validation after step {self.state.step}: the loss is {value}; "
+            f"{self.run.what_is_saved()}; {advice}"
+        )
 
-    def _log(self, step: Step, sums: LossSums, rate: float, norm: float, seconds: float, flops: dict[str, float]) -> None:
+    def _log(
+        self,
+        step: Step,
+        sums: LossSums,
+        rate: float,
+        norm: float,
+        seconds: float,
+        flops: dict[str, float],
+    ) -> None:
         row = {
             "step": self.state.step,
             **loss_terms(sums, self.objective),
@@ -171,33 +212,47 @@ class Training:
         self.view.step(row)
 
     def _validate(self) -> bool:
-        """Score the whole held-out sequences; True if the loss of the supervised segments is the lowest so far."""
+        """Score the whole held-out sequences; True if the loss of the supervised segments is the
+        lowest so far.
+        """
         started = time.perf_counter()
         sums = self._over_all_ranks(reduce(add, map(self._score, self._mine(self.validation))))
         supervised = [Segment[name.upper()] for name in self.recipe.objective.segments]
-        row = {"step": self.state.step, **validation_terms(sums, self.yardstick, supervised, self.teacher is not None)}
+        row = {
+            "step": self.state.step,
+            **validation_terms(sums, self.yardstick, supervised, self.teacher is not None),
+        }
         self.run.append("validation.jsonl", row | {"seconds": time.perf_counter() - started})
         self.view.validation(row)
         if not math.isfinite(row["loss"]):
             raise self._diverged_in_validation(row["loss"])
-        self.state = dataclasses.replace(self.state, elapsed_seconds=self.state.elapsed_seconds + time.perf_counter() - started)
+        self.state = dataclasses.replace(
+            self.state, elapsed_seconds=self.state.elapsed_seconds + time.perf_counter() - started
+        )
         if self.state.step == 0 or row["loss"] >= self.state.best_loss:
             return False
-        self.state = dataclasses.replace(self.state, best_step=self.state.step, best_loss=row["loss"])
+        self.state = dataclasses.replace(
+            self.state, best_step=self.state.step, best_loss=row["loss"]
+        )
         return True
 
     def _score(self, batch: Batch) -> LossSums:
-        return self.student.score(batch, self.teacher.targets(batch) if self.teacher else None, self.yardstick)
+        return self.student.score(
+            batch, self.teacher.targets(batch) if self.teacher else None, self.yardstick
+        )
 
     def _due(self, every: int, done: bool) -> bool:
         return done or bool(every and self.state.step % every == 0)
 
     def _save(self) -> None:
-        self.run.save_checkpoint(self.state, self.student.save_state, self.recipe.run.keep_checkpoints)
+        self.run.save_checkpoint(
+            self.state, self.student.save_state, self.recipe.run.keep_checkpoints
+        )
 
 
 def restore(student: Student, folder: Path, optimizer: bool = True) -> None:
-    """Load a checkpoint into a student; raises `OutOfMemory` where there is no room for it, `RunError` else.
+    """Load a checkpoint into a student; raises `OutOfMemory` where there is no room for it,
+    `RunError` else.
 
     Its files were found to be as they were saved, so that this says nothing of them.
     """
@@ -210,7 +265,8 @@ def restore(student: Student, folder: Path, optimizer: bool = True) -> None:
         if isinstance(error, MemoryError) or any(words in said.lower() for words in NO_ROOM):
             raise OutOfMemory(f"{folder}: there is no memory to load it into ({said})") from error
         raise RunError(
-            f"{folder} cannot be loaded ({said}): put a copy in its place, or start over with --fresh"
+            f"{folder} cannot be loaded ({said}): put a copy in its place, or start over with "
+            "--fresh"
         ) from error
 
 
@@ -226,28 +282,42 @@ def _total(sums: LossSums) -> float:
 
 
 def loss_terms(sums: LossSums, objective: Objective) -> dict[str, float]:
-    """Means over loss tokens: the loss and its terms, and the divergence of each segment that carries loss."""
+    """Means over loss tokens: the loss and its terms, and the divergence of each segment that
+    carries loss.
+    """
     tokens = sums.tokens.sum()
     kd, ce = sums.kd.sum() / tokens, sums.ce.sum() / tokens
     terms = {"loss": objective.kd_weight * kd + (1 - objective.kd_weight) * ce, "ce": ce}
     if objective.needs_teacher:
         terms["kd"] = kd
-        terms |= {f"kd_{s.name.lower()}": sums.kd[s] / sums.tokens[s] for s in Segment if sums.tokens[s]}
+        terms |= {
+            f"kd_{s.name.lower()}": sums.kd[s] / sums.tokens[s] for s in Segment if sums.tokens[s]
+        }
     return {name: float(value) for name, value in terms.items()}
 
 
-def validation_terms(sums: LossSums, objective: Objective, supervised: list[Segment], teacher: bool) -> dict[str, float]:
-    """Per segment of whole held-out sequences: `kl_`, `ce_`, `agree_` (share) and `tokens_`; `loss` over the supervised ones."""
+def validation_terms(
+    sums: LossSums, objective: Objective, supervised: list[Segment], teacher: bool
+) -> dict[str, float]:
+    """Per segment of whole held-out sequences: `kl_`, `ce_`, `agree_` (share) and `tokens_`; `loss`
+    over the supervised ones.
+    """
     chosen = np.array(supervised)
     tokens = sums.tokens[chosen].sum()
     kd, ce = sums.kd[chosen].sum() / tokens, sums.ce[chosen].sum() / tokens
-    terms = {"loss": objective.kd_weight * kd + (1 - objective.kd_weight) * ce, "ce": sums.ce.sum() / sums.tokens.sum()}
+    terms = {
+        "loss": objective.kd_weight * kd + (1 - objective.kd_weight) * ce,
+        "ce": sums.ce.sum() / sums.tokens.sum(),
+    }
     measures = {"ce": sums.ce} | ({"kl": sums.kd, "agree": sums.agree} if teacher else {})
     if teacher:
         terms |= {name: measures[name].sum() / sums.tokens.sum() for name in ("kl", "agree")}
     for segment in Segment:
         if sums.tokens[segment]:
             name = segment.name.lower()
-            terms |= {f"{measure}_{name}": values[segment] / sums.tokens[segment] for measure, values in measures.items()}
+            terms |= {
+                f"{measure}_{name}": values[segment] / sums.tokens[segment]
+                for measure, values in measures.items()
+            }
             terms[f"tokens_{name}"] = sums.tokens[segment]
     return {name: float(value) for name, value in terms.items()}

@@ -1,7 +1,8 @@
 """What a person sees while a run goes: a live bar on a terminal, plain lines elsewhere.
 
-Decided here: that a terminal only ever shows text and never obeys it. Whatever is printed passes `plain`, on a `Screen` or
-in an error's line, so that no name, path or row of data can move the cursor, set a title or turn a line around.
+Decided here: that a terminal only ever shows text and never obeys it. Whatever is printed passes
+`plain`, on a `Screen` or in an error's line, so that no name, path or row of data can move the
+cursor, set a title or turn a line around.
 """
 
 import codecs
@@ -12,13 +13,36 @@ import unicodedata
 from collections.abc import Iterable
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 
 LINES = 20  # plain lines printed over a whole run, about
-# C0 but for tab and line feed, DEL, C1; marks that turn text around; line separators; halves of characters; tags
-OBEYED = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]")
-NEAREST = {"×": "x", "·": "-", "…": "...", "→": "->", "–": "-", "—": "-", "⟦": "[", "⟧": "]", "−": "-", "≈": "~", "“": '"', "”": '"'}
+# C0 but for tab and line feed, DEL, C1; marks that turn text around; line separators; halves of
+# characters; tags
+OBEYED = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\U000e0000-\U000e007f]"
+)
+NEAREST = {
+    "×": "x",
+    "·": "-",
+    "…": "...",
+    "→": "->",
+    "–": "-",
+    "—": "-",
+    "⟦": "[",
+    "⟧": "]",
+    "−": "-",
+    "≈": "~",
+    "“": '"',
+    "”": '"',
+}
 
 
 def plain(text: str) -> str:
@@ -33,7 +57,15 @@ def one_line(text: str) -> str:
 
 def _written_out(letter: str) -> str:
     code = ord(letter)
-    return "\\r" if letter == "\r" else f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65_536 else f"\\U{code:08x}"
+    return (
+        "\\r"
+        if letter == "\r"
+        else f"\\x{code:02x}"
+        if code < 256
+        else f"\\u{code:04x}"
+        if code < 65_536
+        else f"\\U{code:08x}"
+    )
 
 
 def _nearest(error: UnicodeError) -> tuple[str, int]:
@@ -60,18 +92,24 @@ def show_what_can_be_shown() -> None:
 
 
 class Screen(Console):
-    """A console on which text is text: no markup, no emoji codes, and nothing that a terminal obeys but our own colours."""
+    """A console on which text is text: no markup, no emoji codes, and nothing that a terminal obeys
+    but our own colours.
+    """
 
     def __init__(self, **settings):
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
-    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(plain(segment.text), segment.style)
 
 
 class View:
-    """Prints to `console`. Use as a context manager, so that the live bar is closed whatever happens."""
+    """Prints to `console`. Use as a context manager, so that the live bar is closed whatever
+    happens.
+    """
 
     def __init__(self, console: Console):
         self.console = console
@@ -95,7 +133,10 @@ class View:
     def step(self, row: dict) -> None:
         """A row of metrics.jsonl."""
         names = ("loss",) if self._bar else ("loss", "kd", "ce")  # a live bar has to fit 80 columns
-        text = "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row) + f"  {row['tokens_per_second']:,.0f} tok/s"
+        text = (
+            "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
+            + f"  {row['tokens_per_second']:,.0f} tok/s"
+        )
         text += "" if self._bar else f"  peak {row['peak_bytes'] / 1e9:.2f} GB"
         self._advance(1, row["step"], text)
 
@@ -106,17 +147,29 @@ class View:
         self.say(f"validation after step {row['step']}: loss {row['loss']:.4f}  {terms}")
 
     def count(self, label: str, total: int) -> "Counter":
-        """A bar (or lines) for `total` pieces of other work; call the result with how many more are done."""
+        """A bar (or lines) for `total` pieces of other work; call the result with how many more are
+        done.
+        """
         self._close()
         self._open(label, total, 0)
         return Counter(self)
 
     def _open(self, label: str, total: int, done: int) -> None:
-        self._label, self._total, self._done, self._started = label, total, done, time.perf_counter()
+        self._label, self._total, self._done, self._started = (
+            label,
+            total,
+            done,
+            time.perf_counter(),
+        )
         if self.console.is_terminal:
             columns = (
-                TextColumn("{task.description}"), BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(),
-                TextColumn("left"), TimeRemainingColumn(compact=True), TextColumn("{task.fields[text]}"),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[text]}"),
             )
             self._bar = Progress(*columns, console=self.console, transient=True)
             self._bar.start()

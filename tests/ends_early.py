@@ -1,4 +1,6 @@
-"""A command that ends while a thread of torch's group waits for the interpreter, to let go of a tensor. Started on several ranks."""
+"""A command that ends while a thread of torch's group waits for the interpreter, to let go of a
+tensor. Started on several ranks.
+"""
 
 import sys
 import time
@@ -11,7 +13,7 @@ from mlx_distill import cli
 kept = torch.ones(4)
 
 
-def command() -> None:
+def command(standalone_mode: bool) -> None:
     dist.init_process_group("gloo")
     sys.setswitchinterval(100)  # seconds: the thread gets the interpreter only when this one ends
     dist.all_reduce(kept, async_op=True)

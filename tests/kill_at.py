@@ -1,11 +1,13 @@
-"""Runs the command line and stops it at a chosen place: a helper of tests/test_resume.py, a program of its own.
+"""Runs the command line and stops it at a chosen place: a helper of tests/test_resume.py, a program
+of its own.
 
-It imports everything once, and then forks a child for each job that stands as one JSON line on stdin, so that a run costs a
-second and not the start of an interpreter. A job is {"arguments": […], "at": "module:Class.function", "call": n, "when":
-"before" | "after", "signals": ["KILL"], "file_limit": bytes, "rank": "n", "fork_jobs": true}: before (or after) the n-th call of
-that function the process (of several ranks the one named) sends itself the signals. With "fork_jobs" the runs of a sweep are
-forks too. The answer is one JSON line: {"code": exit code or -signal, "out": …, "err": …}. With a job as its argument the program
-is that job and nothing else.
+It imports everything once, and then forks a child for each job that stands as one JSON line on
+stdin, so that a run costs a second and not the start of an interpreter. A job is {"arguments": […],
+"at": "module:Class.function", "call": n, "when": "before" | "after", "signals": ["KILL"],
+"file_limit": bytes, "rank": "n", "fork_jobs": true}: before (or after) the n-th call of that
+function the process (of several ranks the one named) sends itself the signals. With "fork_jobs" the
+runs of a sweep are forks too. The answer is one JSON line: {"code": exit code or -signal, "out": …,
+"err": …}. With a job as its argument the program is that job and nothing else.
 """
 
 import contextlib
@@ -54,7 +56,9 @@ def run(job: dict) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"],) * 2)
     if job.get("at") and job.get("rank", "0") == os.environ.get("RANK", "0"):
-        send_at(job["at"], job.get("call", 1), job.get("when", "before"), job.get("signals", ["KILL"]))
+        send_at(
+            job["at"], job.get("call", 1), job.get("when", "before"), job.get("signals", ["KILL"])
+        )
     code = 0
     try:
         main()
@@ -71,7 +75,9 @@ def run(job: dict) -> None:
 
 
 class Forked:
-    """A job of a sweep as `subprocess.Popen` would show it, but a fork of this process, which has imported everything."""
+    """A job of a sweep as `subprocess.Popen` would show it, but a fork of this process, which has
+    imported everything.
+    """
 
     def __init__(self, arguments: tuple[str, ...], log: str):
         self.returncode, self.pid = None, os.fork()
@@ -96,7 +102,9 @@ class Forked:
 
 
 def _close_locks() -> None:
-    """What a new program would not inherit: a sweep that was killed holds its folder no longer, though its runs go on."""
+    """What a new program would not inherit: a sweep that was killed holds its folder no longer,
+    though its runs go on.
+    """
     for number in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):  # the folder's own
             if os.readlink(f"/proc/self/fd/{number}").endswith(".lock"):
@@ -104,13 +112,22 @@ def _close_locks() -> None:
 
 
 def in_child(job: dict, out: int, err: int) -> int:
-    """The exit code of the job, run in a fork; in a new process where forking is not safe after imports (macOS)."""
+    """The exit code of the job, run in a fork; in a new process where forking is not safe after
+    imports (macOS).
+    """
     if sys.platform != "linux":
-        return subprocess.run([sys.executable, __file__, json.dumps(job)], stdout=out, stderr=err, stdin=subprocess.DEVNULL).returncode
+        return subprocess.run(
+            [sys.executable, __file__, json.dumps(job)],
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+        ).returncode
     process = os.fork()
     if not process:
         if job.get("fork_jobs"):
-            mlx_distill.sweeps.jobs._start = lambda one, environment: Forked(one.arguments, str(one.log))
+            mlx_distill.sweeps.jobs._start = lambda one, environment: Forked(
+                one.arguments, str(one.log)
+            )
         os.dup2(out, 1)
         os.dup2(err, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -1,4 +1,6 @@
-"""What a person reads who made a mistake: one line that says where, what was asked, what was found and what to do. Exit code 2."""
+"""What a person reads who made a mistake: one line that says where, what was asked, what was found
+and what to do. Exit code 2.
+"""
 
 import json
 import os
@@ -20,11 +22,17 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("wrong")
     lines = (tiny_recipe.parent / "rows.jsonl").read_text().splitlines()
     (root / "torn.jsonl").write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
-    (root / "columns.jsonl").write_text("".join(json.dumps({"question": "a", "cot": "b", "answer": "c"}) + "\n" for _ in lines))
-    (root / "plain.jsonl").write_text("".join(json.dumps(json.loads(line) | {"cot": ""}) + "\n" for line in lines))
+    (root / "columns.jsonl").write_text(
+        "".join(json.dumps({"question": "a", "cot": "b", "answer": "c"}) + "\n" for _ in lines)
+    )
+    (root / "plain.jsonl").write_text(
+        "".join(json.dumps(json.loads(line) | {"cot": ""}) + "\n" for line in lines)
+    )
     (root / "empty").mkdir()
     model_folder(root / "foreign", bytes_tokenizer("qwen2_5", merges=(("a", "b"),)), layers=1)
-    (root / "typo.toml").write_text(tiny_recipe.read_text().replace("fraction = 0.5", "fracton = 0.5"))
+    (root / "typo.toml").write_text(
+        tiny_recipe.read_text().replace("fraction = 0.5", "fracton = 0.5")
+    )
     (root / "broken.toml").write_text("[data\n")
     shutil.copytree(tiny_recipe.parent / "teacher", root / "torn-model")
     (root / "torn-model" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
@@ -36,12 +44,16 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def error_of(tiny_recipe, world, command_line, tmp_path, monkeypatch):
-    """The one line that a command ends with; `{tiny}`, `{wrong}`, `{out}` stand for folders and `RECIPE` for the tiny recipe."""
+    """The one line that a command ends with; `{tiny}`, `{wrong}`, `{out}` stand for folders and
+    `RECIPE` for the tiny recipe.
+    """
 
     def error_of(*words: str) -> str:
         places = {"tiny": tiny_recipe.parent, "wrong": world, "out": tmp_path}
         filled = [str(tiny_recipe) if word == "RECIPE" else word.format(**places) for word in words]
-        result = command_line(*filled, *(["--set", f"run.folder={tmp_path}"] if filled[0] == "run" else []))
+        result = command_line(
+            *filled, *(["--set", f"run.folder={tmp_path}"] if filled[0] == "run" else [])
+        )
         assert "Traceback" not in result.out + result.err, result.err
         lines = result.err.strip().splitlines()
         assert (result.code, len(lines)) == (2, 1), (result.code, result.out, result.err)
@@ -52,65 +64,165 @@ def error_of(tiny_recipe, world, command_line, tmp_path, monkeypatch):
 
 
 ERRORS = {
-    "missing recipe": (("run", "{tiny}/tinny.toml"), ("no recipe at {tiny}/tinny.toml", "did you mean {tiny}/tiny.toml?")),
-    "recipe typo": (("run", "{wrong}/typo.toml"),
-                    ("{wrong}/typo.toml: [truncation]", "'fracton'", "did you mean 'fraction'?", "Choices: keep")),
+    "missing recipe": (
+        ("run", "{tiny}/tinny.toml"),
+        ("no recipe at {tiny}/tinny.toml", "did you mean {tiny}/tiny.toml?"),
+    ),
+    "recipe typo": (
+        ("run", "{wrong}/typo.toml"),
+        (
+            "{wrong}/typo.toml: [truncation]",
+            "'fracton'",
+            "did you mean 'fraction'?",
+            "Choices: keep",
+        ),
+    ),
     "not a recipe": (("run", "{wrong}/broken.toml"), ("{wrong}/broken.toml: not valid TOML",)),
-    "wrong --set": (("run", "RECIPE", "--set", "optim.steps=few"), ("[optim] steps", "a valid integer", "found 'few'")),
-    "missing data file": (("run", "RECIPE", "--set", "data.source={tiny}/row.jsonl"),
-                          ("data.source: {tiny}/row.jsonl is not there", "rows.jsonl", "name a .jsonl")),
-    "wrong column": (("run", "RECIPE", "--set", "data.source={wrong}/columns.jsonl"),
-                     ("columns.jsonl, line 1", "no column 'prompt'", "found question, cot, answer", "data.prompt_column")),
-    "unreadable row": (("run", "RECIPE", "--set", "data.source={wrong}/torn.jsonl"),
-                       ("torn.jsonl, line 4", "not valid JSON", "correct or delete the line")),
-    "no reasoning in any row": (("run", "RECIPE", "--set", "data.source={wrong}/plain.jsonl"),
-                                ("plain.jsonl: no usable example", "24 × no reasoning", "mark it with <think>")),
-    "too few rows": (("run", "RECIPE", "--set", "data.validation_examples=100"),
-                     ("asked for 100 validation", "lower data.validation_examples")),
-    "model folder not found": (("run", "RECIPE", "--set", "student.model={tiny}/nobody"),
-                               ("model '{tiny}/nobody'", "no such file or folder", "check the path")),
-    "not a model": (("run", "RECIPE", "--set", "student.model={wrong}/empty"),
-                    ("model '{wrong}/empty'", "no config.json", "name a folder in Hugging Face layout")),
-    "a model without tokenizer": (("run", "RECIPE", "--set", "student.model={wrong}/no-tokenizer"),
-                                  ("tokenizer in {wrong}/no-tokenizer", "no tokenizer.json", "copy it")),
-    "a model that does not load": (("run", "RECIPE", "--set", "student.model={wrong}/torn-model"), ("{wrong}/torn-model",)),
-    "hub id offline": (("run", "RECIPE", "--set", "teacher.model=nobody/nothing"),
-                       ("model 'nobody/nothing'", "cannot be fetched", "go online once, or give a local folder")),
-    "hub data offline": (("run", "RECIPE", "--set", "data.source=nobody/nothing"),
-                         ("data.source: nobody/nothing", "could not be loaded from the hub", "name a local .jsonl")),
-    "vocabulary mismatch": (("run", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
-                            ("teacher and student do not share a vocabulary: token ", "in the teacher's", "in the student's",
-                             "one family")),
-    "vocabulary mismatch in a plan": (("plan", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
-                                      ("teacher and student do not share a vocabulary: token ", "one family")),
-    "missing task file in a plan": (("plan", "RECIPE", "--set", "eval.task=jsonl:{tiny}/row.jsonl"),
-                                    ("no task file at {tiny}/row.jsonl",)),
-    "unknown backend in a plan": (("plan", "RECIPE", "--backend", "jax"), ("--backend jax", "auto, mlx")),
-    "no number of an example": (("show", "RECIPE", "--example", "0"), ("--example should be from 1 to 1,000,000,000, found 0",)),
-    "no number of jobs": (("sweep", "RECIPE", "--jobs", "0"), ("--jobs should be from 1 to 1,024, found 0",)),
-    "an option that there is not": (("plan", "RECIPE", "--sett", "a=1"), ("No such option: --sett", "plan --help` says")),
+    "wrong --set": (
+        ("run", "RECIPE", "--set", "optim.steps=few"),
+        ("[optim] steps", "a valid integer", "found 'few'"),
+    ),
+    "missing data file": (
+        ("run", "RECIPE", "--set", "data.source={tiny}/row.jsonl"),
+        ("data.source: {tiny}/row.jsonl is not there", "rows.jsonl", "name a .jsonl"),
+    ),
+    "wrong column": (
+        ("run", "RECIPE", "--set", "data.source={wrong}/columns.jsonl"),
+        (
+            "columns.jsonl, line 1",
+            "no column 'prompt'",
+            "found question, cot, answer",
+            "data.prompt_column",
+        ),
+    ),
+    "unreadable row": (
+        ("run", "RECIPE", "--set", "data.source={wrong}/torn.jsonl"),
+        ("torn.jsonl, line 4", "not valid JSON", "correct or delete the line"),
+    ),
+    "no reasoning in any row": (
+        ("run", "RECIPE", "--set", "data.source={wrong}/plain.jsonl"),
+        ("plain.jsonl: no usable example", "24 × no reasoning", "mark it with <think>"),
+    ),
+    "too few rows": (
+        ("run", "RECIPE", "--set", "data.validation_examples=100"),
+        ("asked for 100 validation", "lower data.validation_examples"),
+    ),
+    "model folder not found": (
+        ("run", "RECIPE", "--set", "student.model={tiny}/nobody"),
+        ("model '{tiny}/nobody'", "no such file or folder", "check the path"),
+    ),
+    "not a model": (
+        ("run", "RECIPE", "--set", "student.model={wrong}/empty"),
+        ("model '{wrong}/empty'", "no config.json", "name a folder in Hugging Face layout"),
+    ),
+    "a model without tokenizer": (
+        ("run", "RECIPE", "--set", "student.model={wrong}/no-tokenizer"),
+        ("tokenizer in {wrong}/no-tokenizer", "no tokenizer.json", "copy it"),
+    ),
+    "a model that does not load": (
+        ("run", "RECIPE", "--set", "student.model={wrong}/torn-model"),
+        ("{wrong}/torn-model",),
+    ),
+    "hub id offline": (
+        ("run", "RECIPE", "--set", "teacher.model=nobody/nothing"),
+        ("model 'nobody/nothing'", "cannot be fetched", "go online once, or give a local folder"),
+    ),
+    "hub data offline": (
+        ("run", "RECIPE", "--set", "data.source=nobody/nothing"),
+        ("data.source: nobody/nothing", "could not be loaded from the hub", "name a local .jsonl"),
+    ),
+    "vocabulary mismatch": (
+        ("run", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
+        (
+            "teacher and student do not share a vocabulary: token ",
+            "in the teacher's",
+            "in the student's",
+            "one family",
+        ),
+    ),
+    "vocabulary mismatch in a plan": (
+        ("plan", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
+        ("teacher and student do not share a vocabulary: token ", "one family"),
+    ),
+    "missing task file in a plan": (
+        ("plan", "RECIPE", "--set", "eval.task=jsonl:{tiny}/row.jsonl"),
+        ("no task file at {tiny}/row.jsonl",),
+    ),
+    "unknown backend in a plan": (
+        ("plan", "RECIPE", "--backend", "jax"),
+        ("--backend jax", "auto, mlx"),
+    ),
+    "no number of an example": (
+        ("show", "RECIPE", "--example", "0"),
+        ("--example should be from 1 to 1,000,000,000, found 0",),
+    ),
+    "no number of jobs": (
+        ("sweep", "RECIPE", "--jobs", "0"),
+        ("--jobs should be from 1 to 1,024, found 0",),
+    ),
+    "an option that there is not": (
+        ("plan", "RECIPE", "--sett", "a=1"),
+        ("No such option: --sett", "plan --help` says"),
+    ),
     "escapes in a name": (("plan", "\x1b[2J\x07.toml"), ("no recipe at \\x1b[2J\\x07.toml",)),
     "lines in a name": (("plan", "a\nb.toml"), ("no recipe at a\\nb.toml",)),
     "a folder as recipe": (("plan", "{tiny}"), ("no recipe at {tiny}, which is a folder",)),
-    "a device as recipe": (("plan", "/dev/zero"), ("/dev/zero: a device or pipe, expected a file",)),
-    "a report in a file": (("report", "{tiny}", "--out", "{tiny}/rows.jsonl"), ("no run in {tiny}",)),
-    "unknown task": (("run", "RECIPE", "--set", "eval.task=gsm9k:x.jsonl"),
-                     ("no task 'gsm9k:x.jsonl'", "did you mean gsm8k:PATH", "Choices")),
-    "missing task file": (("run", "RECIPE", "--set", "eval.task=jsonl:{tiny}/row.jsonl"),
-                          ("no task file at {tiny}/row.jsonl", "did you mean {tiny}/rows.jsonl?")),
-    "report on a missing run": (("report", "{out}/none"),
-                                ("no run in {out}/none", "does not exist", "name a folder that `mlx-distill run` wrote")),
-    "teach without a cache": (("teach", "RECIPE"), ('[teacher] cache = "off" keeps nothing', "--set teacher.cache=top_k")),
-    "a cache where none can be": (("teach", "RECIPE", "--set", "teacher.cache=hidden", "--set", "teacher.cache_folder={tiny}/rows.jsonl"),
-                                  ("{tiny}/rows.jsonl", "cannot be written", "set teacher.cache_folder")),
-    "a cache that cannot serve": (("run", "RECIPE", "--set", "teacher.cache=hidden", "--set", "truncation.keep=suffix"),
-                                  ('keep = "suffix" drops the context', 'set context = "keep"')),
+    "a device as recipe": (
+        ("plan", "/dev/zero"),
+        ("/dev/zero: a device or pipe, expected a file",),
+    ),
+    "a report in a file": (
+        ("report", "{tiny}", "--out", "{tiny}/rows.jsonl"),
+        ("no run in {tiny}",),
+    ),
+    "unknown task": (
+        ("run", "RECIPE", "--set", "eval.task=gsm9k:x.jsonl"),
+        ("no task 'gsm9k:x.jsonl'", "did you mean gsm8k:PATH", "Choices"),
+    ),
+    "missing task file": (
+        ("run", "RECIPE", "--set", "eval.task=jsonl:{tiny}/row.jsonl"),
+        ("no task file at {tiny}/row.jsonl", "did you mean {tiny}/rows.jsonl?"),
+    ),
+    "report on a missing run": (
+        ("report", "{out}/none"),
+        ("no run in {out}/none", "does not exist", "name a folder that `mlx-distill run` wrote"),
+    ),
+    "teach without a cache": (
+        ("teach", "RECIPE"),
+        ('[teacher] cache = "off" keeps nothing', "--set teacher.cache=top_k"),
+    ),
+    "a cache where none can be": (
+        (
+            "teach",
+            "RECIPE",
+            "--set",
+            "teacher.cache=hidden",
+            "--set",
+            "teacher.cache_folder={tiny}/rows.jsonl",
+        ),
+        ("{tiny}/rows.jsonl", "cannot be written", "set teacher.cache_folder"),
+    ),
+    "a cache that cannot serve": (
+        ("run", "RECIPE", "--set", "teacher.cache=hidden", "--set", "truncation.keep=suffix"),
+        ('keep = "suffix" drops the context', 'set context = "keep"'),
+    ),
     "unknown backend": (("run", "RECIPE", "--backend", "jax"), ("--backend jax", "auto, mlx")),
-    "eval of nothing": (("eval", "{out}/none", "--task", "jsonl:{tiny}/rows.jsonl"), ("model '{out}/none'", "check the path")),
-    "eval with a wrong setting": (("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"),
-                                  ("did you mean 'examples'?",)),
-    "eval of an unknown task": (("eval", "{tiny}/teacher", "--task", "embedded:none"), ("no embedded task 'none'", "did you mean")),
-    "show beyond the last": (("show", "RECIPE", "--example", "99"), ("no training example 99; there are 1 to 20",)),
+    "eval of nothing": (
+        ("eval", "{out}/none", "--task", "jsonl:{tiny}/rows.jsonl"),
+        ("model '{out}/none'", "check the path"),
+    ),
+    "eval with a wrong setting": (
+        ("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"),
+        ("did you mean 'examples'?",),
+    ),
+    "eval of an unknown task": (
+        ("eval", "{tiny}/teacher", "--task", "embedded:none"),
+        ("no embedded task 'none'", "did you mean"),
+    ),
+    "show beyond the last": (
+        ("show", "RECIPE", "--example", "99"),
+        ("no training example 99; there are 1 to 20",),
+    ),
     "show of a missing recipe": (("show", "{tiny}/none.toml"), ("no recipe at",)),
 }
 
@@ -124,26 +236,58 @@ def test_a_mistake_is_one_line_and_exit_code_2(case, error_of, tiny_recipe, worl
 
 
 def test_an_unfinished_run_has_no_student_to_score(error_of, tiny_recipe, command_line, tmp_path):
-    command_line("run", tiny_recipe, "--set", f"run.folder={tmp_path}", at="mlx_distill.pipeline:prepare")
+    command_line(
+        "run", tiny_recipe, "--set", f"run.folder={tmp_path}", at="mlx_distill.pipeline:prepare"
+    )
     message = error_of("eval", "{out}/tiny", "--task", "jsonl:{tiny}/rows.jsonl")
     assert f"{tmp_path}/tiny holds a run without a finished student" in message
 
 
-def test_a_mistake_in_a_second_run_leaves_the_finished_one(error_of, tiny_recipe, command_line, tmp_path):
-    assert command_line("run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task=").code == 0
+def test_a_mistake_in_a_second_run_leaves_the_finished_one(
+    error_of, tiny_recipe, command_line, tmp_path
+):
+    assert (
+        command_line(
+            "run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task="
+        ).code
+        == 0
+    )
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert "optim.steps: 6 → 5" in error_of("run", "RECIPE", "--set", "eval.task=", "--set", "optim.steps=5")
-    error_of("run", "RECIPE", "--set", "eval.task=", "--fresh", "--set", "student.model=nobody/nothing")
+    assert "optim.steps: 6 → 5" in error_of(
+        "run", "RECIPE", "--set", "eval.task=", "--set", "optim.steps=5"
+    )
+    error_of(
+        "run", "RECIPE", "--set", "eval.task=", "--fresh", "--set", "student.model=nobody/nothing"
+    )
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_student_and_a_run_are_scored(tiny_recipe, command_line, tmp_path):
-    assert command_line("run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task=").code == 0
-    words = ("--task", f"jsonl:{tiny_recipe.parent}/rows.jsonl", "--set", "examples=2", "--set", "max_new_tokens=3")
-    results = [command_line("eval", name, *words) for name in (tmp_path / "tiny", tmp_path / "tiny" / "student")]
+    assert (
+        command_line(
+            "run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task="
+        ).code
+        == 0
+    )
+    words = (
+        "--task",
+        f"jsonl:{tiny_recipe.parent}/rows.jsonl",
+        "--set",
+        "examples=2",
+        "--set",
+        "max_new_tokens=3",
+    )
+    results = [
+        command_line("eval", name, *words)
+        for name in (tmp_path / "tiny", tmp_path / "tiny" / "student")
+    ]
     assert [result.code for result in results] == [0, 0], results[0].err
     for result in results:
-        assert "2 problems" in result.out and "95 % interval" in result.out and "unfinished" in result.out
+        assert (
+            "2 problems" in result.out
+            and "95 % interval" in result.out
+            and "unfinished" in result.out
+        )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -167,8 +311,12 @@ def ended(words: str, **how) -> subprocess.CompletedProcess:
 
 
 def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
-    """The first of them sends it; without a handler from the program's first lines this is a traceback."""
-    (tmp_path / "typer.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
+    """The first of them sends it; without a handler from the program's first lines this is a
+    traceback.
+    """
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
     result = ended("plan", env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (result.returncode, result.stderr) == (130, "stopped\n")
 
@@ -178,14 +326,19 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
 def test_an_output_that_is_full_is_one_line(unbuffered):
     with open("/dev/full", "w") as full:
         result = ended("--version", stdout=full, env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
-    assert (result.returncode, result.stderr) == (2, "error: the output cannot be written: No space left on device\n")
+    assert (result.returncode, result.stderr) == (
+        2,
+        "error: the output cannot be written: No space left on device\n",
+    )
 
 
 def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     result = ended("--version", cwd=gone, preexec_fn=gone.rmdir)
-    assert result.returncode == 2 and result.stderr.startswith("error: the working folder cannot be used")
+    assert result.returncode == 2 and result.stderr.startswith(
+        "error: the working folder cannot be used"
+    )
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -215,7 +368,11 @@ MAIN = "from mlx_distill.cli import main; main()"
 
 def imported(words: str, code: str) -> tuple[str, str]:
     """(of mlx, torch and transformers those imported, those imported by a module of ours)."""
-    result = subprocess.run([sys.executable, "-c", WATCHED.format(words=words, code=code)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", WATCHED.format(words=words, code=code)],
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     return lines[-2].removeprefix("IMPORTED "), lines[-1].removeprefix("OURS ")
@@ -223,7 +380,10 @@ def imported(words: str, code: str) -> tuple[str, str]:
 
 def test_help_and_recipes_import_no_framework(tiny_recipe):
     assert imported("'--help'", MAIN) == ("[]", "[]")
-    code = f"from pathlib import Path; from mlx_distill.recipe import load_recipe; load_recipe(Path({str(tiny_recipe)!r}))"
+    code = (
+        "from pathlib import Path; from mlx_distill.recipe import load_recipe; "
+        f"load_recipe(Path({str(tiny_recipe)!r}))"
+    )
     assert imported("", code) == ("[]", "[]")
 
 

@@ -1,7 +1,9 @@
-"""Fuzz: files of a stopped run and of a teacher cache are damaged, strangers' files are put beside them, and the work goes on.
+"""Fuzz: files of a stopped run and of a teacher cache are damaged, strangers' files are put beside
+them, and the work goes on.
 
-It ends as it would have without the damage, to the bit, or in one line of a `DistillError`; what no run made is always left.
-The seed is fixed. `MLX_DISTILL_FUZZ=5000` tries that many more (with another seed for each).
+It ends as it would have without the damage, to the bit, or in one line of a `DistillError`; what no
+run made is always left. The seed is fixed. `MLX_DISTILL_FUZZ=5000` tries that many more (with
+another seed for each).
 """
 
 import contextlib
@@ -29,8 +31,18 @@ from mlx_distill.view import View
 
 TRIES = int(os.environ.get("MLX_DISTILL_FUZZ", "0")) or 60
 FIRST_SEED = 1000 if os.environ.get("MLX_DISTILL_FUZZ") else 0
-STRANGERS = ("thesis.txt", "src/a.py", "checkpoints/epoch-1.pt", "checkpoints/notes/a.md", "manifest.json.bak", ".hidden",
-             "checkpoints/step-4/weights.safetensors", "student-old/config.json", "recipe (copy).toml", ".step-000004.tmp")
+STRANGERS = (
+    "thesis.txt",
+    "src/a.py",
+    "checkpoints/epoch-1.pt",
+    "checkpoints/notes/a.md",
+    "manifest.json.bak",
+    ".hidden",
+    "checkpoints/step-4/weights.safetensors",
+    "student-old/config.json",
+    "recipe (copy).toml",
+    ".step-000004.tmp",
+)
 DEEP = "[" * 3000 + "]" * 3000
 VALUES = (None, True, -1, 10**30, 1.5, "", "text", [], [1], {}, {"a": {}}, "\ud800")
 
@@ -70,11 +82,19 @@ def stop(*_):
 def toy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pipeline, "choose_backend", lambda name: ToyBackend())
     patch.setattr(pipeline, "announce", lambda *_: None)
-    patch.setattr(pipeline, "report", lambda runs, out: (out / "report.html").write_text("of a toy"))
+    patch.setattr(
+        pipeline, "report", lambda runs, out: (out / "report.html").write_text("of a toy")
+    )
 
 
 def recipe_of(folder: Path, recipe: Path) -> Recipe:
-    sets = (f"run.folder={folder}", "eval.task=", "run.keep_checkpoints=all", "run.checkpoint_every=2", "run.validate_every=2")
+    sets = (
+        f"run.folder={folder}",
+        "eval.task=",
+        "run.keep_checkpoints=all",
+        "run.checkpoint_every=2",
+        "run.validate_every=2",
+    )
     return load_recipe(recipe, sets)
 
 
@@ -101,7 +121,9 @@ def test_a_damaged_run_ends_equal_or_in_one_line(stages, tiny_recipe, tmp_path, 
         fresh = choose.random() < 0.1
         said = io.StringIO()
         try:
-            pipeline.run(recipe_of(folder.parent, tiny_recipe), View(Console(file=said)), fresh=fresh)
+            pipeline.run(
+                recipe_of(folder.parent, tiny_recipe), View(Console(file=said)), fresh=fresh
+            )
         except DistillError as error:
             assert len(str(error).splitlines()) == 1, (seed, stage, told, error)
             ends["one line"] += 1
@@ -141,7 +163,9 @@ class FakeTeacher:
 
 ROWS = [np.arange(length, dtype=np.int32) % 50 for length in (9, 12, 7, 15)]
 SEQUENCES = [
-    TokenSequence(f"s{length}", row, 2, length - 2, np.ones(length, bool)) for row in ROWS for length in [len(row)]
+    TokenSequence(f"s{length}", row, 2, length - 2, np.ones(length, bool))
+    for row in ROWS
+    for length in [len(row)]
 ]
 
 
@@ -151,8 +175,19 @@ def ask(root: Path, kind: str) -> list[np.ndarray]:
     fields = CacheFields.of(table, "f" * 64, {"a": 0}, 50)
     cache = TeacherCache(root, fields)
     batches = BatchTable(micro_batch_size=2, global_batch_size=2, pad_multiple=1)
-    fill(cache, SEQUENCES, FakeTeacher, ToyBackend(), batches, {}, lambda text: None, lambda *_: lambda more: None)
-    found = CachedTeacher(cache, ToyBackend()).targets(make_batch(SEQUENCES, ("prompt", "cot", "answer")))
+    fill(
+        cache,
+        SEQUENCES,
+        FakeTeacher,
+        ToyBackend(),
+        batches,
+        {},
+        lambda text: None,
+        lambda *_: lambda more: None,
+    )
+    found = CachedTeacher(cache, ToyBackend()).targets(
+        make_batch(SEQUENCES, ("prompt", "cot", "answer"))
+    )
     return [np.asarray(value) for value in vars(found).values()]
 
 
@@ -164,7 +199,14 @@ def test_a_damaged_cache_answers_the_same_or_says_so_in_one_line(tmp_path, monke
         choose = random.Random(seed)
         root = Path(shutil.copytree(tmp_path / "whole", tmp_path / str(seed)))
         (cache,) = root.iterdir()
-        names = ("part-copy/index.json", "part-1/a", ".part-000000.txt.tmp", "notes.txt", "head.txt", "part-000000/a.txt")
+        names = (
+            "part-copy/index.json",
+            "part-1/a",
+            ".part-000000.txt.tmp",
+            "notes.txt",
+            "head.txt",
+            "part-000000/a.txt",
+        )
         mine = [stranger(cache / name) for name in choose.sample(names, 2)]
         told = damaged(choose, cache)
         try:
@@ -189,10 +231,17 @@ def test_a_damaged_cache_answers_the_same_or_says_so_in_one_line(tmp_path, monke
 def ending(folder: Path) -> dict:
     """What a run is worth: its student, its totals and its losses."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    rows = {row["step"]: row["loss"] for row in RunFolder(folder).rows("metrics.jsonl") if isinstance(row.get("loss"), float)}
+    rows = {
+        row["step"]: row["loss"]
+        for row in RunFolder(folder).rows("metrics.jsonl")
+        if isinstance(row.get("loss"), float)
+    }
     return {
         "student": {path.name: path.read_bytes() for path in (folder / "student").iterdir()},
-        "totals": {name: manifest.get(name) for name in ("exported_step", "tokens_read", "loss_tokens", "flops", "models", "steps")},
+        "totals": {
+            name: manifest.get(name)
+            for name in ("exported_step", "tokens_read", "loss_tokens", "flops", "models", "steps")
+        },
         "losses": rows,
     }
 
@@ -215,7 +264,9 @@ def stranger(path: Path) -> Path:
 
 def damaged(choose: random.Random, folder: Path) -> str:
     """Damage one of our files; returns how and which."""
-    ours = sorted(path for path in folder.rglob("*") if path.is_file() and path.read_bytes() != b"mine")
+    ours = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.read_bytes() != b"mine"
+    )
     file = choose.choice(ours)
     content = file.read_bytes()
     ways = [truncated, flipped, removed, emptied, digits, value, garbage, folder_instead]
@@ -231,7 +282,11 @@ def truncated(choose, file, content):
 def flipped(choose, file, content):
     if content:
         place = choose.randrange(len(content))
-        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << choose.randrange(8)]) + content[place + 1 :])
+        file.write_bytes(
+            content[:place]
+            + bytes([content[place] ^ 1 << choose.randrange(8)])
+            + content[place + 1 :]
+        )
 
 
 def removed(choose, file, content):
@@ -246,7 +301,9 @@ def digits(choose, file, content):
     places = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
     if places:
         place = choose.choice(places)
-        file.write_bytes(content[:place] + str((content[place] - 47) % 10).encode() + content[place + 1 :])
+        file.write_bytes(
+            content[:place] + str((content[place] - 47) % 10).encode() + content[place + 1 :]
+        )
 
 
 def value(choose, file, content):
@@ -263,7 +320,20 @@ def value(choose, file, content):
 
 
 def garbage(choose, file, content):
-    file.write_bytes(choose.choice([b"\xff\xfe", DEEP.encode(), b"{" * 50, b"9" * 5000, b"null", b"[]", b"\0" * 100, content * 2]))
+    file.write_bytes(
+        choose.choice(
+            [
+                b"\xff\xfe",
+                DEEP.encode(),
+                b"{" * 50,
+                b"9" * 5000,
+                b"null",
+                b"[]",
+                b"\0" * 100,
+                content * 2,
+            ]
+        )
+    )
 
 
 def folder_instead(choose, file, content):

@@ -1,4 +1,6 @@
-"""A chat template that reads the clock: a run that goes on tomorrow, a cache that is found again, scores of the same day."""
+"""A chat template that reads the clock: a run that goes on tomorrow, a cache that is found again,
+scores of the same day.
+"""
 
 import io
 import json
@@ -15,7 +17,13 @@ from mlx_distill.recipe import load_recipe
 from mlx_distill.run_dir import RunFolder
 from mlx_distill.view import View
 
-SETTINGS = ("optim.steps=2", "eval.examples=1", "eval.max_new_tokens=2", "eval.score_teacher=false", "eval.score_base=false")
+SETTINGS = (
+    "optim.steps=2",
+    "eval.examples=1",
+    "eval.max_new_tokens=2",
+    "eval.score_teacher=false",
+    "eval.score_base=false",
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +57,23 @@ def content(folder: Path, name: str):
 
 
 def prompt(folder: Path) -> str:
-    return "".join(piece["text"] for piece in content(folder, "sample.json") if piece["segment"] == "prompt")
+    return "".join(
+        piece["text"] for piece in content(folder, "sample.json") if piece["segment"] == "prompt"
+    )
 
 
 def test_a_run_goes_on_tomorrow_with_its_own_day(call, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_student", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            RunFolder, "write_student", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             call(pipeline.run, "2026-01-02")
     folder, said = call(pipeline.run, "2026-01-03")
-    assert "continuing after step 2" in said and content(folder, "manifest.json")["prompt_date"] == "2026-01-02"
+    assert (
+        "continuing after step 2" in said
+        and content(folder, "manifest.json")["prompt_date"] == "2026-01-02"
+    )
     assert "Today Date: 02 Jan 2026" in prompt(folder) and "prompts say the date 2026-01-02" in said
 
 
@@ -90,14 +105,20 @@ def test_two_days_are_two_caches(call):
 def test_scores_are_asked_on_the_day_of_the_run(call, monkeypatch):
     asked = []
     score = pipeline.evaluate.score
-    monkeypatch.setattr(pipeline.evaluate, "score", lambda *given, **named: asked.append((given, named)) or score(*given, **named))
+    monkeypatch.setattr(
+        pipeline.evaluate,
+        "score",
+        lambda *given, **named: asked.append((given, named)) or score(*given, **named),
+    )
     call(pipeline.run, "2026-01-02")
-    assert asked and all("2026-01-02" in given or "2026-01-02" in named.values() for given, named in asked)
+    assert asked and all(
+        "2026-01-02" in given or "2026-01-02" in named.values() for given, named in asked
+    )
 
 
 def test_runs_of_a_sweep_say_the_day_of_the_first_of_them(call, tmp_path):
     days.share_day(tmp_path / "runs")
-    first, _ = call(pipeline.run, "2026-01-02", "run.name=first")
+    call(pipeline.run, "2026-01-02", "run.name=first")
     for name, today in (("tomorrow", "2026-01-03"), ("later", "2026-02-01")):
         assert "Today Date: 02 Jan 2026" in prompt(call(pipeline.run, today, f"run.name={name}")[0])
     dated, _ = call(pipeline.run, "2026-01-03", "run.name=dated", "data.date=2025-12-31")
@@ -114,22 +135,34 @@ def test_a_sweep_takes_the_day_of_a_teacher_cache_or_of_a_run_that_has_begun(cal
     live, _ = call(pipeline.run, "2026-01-03", "run.name=live")
     assert "Today Date: 02 Jan 2026" in prompt(live)
     days.share_day(tmp_path / "others", RunFolder(live).kept_day())
-    assert days.shared_day(tmp_path / "others") == days.agreed_day(tmp_path / "others", "2026-01-03") == "2026-01-02"
+    assert (
+        days.shared_day(tmp_path / "others")
+        == days.agreed_day(tmp_path / "others", "2026-01-03")
+        == "2026-01-02"
+    )
 
 
 def test_a_kept_day_that_is_none_is_one_line(tmp_path):
     days.share_day(tmp_path)
-    assert days.shared_day(tmp_path) == "" and days.agreed_day(tmp_path / "alone", "2026-01-03") == "2026-01-03"
+    assert (
+        days.shared_day(tmp_path) == ""
+        and days.agreed_day(tmp_path / "alone", "2026-01-03") == "2026-01-03"
+    )
     (tmp_path / days.SHARED).write_text("yesterday")
     with pytest.raises(RunError, match="prompt_date holds 'yesterday', expected a day like"):
         days.shared_day(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "manifest.json").write_text('{"prompt_date": "soon"}')
-    with pytest.raises(RunError, match="prompt_date in .*manifest.json holds 'soon', expected a day"):
+    with pytest.raises(
+        RunError, match=r"prompt_date in .*manifest.json holds 'soon', expected a day"
+    ):
         RunFolder(tmp_path / "run").kept_day()
 
 
 def test_a_day_that_nothing_reads_is_refused(tiny_recipe, tmp_path):
     recipe = load_recipe(tiny_recipe, (f"run.folder={tmp_path}", "data.date=2026-01-02"))
-    with View(Console(file=io.StringIO())) as view, pytest.raises(DataError, match="reads no clock; leave it empty"):
+    with (
+        View(Console(file=io.StringIO())) as view,
+        pytest.raises(DataError, match="reads no clock; leave it empty"),
+    ):
         pipeline.run(recipe, view, "mlx")

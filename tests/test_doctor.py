@@ -19,7 +19,10 @@ def run(*arguments: str) -> Result:
 
 
 def lines(result: Result) -> dict[str, str]:
-    return {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in result.output.splitlines()}
+    return {
+        line.partition(" ")[0]: line.partition(" ")[2].strip()
+        for line in result.output.splitlines()
+    }
 
 
 def test_doctor_says_what_is_installed_and_that_the_loss_is_right():
@@ -27,10 +30,24 @@ def test_doctor_says_what_is_installed_and_that_the_loss_is_right():
     assert result.exit_code == 0, result.output
     found = lines(result)
     assert set(found) - {"note:"} == {
-        "mlx-distill", "python", "processor", "memory", "packages", "backend", "loss", "matmul", "disk",
+        "mlx-distill",
+        "python",
+        "processor",
+        "memory",
+        "packages",
+        "backend",
+        "loss",
+        "matmul",
+        "disk",
     }
-    assert found["loss"].startswith("relative error ") and found["loss"].endswith("against float64: ok")
-    assert "mlx 0." in found["packages"] and "numpy 2." in found["packages"] and "torch 2.13.0" in found["packages"]
+    assert found["loss"].startswith("relative error ") and found["loss"].endswith(
+        "against float64: ok"
+    )
+    assert (
+        "mlx 0." in found["packages"]
+        and "numpy 2." in found["packages"]
+        and "torch 2.13.0" in found["packages"]
+    )
     assert found["backend"].startswith("mlx on ")
     assert found["matmul"].endswith(("GFLOP/s in float32", "GFLOP/s in bfloat16"))
     assert float(found["memory"].split()[0]) > 0.1 and float(found["disk"].split()[0]) >= 0
@@ -76,4 +93,6 @@ def test_an_unknown_backend_is_a_users_mistake():
     from mlx_distill.errors import DistillError
 
     result = run("--backend", "tensorflow")
-    assert isinstance(result.exception, DistillError) and "this version has auto, mlx" in str(result.exception)
+    assert isinstance(result.exception, DistillError) and "this version has auto, mlx" in str(
+        result.exception
+    )

@@ -51,7 +51,9 @@ class Scripted:
     def __init__(self, tokenizer, lines):
         self.tokenizer, self.lines, self.asked = tokenizer, lines, None
 
-    def generate(self, prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids, progress):
+    def generate(
+        self, prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids, progress
+    ):
         self.asked = (prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids)
         progress(len(prompts))
         return [self.tokenizer.encode(line) for line in self.lines]
@@ -103,7 +105,10 @@ def test_samples_of_a_problem_are_a_cluster():
 
 
 def test_sixty_four_copies_of_an_answer_are_no_more_than_one():
-    once, often = interval([[1.0]] * 15 + [[0.0]] * 15), interval([[1.0] * 64] * 15 + [[0.0] * 64] * 15)
+    once, often = (
+        interval([[1.0]] * 15 + [[0.0]] * 15),
+        interval([[1.0] * 64] * 15 + [[0.0] * 64] * 15),
+    )
     assert often[0] <= once[0] + 1e-3 and often[1] >= once[1] - 1e-3
 
 
@@ -119,13 +124,23 @@ def test_a_score_counts_what_was_generated():
         "<think> a </think> 9 <|end|>",  # wrong, finished
         "<think> a </think> 3",  # no stop: unfinished, so wrong
         "4 <|end|>",  # no </think>: unfinished, so wrong
-        "</think> 5 </think> <|end|>",  # two ends: finished, not well formed; verified from the first end on
+        # two ends: finished, not well formed; verified from the first end on
+        "</think> 5 </think> <|end|>",
         "",  # nothing at all
     ]
     task = Task("t", [Problem(f"id{i}", f"q{i}", str(i)) for i in range(1, 7)], exact)
     model, seen = Scripted(tokenizer, lines), []
-    result = score(model, tokenizer, task, EvalTable(max_new_tokens=9, seed=5), progress=seen.append)
-    assert result.correct == {"id1": [1.0], "id2": [0.0], "id3": [0.0], "id4": [0.0], "id5": [0.0], "id6": [0.0]}
+    result = score(
+        model, tokenizer, task, EvalTable(max_new_tokens=9, seed=5), progress=seen.append
+    )
+    assert result.correct == {
+        "id1": [1.0],
+        "id2": [0.0],
+        "id3": [0.0],
+        "id4": [0.0],
+        "id5": [0.0],
+        "id6": [0.0],
+    }
     assert result.accuracy == 1 / 6 and (result.low, result.high) == wilson(1 / 6, 6)
     assert result.unfinished == 3 / 6
     assert result.well_formed == 2 / 6
@@ -153,7 +168,12 @@ def test_other_stop_ids_may_be_named():
     other = tokenizer.encode(line)[-1]
     task = Task("t", [Problem("a", "q", "1")], exact)
     assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable()).accuracy == 0
-    assert score(Scripted(tokenizer, [line]), tokenizer, task, EvalTable(), stop_ids=frozenset([other])).accuracy == 1
+    assert (
+        score(
+            Scripted(tokenizer, [line]), tokenizer, task, EvalTable(), stop_ids=frozenset([other])
+        ).accuracy
+        == 1
+    )
 
 
 def test_an_empty_task_has_no_score():
@@ -163,7 +183,9 @@ def test_an_empty_task_has_no_score():
 
 def test_a_problem_that_the_template_refuses_is_named():
     task = Task("t", [Problem("a", "refused", "1")], exact)
-    with pytest.raises(DataError, match=r"task 't': problem 'refused' cannot be asked: .*roles must alternate"):
+    with pytest.raises(
+        DataError, match=r"task 't': problem 'refused' cannot be asked: .*roles must alternate"
+    ):
         score(Scripted(Words(), []), Words(), task, EvalTable())
 
 
@@ -185,7 +207,9 @@ def test_compare_by_hand():
     middle, variance = 2 / 12, 6 / 12 - (2 / 12) ** 2
     half = 1.959964 * math.sqrt(variance / 12)
     assert difference.mean == pytest.approx(0.2)
-    assert (difference.low, difference.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    assert (difference.low, difference.high) == pytest.approx(
+        (middle - half, middle + half), abs=1e-6
+    )
     assert (difference.problems, difference.verdict) == (10, "no clear difference")
 
 
@@ -206,7 +230,11 @@ def test_compare_pairs_the_shared_problems():
 
 
 def test_retention_of_accuracy_and_of_gain():
-    student, base, teacher = scored(marks("1110000000")), scored(marks("1" + "0" * 9)), scored(marks("11111" + "0" * 5))
+    student, base, teacher = (
+        scored(marks("1110000000")),
+        scored(marks("1" + "0" * 9)),
+        scored(marks("11111" + "0" * 5)),
+    )
     kept = retention(student, base, teacher)
     assert kept.accuracy == pytest.approx(0.6)
     assert kept.gain == pytest.approx(0.5)

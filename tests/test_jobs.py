@@ -1,4 +1,6 @@
-"""Child processes side by side: order, limits, failures, Ctrl-C. The children are short Python programs instead of mlx-distill."""
+"""Child processes side by side: order, limits, failures, Ctrl-C. The children are short Python
+programs instead of mlx-distill.
+"""
 
 import os
 import signal
@@ -14,7 +16,10 @@ from mlx_distill.sweeps import jobs
 from mlx_distill.sweeps.jobs import Job, side_by_side
 
 SPAN = "import sys, time, pathlib; p = pathlib.Path(sys.argv[1]); p.with_suffix('.on').touch(); "
-WAIT_FOR = SPAN + "\nwhile not all(pathlib.Path(other).exists() for other in sys.argv[2:]): time.sleep(0.01)"
+WAIT_FOR = (
+    SPAN
+    + "\nwhile not all(pathlib.Path(other).exists() for other in sys.argv[2:]): time.sleep(0.01)"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +34,17 @@ def job(folder: Path, name: str, code: str, *words: str, **more) -> Job:
 
 def test_two_at_once_overlap_and_one_at_a_time_does_not(tmp_path):
     """Each of the pair ends only when the other has begun."""
-    pair = [job(tmp_path, a, WAIT_FOR, str(tmp_path / f"{b}.on")) for a, b in (("a", "b"), ("b", "a"))]
-    assert {(ended.job.name, ended.code) for ended in side_by_side(pair, at_once=2)} == {("a", 0), ("b", 0)}
-    order = [ended.job.name for ended in side_by_side([job(tmp_path, name, "pass") for name in "cde"], at_once=1)]
+    pair = [
+        job(tmp_path, a, WAIT_FOR, str(tmp_path / f"{b}.on")) for a, b in (("a", "b"), ("b", "a"))
+    ]
+    assert {(ended.job.name, ended.code) for ended in side_by_side(pair, at_once=2)} == {
+        ("a", 0),
+        ("b", 0),
+    }
+    order = [
+        ended.job.name
+        for ended in side_by_side([job(tmp_path, name, "pass") for name in "cde"], at_once=1)
+    ]
     assert order == ["c", "d", "e"]
 
 
@@ -52,7 +65,11 @@ def test_memory_limits_how_many_run_together(tmp_path, memory, most, monkeypatch
 
 def test_a_failure_is_told_in_its_own_words_and_takes_no_other_with_it(tmp_path):
     made = [
-        job(tmp_path, "told", "import sys; print('error: the lamp is out; light it', file=sys.stderr); sys.exit(2)"),
+        job(
+            tmp_path,
+            "told",
+            "import sys; print('error: the lamp is out; light it', file=sys.stderr); sys.exit(2)",
+        ),
         job(tmp_path, "bug", "raise KeyError('oops')"),
         job(tmp_path, "killed", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"),
         job(tmp_path, "silent", "import sys; sys.exit(3)"),
@@ -61,7 +78,10 @@ def test_a_failure_is_told_in_its_own_words_and_takes_no_other_with_it(tmp_path)
     troubles = {ended.job.name: ended.trouble for ended in side_by_side(made, at_once=2)}
     assert troubles["told"] == "the lamp is out; light it" and troubles["fine"] == ""
     assert "KeyError: 'oops'" in troubles["bug"] and "bug.log" in troubles["bug"]
-    assert "killed by SIGKILL" in troubles["killed"] and "exit code 3: it said nothing" in troubles["silent"]
+    assert (
+        "killed by SIGKILL" in troubles["killed"]
+        and "exit code 3: it said nothing" in troubles["silent"]
+    )
 
 
 def test_one_whose_work_is_under_way_elsewhere_comes_last(tmp_path):
@@ -81,9 +101,17 @@ STOPPED = "import signal; signal.signal(signal.SIGTERM, signal.default_int_handl
 
 
 def test_ctrl_c_asks_every_child_to_stop_and_waits_for_it(tmp_path):
-    """The children save, also where a script's `&` made them deaf to SIGINT; what has not begun does not begin."""
+    """The children save, also where a script's `&` made them deaf to SIGINT; what has not begun
+    does not begin.
+    """
     deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    saves = deaf + STOPPED + SPAN + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch(); sys.exit(130)"
+    saves = (
+        deaf
+        + STOPPED
+        + SPAN
+        + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch(); "
+        "sys.exit(130)"
+    )
     three = [job(tmp_path, name, saves) for name in "abc"]
     ended = []
 
@@ -98,29 +126,46 @@ def test_ctrl_c_asks_every_child_to_stop_and_waits_for_it(tmp_path):
         for one in side_by_side(three, at_once=2):
             ended.append(one.code)
     presser.join()
-    assert all((tmp_path / f"{name}.saved").exists() for name in "ab") and not (tmp_path / "c.on").exists()
+    assert (
+        all((tmp_path / f"{name}.saved").exists() for name in "ab")
+        and not (tmp_path / "c.on").exists()
+    )
     assert set(ended) == {130}
 
 
 def test_a_reader_that_stops_leaves_no_child_behind(tmp_path):
-    saves = STOPPED + SPAN + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch()"
+    saves = (
+        STOPPED
+        + SPAN
+        + "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: p.with_suffix('.saved').touch()"
+    )
     quick = job(tmp_path, "quick", WAIT_FOR, str(tmp_path / "slow.on"))
     for _ in side_by_side([quick, job(tmp_path, "slow", saves)], at_once=2):
         break
     assert (tmp_path / "slow.saved").exists()
 
 
-def test_a_child_runs_this_package_and_imports_nothing_from_the_working_folder(tmp_path, monkeypatch):
+def test_a_child_runs_this_package_and_imports_nothing_from_the_working_folder(
+    tmp_path, monkeypatch
+):
     for name in ("yaml.py", "typer.py", "mlx_distill.py", "rich/__init__.py"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text("open('ran', 'a').write(__name__)")
     monkeypatch.chdir(tmp_path)
-    show = jobs.START.replace("main()", "import mlx_distill, typer; print(mlx_distill.__file__, typer.__file__)")
-    monkeypatch.setattr(jobs, "PROGRAM", ("env", "-u", "PYTHONPATH", sys.executable, "-P", "-c", show))
+    show = jobs.START.replace(
+        "main()", "import mlx_distill, typer; print(mlx_distill.__file__, typer.__file__)"
+    )
+    monkeypatch.setattr(
+        jobs, "PROGRAM", ("env", "-u", "PYTHONPATH", sys.executable, "-P", "-c", show)
+    )
     (ended,) = side_by_side([Job("one", (), tmp_path / "log")])
     ours, theirs = ended.job.log.read_text().split()
-    assert ours == mlx_distill.__file__ and not theirs.startswith(str(tmp_path)) and not (tmp_path / "ran").exists()
+    assert (
+        ours == mlx_distill.__file__
+        and not theirs.startswith(str(tmp_path))
+        and not (tmp_path / "ran").exists()
+    )
 
 
 def test_children_share_the_cores_unless_the_user_says_otherwise(tmp_path, monkeypatch):

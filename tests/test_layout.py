@@ -11,9 +11,39 @@ import pytest
 import mlx_distill
 
 PACKAGE = Path(mlx_distill.__file__).parent
-ORDER = ["errors", "words", "readers", "files", "signals", "blas", "machine", "view", "recipe", "models", "embedded", "data", "verify", "objective", "backends", "cost", "teaching", "runs", "training", "scoring", "reporting", "terminal", "pipeline", "sweeps", "cli", "__main__"]
+ORDER = [
+    "errors",
+    "words",
+    "readers",
+    "files",
+    "signals",
+    "blas",
+    "machine",
+    "view",
+    "recipe",
+    "models",
+    "embedded",
+    "data",
+    "verify",
+    "objective",
+    "backends",
+    "cost",
+    "teaching",
+    "runs",
+    "training",
+    "scoring",
+    "reporting",
+    "terminal",
+    "pipeline",
+    "sweeps",
+    "cli",
+    "__main__",
+]
 TOGETHER = {  # modules that stand outside of their room as yet
-    "hub": "models", "gguf": "models", "run_dir": "runs", "train": "training",
+    "hub": "models",
+    "gguf": "models",
+    "run_dir": "runs",
+    "train": "training",
 }
 
 
@@ -24,7 +54,9 @@ def room(module: str) -> str:
 
 
 def imports(path: Path, package: str = "mlx_distill") -> set[str]:
-    """Dotted names below the package that a file imports, wherever in it; for types alone does not count."""
+    """Dotted names below the package that a file imports, wherever in it; for types alone does not
+    count.
+    """
     found: set[str] = set()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
@@ -48,7 +80,11 @@ def test_a_room_imports_only_rooms_above_it(path: Path):
     here = room(path.relative_to(PACKAGE).with_suffix("").parts[0])
     if here == "__init__":
         return
-    wrong = {name for name in imports(path) if room(name) in ORDER and ORDER.index(room(name)) > ORDER.index(here)}
+    wrong = {
+        name
+        for name in imports(path)
+        if room(name) in ORDER and ORDER.index(room(name)) > ORDER.index(here)
+    }
     assert not wrong, f"{here} stands above {sorted(wrong)}"
     unknown = {name for name in imports(path) if room(name) not in ORDER} - {"__version__"}
     assert not unknown, f"no place in ORDER for {sorted(unknown)}"
@@ -56,15 +92,22 @@ def test_a_room_imports_only_rooms_above_it(path: Path):
 
 def test_no_circle_between_files():
     """Two files that import each other cannot be read one after the other."""
-    names = {str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path for path in FILES}
+    names = {
+        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path for path in FILES
+    }
     graph = {}
     for name, path in names.items():
         asked = imports(path)
-        graph[name] = {other for other in names if other != name and (other in asked or any(one.rpartition(".")[0] == other for one in asked))}
+        graph[name] = {
+            other
+            for other in names
+            if other != name
+            and (other in asked or any(one.rpartition(".")[0] == other for one in asked))
+        }
     done: set[str] = set()
 
     def walk(name: str, way: tuple[str, ...]) -> None:
-        assert name not in way, " → ".join((*way[way.index(name):], name))
+        assert name not in way, " → ".join((*way[way.index(name) :], name))
         if name not in done:
             for other in sorted(graph[name]):
                 walk(other, (*way, name))

@@ -13,15 +13,25 @@ def test_a_mac_has_a_working_set(monkeypatch):
     answers = {"sysctl": 0}
     monkeypatch.setattr(subject, "_asked", lambda command, *rest: answers[command])
     machine = subject.this_machine()
-    assert (machine.backend, machine.device, machine.dtype, machine.memory_bytes) == ("mlx", "metal", "bfloat16", 12 * 2**30)
+    assert (machine.backend, machine.device, machine.dtype, machine.memory_bytes) == (
+        "mlx",
+        "metal",
+        "bfloat16",
+        12 * 2**30,
+    )
     answers["sysctl"] = 14_000
     assert subject.this_machine().memory_bytes == 14_000 * 2**20
 
 
-@pytest.mark.parametrize(("asked", "torch", "expected"), [
-    ("auto", True, ("torch", "cuda", "bfloat16", 80_000 * 2**20)), ("auto", False, ("mlx", "cpu", "float32", 7)),
-    ("mlx", True, ("mlx", "cpu", "float32", 7)), ("torch", False, ("torch", "cuda", "bfloat16", 80_000 * 2**20)),
-])
+@pytest.mark.parametrize(
+    ("asked", "torch", "expected"),
+    [
+        ("auto", True, ("torch", "cuda", "bfloat16", 80_000 * 2**20)),
+        ("auto", False, ("mlx", "cpu", "float32", 7)),
+        ("mlx", True, ("mlx", "cpu", "float32", 7)),
+        ("torch", False, ("torch", "cuda", "bfloat16", 80_000 * 2**20)),
+    ],
+)
 def test_linux_with_an_nvidia_gpu(asked, torch, expected, monkeypatch):
     monkeypatch.setattr(subject.platform, "system", lambda: "Linux")
     monkeypatch.setattr(subject, "has_nvidia_driver", lambda: True)
@@ -35,6 +45,16 @@ def test_linux_with_an_nvidia_gpu(asked, torch, expected, monkeypatch):
 
 def test_the_machine_as_a_backend_describes_it(monkeypatch):
     monkeypatch.setattr(subject, "device_memory", lambda kind: (5, kind))
-    for text, kind in (("CPU (x86_64, BLAS: OpenBLAS)", "cpu"), ("Metal (Apple M4)", "metal"), ("CUDA (H200 x 2)", "cuda")):
-        assert Machine.of(DeviceInfo("mlx", text, "float32", "", "")) == Machine("mlx", kind, "float32", 5, kind)
-    assert subject._asked("no-such-command") == 0 and subject._asked("echo", "12", "34") == 12 and subject._asked("echo", "x") == 0
+    for text, kind in (
+        ("CPU (x86_64, BLAS: OpenBLAS)", "cpu"),
+        ("Metal (Apple M4)", "metal"),
+        ("CUDA (H200 x 2)", "cuda"),
+    ):
+        assert Machine.of(DeviceInfo("mlx", text, "float32", "", "")) == Machine(
+            "mlx", kind, "float32", 5, kind
+        )
+    assert (
+        subject._asked("no-such-command") == 0
+        and subject._asked("echo", "12", "34") == 12
+        and subject._asked("echo", "x") == 0
+    )

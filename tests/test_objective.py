@@ -1,4 +1,6 @@
-"""The definitions: hand numbers, signs, directions, temperature, and gradients against finite differences."""
+"""The definitions: hand numbers, signs, directions, temperature, and gradients against finite
+differences.
+"""
 
 from math import log
 
@@ -13,7 +15,9 @@ ONE_HALF = np.log([[0.5, 0.5]])
 ONE_QUARTER = np.log([[0.25, 0.75]])
 
 
-def random_logits(seed: int, rows: int = 6, vocab: int = 9, scale: float = 2.0) -> tuple[np.ndarray, ...]:
+def random_logits(
+    seed: int, rows: int = 6, vocab: int = 9, scale: float = 2.0
+) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     student, teacher = rng.normal(size=(2, rows, vocab)) * scale
     return student, teacher, rng.integers(0, vocab, rows)
@@ -34,10 +38,19 @@ def test_hand_numbers_and_directions():
     forward = definition.divergence(student, teacher, Objective("forward_kl"))
     reverse = definition.divergence(student, teacher, Objective("reverse_kl"))
     assert forward == pytest.approx(0.5 * log(2) + 0.5 * log(2 / 3))  # KL(teacher‖student) = 0.1438
-    assert reverse == pytest.approx(0.25 * log(1 / 2) + 0.75 * log(3 / 2))  # KL(student‖teacher) = 0.1308
-    mixture = np.array([0.25 * 0.5 + 0.75 * 0.25, 0.25 * 0.5 + 0.75 * 0.75])  # β = ¼ weighs the teacher
-    by_hand = 0.25 * (0.5 * np.log(0.5 / mixture)).sum() + 0.75 * ([0.25, 0.75] * np.log([0.25, 0.75] / mixture)).sum()
-    assert definition.divergence(student, teacher, Objective("jsd", jsd_beta=0.25)) == pytest.approx(by_hand)
+    assert reverse == pytest.approx(
+        0.25 * log(1 / 2) + 0.75 * log(3 / 2)
+    )  # KL(student‖teacher) = 0.1308
+    mixture = np.array(
+        [0.25 * 0.5 + 0.75 * 0.25, 0.25 * 0.5 + 0.75 * 0.75]
+    )  # β = ¼ weighs the teacher
+    by_hand = (
+        0.25 * (0.5 * np.log(0.5 / mixture)).sum()
+        + 0.75 * ([0.25, 0.75] * np.log([0.25, 0.75] / mixture)).sum()
+    )
+    assert definition.divergence(
+        student, teacher, Objective("jsd", jsd_beta=0.25)
+    ) == pytest.approx(by_hand)
 
 
 def test_forward_kl_is_infinite_where_the_student_forbids_and_reverse_where_the_teacher_does():
@@ -58,15 +71,23 @@ def test_jsd_is_bounded_symmetric_at_one_half_and_tends_to_both_kls():
     small = 1e-6
     for beta, limit in ((small, "forward_kl"), (1 - small, "reverse_kl")):
         ratio = definition.divergence(student, teacher, Objective("jsd", jsd_beta=beta)) / small
-        assert ratio == pytest.approx(definition.divergence(student, teacher, Objective(limit)), rel=1e-4)
+        assert ratio == pytest.approx(
+            definition.divergence(student, teacher, Objective(limit)), rel=1e-4
+        )
 
 
 def test_skew_kl_by_hand_bounded_and_forward_kl_in_the_limit():
     by_hand = 0.5 * log(0.5 / (0.7 * 0.25 + 0.3 * 0.5)) + 0.5 * log(0.5 / (0.7 * 0.75 + 0.3 * 0.5))
-    assert definition.divergence(ONE_QUARTER, ONE_HALF, Objective("skew_kl", skew_alpha=0.3)) == pytest.approx(by_hand)
+    assert definition.divergence(
+        ONE_QUARTER, ONE_HALF, Objective("skew_kl", skew_alpha=0.3)
+    ) == pytest.approx(by_hand)
     forbids, gives = np.array([[0.0, -np.inf]]), np.array([[-np.inf, 0.0]])
-    assert definition.divergence(forbids, gives, Objective("skew_kl")) == pytest.approx(log(10))  # of α = 0.1, forward KL is infinite
-    assert definition.divergence(forbids, gives, Objective("skew_reverse_kl")) == pytest.approx(log(10))
+    assert definition.divergence(forbids, gives, Objective("skew_kl")) == pytest.approx(
+        log(10)
+    )  # of α = 0.1, forward KL is infinite
+    assert definition.divergence(forbids, gives, Objective("skew_reverse_kl")) == pytest.approx(
+        log(10)
+    )
     student, teacher, _ = random_logits(0)
     mirrored = definition.divergence(teacher, student, Objective("skew_reverse_kl"))
     assert mirrored == pytest.approx(definition.divergence(student, teacher, Objective("skew_kl")))
@@ -80,7 +101,9 @@ def test_zero_for_equal_models_positive_otherwise(divergence: str, temperature: 
     student, teacher, _ = random_logits(1, scale=5)
     objective = Objective(divergence, 0.3, 1.0, temperature)
     assert definition.divergence(student, student + 7, objective) == pytest.approx(0, abs=1e-13)
-    assert definition.divergence_grad(student, student + 7, objective) == pytest.approx(0, abs=1e-13)
+    assert definition.divergence_grad(student, student + 7, objective) == pytest.approx(
+        0, abs=1e-13
+    )
     assert (definition.divergence(student, teacher, objective) > 0).all()
 
 
@@ -88,10 +111,14 @@ def test_zero_for_equal_models_positive_otherwise(divergence: str, temperature: 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("scaling", ["none", "hinton"])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])
-def test_gradients_are_finite_differences(divergence: str, temperature: float, scaling: str, kd_weight: float):
+def test_gradients_are_finite_differences(
+    divergence: str, temperature: float, scaling: str, kd_weight: float
+):
     student, teacher, targets = random_logits(2)
     objective = Objective(divergence, 0.3, kd_weight, temperature, scaling)
-    slope = finite_differences(lambda logits: definition.loss(logits, teacher, targets, objective), student)
+    slope = finite_differences(
+        lambda logits: definition.loss(logits, teacher, targets, objective), student
+    )
     assert definition.grad(student, teacher, targets, objective) == pytest.approx(slope, abs=1e-7)
 
 
@@ -110,24 +137,32 @@ def test_g_is_the_derivative_of_f(divergence: str):
 def test_the_gradient_in_the_logits_is_central_differences(divergence: str):
     student, teacher, _ = random_logits(8)
     objective = Objective(divergence, 0.3, 1.0)
-    slope = finite_differences(lambda logits: definition.divergence(logits, teacher, objective), student, 1e-5)
-    np.testing.assert_allclose(definition.divergence_grad(student, teacher, objective), slope, rtol=0, atol=1e-9)
+    slope = finite_differences(
+        lambda logits: definition.divergence(logits, teacher, objective), student, 1e-5
+    )
+    np.testing.assert_allclose(
+        definition.divergence_grad(student, teacher, objective), slope, rtol=0, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_hinton_scales_value_and_gradient_by_temperature_squared(divergence: str):
     student, teacher, _ = random_logits(3)
-    plain, hinton = (Objective(divergence, 0.3, 1.0, 3.0, scaling) for scaling in ("none", "hinton"))
+    plain, hinton = (
+        Objective(divergence, 0.3, 1.0, 3.0, scaling) for scaling in ("none", "hinton")
+    )
     for function in (definition.divergence, definition.divergence_grad):
-        assert function(student, teacher, hinton) == pytest.approx(9 * function(student, teacher, plain))
+        assert function(student, teacher, hinton) == pytest.approx(
+            9 * function(student, teacher, plain)
+        )
 
 
 def test_temperature_scales_both_logits_and_leaves_cross_entropy_alone():
     student, teacher, targets = random_logits(4)
     cold = definition.divergence(student / 3, teacher / 3, Objective())
-    assert definition.divergence(student, teacher, Objective(temperature=3.0, temperature_scaling="none")) == (
-        pytest.approx(cold)
-    )
+    assert definition.divergence(
+        student, teacher, Objective(temperature=3.0, temperature_scaling="none")
+    ) == (pytest.approx(cold))
     warm = definition.loss(student, teacher, targets, Objective(kd_weight=0.0, temperature=3.0))
     assert warm == pytest.approx(definition.cross_entropy(student, targets))
 
@@ -149,15 +184,21 @@ def test_the_ends_of_kd_weight_ignore_what_they_do_not_need():
     student, teacher, targets = random_logits(6)
     plain = Objective(kd_weight=0.0)
     assert not plain.needs_teacher and plain.needs_targets
-    assert definition.loss(student, None, targets, plain) == pytest.approx(definition.cross_entropy(student, targets))
+    assert definition.loss(student, None, targets, plain) == pytest.approx(
+        definition.cross_entropy(student, targets)
+    )
     pure = Objective(kd_weight=1.0)
     assert pure.needs_teacher and not pure.needs_targets
-    forbidden = np.where(np.arange(student.shape[1]) == targets[:, None], -np.inf, student)  # CE is infinite
+    forbidden = np.where(
+        np.arange(student.shape[1]) == targets[:, None], -np.inf, student
+    )  # CE is infinite
     assert np.isfinite(definition.loss(teacher * 0, forbidden, targets, pure)).all()
     assert np.isfinite(definition.grad(forbidden, teacher, targets, pure)).all()
 
 
 def test_a_table_becomes_an_objective():
-    table = ObjectiveTable(divergence="jsd", jsd_beta=0.2, kd_weight=0.7, temperature=2.0, temperature_scaling="none")
+    table = ObjectiveTable(
+        divergence="jsd", jsd_beta=0.2, kd_weight=0.7, temperature=2.0, temperature_scaling="none"
+    )
     assert Objective.from_table(table) == Objective("jsd", 0.2, 0.7, 2.0, "none")
     assert Objective.from_table(ObjectiveTable()) == Objective()

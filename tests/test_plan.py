@@ -1,4 +1,6 @@
-"""What a run will cost: sizes against real models, shapes against real batches, a peak against a real step, and what is said."""
+"""What a run will cost: sizes against real models, shapes against real batches, a peak against a
+real step, and what is said.
+"""
 
 import contextlib
 import gc
@@ -53,17 +55,30 @@ CONFIG = llama_config(layers=3, width=64, vocabulary=512)
 
 
 def recipe(**tables) -> Recipe:
-    return Recipe.model_validate({"teacher": {"model": ""}, "objective": {"kd_weight": 0.0}} | tables)
+    return Recipe.model_validate(
+        {"teacher": {"model": ""}, "objective": {"kd_weight": 0.0}} | tables
+    )
 
 
-def memory_of(tables: dict, config: dict = CONFIG, machine: Machine = CPU, teacher: dict | None = None) -> Memory:
+def memory_of(
+    tables: dict, config: dict = CONFIG, machine: Machine = CPU, teacher: dict | None = None
+) -> Memory:
     dense = partial(Dense.of, name="a model")
-    return Memory(recipe(**tables), dense(teacher) if teacher else None, dense(config), machine, memory.CALIBRATIONS[machine.backend])
+    return Memory(
+        recipe(**tables),
+        dense(teacher) if teacher else None,
+        dense(config),
+        machine,
+        memory.CALIBRATIONS[machine.backend],
+    )
 
 
 def sequences(lengths: list[int]) -> tuple[TokenSequence, ...]:
     """All but the first token of each carry loss."""
-    return tuple(TokenSequence(str(i), np.ones(n, np.int32), 1, n, np.ones(n, bool)) for i, n in enumerate(lengths))
+    return tuple(
+        TokenSequence(str(i), np.ones(n, np.int32), 1, n, np.ones(n, bool))
+        for i, n in enumerate(lengths)
+    )
 
 
 def prepared(lengths: list[int], validation: tuple[int, ...] = (8,)) -> Prepared:
@@ -81,13 +96,21 @@ def plan_of(lengths: list[int], machine: Machine = CPU, config: dict = CONFIG, *
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_a_real_model(family, tied):
     config = llama_config(layers=3, family=family, tied=tied)
-    assert Dense.of(config, "it").parameters == sum(array.size for array in random_weights(config, 0).values())
+    assert Dense.of(config, "it").parameters == sum(
+        array.size for array in random_weights(config, 0).values()
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "dora"])
-def test_student_checkpoint_and_export_are_those_of_a_real_student(optimizer, tuning, tmp_path, bytes_tokenizer):
-    student = {"tuning": tuning} | ({} if tuning == "full" else {"rank": 3, "lora_layers": 2, "lora_targets": ["q_proj", "down_proj"]})
+def test_student_checkpoint_and_export_are_those_of_a_real_student(
+    optimizer, tuning, tmp_path, bytes_tokenizer
+):
+    student = {"tuning": tuning} | (
+        {}
+        if tuning == "full"
+        else {"rank": 3, "lora_layers": 2, "lora_targets": ["q_proj", "down_proj"]}
+    )
     tables = {"student": student | {"save_dtype": "bfloat16"}, "optim": {"optimizer": optimizer}}
     folder = model_folder(tmp_path / "student", bytes_tokenizer(), layers=3, width=64)
     real = MlxBackend().load_student(folder, "it", recipe(**tables))
@@ -96,7 +119,9 @@ def test_student_checkpoint_and_export_are_those_of_a_real_student(optimizer, tu
     scalars = 12  # the optimizer's step and rate
     assert found.trainable() == real.trainable
     assert plan.checkpoint_bytes == real.state_bytes() - scalars
-    assert found.student_bytes() == sum(array.nbytes for _, array in tree_flatten(real.split.model.parameters()))
+    assert found.student_bytes() == sum(
+        array.nbytes for _, array in tree_flatten(real.split.model.parameters())
+    )
     assert plan.student_bytes == real.export_bytes()
 
 
@@ -111,14 +136,23 @@ def test_teacher_bytes_are_those_of_a_real_teacher(bits, tmp_path, bytes_tokeniz
 
 
 def test_bits_a_weight():
-    """4, 6 and 8 bits are 4.5, 6.5 and 8.5 with a bfloat16 scale and bias for 64 weights, half a bit more in float32."""
+    """4, 6 and 8 bits are 4.5, 6.5 and 8.5 with a bfloat16 scale and bias for 64 weights, half a
+    bit more in float32.
+    """
     stored = Dense.of(llama_config(width=64) | {"dtype": "bfloat16"}, "it")
     for bits in (4, 6, 8):
         for dtype, size, extra in (("bfloat16", 2, 0.5), ("float32", 4, 1.0)):
             expected = stored.matrices * (bits + extra) / 8 + stored.vectors * size
             assert teacher_bytes(stored, bits, dtype) == expected
-    assert teacher_bytes(stored, 0, "bfloat16") == 2 * stored.parameters and teacher_bytes(stored, 0, "float32") == 4 * stored.parameters
-    packed = Dense.of(llama_config(width=64) | {"dtype": "bfloat16", "quantization": {"bits": 4, "group_size": 32}}, "it")
+    assert (
+        teacher_bytes(stored, 0, "bfloat16") == 2 * stored.parameters
+        and teacher_bytes(stored, 0, "float32") == 4 * stored.parameters
+    )
+    packed = Dense.of(
+        llama_config(width=64)
+        | {"dtype": "bfloat16", "quantization": {"bits": 4, "group_size": 32}},
+        "it",
+    )
     assert teacher_bytes(packed, 0, "bfloat16") == packed.matrices * 5 / 8 + packed.vectors * 2
 
 
@@ -126,7 +160,10 @@ def test_a_gpu_keeps_a_copy_to_compute_with():
     weights = Dense.of(CONFIG, "it").parameters
     assert memory_of({}).student_bytes() == 4 * weights
     assert memory_of({}, machine=GPU).student_bytes() == 6 * weights
-    assert memory_of({"student": {"compute_dtype": "float32"}}, machine=GPU).student_bytes() == 4 * weights
+    assert (
+        memory_of({"student": {"compute_dtype": "float32"}}, machine=GPU).student_bytes()
+        == 4 * weights
+    )
     lora = memory_of({"student": {"tuning": "lora"}}, machine=GPU)
     assert lora.student_bytes() == 2 * weights + 4 * lora.trainable()
 
@@ -141,11 +178,16 @@ def test_micro_batches_are_those_that_train(size, multiple):
     table = {"micro_batch_size": size, "global_batch_size": 5, "pad_multiple": multiple}
     asked = recipe(batch=table, optim={"epochs": 3})
     steps = Steps(rows.train, ("cot",), asked.batch, 42, 3)
-    shapes = [Micro(*batch.tokens.shape, len(batch.positions)) for step in steps for batch in step.batches]
+    shapes = [
+        Micro(*batch.tokens.shape, len(batch.positions)) for step in steps for batch in step.batches
+    ]
     work = plans._Work.of(asked, rows)
     assert work.steps == len(steps) == 14
     assert work.training == {shape: shapes.count(shape) for shape in shapes}
-    held_out = [Micro(*batch.tokens.shape, len(batch.positions)) for batch in validation_batches(rows.validation, asked.batch)]
+    held_out = [
+        Micro(*batch.tokens.shape, len(batch.positions))
+        for batch in validation_batches(rows.validation, asked.batch)
+    ]
     assert work.validation == {shape: held_out.count(shape) for shape in held_out}
 
 
@@ -175,14 +217,19 @@ def test_flops_are_those_of_the_steps_and_of_their_padding():
 
 
 def test_what_a_llama_block_keeps_for_its_backward_pass():
-    """Width 64, four heads of 16, two of keys, 128 in the MLP: input, sum and each norm's two results; queries, keys, values and
-    attention's result; the MLP's five; and the probabilities of attention."""
+    """Width 64, four heads of 16, two of keys, 128 in the MLP: input, sum and each norm's two
+    results; queries, keys, values and attention's result; the MLP's five; and the probabilities of
+    attention.
+    """
     kept = 6 * 64 + 64 + 2 * 32 + 64 + 5 * 128
     assert memory_of({})._kept_per_token() == kept
     micro = Micro(2, 10, 16)
     assert memory_of({})._kept_bytes(micro) == 3 * 4 * (20 * kept + 4 * 2 * 100)
     assert memory_of({}, machine=GPU)._kept_bytes(micro) == 3 * 2 * (20 * kept + 4 * 2 * 100)
-    assert memory_of({"student": {"gradient_checkpointing": True}})._kept_bytes(micro) == 3 * 4 * 20 * 64
+    assert (
+        memory_of({"student": {"gradient_checkpointing": True}})._kept_bytes(micro)
+        == 3 * 4 * 20 * 64
+    )
     assert memory_of({}, CONFIG | {"model_type": "qwen3"})._kept_per_token() == kept + 2 * (64 + 32)
     lora = {"student": {"tuning": "lora", "rank": 5}}
     assert memory_of(lora)._kept_per_token() == kept - 2 * 64 + 7 * 5
@@ -192,25 +239,44 @@ def test_what_a_llama_block_keeps_for_its_backward_pass():
 
 
 def test_moments_by_hand():
-    """One micro-batch of 2 x 16 tokens, 30 of them loss tokens, with constants that are easy to add up."""
+    """One micro-batch of 2 x 16 tokens, 30 of them loss tokens, with constants that are easy to add
+    up.
+    """
     constants = replace(
-        memory.MLX, backward={(True, False): Working(2.0, 0.0, 0.0, 1.0)}, forward=Working(1.0, 0.0, 1.0, 0.0),
-        window={"alone": (3.0, 1.0)}, block_elements={"cpu": 30 * 256}, update={"adamw": memory.Update(0.5, 0, 1)},
+        memory.MLX,
+        backward={(True, False): Working(2.0, 0.0, 0.0, 1.0)},
+        forward=Working(1.0, 0.0, 1.0, 0.0),
+        window={"alone": (3.0, 1.0)},
+        block_elements={"cpu": 30 * 256},
+        update={"adamw": memory.Update(0.5, 0, 1)},
     )
-    model = replace(memory_of({"objective": {"kd_weight": 0.0, "chunk_tokens": 30}}), constants=constants)
+    model = replace(
+        memory_of({"objective": {"kd_weight": 0.0, "chunk_tokens": 30}}), constants=constants
+    )
     weights, head, kept = model.student.parameters, 4 * 512 * 64, 4 * (32 * 1216 + 4 * 512)
     working = 4 * (32 * 2 * 64 + 4 * 512)
     for accumulates, held in ((False, 0), (True, 4 * weights)):
-        found = {moment.name: moment for moment in model.moments([Micro(2, 16, 30)], [], accumulates)}
+        found = {
+            moment.name: moment for moment in model.moments([Micro(2, 16, 30)], [], accumulates)
+        }
         assert set(found) == {"loss", "joining", "backward begins", "backward ends", "update"}
-        assert {moment.student for moment in found.values()} == {4 * weights} and {m.teacher for m in found.values()} == {0}
-        assert [found[name].gradients for name in ("loss", "joining", "backward begins")] == [held] * 3
+        assert {moment.student for moment in found.values()} == {4 * weights} and {
+            m.teacher for m in found.values()
+        } == {0}
+        assert [found[name].gradients for name in ("loss", "joining", "backward begins")] == [
+            held
+        ] * 3
         assert found["loss"].loss == (3 + 2) * 4 * 30 * 256 + 4 * 30 * 3 * 64 + head
         assert found["joining"].loss == 2 * head + 4 * 30 * 3 * 64
         assert found["loss"].activations == found["joining"].activations == 3 * kept
-        assert (found["backward begins"].activations, found["backward begins"].loss) == (3 * kept + working, head)
+        assert (found["backward begins"].activations, found["backward begins"].loss) == (
+            3 * kept + working,
+            head,
+        )
         assert found["backward ends"].activations == kept + working
-        assert found["backward ends"].gradients == held + 4 * weights + head  # tied: the embedding has a gradient of its own
+        assert (
+            found["backward ends"].gradients == held + 4 * weights + head
+        )  # tied: the embedding has a gradient of its own
         assert (found["update"].gradients, found["update"].activations) == (4 * weights, 0)
         assert found["update"].optimizer == 8 * weights + 0.5 * 4 * weights + head
         assert found["loss"].optimizer == 8 * weights
@@ -235,12 +301,20 @@ def test_more_costs_more_and_what_saves_saves():
 def test_the_peak_of_a_real_step_is_planned_within_15_percent(settings, tmp_path, bytes_tokenizer):
     if MlxBackend().device().dtype != "float32":
         pytest.skip("calibrated on a CPU")
-    folders = {part: model_folder(tmp_path / part, bytes_tokenizer(), layers=n, width=64, vocabulary=2048) for part, n in
-               (("teacher", 2), ("student", 4))}
-    tables = {"student": settings, "teacher": {"model": "it"}, "objective": {"kd_weight": 0.5}, "batch": {"micro_batch_size": 2,
-              "global_batch_size": 4}}
+    folders = {
+        part: model_folder(tmp_path / part, bytes_tokenizer(), layers=n, width=64, vocabulary=2048)
+        for part, n in (("teacher", 2), ("student", 4))
+    }
+    tables = {
+        "student": settings,
+        "teacher": {"model": "it"},
+        "objective": {"kd_weight": 0.5},
+        "batch": {"micro_batch_size": 2, "global_batch_size": 4},
+    }
     asked, rows = recipe(**tables), prepared([128] * 4)
-    planned = make_plan(asked, rows, *(read_config(folders[part]) for part in ("teacher", "student")), CPU).training_peak.total
+    planned = make_plan(
+        asked, rows, *(read_config(folders[part]) for part in ("teacher", "student")), CPU
+    ).training_peak.total
     gc.collect()  # what earlier tests left would go in the middle of the step
     backend, before = MlxBackend(), mx.get_active_memory()
     student = backend.load_student(folders["student"], "student", asked)
@@ -256,27 +330,47 @@ def test_the_peak_of_a_real_step_is_planned_within_15_percent(settings, tmp_path
 # torch
 
 
-def saved_by_autograd(settings: dict, layers: int, folder: Path, tokens: torch.Tensor, family: str, tokenizer) -> int:
+def saved_by_autograd(
+    settings: dict, layers: int, folder: Path, tokens: torch.Tensor, family: str, tokenizer
+) -> int:
     """Bytes of the distinct tensors that a forward pass keeps, parameters aside."""
     model_folder(folder, tokenizer, layers=layers, width=64, family=family)
     student = torch_backend.TorchBackend().load_student(folder, "it", recipe(student=settings))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in student.split.model.parameters()}
+    weights = {
+        parameter.untyped_storage().data_ptr() for parameter in student.split.model.parameters()
+    }
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.setdefault(id(tensor), tensor), lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(id(tensor), tensor), lambda tensor: tensor
+    ):
         hidden = student.split.hidden(tokens)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in kept.values()
+    }
     assert hidden.requires_grad
     return sum(size for place, size in storages.items() if place not in weights)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what the CPU's kernels keep")
-@pytest.mark.parametrize(("settings", "family"), [
-    ({}, "llama"), ({}, "qwen3"), ({"tuning": "lora"}, "llama"), ({"tuning": "lora", "lora_targets": ["q_proj"]}, "llama"),
-])
+@pytest.mark.parametrize(
+    ("settings", "family"),
+    [
+        ({}, "llama"),
+        ({}, "qwen3"),
+        ({"tuning": "lora"}, "llama"),
+        ({"tuning": "lora", "lora_targets": ["q_proj"]}, "llama"),
+    ],
+)
 def test_a_torch_block_keeps_what_is_planned(settings, family, tmp_path, bytes_tokenizer):
     """Two blocks' tensors less one's, but for the norms' and attention's one number a row."""
     tokens = torch.ones((2, 96), dtype=torch.long)
-    sizes = [saved_by_autograd(settings, layers, tmp_path / str(layers), tokens, family, bytes_tokenizer()) for layers in (2, 3)]
+    sizes = [
+        saved_by_autograd(
+            settings, layers, tmp_path / str(layers), tokens, family, bytes_tokenizer()
+        )
+        for layers in (2, 3)
+    ]
     config = read_config(tmp_path / "2")
     planned = memory_of({"student": settings}, config, TORCH)._block_kept_bytes(Micro(2, 96, 96))
     assert planned == pytest.approx(sizes[1] - sizes[0], rel=0.03)
@@ -288,16 +382,24 @@ def test_each_backend_is_planned_with_its_own_constants():
     assert plan_of([96] * 8, TORCH).peak.allocator > 0 == plan_of([96] * 8).peak.allocator
 
 
-@pytest.mark.parametrize("machine, chunk", [(CPU, 128), (TORCH, 512), (replace(TORCH, device="cuda"), 1024)])
+@pytest.mark.parametrize(
+    "machine, chunk", [(CPU, 128), (TORCH, 512), (replace(TORCH, device="cuda"), 1024)]
+)
 def test_a_chunk_nobody_asked_for_is_the_backends(machine: Machine, chunk: int):
     """4,096 positions: `backends/test_contract.py` has what the backends take."""
-    walks = [memory_of({"objective": {"kd_weight": 0.0, "chunk_tokens": asked}}, machine=machine)._walk_bytes(Micro(4, 1025, 4096), 1.0)
-             for asked in (0, chunk, chunk // 2)]
+    walks = [
+        memory_of(
+            {"objective": {"kd_weight": 0.0, "chunk_tokens": asked}}, machine=machine
+        )._walk_bytes(Micro(4, 1025, 4096), 1.0)
+        for asked in (0, chunk, chunk // 2)
+    ]
     assert walks[0] == walks[1] > walks[2]
 
 
 def test_the_moments_of_an_eager_backend():
-    """Its teacher meets nothing kept, the head's gradient is one piece, and a gradient is added to the held one in place."""
+    """Its teacher meets nothing kept, the head's gradient is one piece, and a gradient is added to
+    the held one in place.
+    """
     teacher = {"teacher": {"model": "it"}, "objective": {"kd_weight": 0.5, "chunk_tokens": 30}}
     model = memory_of(teacher, machine=TORCH, teacher=CONFIG)
     micro, weights, head = Micro(2, 16, 30), model.student.parameters, 4 * 512 * 64
@@ -307,13 +409,21 @@ def test_the_moments_of_an_eager_backend():
     assert found["loss"].loss == (2 * 30 + 16) * 4 * 512 + 4 * 30 * 4 * 64 + head
     assert found["backward ends"].gradients == 4 * weights + head
     assert found["update"].optimizer == 8 * weights
-    divergences = [memory_of({**teacher, "objective": teacher["objective"] | {"divergence": name}}, machine=TORCH, teacher=CONFIG)
-                   ._walk_bytes(micro, 1.0) for name in ("jsd", "reverse_kl")]
+    divergences = [
+        memory_of(
+            {**teacher, "objective": teacher["objective"] | {"divergence": name}},
+            machine=TORCH,
+            teacher=CONFIG,
+        )._walk_bytes(micro, 1.0)
+        for name in ("jsd", "reverse_kl")
+    ]
     assert divergences[0] - divergences[1] == 4.25 * 4 * 16 * 512
 
 
 def test_what_torch_does_not_give_back():
-    """Holes beside small kept tensors on a CPU; none beside large ones, under checkpointing, or where torch counts its own arrays."""
+    """Holes beside small kept tensors on a CPU; none beside large ones, under checkpointing, or
+    where torch counts its own arrays.
+    """
     widths, micro = 6 * 64 + 2 * 64 + 2 * 32, Micro(2, 100, 16)
     assert memory_of({}, machine=TORCH)._holes_bytes(micro) == 3 * 4 * 200 * widths
     lora = memory_of({"student": {"tuning": "lora"}}, machine=TORCH)
@@ -321,11 +431,18 @@ def test_what_torch_does_not_give_back():
     between = Micro(2, 2**16 // 2, 16)  # 16 MiB of the width, 32 MiB of the MLP's
     ffn = 4 * CONFIG["intermediate_size"]
     assert CONFIG["intermediate_size"] == 128
-    assert lora._holes_bytes(between) == pytest.approx(1.1 * 3 * 4 * 2**16 * (lora._kept_per_token() - ffn))
+    assert lora._holes_bytes(between) == pytest.approx(
+        1.1 * 3 * 4 * 2**16 * (lora._kept_per_token() - ffn)
+    )
     assert lora._holes_bytes(Micro(2, 2**16, 16)) == 0
-    assert memory_of({"student": {"gradient_checkpointing": True}}, machine=TORCH)._holes_bytes(micro) == 0
+    assert (
+        memory_of({"student": {"gradient_checkpointing": True}}, machine=TORCH)._holes_bytes(micro)
+        == 0
+    )
     assert memory_of({}, machine=CUDA)._holes_bytes(micro) == memory_of({})._holes_bytes(micro) == 0
-    assert {moment.allocator for moment in memory_of({}, machine=CUDA).moments([micro], [micro], True)} == {0}
+    assert {
+        moment.allocator for moment in memory_of({}, machine=CUDA).moments([micro], [micro], True)
+    } == {0}
 
 
 FREES = """
@@ -343,7 +460,12 @@ print(held - resident.memory().active_bytes)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 @pytest.mark.parametrize("asked", [True, False])
 def test_freed_blocks_are_returned_where_that_is_asked_for(asked):
-    answer = subprocess.run([sys.executable, "-c", FREES.format(asked=asked)], capture_output=True, text=True, check=True)
+    answer = subprocess.run(
+        [sys.executable, "-c", FREES.format(asked=asked)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert (int(answer.stdout) > 24 * 2**20) == asked
 
 
@@ -353,7 +475,9 @@ def test_checkpointing_asks_for_it(checkpointing, tmp_path, bytes_tokenizer, mon
     asked: list[bool] = []
     monkeypatch.setattr(torch_backend.resident, "return_freed_blocks", lambda: asked.append(True))
     folder = model_folder(tmp_path / "student", bytes_tokenizer(), layers=1, width=64)
-    torch_backend.TorchBackend().load_student(folder, "it", recipe(student={"gradient_checkpointing": checkpointing}))
+    torch_backend.TorchBackend().load_student(
+        folder, "it", recipe(student={"gradient_checkpointing": checkpointing})
+    )
     assert asked == [True] * checkpointing
 
 
@@ -364,7 +488,9 @@ def test_what_was_not_measured_is_said(machine, unmeasured, tmp_path):
     announce(recipe(), prepared([96] * 8), tmp_path, None, machine, said.append)
     plan, console = plan_of([96] * 8, machine), Console(file=io.StringIO(), width=80)
     console.print(*printing.render(plan, machine, recipe()))
-    assert [line for line in said if "extrapolation" in line] == [f"plan: {printing.UNMEASURED}"] * unmeasured
+    assert [line for line in said if "extrapolation" in line] == [
+        f"plan: {printing.UNMEASURED}"
+    ] * unmeasured
     assert ("extrapolation" in console.file.getvalue()) == unmeasured
     assert ("freed blocks" in console.file.getvalue()) == (machine == TORCH)
 
@@ -374,7 +500,11 @@ def test_what_was_not_measured_is_said(machine, unmeasured, tmp_path):
 
 def tight(bytes_: int):
     """Eight examples of 96 tokens in two micro-batches on a machine with so little memory."""
-    return plan_of([96] * 8, replace(CPU, memory_bytes=bytes_), batch={"micro_batch_size": 4, "global_batch_size": 8})
+    return plan_of(
+        [96] * 8,
+        replace(CPU, memory_bytes=bytes_),
+        batch={"micro_batch_size": 4, "global_batch_size": 8},
+    )
 
 
 def test_what_fits_needs_no_advice():
@@ -383,19 +513,30 @@ def test_what_fits_needs_no_advice():
     plan.check()
     unknown = tight(0)
     assert unknown.fits and "cannot be asked" in unknown.verdict()
-    assert "fits, but tightly" in tight(int(plan.peak.total / 0.9)).verdict() and plan.verdict().endswith("fits")
+    assert "fits, but tightly" in tight(
+        int(plan.peak.total / 0.9)
+    ).verdict() and plan.verdict().endswith("fits")
 
 
 def test_advice_is_ordered_and_names_the_largest_micro_batch():
     whole = tight(10**9).peak.total
     plan = tight(int(whole * 0.75))
     assert not plan.fits
-    assert [change.peak_bytes for change in plan.changes] == sorted(change.peak_bytes for change in plan.changes)
+    assert [change.peak_bytes for change in plan.changes] == sorted(
+        change.peak_bytes for change in plan.changes
+    )
     assert {change.what.split("=")[0] for change in plan.changes} == {
-        "student.tuning", "student.gradient_checkpointing", "batch.micro_batch_size", "truncation.max_tokens", "student.compute_dtype",
+        "student.tuning",
+        "student.gradient_checkpointing",
+        "batch.micro_batch_size",
+        "truncation.max_tokens",
+        "student.compute_dtype",
     }
     assert plan.advice()[0].startswith(plan.changes[0].what) and plan.advice()[0].endswith(", fits")
-    sizes = {size: plan_of([96] * 8, batch={"micro_batch_size": size, "global_batch_size": 8}).peak.total for size in (1, 2, 3, 4)}
+    sizes = {
+        size: plan_of([96] * 8, batch={"micro_batch_size": size, "global_batch_size": 8}).peak.total
+        for size in (1, 2, 3, 4)
+    }
     fitting = max(size for size, peak in sizes.items() if peak <= plan.memory_bytes)
     assert 1 <= fitting < 4 and plan.largest.what == f"batch.micro_batch_size={fitting}"
     assert plan.largest.peak_bytes == sizes[fitting] and plan.together[0] == plan.changes[0]
@@ -405,41 +546,73 @@ def test_the_largest_length_where_no_micro_batch_fits():
     one = plan_of([96] * 8, batch={"micro_batch_size": 1, "global_batch_size": 8}).peak.total
     plan = tight(int(one * 0.9))
     tokens = int(plan.largest.what.split("=")[1].split()[0])
-    assert plan.largest.what == f"truncation.max_tokens={tokens} at batch.micro_batch_size=1" and plan.largest.fits
-    cut = {n: plan_of([n] * 8, batch={"micro_batch_size": 1, "global_batch_size": 8}).peak.total for n in (tokens, tokens + 1)}
+    assert (
+        plan.largest.what == f"truncation.max_tokens={tokens} at batch.micro_batch_size=1"
+        and plan.largest.fits
+    )
+    cut = {
+        n: plan_of([n] * 8, batch={"micro_batch_size": 1, "global_batch_size": 8}).peak.total
+        for n in (tokens, tokens + 1)
+    }
     assert cut[tokens] <= plan.memory_bytes < cut[tokens + 1]
 
 
 def test_a_quantised_teacher_is_advised_where_it_is_large():
     teacher = llama_config(layers=24, width=256, vocabulary=512)
     asked = recipe(teacher={"model": "it"}, objective={"kd_weight": 0.5})
-    plan = make_plan(asked, prepared([16] * 8), teacher, CONFIG, replace(CPU, memory_bytes=60 * 10**6))
+    plan = make_plan(
+        asked, prepared([16] * 8), teacher, CONFIG, replace(CPU, memory_bytes=60 * 10**6)
+    )
     assert plan.changes[0].what == "teacher.quantize_bits=4" and plan.changes[0].fits
     assert plan.peak.teacher == 4 * Dense.of(teacher, "it").parameters > 50 * 10**6
-    refuses = make_plan(asked, prepared([16] * 8), teacher, CONFIG, replace(TORCH, memory_bytes=60 * 10**6))  # torch's CPU cannot
+    refuses = make_plan(
+        asked, prepared([16] * 8), teacher, CONFIG, replace(TORCH, memory_bytes=60 * 10**6)
+    )  # torch's CPU cannot
     assert not any("quantize" in change.what for change in refuses.changes)
 
 
 def test_nothing_fits():
     plan = tight(10**5)
-    assert plan.largest is None and plan.together == () and "without another change" in plan.advice()[-1]
+    assert (
+        plan.largest is None
+        and plan.together == ()
+        and "without another change" in plan.advice()[-1]
+    )
 
 
 def test_a_run_that_cannot_fit_is_refused_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     said: list[str] = []
-    ask = partial(announce, recipe(), prepared([96] * 8), tmp_path, None, replace(CPU, memory_bytes=10**7), said.append)
-    with pytest.raises(OutOfMemory, match=r"10 MB: does not fit; batch\.micro_batch_size=2: saves ") as error:
+    ask = partial(
+        announce,
+        recipe(),
+        prepared([96] * 8),
+        tmp_path,
+        None,
+        replace(CPU, memory_bytes=10**7),
+        said.append,
+    )
+    with pytest.raises(
+        OutOfMemory, match=r"10 MB: does not fit; batch\.micro_batch_size=2: saves "
+    ) as error:
         ask()
-    assert "\n" not in str(error.value) and "--force" in str(error.value) and "the largest that fits: " in str(error.value)
-    assert len(said) == 2 and said[0].startswith("plan: 1 steps of 8 examples, 768 tokens read, 760 carry loss, ")
+    assert (
+        "\n" not in str(error.value)
+        and "--force" in str(error.value)
+        and "the largest that fits: " in str(error.value)
+    )
+    assert len(said) == 2 and said[0].startswith(
+        "plan: 1 steps of 8 examples, 768 tokens read, 760 carry loss, "
+    )
     ask(force=True)
     ask(ranks=2)
     assert "2 ranks share" in said[-1]
 
 
 def test_a_family_that_cannot_be_planned_is_no_reason_to_refuse(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mixtral", "num_local_experts": 8}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG | {"model_type": "mixtral", "num_local_experts": 8})
+    )
     said: list[str] = []
     announce(recipe(), prepared([9] * 8), tmp_path, None, CPU, said.append)
     assert len(said) == 1 and "cannot be planned" in said[0] and "mixtral" in said[0]
@@ -453,10 +626,17 @@ def test_a_family_that_cannot_be_planned_is_no_reason_to_refuse(tmp_path):
 @pytest.fixture
 def without_weights(tiny_recipe, tmp_path) -> Path:
     for part in ("teacher", "student"):
-        shutil.copytree(tiny_recipe.parent / part, tmp_path / part, ignore=shutil.ignore_patterns("*.safetensors"))
+        shutil.copytree(
+            tiny_recipe.parent / part,
+            tmp_path / part,
+            ignore=shutil.ignore_patterns("*.safetensors"),
+        )
     path = tmp_path / "tiny.toml"
-    path.write_text(tiny_recipe.read_text().replace(f'"{tiny_recipe.parent}/teacher"', f'"{tmp_path}/teacher"').replace(
-        f'"{tiny_recipe.parent}/student"', f'"{tmp_path}/student"'))
+    path.write_text(
+        tiny_recipe.read_text()
+        .replace(f'"{tiny_recipe.parent}/teacher"', f'"{tmp_path}/teacher"')
+        .replace(f'"{tiny_recipe.parent}/student"', f'"{tmp_path}/student"')
+    )
     return path
 
 
@@ -469,12 +649,32 @@ def printed(path: Path, *settings: str, **arguments) -> tuple[plans.Plan, str]:
 def test_a_plan_is_printed_in_80_columns_and_needs_no_weights(without_weights):
     made, text = printed(without_weights)
     assert max(map(len, text.splitlines())) <= 80
-    assert "6 steps of 4 examples in micro-batches of 2" in text and f"{made.tokens_read:,} tokens are read" in text
-    for word in ("cot *", "teacher", "student", "head", "loss", "padding", "gradients", "activations", "disk: 3 checkpoints", ": fits"):
+    assert (
+        "6 steps of 4 examples in micro-batches of 2" in text
+        and f"{made.tokens_read:,} tokens are read" in text
+    )
+    for word in (
+        "cot *",
+        "teacher",
+        "student",
+        "head",
+        "loss",
+        "padding",
+        "gradients",
+        "activations",
+        "disk: 3 checkpoints",
+        ": fits",
+    ):
         assert word in text, word
-    tokens = prepare(load_recipe(without_weights), load_tokenizer(without_weights.parent / "student"))
-    assert made.tokens_before == tuple(sum((s.segments() == kind).sum() for s in tokens.train_whole) for kind in range(3))
-    assert made.tokens_after == tuple(sum((s.segments() == kind).sum() for s in tokens.train) for kind in range(3))
+    tokens = prepare(
+        load_recipe(without_weights), load_tokenizer(without_weights.parent / "student")
+    )
+    assert made.tokens_before == tuple(
+        sum((s.segments() == kind).sum() for s in tokens.train_whole) for kind in range(3)
+    )
+    assert made.tokens_after == tuple(
+        sum((s.segments() == kind).sum() for s in tokens.train) for kind in range(3)
+    )
     assert made.lines()[0].startswith("plan: 6 steps of 4 examples, ") and len(made.lines()) == 2
 
 
@@ -496,8 +696,11 @@ def test_time_is_an_estimate_from_a_measured_rate(without_weights, monkeypatch):
 def test_a_plan_imports_no_framework_itself(without_weights):
     """transformers reads the tokenizer, and may itself look at torch where that is installed."""
     lines = [
-        "from pathlib import Path", "from rich.console import Console", "from mlx_distill.terminal.plan import plan",
-        "from mlx_distill.recipe import load_recipe", f"plan(load_recipe(Path({str(without_weights)!r})), Console())",
+        "from pathlib import Path",
+        "from rich.console import Console",
+        "from mlx_distill.terminal.plan import plan",
+        "from mlx_distill.recipe import load_recipe",
+        f"plan(load_recipe(Path({str(without_weights)!r})), Console())",
     ]
     found, ours = imported("", "; ".join(lines))
     assert ours == "['transformers']" and "mlx" not in found
@@ -506,17 +709,26 @@ def test_a_plan_imports_no_framework_itself(without_weights):
 # memory that runs out all the same
 
 
-@pytest.mark.parametrize("what, where, saved", [
-    ("a training step", "TorchStudent.accumulate", "the checkpoint of step 3 is intact"),
-    ("loading", "models.load_teacher", "no checkpoint was written yet"),
-])
-def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(what, where, saved, tiny_recipe, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "what, where, saved",
+    [
+        ("a training step", "TorchStudent.accumulate", "the checkpoint of step 3 is intact"),
+        ("loading", "models.load_teacher", "no checkpoint was written yet"),
+    ],
+)
+def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(
+    what, where, saved, tiny_recipe, tmp_path, monkeypatch, capsys
+):
     """torch's own words are shortened, and the plan's numbers say what to lower."""
     words = (
-        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 GiB of which 5.00 GiB is free. "
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 "
+        "GiB of which 5.00 GiB is free. "
         "Including non-PyTorch memory, this process has 134.72 GiB memory in use."
     )
-    fails_at = {"TorchStudent.accumulate": (torch_backend, "kd_loss", 7), "models.load_teacher": (torch_backend.models, "load_teacher", 0)}
+    fails_at = {
+        "TorchStudent.accumulate": (torch_backend, "kd_loss", 7),
+        "models.load_teacher": (torch_backend.models, "load_teacher", 0),
+    }
     owner, name, call = fails_at[where]
     function, calls = getattr(owner, name), iter(range(100))
 
@@ -531,15 +743,23 @@ def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(what, wher
         main()
     assert stop.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
-    assert line.startswith(f"error: {what}") and "does not fit the GPU's memory (CUDA out of memory. Tried to allocate 20.00 GiB" in line
+    assert (
+        line.startswith(f"error: {what}")
+        and "does not fit the GPU's memory (CUDA out of memory. Tried to allocate 20.00 GiB" in line
+    )
     assert "non-PyTorch" not in line and saved in line
     assert "planned was peak memory about" in line and "batch.micro_batch_size=1 (saves" in line
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_run_refuses_what_cannot_fit_unless_forced(force, tiny_recipe, tmp_path, monkeypatch, capsys):
+def test_run_refuses_what_cannot_fit_unless_forced(
+    force, tiny_recipe, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(machines, "total_memory_bytes", lambda: 10**6)
-    monkeypatch.setattr("sys.argv", ["mlx-distill", *arguments(tiny_recipe, tmp_path), *(["--force"] if force else [])])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["mlx-distill", *arguments(tiny_recipe, tmp_path), *(["--force"] if force else [])],
+    )
     if force:
         main_without_exit()
         assert (tmp_path / "tiny" / "student" / "config.json").exists()
@@ -557,19 +777,40 @@ def main_without_exit() -> None:
         main()
 
 
-@pytest.mark.parametrize("kind, settings", [
-    ("top_k", ("teacher.cache_top_k=8",)), ("sampled", ("teacher.cache_samples=9",)), ("hidden", ()),
-])
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("top_k", ("teacher.cache_top_k=8",)),
+        ("sampled", ("teacher.cache_samples=9",)),
+        ("hidden", ()),
+    ],
+)
 def test_a_teacher_cache_is_planned_and_spares_the_teacher(kind, settings, tiny_recipe, tmp_path):
-    """On disk what `teach` writes (its headers aside; of draws at most); in memory no teacher but where its head is kept."""
-    made = load_recipe(tiny_recipe, (f"teacher.cache={kind}", f"teacher.cache_folder={tmp_path}", *settings))
+    """On disk what `teach` writes (its headers aside; of draws at most); in memory no teacher but
+    where its head is kept.
+    """
+    made = load_recipe(
+        tiny_recipe, (f"teacher.cache={kind}", f"teacher.cache_folder={tmp_path}", *settings)
+    )
     whole = prepare(made, load_tokenizer(tiny_recipe.parent / "student"))
     configs = [read_config(tiny_recipe.parent / part) for part in ("teacher", "student")]
     planned = make_plan(made, whole, *configs, CPU)
-    live = make_plan(made.model_copy(update={"teacher": TeacherTable(model=made.teacher.model)}), whole, *configs, CPU)
-    assert live.cache_bytes == 0 < planned.cache_bytes and planned.disk_bytes == live.disk_bytes + planned.cache_bytes
+    live = make_plan(
+        made.model_copy(update={"teacher": TeacherTable(model=made.teacher.model)}),
+        whole,
+        *configs,
+        CPU,
+    )
+    assert (
+        live.cache_bytes == 0 < planned.cache_bytes
+        and planned.disk_bytes == live.disk_bytes + planned.cache_bytes
+    )
     assert "teacher" in live.flops and "teacher" not in planned.flops
-    assert (planned.peak.teacher == 0) == (kind != "hidden") and planned.peak.total <= live.peak.total
+    assert (planned.peak.teacher == 0) == (
+        kind != "hidden"
+    ) and planned.peak.total <= live.peak.total
     pipeline.teach([made], silent(), "mlx")
     written = sum(file.stat().st_size - 128 for file in tmp_path.rglob("*.npy"))
-    assert written <= planned.cache_bytes and (kind == "sampled" or written >= 0.97 * planned.cache_bytes)
+    assert written <= planned.cache_bytes and (
+        kind == "sampled" or written >= 0.97 * planned.cache_bytes
+    )

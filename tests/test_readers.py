@@ -81,7 +81,9 @@ def test_json_that_can_be_read(text, value):
         "[" * 100_000: f"here: nested more than {DEEPEST} levels deep",
         "[" * 100_000 + "]" * 100_000: f"here: nested more than {DEEPEST} levels deep",
         "[" * (DEEPEST + 1) + "]" * (DEEPEST + 1): f"here: nested more than {DEEPEST} levels deep",
-        '{"a":' * (DEEPEST + 1) + "1" + "}" * (DEEPEST + 1): f"here: nested more than {DEEPEST} levels deep",
+        '{"a":' * (DEEPEST + 1)
+        + "1"
+        + "}" * (DEEPEST + 1): f"here: nested more than {DEEPEST} levels deep",
         '{"a": 1, "a": 2}': "here: the key 'a' has two values",
         b'{"a": "\xff"}': "here, line 1: byte 0xff is not UTF-8",
         '{"a": 1}'.encode("utf-16"): "here: UTF-16 or UTF-32 text",
@@ -97,7 +99,7 @@ def test_json_that_cannot_be_read_is_one_line(text, says):
 @pytest.mark.parametrize(
     ("content", "line"),
     {
-        '[\n1,\n2\n3]': 4,
+        "[\n1,\n2\n3]": 4,
         "[\n1,\n" + "9" * 5000 + "]": 3,
         "[\n1,\n\n1e999]": 4,
         "[\n" + "[" * 100_000: 2,
@@ -143,7 +145,7 @@ def test_lines_are_numbered_as_an_editor_does(written, name, end, mark):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 def test_a_bad_line_is_named_after_the_good_ones_were_given(written, name, bad, says):
     bad = bad.encode() if isinstance(bad, str) else bad
-    rows = read_json_lines(written(name, b'1\n\n2\n' + bad + b"\n4\n"), "rows")
+    rows = read_json_lines(written(name, b"1\n\n2\n" + bad + b"\n4\n"), "rows")
     assert [next(rows), next(rows)] == [(1, 1), (3, 2)]
     assert refused(DataError, next, rows).startswith("rows, line 4: ")
 
@@ -168,7 +170,9 @@ def test_what_is_not_gzip_or_ends_early_is_one_line(written, tmp_path):
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_toml_with_a_mark_and_any_line_ends(written, mark, end):
-    assert read_toml(written("a.toml", mark + end.join(["[a]", "b = 1_000.5", ""]))) == {"a": {"b": 1000.5}}
+    assert read_toml(written("a.toml", mark + end.join(["[a]", "b = 1_000.5", ""]))) == {
+        "a": {"b": 1000.5}
+    }
 
 
 @pytest.mark.parametrize(
@@ -221,7 +225,10 @@ def test_what_is_no_file_is_one_line(read, tmp_path):
 
 
 def test_half_of_a_character_is_read_and_found():
-    half, pair = parse_json(r'{"a": ["x", "\ud83d"]}', "here"), parse_json(r'["\ud83d\ude00"]', "here")
+    half, pair = (
+        parse_json(r'{"a": ["x", "\ud83d"]}', "here"),
+        parse_json(r'["\ud83d\ude00"]', "here"),
+    )
     assert half == {"a": ["x", "\ud83d"]} and not is_text(half)
     assert pair == ["😀"] and is_text(pair)
     assert not is_text({"\udcff": 1}) and is_text({"é": (1, None)})

@@ -1,4 +1,6 @@
-"""Recipes are loaded strictly: what cannot be run as written is refused in one line that says where and what to do."""
+"""Recipes are loaded strictly: what cannot be run as written is refused in one line that says where
+and what to do.
+"""
 
 import re
 import tomllib
@@ -11,7 +13,11 @@ from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.recipe import OUTSIDE_DIGEST, Range, Recipe, build_recipe, eval_table, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-FIELDS = [(table, field) for table, part in Recipe.model_fields.items() for field in part.annotation.model_fields]
+FIELDS = [
+    (table, field)
+    for table, part in Recipe.model_fields.items()
+    for field in part.annotation.model_fields
+]
 MINIMAL = '[data]\nsource = "rows.jsonl"\n'
 
 
@@ -41,13 +47,19 @@ def refused(write, text: str, *overrides: str) -> str:
 
 def test_an_unknown_field_is_refused_with_table_field_nearest_name_and_choices(write):
     message = refused(write, "[truncation]\nfracton = 0.5\n")
-    assert message.startswith(f"{write('x').parent / 'mine.toml'}: [truncation] has no field 'fracton'; did you mean 'fraction'? ")
+    assert message.startswith(
+        f"{write('x').parent / 'mine.toml'}: [truncation] has no field 'fracton'; did you mean "
+        "'fraction'? "
+    )
     assert message.endswith("Choices: keep, span, fraction, max_tokens, context, token_share")
 
 
 def test_an_unknown_table_is_refused_likewise(write):
     message = refused(write, "[optimizer]\nsteps = 5\n")
-    assert "no table [optimizer] in a recipe; did you mean 'optim'? Choices: teacher, student, data," in message
+    assert (
+        "no table [optimizer] in a recipe; did you mean 'optim'? Choices: teacher, student, data,"
+        in message
+    )
     assert "no table [steps]" in refused(write, "", "steps.x=1")
 
 
@@ -64,36 +76,65 @@ def test_a_field_outside_of_its_table_is_refused(write, tmp_path):
 # values
 
 
-@pytest.mark.parametrize(("text", "where", "expected", "found"), [
-    ("[optim]\nsteps = 6.5\n", "[optim] steps", "a valid integer", "6.5"),
-    ("[optim]\nsteps = 6.0\n", "[optim] steps", "a valid integer", "6.0"),
-    ('[optim]\nsteps = "6"\n', "[optim] steps", "a valid integer", "'6'"),
-    ("[optim]\nsteps = true\n", "[optim] steps", "a valid integer", "True"),
-    ('[optim]\nlearning_rate = "1e-3"\n', "[optim] learning_rate", "a valid number", "'1e-3'"),
-    ("[student]\ngradient_checkpointing = 1\n", "[student] gradient_checkpointing", "a valid boolean", "1"),
-    ('[eval]\nscore_base = "no"\n', "[eval] score_base", "a valid boolean", "'no'"),
-    ("[run]\nname = 3\n", "[run] name", "a valid string", "3"),
-    ('[objective]\nsegments = "cot"\n', "[objective] segments", "a list", "'cot'"),
-    ("[objective]\nsegments = []\n", "[objective] segments", "a list of at least 1", "[]"),
-    ("[student]\ntuning='lora'\nlora_targets = [1]\n", "[student] lora_targets[0]", "a valid string", "1"),
-    ("where = {level = 3}\n", "[data] where[level]", "a valid string", "3"),
-    ("[truncation]\nfraction = 0.0\n", "[truncation] fraction", "from 1e-06 to 1.0", "0.0"),
-    ("[truncation]\nfraction = 1.01\n", "[truncation] fraction", "from 1e-06 to 1.0", "1.01"),
-    ("[batch]\nmicro_batch_size = 0\n", "[batch] micro_batch_size", "from 1 to 65,536", "0"),
-    ("[optim]\nlearning_rate = nan\n", "[optim] learning_rate", "a finite number", "nan"),
-    ("[objective]\nkd_weight = -0.1\n", "[objective] kd_weight", "0, or from 1e-06 to 1.0", "-0.1"),
-    ("[teacher]\nquantize_bits = 5\n", "[teacher] quantize_bits", "0, 4, 6 or 8", "5"),
-    ('[optim]\noptimizer = "sgd"\n', "[optim] optimizer", "'adamw', 'adafactor' or 'lion'", "'sgd'"),
-])
-def test_a_value_that_does_not_fit_is_refused_with_what_was_expected(write, text, where, expected, found):
+@pytest.mark.parametrize(
+    ("text", "where", "expected", "found"),
+    [
+        ("[optim]\nsteps = 6.5\n", "[optim] steps", "a valid integer", "6.5"),
+        ("[optim]\nsteps = 6.0\n", "[optim] steps", "a valid integer", "6.0"),
+        ('[optim]\nsteps = "6"\n', "[optim] steps", "a valid integer", "'6'"),
+        ("[optim]\nsteps = true\n", "[optim] steps", "a valid integer", "True"),
+        ('[optim]\nlearning_rate = "1e-3"\n', "[optim] learning_rate", "a valid number", "'1e-3'"),
+        (
+            "[student]\ngradient_checkpointing = 1\n",
+            "[student] gradient_checkpointing",
+            "a valid boolean",
+            "1",
+        ),
+        ('[eval]\nscore_base = "no"\n', "[eval] score_base", "a valid boolean", "'no'"),
+        ("[run]\nname = 3\n", "[run] name", "a valid string", "3"),
+        ('[objective]\nsegments = "cot"\n', "[objective] segments", "a list", "'cot'"),
+        ("[objective]\nsegments = []\n", "[objective] segments", "a list of at least 1", "[]"),
+        (
+            "[student]\ntuning='lora'\nlora_targets = [1]\n",
+            "[student] lora_targets[0]",
+            "a valid string",
+            "1",
+        ),
+        ("where = {level = 3}\n", "[data] where[level]", "a valid string", "3"),
+        ("[truncation]\nfraction = 0.0\n", "[truncation] fraction", "from 1e-06 to 1.0", "0.0"),
+        ("[truncation]\nfraction = 1.01\n", "[truncation] fraction", "from 1e-06 to 1.0", "1.01"),
+        ("[batch]\nmicro_batch_size = 0\n", "[batch] micro_batch_size", "from 1 to 65,536", "0"),
+        ("[optim]\nlearning_rate = nan\n", "[optim] learning_rate", "a finite number", "nan"),
+        (
+            "[objective]\nkd_weight = -0.1\n",
+            "[objective] kd_weight",
+            "0, or from 1e-06 to 1.0",
+            "-0.1",
+        ),
+        ("[teacher]\nquantize_bits = 5\n", "[teacher] quantize_bits", "0, 4, 6 or 8", "5"),
+        (
+            '[optim]\noptimizer = "sgd"\n',
+            "[optim] optimizer",
+            "'adamw', 'adafactor' or 'lion'",
+            "'sgd'",
+        ),
+    ],
+)
+def test_a_value_that_does_not_fit_is_refused_with_what_was_expected(
+    write, text, where, expected, found
+):
     assert f"mine.toml: {where} should be {expected}" in refused(write, text)
     assert f", found {found}" in refused(write, text)
 
 
 def test_a_wrong_choice_gets_the_nearest(write):
-    assert refused(write, '[objective]\ndivergence = "foward_kl"\n').endswith("; did you mean 'forward_kl'?")
-    assert "[objective] segments[1] should be 'prompt', 'cot' or 'answer', found 'answr'; did you mean 'answer'?" in refused(
-        write, '[objective]\nsegments = ["cot", "answr"]\n')
+    assert refused(write, '[objective]\ndivergence = "foward_kl"\n').endswith(
+        "; did you mean 'forward_kl'?"
+    )
+    assert (
+        "[objective] segments[1] should be 'prompt', 'cot' or 'answer', found 'answr'; did you "
+        "mean 'answer'?" in refused(write, '[objective]\nsegments = ["cot", "answr"]\n')
+    )
 
 
 def test_a_whole_number_is_a_number(write):
@@ -103,22 +144,42 @@ def test_a_whole_number_is_a_number(write):
 # contradictions
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ('[student]\nmodel = ""\n', "[student] model is empty"),
-    ('[teacher]\nmodel = ""\n', "name a teacher or set kd_weight = 0"),
-    ('[truncation]\nkeep = "cot"\nfraction = 0.5\n', "set fraction = 1.0"),
-    ("[batch]\nmicro_batch_size = 16\n", "micro_batch_size 16 exceeds global_batch_size 8"),
-    ('[run]\nkeep_checkpoints = "last"\n', 'set export = "last" or keep_checkpoints = "last_and_best"'),
-    ("[eval]\nsamples = 4\n", "raise temperature"),
-    ('[teacher]\ncache = "hidden"\ncache_folder = ""\n', "name a folder"),
-    ('[teacher]\ncache = "hidden"\n[objective]\nkd_weight = 0.0\n', 'kd_weight = 0 uses none: set cache = "off"'),
-    ('[teacher]\ncache = "hidden"\n[truncation]\nkeep = "suffix"\nfraction = 0.5\n',
-     'set context = "keep", keep = "prefix", or cache = "off"'),
-    ('[teacher]\ncache = "top_k"\n[truncation]\nkeep = "middle"\nmax_tokens = 9\n', 'keep = "middle" drops the context'),
-    ('[teacher]\ncache = "top_k"\n[objective]\ntemperature = 2.0\n', "temperature is 2.0: set 1.0"),
-    ('[teacher]\ncache = "sampled"\n[objective]\ntemperature = 0.5\n', 'or cache = "hidden"'),
-    ('[teacher]\ncache = "sampled"\n[objective]\ndivergence = "jsd"\n', 'divergence is "jsd": set forward_kl'),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[student]\nmodel = ""\n', "[student] model is empty"),
+        ('[teacher]\nmodel = ""\n', "name a teacher or set kd_weight = 0"),
+        ('[truncation]\nkeep = "cot"\nfraction = 0.5\n', "set fraction = 1.0"),
+        ("[batch]\nmicro_batch_size = 16\n", "micro_batch_size 16 exceeds global_batch_size 8"),
+        (
+            '[run]\nkeep_checkpoints = "last"\n',
+            'set export = "last" or keep_checkpoints = "last_and_best"',
+        ),
+        ("[eval]\nsamples = 4\n", "raise temperature"),
+        ('[teacher]\ncache = "hidden"\ncache_folder = ""\n', "name a folder"),
+        (
+            '[teacher]\ncache = "hidden"\n[objective]\nkd_weight = 0.0\n',
+            'kd_weight = 0 uses none: set cache = "off"',
+        ),
+        (
+            '[teacher]\ncache = "hidden"\n[truncation]\nkeep = "suffix"\nfraction = 0.5\n',
+            'set context = "keep", keep = "prefix", or cache = "off"',
+        ),
+        (
+            '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "middle"\nmax_tokens = 9\n',
+            'keep = "middle" drops the context',
+        ),
+        (
+            '[teacher]\ncache = "top_k"\n[objective]\ntemperature = 2.0\n',
+            "temperature is 2.0: set 1.0",
+        ),
+        ('[teacher]\ncache = "sampled"\n[objective]\ntemperature = 0.5\n', 'or cache = "hidden"'),
+        (
+            '[teacher]\ncache = "sampled"\n[objective]\ndivergence = "jsd"\n',
+            'divergence is "jsd": set forward_kl',
+        ),
+    ],
+)
 def test_contradictions_are_refused_with_advice(write, text, said):
     message = refused(write, text)
     assert "mine.toml: [" in message and said in message
@@ -129,40 +190,64 @@ def test_a_recipe_without_data_is_refused(write):
         load_recipe(write('[data]\nsource = ""\n'))
 
 
-@pytest.mark.parametrize("text", [
-    '[teacher]\ncache = "hidden"\n[objective]\ntemperature = 2.0\ndivergence = "jsd"\n',
-    '[teacher]\ncache = "top_k"\n[objective]\ndivergence = "reverse_kl"\n',
-    '[teacher]\ncache = "sampled"\n[truncation]\nkeep = "suffix"\nfraction = 0.5\ncontext = "keep"\n',
-    '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "suffix"\n', '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "cot"\n',
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[teacher]\ncache = "hidden"\n[objective]\ntemperature = 2.0\ndivergence = "jsd"\n',
+        '[teacher]\ncache = "top_k"\n[objective]\ndivergence = "reverse_kl"\n',
+        '[teacher]\ncache = "sampled"\n[truncation]\nkeep = "suffix"\nfraction = 0.5\ncontext = '
+        '"keep"\n',
+        '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "suffix"\n',
+        '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "cot"\n',
+    ],
+)
 def test_what_a_cache_can_serve_is_accepted(write, text):
     assert load(write, text).teacher.cache != "off"
 
 
 UNREAD = {
-    ("teacher", "cache_folder", '"elsewhere"'): 'cache="hidden"', ("teacher", "cache_top_k", "8"): 'cache="top_k"',
+    ("teacher", "cache_folder", '"elsewhere"'): 'cache="hidden"',
+    ("teacher", "cache_top_k", "8"): 'cache="top_k"',
     ("teacher", "cache_samples", "8"): 'cache="sampled"',
     ("objective", "jsd_beta", "0.3"): 'divergence="jsd"',
     ("objective", "skew_alpha", "0.3"): 'divergence="skew_kl"',
-    ("student", "rank", "4"): 'tuning="lora"', ("student", "alpha", "8.0"): 'tuning="dora"',
-    ("student", "lora_layers", "1"): 'tuning="lora"', ("student", "lora_targets", '["q_proj"]'): 'tuning="lora"',
+    ("student", "rank", "4"): 'tuning="lora"',
+    ("student", "alpha", "8.0"): 'tuning="dora"',
+    ("student", "lora_layers", "1"): 'tuning="lora"',
+    ("student", "lora_targets", '["q_proj"]'): 'tuning="lora"',
     ("optim", "beta1", "0.8"): 'optimizer="lion"',
-    ("optim", "beta2", "0.99"): 'optimizer="adamw"', ("optim", "eps", "1e-6"): 'optimizer="adamw"',
+    ("optim", "beta2", "0.99"): 'optimizer="adamw"',
+    ("optim", "eps", "1e-6"): 'optimizer="adamw"',
     ("eval", "top_p", "0.9"): "temperature=0.7",
-    ("data", "prompt_column", '"q"'): 'format="gsm8k"', ("data", "cot_column", '"c"'): 'format="columns"',
-    ("data", "answer_column", '"a"'): 'format="columns"', ("data", "response_column", '"r"'): 'format="response"',
-    ("data", "messages_column", '"m"'): 'format="conversations"', ("teacher", "quantize_bits", "4"): 'model="some"',
+    ("data", "prompt_column", '"q"'): 'format="gsm8k"',
+    ("data", "cot_column", '"c"'): 'format="columns"',
+    ("data", "answer_column", '"a"'): 'format="columns"',
+    ("data", "response_column", '"r"'): 'format="response"',
+    ("data", "messages_column", '"m"'): 'format="conversations"',
+    ("teacher", "quantize_bits", "4"): 'model="some"',
 }
-UNREAD_WITH = {"objective": 'objective.divergence="reverse_kl"', "student": 'student.tuning="full"', "optim": 'optim.optimizer="adafactor"',
-               "eval": "eval.temperature=0.0"}
+UNREAD_WITH = {
+    "objective": 'objective.divergence="reverse_kl"',
+    "student": 'student.tuning="full"',
+    "optim": 'optim.optimizer="adafactor"',
+    "eval": "eval.temperature=0.0",
+}
 
 
 @pytest.mark.parametrize(("table", "field", "value"), UNREAD)
 def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
     reader = f"{table}.{UNREAD[table, field, value]}"
-    other = {"prompt_column": 'data.format="messages"', "cot_column": 'data.format="gsm8k"', "answer_column": 'data.format="response"',
-             "response_column": 'data.format="columns"', "messages_column": 'data.format="columns"', "quantize_bits": "teacher.model=",
-             "cache_folder": "teacher.cache=off", "cache_top_k": "teacher.cache=off", "cache_samples": "teacher.cache=off"}
+    other = {
+        "prompt_column": 'data.format="messages"',
+        "cot_column": 'data.format="gsm8k"',
+        "answer_column": 'data.format="response"',
+        "response_column": 'data.format="columns"',
+        "messages_column": 'data.format="columns"',
+        "quantize_bits": "teacher.model=",
+        "cache_folder": "teacher.cache=off",
+        "cache_top_k": "teacher.cache=off",
+        "cache_samples": "teacher.cache=off",
+    }
     deaf = (other.get(field) or UNREAD_WITH[table], "objective.kd_weight=0.0")
     read = load(write, "", reader, f"{table}.{field}={value}").model_dump(mode="json")
     assert read[table][field] == tomllib.loads(f"x={value}")["x"]
@@ -174,34 +259,51 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
 # --set
 
 
-@pytest.mark.parametrize(("override", "table", "field", "value"), [
-    ("optim.steps=7", "optim", "steps", 7), ("optim.learning_rate = 5e-4", "optim", "learning_rate", 5e-4),
-    ("run.name=first-try", "run", "name", "first-try"), ('run.name="quoted"', "run", "name", "quoted"), 
-    ("run.name=a=b", "run", "name", "a=b"),
-    ("data.source=models/a b.jsonl", "data", "source", "models/a b.jsonl"), ("eval.score_base=false", "eval", "score_base", False),
-    ('objective.segments=["cot","answer"]', "objective", "segments", ("cot", "answer")),
-    ('data.where={level="hard"}', "data", "where", {"level": "hard"}), ("eval.task=", "eval", "task", ""),
-])
+@pytest.mark.parametrize(
+    ("override", "table", "field", "value"),
+    [
+        ("optim.steps=7", "optim", "steps", 7),
+        ("optim.learning_rate = 5e-4", "optim", "learning_rate", 5e-4),
+        ("run.name=first-try", "run", "name", "first-try"),
+        ('run.name="quoted"', "run", "name", "quoted"),
+        ("run.name=a=b", "run", "name", "a=b"),
+        ("data.source=models/a b.jsonl", "data", "source", "models/a b.jsonl"),
+        ("eval.score_base=false", "eval", "score_base", False),
+        ('objective.segments=["cot","answer"]', "objective", "segments", ("cot", "answer")),
+        ('data.where={level="hard"}', "data", "where", {"level": "hard"}),
+        ("eval.task=", "eval", "task", ""),
+    ],
+)
 def test_set_overrides_one_field(write, override, table, field, value):
     assert getattr(getattr(load(write, '[run]\nname = "one"\n', override), table), field) == value
 
 
 def test_the_last_set_wins_and_passes_the_same_checks(write):
     assert load(write, "[optim]\nsteps = 1\n", "optim.steps=2", "optim.steps=3").optim.steps == 3
-    assert "[optim] steps should be a valid integer, found 'many'" in refused(write, "", "optim.steps=many")
+    assert "[optim] steps should be a valid integer, found 'many'" in refused(
+        write, "", "optim.steps=many"
+    )
     assert "did you mean 'fraction'" in refused(write, "", "truncation.fractoin=0.5")
     assert "micro_batch_size 9 exceeds" in refused(write, "", "batch.micro_batch_size=9")
 
 
 @pytest.mark.parametrize("override", ["steps=3", "optim.steps", "optim.=3", "=3", "optim", ""])
 def test_a_set_of_another_form_is_refused_with_an_example(write, override):
-    assert refused(write, "", override) == f"--set {override}: expected table.field=value, for example --set truncation.fraction=0.25"
+    assert (
+        refused(write, "", override)
+        == f"--set {override}: expected table.field=value, for example --set "
+        "truncation.fraction=0.25"
+    )
 
 
 def test_settings_of_eval_pass_the_same_checks():
     assert eval_table(("examples=7", "temperature=0.5")).examples == 7
-    for settings, said in ((("exampels=7",), "did you mean 'examples'"), (("examples=0",), "should be from 1 to 1,000,000,000, found 0"),
-                           (("samples=3",), "raise temperature"), (("7",), "expected")):
+    for settings, said in (
+        (("exampels=7",), "did you mean 'examples'"),
+        (("examples=0",), "should be from 1 to 1,000,000,000, found 0"),
+        (("samples=3",), "raise temperature"),
+        (("7",), "expected"),
+    ):
         with pytest.raises(RecipeError, match=said):
             eval_table(settings)
 
@@ -213,7 +315,10 @@ def test_a_missing_file_names_its_neighbour(write, tmp_path):
     write(MINIMAL, "cot50.toml")
     with pytest.raises(NotFound) as error:
         load_recipe(tmp_path / "cot5.toml")
-    assert str(error.value) == f"no recipe at {tmp_path / 'cot5.toml'}; did you mean {tmp_path / 'cot50.toml'}?"
+    assert (
+        str(error.value)
+        == f"no recipe at {tmp_path / 'cot5.toml'}; did you mean {tmp_path / 'cot50.toml'}?"
+    )
     with pytest.raises(NotFound, match="recipes/ has examples"):
         load_recipe(tmp_path / "nothing" / "like-it.toml")
     with pytest.raises(NotFound):
@@ -227,11 +332,18 @@ def test_a_file_that_is_not_toml_is_refused_with_the_place(tmp_path, text):
         load_recipe(tmp_path / "bad.toml")
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (b"\xff\xfe", "UTF-16"), (b"[data]\nsource = '\xff'", ", line 2: byte 0xff is not UTF-8"),
-    (b"run.seed = " + b"9" * 5000, ", line 1: not valid TOML: a number of more than 4,300 digits"),
-    (b"run.seed = " + b"[" * 5000, ", line 1: nested more than 100 levels deep"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe", "UTF-16"),
+        (b"[data]\nsource = '\xff'", ", line 2: byte 0xff is not UTF-8"),
+        (
+            b"run.seed = " + b"9" * 5000,
+            ", line 1: not valid TOML: a number of more than 4,300 digits",
+        ),
+        (b"run.seed = " + b"[" * 5000, ", line 1: nested more than 100 levels deep"),
+    ],
+)
 def test_a_file_that_no_one_can_read_is_one_line(tmp_path, content, said):
     (tmp_path / "bad.toml").write_bytes(content)
     with pytest.raises(RecipeError) as error:
@@ -244,30 +356,43 @@ def test_a_mark_and_windows_line_ends_are_read(tmp_path):
     assert load_recipe(tmp_path / "windows.toml").optim.steps == 3
 
 
-@pytest.mark.parametrize(("override", "said"), [
-    ("run.seed=" + "[" * 2000, "--set run.seed, line 1: nested more than 100 levels deep"),
-    ("run.seed=" + "9" * 5000, "a number of more than 4,300 digits"),
-    ("run.seed=" + "9" * 4000, "an integer of more than 1,024 bits"), ("run.seed=" + "9" * 300, "…99999"),
-    ("run.seed=07:32:00", "a valid integer, found datetime.time(7, 32)"),
-    ("run.name=07:32:00", "a valid string, found datetime.time(7, 32)"),
-    ("optim.eps=1e-999", "the number 1e-999 is out of a float's range"),
-    ("run.seed", "expected table.field=value"),
-    ("=", "expected table.field=value"),
-    ("data.source=half \udcff", "is not text in UTF-8"),
-    ("data.where={a = '\ud83d'}", "is not text in UTF-8"),
-    ("run.name=" + "y" * 300, "[run] name has 300 bytes"),
-    ('run.name="a\\u001b[2J"', "is not the plain name of a folder"),
-    ('run.name="a\\u0000"', "is not the plain name of a folder"),
-    ("teacher.model=~nobody-here/x", "[teacher] model: there is no home folder '~nobody-here'"),
-    ("student.model=" + "y" * 300, "[student] model: a name in a path can have 255 bytes"),
-    ("data.source=~nobody-here/x.jsonl", "[data] source: there is no home folder"),
-    ("run.folder=~nobody-here/x", "[run] folder: there is no home folder"),
-    ("run.folder=a/" + "y" * 256, "[run] folder: a name in a path can have 255 bytes, found one of 256"),
-    ('run.folder="a\\u0000b"', "[run] folder: a path cannot hold a NUL character"),
-    ("teacher.cache_folder=" + "y/" * 3000, "[teacher] cache_folder: a path can have 4,096 bytes"),
-    ("eval.task=jsonl:~nobody-here/x", "[eval] task: there is no home folder"),
-    ('eval.compare=["' + "y" * 300 + '"]', "[eval] compare: a name in a path can have 255 bytes"),
-])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.seed=" + "[" * 2000, "--set run.seed, line 1: nested more than 100 levels deep"),
+        ("run.seed=" + "9" * 5000, "a number of more than 4,300 digits"),
+        ("run.seed=" + "9" * 4000, "an integer of more than 1,024 bits"),
+        ("run.seed=" + "9" * 300, "…99999"),
+        ("run.seed=07:32:00", "a valid integer, found datetime.time(7, 32)"),
+        ("run.name=07:32:00", "a valid string, found datetime.time(7, 32)"),
+        ("optim.eps=1e-999", "the number 1e-999 is out of a float's range"),
+        ("run.seed", "expected table.field=value"),
+        ("=", "expected table.field=value"),
+        ("data.source=half \udcff", "is not text in UTF-8"),
+        ("data.where={a = '\ud83d'}", "is not text in UTF-8"),
+        ("run.name=" + "y" * 300, "[run] name has 300 bytes"),
+        ('run.name="a\\u001b[2J"', "is not the plain name of a folder"),
+        ('run.name="a\\u0000"', "is not the plain name of a folder"),
+        ("teacher.model=~nobody-here/x", "[teacher] model: there is no home folder '~nobody-here'"),
+        ("student.model=" + "y" * 300, "[student] model: a name in a path can have 255 bytes"),
+        ("data.source=~nobody-here/x.jsonl", "[data] source: there is no home folder"),
+        ("run.folder=~nobody-here/x", "[run] folder: there is no home folder"),
+        (
+            "run.folder=a/" + "y" * 256,
+            "[run] folder: a name in a path can have 255 bytes, found one of 256",
+        ),
+        ('run.folder="a\\u0000b"', "[run] folder: a path cannot hold a NUL character"),
+        (
+            "teacher.cache_folder=" + "y/" * 3000,
+            "[teacher] cache_folder: a path can have 4,096 bytes",
+        ),
+        ("eval.task=jsonl:~nobody-here/x", "[eval] task: there is no home folder"),
+        (
+            'eval.compare=["' + "y" * 300 + '"]',
+            "[eval] compare: a name in a path can have 255 bytes",
+        ),
+    ],
+)
 def test_an_override_that_cannot_be_is_one_short_line(write, override, said):
     message = refused(write, '[teacher]\ncache = "hidden"\n', override)
     assert said in message and len(message) < 800
@@ -289,8 +414,10 @@ def test_a_file_whose_name_no_run_can_have_is_refused_and_may_name_its_run(write
 # ranges
 
 NUMBERS = [
-    (table, field, info) for table, part in Recipe.model_fields.items()
-    for field, info in part.annotation.model_fields.items() if info.annotation in (int, float)
+    (table, field, info)
+    for table, part in Recipe.model_fields.items()
+    for field, info in part.annotation.model_fields.items()
+    if info.annotation in (int, float)
 ]
 
 
@@ -299,7 +426,9 @@ def range_of(info) -> Range:
     return found
 
 
-@pytest.mark.parametrize(("table", "field", "info"), NUMBERS, ids=[f"{table}.{field}" for table, field, _ in NUMBERS])
+@pytest.mark.parametrize(
+    ("table", "field", "info"), NUMBERS, ids=[f"{table}.{field}" for table, field, _ in NUMBERS]
+)
 def test_every_number_has_a_range_that_ends_where_it_says(table, field, info):
     """Of the table alone, so that no other field of a recipe has a say."""
     part, bounds, kind = Recipe.model_fields[table].annotation, range_of(info), info.annotation
@@ -307,23 +436,52 @@ def test_every_number_has_a_range_that_ends_where_it_says(table, field, info):
     assert 0 <= bounds.low < bounds.high < 2**63
     for good in (bounds.low, bounds.high, *([0] if bounds.or_zero else [])):
         assert getattr(part.model_validate({field: kind(good)}), field) == good
-    below, above = (bounds.low - 1, bounds.high + 1) if kind is int else (bounds.low * 0.999, bounds.high * 1.001)
-    for bad in (below, above, -1, 2**63, 2**64, 10**400, *([5e-324, 1e300, -1e-30] if kind is float else [])):
+    below, above = (
+        (bounds.low - 1, bounds.high + 1)
+        if kind is int
+        else (bounds.low * 0.999, bounds.high * 1.001)
+    )
+    for bad in (
+        below,
+        above,
+        -1,
+        2**63,
+        2**64,
+        10**400,
+        *([5e-324, 1e300, -1e-30] if kind is float else []),
+    ):
         with pytest.raises(RecipeError) as error:
             build_recipe({table: {field: bad}}, Path("mine.toml"))
         line = str(error.value)
-        assert line.startswith(f"mine.toml: [{table}] {field} should be ") and ", found " in line and len(line) < 800
+        assert (
+            line.startswith(f"mine.toml: [{table}] {field} should be ")
+            and ", found " in line
+            and len(line) < 800
+        )
         assert str(bounds) in line or "a valid number" in line  # 10**400 is no float at all
 
 
-@pytest.mark.parametrize("override", [
-    "objective.temperature=1e-30", "objective.temperature=1e300", "optim.eps=1e300", "optim.learning_rate=5e-324",
-    "optim.max_grad_norm=1e-30", "objective.chunk_tokens=2147483648", "batch.pad_multiple=18446744073709551616",
-    "run.seed=9223372036854775808", "eval.seed=18446744073709551616", "optim.beta2=0.9999999999999999",
-])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "objective.temperature=1e-30",
+        "objective.temperature=1e300",
+        "optim.eps=1e300",
+        "optim.learning_rate=5e-324",
+        "optim.max_grad_norm=1e-30",
+        "objective.chunk_tokens=2147483648",
+        "batch.pad_multiple=18446744073709551616",
+        "run.seed=9223372036854775808",
+        "eval.seed=18446744073709551616",
+        "optim.beta2=0.9999999999999999",
+    ],
+)
 def test_numbers_that_made_nonsense_in_silence_are_refused_with_their_range(write, override):
     table, field = override.partition("=")[0].split(".")
-    assert re.search(rf"\[{table}\] {field} should be (0, or )?from .* to .*, found ", refused(write, "", override))
+    assert re.search(
+        rf"\[{table}\] {field} should be (0, or )?from .* to .*, found ",
+        refused(write, "", override),
+    )
 
 
 def test_the_reference_says_every_range():
@@ -343,29 +501,60 @@ def test_a_recipe_without_a_name_is_called_after_its_file(write):
 
 def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(write):
     recipe = load(write)
-    for same in ("run.name=x", "run.folder=elsewhere", 'eval.compare=["a"]', "optim.steps=0", "teacher.cache=off"):
+    for same in (
+        "run.name=x",
+        "run.folder=elsewhere",
+        'eval.compare=["a"]',
+        "optim.steps=0",
+        "teacher.cache=off",
+    ):
         assert load(write, "", same).digest() == recipe.digest()
-    for other in ("run.seed=1", "optim.steps=1", "eval.examples=1", "teacher.revision=x", 'data.where={a="b"}'):
+    for other in (
+        "run.seed=1",
+        "optim.steps=1",
+        "eval.examples=1",
+        "teacher.revision=x",
+        'data.where={a="b"}',
+    ):
         assert load(write, "", other).digest() != recipe.digest()
     assert re.fullmatch("[0-9a-f]{16}", recipe.digest())
     cached = load(write, "", "teacher.cache=top_k")
-    assert cached.digest() == load(write, "", "teacher.cache=top_k", "teacher.cache_folder=elsewhere").digest() != recipe.digest()
-    outside = {"teacher": {"cache_folder"}, "run": {"name", "folder"}, "eval": {"compare", "score_teacher", "score_base"}}
+    assert (
+        cached.digest()
+        == load(write, "", "teacher.cache=top_k", "teacher.cache_folder=elsewhere").digest()
+        != recipe.digest()
+    )
+    outside = {
+        "teacher": {"cache_folder"},
+        "run": {"name", "folder"},
+        "eval": {"compare", "score_teacher", "score_base"},
+    }
     assert outside == OUTSIDE_DIGEST
 
 
 def test_the_resolved_text_loads_as_an_equal_recipe(write, tmp_path):
     text = '[objective]\nsegments = ["prompt", "answer"]\n'
-    recipe = load(write, text, 'data.where={"odd key"="ü\\"\\n"}', "optim.eps=1e-12", "run.name=a b",
-                  'eval.compare=["runs/one"]')
+    recipe = load(
+        write,
+        text,
+        'data.where={"odd key"="ü\\"\\n"}',
+        "optim.eps=1e-12",
+        "run.name=a b",
+        'eval.compare=["runs/one"]',
+    )
     assert load_recipe(write(recipe.toml(), "again.toml")) == recipe
     assert set(tomllib.loads(recipe.toml())) == set(Recipe.model_fields)
 
 
 def test_differences_name_each_field_of_the_digest_once(write):
     recipe = load(write)
-    other = load(write, "", "optim.steps=3", 'objective.segments=["cot","answer"]', "run.folder=elsewhere")
-    assert recipe.differences(other) == ["objective.segments: ['cot'] → ['cot', 'answer']", "optim.steps: 0 → 3"]
+    other = load(
+        write, "", "optim.steps=3", 'objective.segments=["cot","answer"]', "run.folder=elsewhere"
+    )
+    assert recipe.differences(other) == [
+        "objective.segments: ['cot'] → ['cot', 'answer']",
+        "optim.steps: 0 → 3",
+    ]
     assert recipe.differences(recipe) == []
 
 
@@ -376,20 +565,28 @@ def test_the_reference_is_the_defaults_field_by_field_with_a_comment_each():
     path = RECIPES / "reference.toml"
     text = path.read_text()
     written = tomllib.loads(text)
-    assert sorted((table, field) for table, fields in written.items() for field in fields) == sorted(FIELDS)
+    assert sorted(
+        (table, field) for table, fields in written.items() for field in fields
+    ) == sorted(FIELDS)
     for table, field in FIELDS:
         default = Recipe.model_fields[table].annotation.model_fields[field].default
         if (table, field) == ("data", "source"):
             default = default or f"embedded:{task.NAME}"
         expected = list(default) if isinstance(default, tuple) else default
-        assert (written[table][field], type(written[table][field])) == (expected, type(expected)), (table, field)
+        assert (written[table][field], type(written[table][field])) == (expected, type(expected)), (
+            table,
+            field,
+        )
     for line in text.splitlines():
         assert not line or line.startswith("[") or "#" in line, line
     assert load_recipe(path).run.name == "reference"
 
 
 def test_no_default_is_none():
-    assert all(Recipe.model_fields[table].annotation.model_fields[field].default is not None for table, field in FIELDS)
+    assert all(
+        Recipe.model_fields[table].annotation.model_fields[field].default is not None
+        for table, field in FIELDS
+    )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)

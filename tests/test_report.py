@@ -1,4 +1,6 @@
-"""The report: the numbers on it are those of the files, what is missing is said, and the page needs nothing else."""
+"""The report: the numbers on it are those of the files, what is missing is said, and the page needs
+nothing else.
+"""
 
 import json
 import math
@@ -19,83 +21,190 @@ from mlx_distill.scoring.intervals import interval
 from mlx_distill.scoring.score import Score
 from mlx_distill.words import amount, duration, points
 
-PARTS = ("recipe.toml", "manifest.json", "metrics.jsonl", "validation.jsonl", "eval.json", "sample.json")
+PARTS = (
+    "recipe.toml",
+    "manifest.json",
+    "metrics.jsonl",
+    "validation.jsonl",
+    "eval.json",
+    "sample.json",
+)
 
 
 def make_score(right, problems=500, unfinished=0.01, start=0):
     """A score that solves the first `right` problems, from `start` on."""
     correct = {f"p{(i + start) % problems}": [float(i < right)] for i in range(problems)}
     low, high = interval(correct.values())
-    return Score(right / problems, low, high, problems, 1, correct, unfinished, 1 - unfinished - 0.002, 143.2, 21.4)
+    return Score(
+        right / problems,
+        low,
+        high,
+        problems,
+        1,
+        correct,
+        unfinished,
+        1 - unfinished - 0.002,
+        143.2,
+        21.4,
+    )
 
 
 def make_recipe(name, kd_weight=0.5, compare=(), fraction=0.5):
-    return Recipe.model_validate({
-        "teacher": {"model": "embedded:teacher"}, "student": {"model": "embedded:student"},
-        "data": {"source": "embedded:chain", "train_examples": 2000},
-        "truncation": {"fraction": fraction}, "objective": {"kd_weight": kd_weight},
-        "optim": {"learning_rate": 1e-3, "epochs": 2},
-        "eval": {"task": "embedded:chain", "compare": compare}, "run": {"name": name},
-    })
+    return Recipe.model_validate(
+        {
+            "teacher": {"model": "embedded:teacher"},
+            "student": {"model": "embedded:student"},
+            "data": {"source": "embedded:chain", "train_examples": 2000},
+            "truncation": {"fraction": fraction},
+            "objective": {"kd_weight": kd_weight},
+            "optim": {"learning_rate": 1e-3, "epochs": 2},
+            "eval": {"task": "embedded:chain", "compare": compare},
+            "run": {"name": name},
+        }
+    )
 
 
 def make_sample():
     random_ = random.Random(3)
-    digits = "".join(f"{a} + {b} = {a + b}; " for a, b in ((random_.randrange(90), random_.randrange(90)) for _ in range(22)))
-    whole = [("prompt", t) for t in "<|user|>Start at 17 & add what follows, then <b>tell</b> me the end.<|assistant|>"]
-    whole += [("cot", "<think>"), ("cot", "\n"), *[("cot", c) for c in digits], ("cot", "</think>"), ("cot", "\n")]
+    digits = "".join(
+        f"{a} + {b} = {a + b}; "
+        for a, b in ((random_.randrange(90), random_.randrange(90)) for _ in range(22))
+    )
+    whole = [
+        ("prompt", t)
+        for t in "<|user|>Start at 17 & add what follows, then <b>tell</b> me the end.<|assistant|>"
+    ]
+    whole += [
+        ("cot", "<think>"),
+        ("cot", "\n"),
+        *[("cot", c) for c in digits],
+        ("cot", "</think>"),
+        ("cot", "\n"),
+    ]
     whole += [("answer", c) for c in "861"] + [("answer", "<|end|>")]
     half = len(whole) // 2
-    return [{"text": text, "segment": segment, "kept": i < half, "supervised": i < half and segment == "cot"}
-            for i, (segment, text) in enumerate(whole)]
+    return [
+        {
+            "text": text,
+            "segment": segment,
+            "kept": i < half,
+            "supervised": i < half and segment == "cot",
+        }
+        for i, (segment, text) in enumerate(whole)
+    ]
 
 
-def write_run(folder: Path, kd_weight=0.5, student=356, compare=(), seed=0, steps=500, fraction=0.5, floor=0.2) -> Path:
+def write_run(
+    folder: Path, kd_weight=0.5, student=356, compare=(), seed=0, steps=500, fraction=0.5, floor=0.2
+) -> Path:
     """A run folder as `run_dir.py` lays it out, with curves that look like a real run's."""
     noise = random.Random(seed)
     folder.mkdir(parents=True)
-    (folder / "recipe.toml").write_text(make_recipe(folder.name, kd_weight, compare, fraction).toml(), encoding="utf-8")
+    (folder / "recipe.toml").write_text(
+        make_recipe(folder.name, kd_weight, compare, fraction).toml(), encoding="utf-8"
+    )
     metrics, seen = [], 0
     for step in range(1, steps + 1):
         kd = (1.4 * math.exp(-step / 60) + floor) * noise.uniform(0.85, 1.15)
         ce = (1.6 * math.exp(-step / 70) + 1.5 * floor) * noise.uniform(0.88, 1.12)
         tokens = noise.randrange(1800, 2300)
         seen += tokens
-        metrics.append({
-            "step": step, "loss": kd_weight * kd + (1 - kd_weight) * ce, "kd": kd, "ce": ce, "kd_cot": kd,
-            "grad_norm": 0.4, "learning_rate": 1e-3, "tokens": tokens, "tokens_seen": seen, "loss_tokens": tokens // 2,
-            "seconds": 0.41, "tokens_per_second": tokens / 0.41, "active_bytes": 61_400_000, "cache_bytes": 120_000_000,
-            "peak_bytes": 412_345_678 if step == 7 else 399_000_000,
-        })
+        metrics.append(
+            {
+                "step": step,
+                "loss": kd_weight * kd + (1 - kd_weight) * ce,
+                "kd": kd,
+                "ce": ce,
+                "kd_cot": kd,
+                "grad_norm": 0.4,
+                "learning_rate": 1e-3,
+                "tokens": tokens,
+                "tokens_seen": seen,
+                "loss_tokens": tokens // 2,
+                "seconds": 0.41,
+                "tokens_per_second": tokens / 0.41,
+                "active_bytes": 61_400_000,
+                "cache_bytes": 120_000_000,
+                "peak_bytes": 412_345_678 if step == 7 else 399_000_000,
+            }
+        )
     validation = []
     for step in range(0, steps + 1, 50):
         near = math.exp(-step / 90)
-        row = {"step": step, "kl": 1.75 * near + floor, "ce": 1.9 * near + 1.4 * floor, "agree": 0.93 - 0.5 * near}
+        row = {
+            "step": step,
+            "kl": 1.75 * near + floor,
+            "ce": 1.9 * near + 1.4 * floor,
+            "agree": 0.93 - 0.5 * near,
+        }
         for part, scale in (("prompt", 1.4), ("cot", 1.0), ("answer", 0.6)):
-            row |= {f"kl_{part}": row["kl"] * scale, f"ce_{part}": row["ce"] * scale, f"agree_{part}": row["agree"] ** scale,
-                    f"tokens_{part}": 4000}
+            row |= {
+                f"kl_{part}": row["kl"] * scale,
+                f"ce_{part}": row["ce"] * scale,
+                f"agree_{part}": row["agree"] ** scale,
+                f"tokens_{part}": 4000,
+            }
         validation.append(row)
     manifest = {
-        "name": folder.name, "recipe_digest": "0123456789abcdef", "backend": "mlx", "device": "cpu", "dtype": "float32",
-        "backend_reason": "no Metal and no CUDA here, so MLX on the CPU", "versions": {"mlx": "0.32.4", "python": "3.11.7"},
-        "machine": {"system": "Linux x86_64", "cores": 2, "memory_bytes": 17179869184, "blas": "OpenBLAS 0.3.21"},
-        "git_commit": "a1b2c3d", "seed": 42, "created": "2025-11-23 02:40", "elapsed_seconds": 252.4, "finished": True,
-        "models": {"teacher": {"name": "embedded:teacher", "fingerprint": "9f2c41d07ab3", "parameters": 864_512},
-                   "student": {"name": "embedded:student", "fingerprint": "17be0c55d2f1", "parameters": 433_152}},
-        "data": {"read": 2064, "kept": 1987, "train": 1923, "validation": 64,
-                 "dropped": {"no supervised token": 13, "longer than longest_tokens": 64},
-                 "not_used": {"column source": 2064, "key name": 1},
-                 "segments": {"prompt": {"before": 180_112, "after": 180_112, "supervised": 0},
-                              "cot": {"before": 402_340, "after": 124_113, "supervised": 124_113},
-                              "answer": {"before": 25_998, "after": 0, "supervised": 0}}},
-        "steps": steps, "exported_step": steps - 50,
+        "name": folder.name,
+        "recipe_digest": "0123456789abcdef",
+        "backend": "mlx",
+        "device": "cpu",
+        "dtype": "float32",
+        "backend_reason": "no Metal and no CUDA here, so MLX on the CPU",
+        "versions": {"mlx": "0.32.4", "python": "3.11.7"},
+        "machine": {
+            "system": "Linux x86_64",
+            "cores": 2,
+            "memory_bytes": 17179869184,
+            "blas": "OpenBLAS 0.3.21",
+        },
+        "git_commit": "a1b2c3d",
+        "seed": 42,
+        "created": "2025-11-23 02:40",
+        "elapsed_seconds": 252.4,
+        "finished": True,
+        "models": {
+            "teacher": {
+                "name": "embedded:teacher",
+                "fingerprint": "9f2c41d07ab3",
+                "parameters": 864_512,
+            },
+            "student": {
+                "name": "embedded:student",
+                "fingerprint": "17be0c55d2f1",
+                "parameters": 433_152,
+            },
+        },
+        "data": {
+            "read": 2064,
+            "kept": 1987,
+            "train": 1923,
+            "validation": 64,
+            "dropped": {"no supervised token": 13, "longer than longest_tokens": 64},
+            "not_used": {"column source": 2064, "key name": 1},
+            "segments": {
+                "prompt": {"before": 180_112, "after": 180_112, "supervised": 0},
+                "cot": {"before": 402_340, "after": 124_113, "supervised": 124_113},
+                "answer": {"before": 25_998, "after": 0, "supervised": 0},
+            },
+        },
+        "steps": steps,
+        "exported_step": steps - 50,
         "flops": {"teacher": 1.8e12, "student": 2.7e12, "head": 0.4e12, "total": 4.9e12},
     }
-    scores = {"teacher": make_score(487), "base": make_score(119, unfinished=0.036), "student": make_score(student)}
+    scores = {
+        "teacher": make_score(487),
+        "base": make_score(119, unfinished=0.036),
+        "student": make_score(student),
+    }
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "validation.jsonl", validation)
     write_json(folder / "manifest.json", manifest)
-    write_json(folder / "eval.json", {"task": "embedded:chain", "scores": {key: one.to_json() for key, one in scores.items()}})
+    write_json(
+        folder / "eval.json",
+        {"task": "embedded:chain", "scores": {key: one.to_json() for key, one in scores.items()}},
+    )
     write_json(folder / "sample.json", make_sample())
     return folder
 
@@ -125,27 +234,38 @@ def page_of(*runs, out):
 def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     plain = write_run(root / "cot50-ce", kd_weight=0.0, student=311, seed=1)
-    return {"plain": plain, "main": write_run(root / "cot50", compare=(str(plain),)), "out": root / "out"}
+    return {
+        "plain": plain,
+        "main": write_run(root / "cot50", compare=(str(plain),)),
+        "out": root / "out",
+    }
 
 
 def test_the_numbers_on_the_page_are_those_of_the_files(runs):
     _, text = page_of(runs["main"], out=runs["out"])
-    validation = [json.loads(line) for line in (runs["main"] / "validation.jsonl").read_text().splitlines()]
-    metrics = [json.loads(line) for line in (runs["main"] / "metrics.jsonl").read_text().splitlines()]
+    validation = [
+        json.loads(line) for line in (runs["main"] / "validation.jsonl").read_text().splitlines()
+    ]
+    metrics = [
+        json.loads(line) for line in (runs["main"] / "metrics.jsonl").read_text().splitlines()
+    ]
     for expected in (
-        "The student solves 71.2 % of 500 problems, up from 23.8 % before; the teacher solves 97.4 %.",
+        "The student solves 71.2 % of 500 problems, up from 23.8 % before; the teacher solves "
+        "97.4 %.",
         "73.1 % of the teacher's accuracy and 64.4 % of its lead",  # 356/487 and 237/368
         "student after 71.2 % 67.1 % to 75.0 %",
         "student before better +47.4",
         "teacher worse −26.2",
         "cot50-ce better +9.0",
         f"chain of thought {validation[0]['kl_cot']:.2f} → {validation[-1]['kl_cot']:.3f}",
-        f"answer {100 * validation[0]['agree_answer']:.1f} % → {100 * validation[-1]['agree_answer']:.1f} %",
+        f"answer {100 * validation[0]['agree_answer']:.1f} % → "
+        f"{100 * validation[-1]['agree_answer']:.1f} %",
         "training time 4 min 12 s 500 of 500 steps",
         "peak memory 412 MB active 61.4 MB, cache 120 MB",
         f"tokens read {metrics[-1]['tokens_seen'] / 1e6:.2f} M",
         "arithmetic 4.9 TFLOP teacher 1.8 T, student 2.7 T, head 400 G",
-        "read 2,064 dropped: no supervised token 13 dropped: longer than longest_tokens 64 kept 1,987 for training 1,923",
+        "read 2,064 dropped: no supervised token 13 dropped: longer than longest_tokens 64 kept "
+        "1,987 for training 1,923",
         "Not used: column source in 2,064 rows, key name in 1 turn.",
         "chain of thought 402,340 124,113 30.8 % 124,113",
         "all 608,450 304,225 50.0 % 124,113",
@@ -157,9 +277,15 @@ def test_the_numbers_on_the_page_are_those_of_the_files(runs):
 
 def test_the_page_says_how_answers_were_compared(tmp_path):
     run = write_run(tmp_path / "run")
-    change_json(run / "eval.json", lambda told: told.update(compared={"mathematics": 480, "text": 20, "odd": "x"}))
+    change_json(
+        run / "eval.json",
+        lambda told: told.update(compared={"mathematics": 480, "text": 20, "odd": "x"}),
+    )
     _, text = page_of(run, out=tmp_path / "out")
-    assert "Answers are compared with the expected ones: 480 as mathematics, 20 as text, – as odd." in text
+    assert (
+        "Answers are compared with the expected ones: 480 as mathematics, 20 as text, – as odd."
+        in text
+    )
     change_json(run / "eval.json", lambda told: told.update(compared=5))
     assert "Answers are compared" not in page_of(run, out=tmp_path / "out")[1]
 
@@ -168,9 +294,15 @@ def test_bars_and_error_bars_are_as_long_as_the_scores(runs):
     html, _ = page_of(runs["main"], out=runs["out"])
     scores = json.loads((runs["main"] / "eval.json").read_text())["scores"]
     for model, score in scores.items():
-        bar = re.search(rf'<div class="bar {model}".*?width:([\d.]+)%.*?left:([\d.]+)%;width:([\d.]+)%', html, re.S)
+        bar = re.search(
+            rf'<div class="bar {model}".*?width:([\d.]+)%.*?left:([\d.]+)%;width:([\d.]+)%',
+            html,
+            re.S,
+        )
         value, low, width = map(float, bar.groups())
-        assert (value, low, low + width) == pytest.approx([100 * score[key] for key in ("accuracy", "low", "high")], abs=2e-3)
+        assert (value, low, low + width) == pytest.approx(
+            [100 * score[key] for key in ("accuracy", "low", "high")], abs=2e-3
+        )
 
 
 def test_the_page_needs_nothing_but_itself(runs):
@@ -181,8 +313,10 @@ def test_the_page_needs_nothing_but_itself(runs):
 
 def test_a_compared_run_is_named_by_what_sets_it_apart(runs):
     _, text = page_of(runs["main"], out=runs["out"])
-    assert ("cot50 is better than cot50-ce (same recipe with kd_weight = 0.0): +9.0 points, "
-            "95 % interval +6.4 to +11.5, which excludes zero (500 shared problems).") in text
+    assert (
+        "cot50 is better than cot50-ce (same recipe with kd_weight = 0.0): +9.0 points, "
+        "95 % interval +6.4 to +11.5, which excludes zero (500 shared problems)."
+    ) in text
     markdown = (runs["out"] / "report.md").read_text(encoding="utf-8")
     assert "cot50 is better than cot50-ce" in markdown
     row = r"| cot50 | cot50-ce (same recipe with kd\_weight = 0.0) | 62.2 % | 57.9 % to 66.3 % | 500 | 1.0 % | 98.8 % | 143.2 |"
@@ -193,8 +327,12 @@ def test_a_compared_run_is_named_by_what_sets_it_apart(runs):
     ("student", "sentence"),
     [
         (300, "new is worse than old"),
-        (356, "No clear difference between new and old (same recipe with kd_weight = 0.0): 0.0 points, "
-              "95 % interval −0.6 to +0.6, which includes zero"),
+        (
+            356,
+            "No clear difference between new and old (same recipe with kd_weight = 0.0): 0.0 "
+            "points, "
+            "95 % interval −0.6 to +0.6, which includes zero",
+        ),
         (380, "new is better than old"),
     ],
 )
@@ -206,10 +344,17 @@ def test_the_verdict_is_computed(tmp_path, student, sentence):
 
 def test_what_cannot_be_compared_is_said(tmp_path):
     other = write_run(tmp_path / "other", steps=50)
-    change_json(other / "eval.json", lambda content: content["scores"]["student"].update(correct={"elsewhere": [1.0]}))
+    change_json(
+        other / "eval.json",
+        lambda content: content["scores"]["student"].update(correct={"elsewhere": [1.0]}),
+    )
     unscored = write_run(tmp_path / "unscored", steps=50)
     (unscored / "eval.json").unlink()
-    run = write_run(tmp_path / "run", compare=(str(other), str(unscored), "no/such/run", str(tmp_path)), steps=50)
+    run = write_run(
+        tmp_path / "run",
+        compare=(str(other), str(unscored), "no/such/run", str(tmp_path)),
+        steps=50,
+    )
     _, text = page_of(run, out=tmp_path)
     assert "other was scored on other problems, so it is not compared with run." in text
     assert "unscored has no score, so run and unscored are not compared." in text
@@ -217,7 +362,9 @@ def test_what_cannot_be_compared_is_said(tmp_path):
     assert f"no run in {tmp_path}: it holds neither recipe.toml nor manifest.json" in text
 
 
-def test_a_compared_run_is_found_from_the_recipes_folder_and_the_working_folder(tmp_path, monkeypatch):
+def test_a_compared_run_is_found_from_the_recipes_folder_and_the_working_folder(
+    tmp_path, monkeypatch
+):
     write_run(tmp_path / "recipes" / "kept", kd_weight=0.0, student=311, steps=50)
     run = write_run(tmp_path / "runs" / "run", compare=("kept",), steps=50)
     assert "there is no such run folder" in page_of(run, out=tmp_path)[1]
@@ -244,7 +391,10 @@ def test_a_missing_part_is_one_line(tmp_path, part, line):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("content", ["", "{", "null", "[]", "{}", "[[1]]", '{"scores": {"student": {"accuracy": 1}}}', "\udcff"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "null", "[]", "{}", "[[1]]", '{"scores": {"student": {"accuracy": 1}}}', "\udcff"],
+)
 def test_a_broken_part_is_no_crash(tmp_path, part, content):
     run = write_run(tmp_path / "run", steps=20)
     (run / part).write_bytes(content.encode("utf-8", "surrogateescape"))
@@ -265,14 +415,25 @@ def test_nothing_known_is_nothing_invented(tmp_path):
 def test_the_kl_after_is_that_of_the_exported_step(tmp_path):
     run = write_run(tmp_path / "run", steps=100)
     measured = ((0, 2.0), (50, 0.25), (100, 0.5))
-    write_lines(run / "validation.jsonl", [{"step": step, "kl": 9.0, "kl_cot": kl, "tokens_cot": 10.0} for step, kl in measured])
+    write_lines(
+        run / "validation.jsonl",
+        [{"step": step, "kl": 9.0, "kl_cot": kl, "tokens_cot": 10.0} for step, kl in measured],
+    )
     (run / "eval.json").unlink()
-    headline = "run has not been scored; its validation KL to the teacher went from 2.00 to {} nats per token."
+    headline = (
+        "run has not been scored; its validation KL to the teacher went from 2.00 to {} "
+        "nats per token."
+    )
     assert report([run], tmp_path).headline == headline.format("0.250")
     change_json(run / "manifest.json", lambda manifest: manifest.pop("exported_step"))
     assert report([run], tmp_path).headline == headline.format("0.500")
-    sentence = "supervised segments: 2.00 nats per token before training, 0.500 at the student's step."
-    assert sentence in (tmp_path / "report.md").read_text(encoding="utf-8") and sentence in page_of(run, out=tmp_path)[1]
+    sentence = (
+        "supervised segments: 2.00 nats per token before training, 0.500 at the student's step."
+    )
+    assert (
+        sentence in (tmp_path / "report.md").read_text(encoding="utf-8")
+        and sentence in page_of(run, out=tmp_path)[1]
+    )
     write_lines(run / "validation.jsonl", [{"step": 50, "kl": 0.25}])
     assert report([run], tmp_path).headline == "run has not been scored."
     assert "before training" not in page_of(run, out=tmp_path)[1]
@@ -281,7 +442,10 @@ def test_the_kl_after_is_that_of_the_exported_step(tmp_path):
 def test_an_unfinished_run_says_so(tmp_path):
     run = write_run(tmp_path / "run", steps=50)
     assert "not finished" not in page_of(run, out=tmp_path)[1]
-    change_json(run / "manifest.json", lambda manifest: (manifest.pop("finished"), manifest.update(steps=400)))
+    change_json(
+        run / "manifest.json",
+        lambda manifest: (manifest.pop("finished"), manifest.update(steps=400)),
+    )
     with (run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 51, "lo')
     _, text = page_of(run, out=tmp_path)
@@ -292,11 +456,24 @@ def test_an_unfinished_run_says_so(tmp_path):
 def test_text_of_the_run_is_escaped(tmp_path):
     run = write_run(tmp_path / "run", steps=20)
     evil = "<script>alert('1')</script>\"><b>"
-    change_json(run / "manifest.json", lambda manifest: (
-        manifest.update(name=evil, device=evil), manifest["data"]["dropped"].update({evil: 1}), manifest["machine"].update({evil: evil})))
+    change_json(
+        run / "manifest.json",
+        lambda manifest: (
+            manifest.update(name=evil, device=evil),
+            manifest["data"]["dropped"].update({evil: 1}),
+            manifest["machine"].update({evil: evil}),
+        ),
+    )
     change_json(run / "eval.json", lambda content: content.update(task=evil))
-    change_json(run / "sample.json", lambda sample: sample.insert(1, {"text": evil, "segment": "cot", "kept": True, "supervised": True}))
-    change_json(run / "sample.json", lambda sample: sample.insert(1, {"text": "x", "segment": evil}))
+    change_json(
+        run / "sample.json",
+        lambda sample: sample.insert(
+            1, {"text": evil, "segment": "cot", "kept": True, "supervised": True}
+        ),
+    )
+    change_json(
+        run / "sample.json", lambda sample: sample.insert(1, {"text": "x", "segment": evil})
+    )
     html, text = page_of(run, out=tmp_path)
     assert "<script" not in html and "<b>tell" not in html
     assert text.count(" ".join(evil.split())) >= 6
@@ -310,34 +487,55 @@ def test_the_example_shows_segments_cut_and_loss(runs):
     assert looks == ["prompt read", "cot loss", "cot cut", "answer cut"]
     assert card.count('<b class="edge">cut</b>') == 1
     sample = make_sample()
-    assert unescape(re.sub(r'<b class="edge">cut</b>|</?span[^>]*>', "", card)) == "".join(piece["text"] for piece in sample)
-    tokens = [sum(piece["segment"] == "cot" and piece[key] for piece in sample) for key in ("kept", "supervised")]
-    assert f"chain of thought {sum(p['segment'] == 'cot' for p in sample)} tokens, {tokens[0]} kept, {tokens[1]} with loss" in text
+    assert unescape(re.sub(r'<b class="edge">cut</b>|</?span[^>]*>', "", card)) == "".join(
+        piece["text"] for piece in sample
+    )
+    tokens = [
+        sum(piece["segment"] == "cot" and piece[key] for piece in sample)
+        for key in ("kept", "supervised")
+    ]
+    assert (
+        f"chain of thought {sum(p['segment'] == 'cot' for p in sample)} tokens, {tokens[0]} kept, "
+        f"{tokens[1]} with loss" in text
+    )
 
 
 def test_several_runs_have_a_row_and_a_curve_each(runs):
     html, text = page_of(runs["main"], runs["plain"], out=runs["out"])
     assert report([runs["main"], runs["plain"]], runs["out"]).headline == (
-        "cot50 scores highest of 2 runs: its student solves 71.2\u00a0% of 500 problems.")
+        "cot50 scores highest of 2 runs: its student solves 71.2\u00a0% of 500 problems."
+    )
     assert "cot50 is better than cot50-ce: +9.0 points" in text
     overlay = html.partition("<h2>Training</h2>")[2].partition("</figure>")[0]
     for svg in re.findall(r"<svg.*?</svg>", overlay):
         assert [role for role, _, _ in Drawn(svg).lines] == ["run-1", "run-2"]
     assert html.count("<details>") == 2
     markdown = (runs["out"] / "report.md").read_text(encoding="utf-8")
-    assert re.search(r"^\| cot50 \| 500 \| .* \| 4 min 12 s \| 412 MB \| 4.9 TFLOP \|", markdown, re.M)
+    assert re.search(
+        r"^\| cot50 \| 500 \| .* \| 4 min 12 s \| 412 MB \| 4.9 TFLOP \|", markdown, re.M
+    )
 
 
 def test_a_tie_has_no_winner(tmp_path):
-    first, second = write_run(tmp_path / "first", steps=20), write_run(tmp_path / "second", steps=20)
+    first, second = (
+        write_run(tmp_path / "first", steps=20),
+        write_run(tmp_path / "second", steps=20),
+    )
     headline = report([first, second], tmp_path).headline
-    assert headline.startswith("first and second share the highest score of 2 runs: their students solve 71.2")
+    assert headline.startswith(
+        "first and second share the highest score of 2 runs: their students solve 71.2"
+    )
 
 
 def test_runs_on_different_tasks_are_not_ranked(tmp_path):
-    first, second = write_run(tmp_path / "first", steps=20), write_run(tmp_path / "second", steps=20)
+    first, second = (
+        write_run(tmp_path / "first", steps=20),
+        write_run(tmp_path / "second", steps=20),
+    )
     change_json(second / "eval.json", lambda content: content.update(task="gsm8k:x"))
-    assert report([first, second], tmp_path).headline == "2 runs on 2 tasks: embedded:chain, gsm8k:x."
+    assert (
+        report([first, second], tmp_path).headline == "2 runs on 2 tasks: embedded:chain, gsm8k:x."
+    )
 
 
 def test_recipes_are_told_apart_by_method_alone():
@@ -350,7 +548,9 @@ def test_recipes_are_told_apart_by_method_alone():
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
-    with pytest.raises(NotFound, match=r"no run in .*empty: it holds neither recipe.toml nor manifest.json"):
+    with pytest.raises(
+        NotFound, match=r"no run in .*empty: it holds neither recipe.toml nor manifest.json"
+    ):
         (tmp_path / "empty").mkdir()
         report([tmp_path / "empty"], tmp_path)
     with pytest.raises(NotFound, match=r"no run in .*absent: it does not exist"):
@@ -362,15 +562,28 @@ def test_what_is_not_a_run_is_refused(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     run = write_run(tmp_path / "run", steps=20)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"file/x: cannot be written \(Not a directory\); a file stands where a folder is needed"):
+    with pytest.raises(
+        RunError,
+        match=r"file/x: cannot be written \(Not a directory\); a file stands where a folder is needed",
+    ):
         report([run], tmp_path / "file" / "x")
 
 
 def test_numbers_in_words():
     spans = [duration(seconds) for seconds in (0.04, 59.4, 252.4, 3600, 7300)]
     assert spans == ["0.0 s", "59 s", "4 min 12 s", "1 h 00 min", "2 h 01 min"]
-    assert [amount(value, "B") for value in (0, 999, 61_400_000, 999_700_000)] == ["0 B", "999 B", "61.4 MB", "1 GB"]
-    assert [points(share) for share in (0.054, -0.0004, 0.0, -0.262)] == ["+5.4", "0.0", "0.0", "−26.2"]
+    assert [amount(value, "B") for value in (0, 999, 61_400_000, 999_700_000)] == [
+        "0 B",
+        "999 B",
+        "61.4 MB",
+        "1 GB",
+    ]
+    assert [points(share) for share in (0.054, -0.0004, 0.0, -0.262)] == [
+        "+5.4",
+        "0.0",
+        "0.0",
+        "−26.2",
+    ]
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
@@ -378,9 +591,13 @@ def test_a_report_of_somebody_else_is_not_overwritten(runs, tmp_path, name):
     mine = tmp_path / "notes" / name
     mine.parent.mkdir()
     mine.write_text("<title>mine</title>")
-    with pytest.raises(RunError, match=rf"{name} is there, and mlx-distill did not write it: move it away"):
+    with pytest.raises(
+        RunError, match=rf"{name} is there, and mlx-distill did not write it: move it away"
+    ):
         report([runs["main"]], mine.parent)
-    assert [path.name for path in mine.parent.iterdir()] == [name] and mine.read_text() == "<title>mine</title>"
+    assert [path.name for path in mine.parent.iterdir()] == [
+        name
+    ] and mine.read_text() == "<title>mine</title>"
     mine.unlink()
     report([runs["main"]], mine.parent)
     (mine.parent / "report.md").write_text("# an ancient page")

@@ -1,4 +1,6 @@
-"""A run that was stopped anywhere and started again ends as one that was never stopped, to the bit on a CPU."""
+"""A run that was stopped anywhere and started again ends as one that was never stopped, to the bit
+on a CPU.
+"""
 
 import json
 import subprocess
@@ -11,7 +13,8 @@ from endings import STUDENT, TORCH_STUDENT, arguments, assert_same
 from mlx_distill.run_dir import RunFolder
 
 RUN = "mlx_distill.run_dir:RunFolder"
-# 6 steps of 2 micro-batches; checkpoints after 2, 3 (validated, improved), 4, 6; validation (2 batches) before 1, after 3 and 6
+# 6 steps of 2 micro-batches; checkpoints after 2, 3 (validated, improved), 4, 6; validation (2
+# batches) before 1, after 3 and 6
 KILLS = {
     "in a step": dict(at=f"{STUDENT}.accumulate", call=6, when="after"),
     "before the weights change": dict(at=f"{STUDENT}.apply", call=4),
@@ -20,7 +23,9 @@ KILLS = {
     "in a validation": dict(at=f"{STUDENT}.score", call=4),
     "between a validation and its checkpoint": dict(at=f"{RUN}.append", call=5, when="after"),
     "between a checkpoint's files": dict(at="mlx.core:save_safetensors", call=6),
-    "before a checkpoint's rename": dict(at="mlx_distill.files:flush_to_disk", call=3, when="after"),
+    "before a checkpoint's rename": dict(
+        at="mlx_distill.files:flush_to_disk", call=3, when="after"
+    ),
     "between rename and prune": dict(at=f"{RUN}._prune", call=2),
     "between the last rename and prune": dict(at=f"{RUN}._prune", call=4),
     "in a prune": dict(at="os:unlink", call=2),
@@ -32,10 +37,15 @@ KILLS = {
 }
 
 
-def test_two_runs_of_one_recipe_are_equal_and_the_other_mode_differs(run_tiny, never_stopped, tmp_path):
+def test_two_runs_of_one_recipe_are_equal_and_the_other_mode_differs(
+    run_tiny, never_stopped, tmp_path
+):
     assert run_tiny().code == 0
     assert_same(tmp_path / "tiny", never_stopped("full"))
-    assert never_stopped("full")["student/model.safetensors"] != never_stopped("lora")["student/model.safetensors"]
+    assert (
+        never_stopped("full")["student/model.safetensors"]
+        != never_stopped("lora")["student/model.safetensors"]
+    )
 
 
 @pytest.mark.parametrize("kill", KILLS.values(), ids=KILLS)
@@ -49,9 +59,16 @@ def test_a_killed_run_ends_as_one_never_stopped(run_tiny, never_stopped, tmp_pat
 def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_stopped, tmp_path):
     step, save, score = f"{STUDENT}.accumulate", "mlx.core:save_safetensors", f"{STUDENT}.score"
     for kill in (
-        dict(at=step, call=2), dict(at=save, call=2), dict(at=step, call=6), dict(at=score, call=1), dict(at=f"{RUN}._prune", call=2),
-        dict(at=f"{STUDENT}.apply", call=1, when="after"), dict(at=save, call=1, when="after"), dict(at=save, call=4),
-        dict(at="mlx_distill.backends.mlx.backend:write_adapters"), dict(at="mlx_distill.view:Counter.__call__", call=6),
+        dict(at=step, call=2),
+        dict(at=save, call=2),
+        dict(at=step, call=6),
+        dict(at=score, call=1),
+        dict(at=f"{RUN}._prune", call=2),
+        dict(at=f"{STUDENT}.apply", call=1, when="after"),
+        dict(at=save, call=1, when="after"),
+        dict(at=save, call=4),
+        dict(at="mlx_distill.backends.mlx.backend:write_adapters"),
+        dict(at="mlx_distill.view:Counter.__call__", call=6),
     ):
         assert run_tiny("lora", **kill).code == -9, kill
     assert run_tiny("lora").code == 0
@@ -62,15 +79,20 @@ def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_sto
 def test_a_run_on_torch_killed_in_turn(run_tiny, never_stopped, tmp_path, mode):
     save = "mlx_distill.backends.torch.backend:save_file"
     for kill in (
-        dict(at=f"{TORCH_STUDENT}.accumulate", call=4), dict(at=save, call=2), dict(at=f"{TORCH_STUDENT}.apply", call=1, when="after"),
-        dict(at="mlx_distill.backends.torch.model:save_file"), dict(at="mlx_distill.view:Counter.__call__", call=2),
+        dict(at=f"{TORCH_STUDENT}.accumulate", call=4),
+        dict(at=save, call=2),
+        dict(at=f"{TORCH_STUDENT}.apply", call=1, when="after"),
+        dict(at="mlx_distill.backends.torch.model:save_file"),
+        dict(at="mlx_distill.view:Counter.__call__", call=2),
     ):
         assert run_tiny(mode, **kill).code == -9, kill
     assert run_tiny(mode).code == 0
     assert_same(tmp_path / "tiny", never_stopped(mode))
 
 
-@pytest.mark.parametrize("first, second", [("full", "torch"), ("torch", "full"), ("lora", "torch lora")])
+@pytest.mark.parametrize(
+    "first, second", [("full", "torch"), ("torch", "full"), ("lora", "torch lora")]
+)
 def test_a_run_moves_to_the_other_backend(run_tiny, never_stopped, tmp_path, first, second):
     student = TORCH_STUDENT if first.startswith("torch") else STUDENT
     assert run_tiny(first, at=f"{student}.apply", call=4).code == -9
@@ -80,15 +102,22 @@ def test_a_run_moves_to_the_other_backend(run_tiny, never_stopped, tmp_path, fir
     folder = RunFolder(tmp_path / "tiny")
     begun = ["torch" if mode.startswith("torch") else "mlx" for mode in (first, second)]
     assert [start["backend"] for start in folder.read_json("manifest.json")["starts"]] == begun
-    for found, expected in zip(folder.rows("metrics.jsonl"), never_stopped(second)["metrics.jsonl"], strict=True):
+    for found, expected in zip(
+        folder.rows("metrics.jsonl"), never_stopped(second)["metrics.jsonl"], strict=True
+    ):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
-def test_a_killed_fresh_start_is_gone_on_with(run_tiny, tiny_recipe, command_line, never_stopped, tmp_path):
+def test_a_killed_fresh_start_is_gone_on_with(
+    run_tiny, tiny_recipe, command_line, never_stopped, tmp_path
+):
     assert run_tiny("lora").code == 0
     words = [*arguments(tiny_recipe, tmp_path, "full"), "--fresh"]
-    for place in ("mlx_distill.runs.own_files:remove_named", "mlx_distill.runs.checkpoints:Checkpoints.remove_all"):
+    for place in (
+        "mlx_distill.runs.own_files:remove_named",
+        "mlx_distill.runs.checkpoints:Checkpoints.remove_all",
+    ):
         assert command_line(*words, at=place, when="after").code == -9
     assert run_tiny().code == 0
     assert_same(tmp_path / "tiny", never_stopped("full"))
@@ -97,18 +126,30 @@ def test_a_killed_fresh_start_is_gone_on_with(run_tiny, tiny_recipe, command_lin
 def test_the_plain_command_continues_a_killed_process(tiny_recipe, never_stopped, tmp_path):
     words = arguments(tiny_recipe, tmp_path)
     job = json.dumps({"arguments": words, **KILLS["between a checkpoint's files"]})
-    assert subprocess.run([sys.executable, Path(__file__).parent / "kill_at.py", job], capture_output=True).returncode == -9
-    result = subprocess.run([sys.executable, "-m", "mlx_distill", *words], capture_output=True, text=True)
+    assert (
+        subprocess.run(
+            [sys.executable, Path(__file__).parent / "kill_at.py", job], capture_output=True
+        ).returncode
+        == -9
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "mlx_distill", *words], capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert "continuing after step 3" in result.stdout
     assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
 @pytest.mark.parametrize("step", [5, 6], ids=["in between", "in the last step"])
-def test_ctrl_c_saves_says_where_and_the_same_command_continues(run_tiny, never_stopped, tmp_path, step):
+def test_ctrl_c_saves_says_where_and_the_same_command_continues(
+    run_tiny, never_stopped, tmp_path, step
+):
     stopped = run_tiny(at=f"{STUDENT}.apply", call=step, signals=["INT"])
     assert stopped.code == 130
-    assert f"stopped; saved at step {step} in {tmp_path / 'tiny'}. The same command continues." in stopped.out
+    assert (
+        f"stopped; saved at step {step} in {tmp_path / 'tiny'}. The same command continues."
+        in stopped.out
+    )
     assert not stopped.err.strip()
     assert RunFolder(tmp_path / "tiny").last_state().step == step
     assert not (tmp_path / "tiny" / "student").exists()
@@ -116,10 +157,17 @@ def test_ctrl_c_saves_says_where_and_the_same_command_continues(run_tiny, never_
     assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
-@pytest.mark.parametrize("stop", [
-    dict(at=f"{STUDENT}.apply", call=5, signals=["INT", "INT"]), dict(at="mlx_distill.view:Counter.__call__", call=6, signals=["INT"]),
-], ids=["twice in a step", "while scoring"])
-def test_ctrl_c_that_cannot_save_stops_at_once_and_the_same_command_continues(run_tiny, never_stopped, tmp_path, stop):
+@pytest.mark.parametrize(
+    "stop",
+    [
+        dict(at=f"{STUDENT}.apply", call=5, signals=["INT", "INT"]),
+        dict(at="mlx_distill.view:Counter.__call__", call=6, signals=["INT"]),
+    ],
+    ids=["twice in a step", "while scoring"],
+)
+def test_ctrl_c_that_cannot_save_stops_at_once_and_the_same_command_continues(
+    run_tiny, never_stopped, tmp_path, stop
+):
     stopped = run_tiny(**stop)
     assert stopped.code == 130
     assert "stopped. The same command continues" in stopped.out
@@ -131,7 +179,11 @@ def test_ctrl_c_that_cannot_save_stops_at_once_and_the_same_command_continues(ru
 def test_a_finished_run_only_writes_its_report_again(run_tiny, tmp_path):
     assert run_tiny().code == 0
     folder = tmp_path / "tiny"
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix not in (".md", ".html")}
+    before = {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.suffix not in (".md", ".html")
+    }
     (folder / "report.html").unlink()
     for place in (f"{STUDENT}.__init__", "mlx_distill.backends.mlx.backend:MlxTeacher.__init__"):
         assert run_tiny(at=place).code == 0, "a model was loaded"
@@ -151,11 +203,15 @@ def test_elapsed_time_adds_up_over_a_stop(run_tiny, tmp_path):
     run_tiny(at=f"{STUDENT}.apply", call=4)
     run_tiny()
     folder = RunFolder(tmp_path / "tiny")
-    logged = sum(row["seconds"] for log in ("metrics.jsonl", "validation.jsonl") for row in folder.rows(log))
+    logged = sum(
+        row["seconds"] for log in ("metrics.jsonl", "validation.jsonl") for row in folder.rows(log)
+    )
     assert folder.read_json("manifest.json")["elapsed_seconds"] >= logged - 1e-9
 
 
-def test_a_second_process_is_refused_and_touches_nothing(run_tiny, tiny_recipe, command_line, tmp_path):
+def test_a_second_process_is_refused_and_touches_nothing(
+    run_tiny, tiny_recipe, command_line, tmp_path
+):
     run_tiny(at=f"{STUDENT}.apply", call=4)
     folder = tmp_path / "tiny"
     before = sorted(folder.rglob("*"))
@@ -164,6 +220,7 @@ def test_a_second_process_is_refused_and_touches_nothing(run_tiny, tiny_recipe, 
             second = command_line(*arguments(tiny_recipe, tmp_path), *words)
             assert second.code == 2
             assert second.err.splitlines() == [
-                f"error: {folder} is in use by another mlx-distill process: wait for it or choose another run.name"
+                f"error: {folder} is in use by another mlx-distill process: wait for it or choose "
+                "another run.name"
             ]
     assert sorted(folder.rglob("*")) == before

@@ -1,9 +1,11 @@
-"""Every field of a recipe is read: change it, and something other than the saved recipe and its digest changes.
+"""Every field of a recipe is read: change it, and something other than the saved recipe and its
+digest changes.
 
-Each field has a case: another value, and what must be set beside it for the field to matter. The tiny pipeline runs with the
-companions alone and with the field on top; the two outcomes must differ in a student's byte, a row of a log, a score, the list of
-files, where they lie, what the report says beside, a generated token, or in a recorded call where a field is about speed, memory or a
-hub alone.
+Each field has a case: another value, and what must be set beside it for the field to matter. The
+tiny pipeline runs with the companions alone and with the field on top; the two outcomes must differ
+in a student's byte, a row of a log, a score, the list of files, where they lie, what the report
+says beside, a generated token, or in a recorded call where a field is about speed, memory or a hub
+alone.
 """
 
 import hashlib
@@ -32,11 +34,23 @@ from mlx_distill.training import schedule
 from mlx_distill.view import View
 
 BASE = (
-    "truncation.fraction=0.7", "optim.steps=2", "batch.global_batch_size=3", "data.validation_examples=2", "data.train_examples=8",
-    "run.checkpoint_every=0", "run.validate_every=0", "eval.task=", "optim.schedule=constant", "optim.warmup_fraction=0.0",
+    "truncation.fraction=0.7",
+    "optim.steps=2",
+    "batch.global_batch_size=3",
+    "data.validation_examples=2",
+    "data.train_examples=8",
+    "run.checkpoint_every=0",
+    "run.validate_every=0",
+    "eval.task=",
+    "optim.schedule=constant",
+    "optim.warmup_fraction=0.0",
 )
 SCORED = (
-    "eval.task=jsonl:{root}/rows.jsonl", "eval.examples=2", "eval.max_new_tokens=3", "eval.score_teacher=false", "eval.score_base=false",
+    "eval.task=jsonl:{root}/rows.jsonl",
+    "eval.examples=2",
+    "eval.max_new_tokens=3",
+    "eval.score_teacher=false",
+    "eval.score_base=false",
 )
 LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0")
 OFTEN = ("optim.steps=3", "run.validate_every=1")
@@ -51,7 +65,10 @@ CASES = {
     "teacher.revision": ("v2", ("teacher.model=org/teacher",)),
     "teacher.quantize_bits": ("4", ("teacher.model={root}/wide",)),
     "teacher.cache": ("sampled", CACHED),
-    "teacher.cache_folder": ("{out}/tiny/answers", CACHED),  # in the run's folder, where its files are seen
+    "teacher.cache_folder": (
+        "{out}/tiny/answers",
+        CACHED,
+    ),  # in the run's folder, where its files are seen
     "teacher.cache_top_k": ("3", CACHED),
     "teacher.cache_samples": ("3", DRAWN),
     "student.model": ("{root}/teacher", ()),
@@ -71,13 +88,22 @@ CASES = {
     "data.prompt_column": ("q", ("data.source={root}/many.jsonl",)),
     "data.cot_column": ("r", ("data.source={root}/many.jsonl",)),
     "data.answer_column": ("a", ("data.source={root}/many.jsonl",)),
-    "data.response_column": ("response2", ("data.source={root}/many.jsonl", "data.format=response")),
-    "data.messages_column": ("messages2", ("data.source={root}/many.jsonl", "data.format=messages")),
+    "data.response_column": (
+        "response2",
+        ("data.source={root}/many.jsonl", "data.format=response"),
+    ),
+    "data.messages_column": (
+        "messages2",
+        ("data.source={root}/many.jsonl", "data.format=messages"),
+    ),
     "data.where": ('{{kind="odd"}}', ("data.source={root}/many.jsonl",)),
     "data.train_examples": ("5", ()),
     "data.validation_examples": ("3", ()),
     "data.longest_tokens": ("137", ()),
-    "data.date": ("2026-01-02", ("student.model={root}/clock", "eval.task=", "run.validate_every=0")),
+    "data.date": (
+        "2026-01-02",
+        ("student.model={root}/clock", "eval.task=", "run.validate_every=0"),
+    ),
     "truncation.keep": ("suffix", ()),
     "truncation.span": ("cot", ()),
     "truncation.fraction": ("0.9", ()),
@@ -129,19 +155,32 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
-    """The tiny world with more to choose from: a teacher wide enough to quantise, rows with twice the columns, a kept run."""
+    """The tiny world with more to choose from: a teacher wide enough to quantise, rows with twice
+    the columns, a kept run.
+    """
     from tiny import model_folder, rows_file
 
     root = tmp_path_factory.mktemp("rot")
     shutil.copytree(tiny_recipe.parent, root, dirs_exist_ok=True)
-    (root / "tiny.toml").write_text((root / "tiny.toml").read_text().replace(str(tiny_recipe.parent), str(root)))
+    (root / "tiny.toml").write_text(
+        (root / "tiny.toml").read_text().replace(str(tiny_recipe.parent), str(root))
+    )
     model_folder(root / "wide", bytes_tokenizer("qwen2_5"), seed=3, layers=1, width=64)
     model_folder(root / "clock", bytes_tokenizer("clock"), seed=2)
     rows_file(root / "other.jsonl", seed=9)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
-    (root / "many.jsonl").write_text("".join(json.dumps(_with_more_columns(row, i)) + "\n" for i, row in enumerate(rows)))
+    (root / "many.jsonl").write_text(
+        "".join(json.dumps(_with_more_columns(row, i)) + "\n" for i, row in enumerate(rows))
+    )
     kept = root / "kept"
-    run(load_recipe(root / "tiny.toml", tuple(s.format(root=root) for s in (*BASE, *SCORED, f"run.folder={root}", "run.name=kept"))))
+    run(
+        load_recipe(
+            root / "tiny.toml",
+            tuple(
+                s.format(root=root) for s in (*BASE, *SCORED, f"run.folder={root}", "run.name=kept")
+            ),
+        )
+    )
     assert (kept / "eval.json").exists()
     return root
 
@@ -152,15 +191,22 @@ def _with_more_columns(row: dict, index: int) -> dict:
         {"role": "assistant", "content": f"<think>{mark}{row['cot']}</think>{row['answer']}"},
     ]
     return row | {
-        "q": "Q " + row["prompt"], "r": "R " + row["cot"], "a": "7" + row["answer"], "kind": "odd" if index % 3 else "even",
-        "response": f"<think>said: {row['cot']}</think>{row['answer']}", "response2": f"<think>2 {row['cot']}</think>{row['answer']}",
-        "messages": turns(""), "messages2": turns("2 "),
+        "q": "Q " + row["prompt"],
+        "r": "R " + row["cot"],
+        "a": "7" + row["answer"],
+        "kind": "odd" if index % 3 else "even",
+        "response": f"<think>said: {row['cot']}</think>{row['answer']}",
+        "response2": f"<think>2 {row['cot']}</think>{row['answer']}",
+        "messages": turns(""),
+        "messages2": turns("2 "),
     }
 
 
 @pytest.fixture(autouse=True)
 def calls(monkeypatch, world) -> set:
-    """What speed, memory and hubs are asked for, recorded; a hub model is the tiny one, a hub dataset the tiny rows."""
+    """What speed, memory and hubs are asked for, recorded; a hub model is the tiny one, a hub
+    dataset the tiny rows.
+    """
     asked: set = set()
     generate = importlib.import_module("mlx_lm.generate")  # mlx_lm has a function of that name
     names = list(inspect.signature(mlx_backend.kd_loss).parameters)
@@ -184,17 +230,34 @@ def calls(monkeypatch, world) -> set:
         asked.add(("generator", kwargs["completion_batch_size"]))
         return generator(*args, **kwargs)
 
-    monkeypatch.setattr("mlx_distill.reporting.page.Page.html", lambda page: "the page, which takes half of a tiny run's time")
+    monkeypatch.setattr(
+        "mlx_distill.reporting.page.Page.html",
+        lambda page: "the page, which takes half of a tiny run's time",
+    )
     monkeypatch.setattr(mlx_backend, "kd_loss", recorded_loss)
     monkeypatch.setattr(mlx_backend.MlxStudent, "accumulate", recorded_accumulate)
     monkeypatch.setattr(mlx_backend.MlxModel, "generate", recorded_generate)
     monkeypatch.setattr(generate, "BatchGenerator", recorded_generator)
-    monkeypatch.setattr(mlx_model, "checkpoint_layers", lambda split: asked.add("checkpointing") or checkpoint_layers(split))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision, **_: (
-        asked.add((name, revision)) or str(world / name.removeprefix("org/"))))
+    monkeypatch.setattr(
+        mlx_model,
+        "checkpoint_layers",
+        lambda split: asked.add("checkpointing") or checkpoint_layers(split),
+    )
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, revision, **_: (
+            asked.add((name, revision)) or str(world / name.removeprefix("org/"))
+        ),
+    )
     rows = [json.loads(line) for line in (world / "rows.jsonl").read_text().splitlines()]
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
-        load_dataset=lambda name, config, split: asked.add((name, config, split)) or rows))
+    monkeypatch.setitem(
+        sys.modules,
+        "datasets",
+        SimpleNamespace(
+            load_dataset=lambda name, config, split: asked.add((name, config, split)) or rows
+        ),
+    )
     return asked
 
 
@@ -205,13 +268,18 @@ def run(recipe) -> RunFolder:
 def outcome(world: Path, out: Path, settings: tuple[str, ...], calls: set) -> dict:
     """What a run leaves that is not its recipe, digest, name, time or memory."""
     calls.clear()
-    sets = tuple(setting.format(root=world, out=out) for setting in (*BASE, f"run.folder={out}", *settings))
+    sets = tuple(
+        setting.format(root=world, out=out) for setting in (*BASE, f"run.folder={out}", *settings)
+    )
     folder = run(load_recipe(world / "tiny.toml", sets))
     student = folder.student / "model.safetensors"
     return {
         "student": hashlib.sha256(student.read_bytes()).hexdigest(),
         "rows": [timeless(folder.rows(log)) for log in ("metrics.jsonl", "validation.jsonl")],
-        "scores": {part: timeless(score) for part, score in folder.read_json("eval.json").get("scores", {}).items()},
+        "scores": {
+            part: timeless(score)
+            for part, score in folder.read_json("eval.json").get("scores", {}).items()
+        },
         "files": sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*")),
         "folder": str(folder.path),
         "beside": "kept" in (folder.path / "report.md").read_text().split("## Recipe")[0],
@@ -219,8 +287,12 @@ def outcome(world: Path, out: Path, settings: tuple[str, ...], calls: set) -> di
     }
 
 
-def changes(field: str, world: Path, tmp_path: Path, calls: set, kept: dict | None = None) -> set[str]:
-    """In what the two outcomes of a field's case differ. The folder counts only for the fields that name it."""
+def changes(
+    field: str, world: Path, tmp_path: Path, calls: set, kept: dict | None = None
+) -> set[str]:
+    """In what the two outcomes of a field's case differ. The folder counts only for the fields that
+    name it.
+    """
     value, companions = CASES[field]
     kept = {} if kept is None else kept
     if companions not in kept:
@@ -257,18 +329,35 @@ def test_the_same_recipe_twice_changes_nothing(world, tmp_path, calls):
     assert {part for part in first if first[part] != second[part]} == {"folder"}
 
 
-@pytest.mark.parametrize("field", ["optim.warmup_fraction", "eval.batch_size", "eval.max_new_tokens", "objective.chunk_tokens"])
+@pytest.mark.parametrize(
+    "field",
+    ["optim.warmup_fraction", "eval.batch_size", "eval.max_new_tokens", "objective.chunk_tokens"],
+)
 def test_a_field_that_is_ignored_would_be_found(field, world, tmp_path, calls, monkeypatch):
     """Mutants: the program ignores one field."""
     if field == "optim.warmup_fraction":
-        monkeypatch.setattr(loop, "learning_rate", lambda step, total, optim: schedule.learning_rate(
-            step, total, optim.model_copy(update={"warmup_fraction": 0.0})))
+        monkeypatch.setattr(
+            loop,
+            "learning_rate",
+            lambda step, total, optim: schedule.learning_rate(
+                step, total, optim.model_copy(update={"warmup_fraction": 0.0})
+            ),
+        )
     elif field == "objective.chunk_tokens":
         made = mlx_backend.MlxStudent.__init__
-        monkeypatch.setattr(mlx_backend.MlxStudent, "__init__", lambda self, *rest: made(self, *rest) or setattr(self, "chunk_tokens", 16))
+        monkeypatch.setattr(
+            mlx_backend.MlxStudent,
+            "__init__",
+            lambda self, *rest: made(self, *rest) or setattr(self, "chunk_tokens", 16),
+        )
     else:
         scored = pipeline.evaluate.score
         ignored = {field.split(".")[1]: 3}
-        monkeypatch.setattr(pipeline.evaluate, "score", lambda model, tokenizer, task, settings, *rest: scored(
-            model, tokenizer, task, settings.model_copy(update=ignored), *rest))
+        monkeypatch.setattr(
+            pipeline.evaluate,
+            "score",
+            lambda model, tokenizer, task, settings, *rest: scored(
+                model, tokenizer, task, settings.model_copy(update=ignored), *rest
+            ),
+        )
     assert not changes(field, world, tmp_path, calls)

@@ -1,4 +1,6 @@
-"""The run folder: every file whole or not at all, which checkpoints stay, and when a folder is continued or refused."""
+"""The run folder: every file whole or not at all, which checkpoints stay, and when a folder is
+continued or refused.
+"""
 
 import errno
 import io
@@ -28,7 +30,9 @@ from mlx_distill.view import View, silent
 
 def make_recipe(folder: Path, **tables) -> Recipe:
     base = {"data": {"source": "rows.jsonl"}, "run": {"name": "one", "folder": str(folder)}}
-    return Recipe.model_validate({name: base.get(name, {}) | tables.get(name, {}) for name in base | tables})
+    return Recipe.model_validate(
+        {name: base.get(name, {}) | tables.get(name, {}) for name in base | tables}
+    )
 
 
 @pytest.fixture
@@ -45,15 +49,23 @@ def write(text: str = "weights"):
 
 
 def snapshot(path: Path) -> dict[str, bytes | None]:
-    return {str(file.relative_to(path)): file.read_bytes() if file.is_file() else None for file in sorted(path.rglob("*"))}
+    return {
+        str(file.relative_to(path)): file.read_bytes() if file.is_file() else None
+        for file in sorted(path.rglob("*"))
+    }
 
 
 # checkpoints
 
 
-@pytest.mark.parametrize(("keep", "kept"), [
-    ("all", [2, 4, 6, 8]), ("last", [8]), ("last_and_best", [4, 8]),
-])
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("all", [2, 4, 6, 8]),
+        ("last", [8]),
+        ("last_and_best", [4, 8]),
+    ],
+)
 def test_which_checkpoints_stay(folder, keep, kept):
     for step, best in ((2, 2), (4, 4), (6, 4), (8, 4)):
         folder.save_checkpoint(TrainState(step, best_step=best), write(), keep)
@@ -99,14 +111,29 @@ def test_what_a_kill_left_is_tidied(folder):
         folder.save_checkpoint(TrainState(step, best_step=1), write(), "all")
     (folder.checkpoints / ".step-000004.tmp").mkdir()
     folder.tidy(folder.last_state(), "last_and_best")
-    assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["step-000001", "step-000003"]
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+        "step-000001",
+        "step-000003",
+    ]
     (folder.checkpoints / ".step-000004.tmp").mkdir()
     folder.tidy(TrainState(), "last")
     assert folder.steps() == [1, 3], "before the first step nothing is pruned"
 
 
-BAD_STATES = ["", "{", "[]", "null", '{"step": 1, "unknown": 2}', '{"step": 2}', '{"step": "1"}', '{"step": true}',
-              '{"step": 1, "best_loss": 1e999}', '{"step": ' + "9" * 5000 + "}", "[" * 10_000, '{"step": 1, "flops": 5}']
+BAD_STATES = [
+    "",
+    "{",
+    "[]",
+    "null",
+    '{"step": 1, "unknown": 2}',
+    '{"step": 2}',
+    '{"step": "1"}',
+    '{"step": true}',
+    '{"step": 1, "best_loss": 1e999}',
+    '{"step": ' + "9" * 5000 + "}",
+    "[" * 10_000,
+    '{"step": 1, "flops": 5}',
+]
 
 
 @pytest.mark.parametrize("text", BAD_STATES, ids=range(len(BAD_STATES)))
@@ -152,7 +179,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(folder, damag
     again = RunFolder(folder.path)
     assert again.last_state(say=said.append).step == 2
     (line,) = said
-    assert str(folder.checkpoint(4)) in line and "going on from step 2" in line and "step 4 is intact" not in line
+    assert (
+        str(folder.checkpoint(4)) in line
+        and "going on from step 2" in line
+        and "step 4 is intact" not in line
+    )
     again.tidy(again.last_state(), "last")
     assert again.what_is_saved() == "the checkpoint of step 2 is intact" and weights.parent.exists()
     again.save_checkpoint(TrainState(4), write("weights of 4"), "last")
@@ -178,7 +209,9 @@ def test_a_checkpoint_of_an_older_version_has_no_digests_and_is_read(folder):
             (path / name).write_bytes(whole)
         (path / "optimizer.safetensors").write_bytes(whole[:length])
         if reads:
-            assert RunFolder(folder.path).last_state() == TrainState(2, recipe_digest="ab", flops=None)
+            assert RunFolder(folder.path).last_state() == TrainState(
+                2, recipe_digest="ab", flops=None
+            )
         else:
             with pytest.raises(RunError, match=r"optimizer\.safetensors is damaged"):
                 RunFolder(folder.path).last_state()
@@ -193,8 +226,17 @@ def add(path: Path) -> Path:
     return path
 
 
-FOREIGN = ["thesis.txt", "src/a.py", "checkpoints/epoch-1.pt", "checkpoints/step-000002/notes.txt", "checkpoints/step-9/a",
-           ".step-000004.tmp", "part-000000/index.json", "manifest.json.bak", "student.txt"]
+FOREIGN = [
+    "thesis.txt",
+    "src/a.py",
+    "checkpoints/epoch-1.pt",
+    "checkpoints/step-000002/notes.txt",
+    "checkpoints/step-9/a",
+    ".step-000004.tmp",
+    "part-000000/index.json",
+    "manifest.json.bak",
+    "student.txt",
+]
 
 
 def test_pruning_and_tidying_leave_what_is_not_ours(folder):
@@ -214,17 +256,32 @@ def test_fresh_removes_our_files_alone_and_says_what_stays(tmp_path):
     run.write_student(lambda path: (path / "config.json").write_text("{}"))
     for name in ("metrics.jsonl", "validation.jsonl"):
         run.append(name, {"step": 1})
-    for name in ("report.md", "report.html", "generations.jsonl", ".eval.json.tmp", "student/.DS_Store"):
+    for name in (
+        "report.md",
+        "report.html",
+        "generations.jsonl",
+        ".eval.json.tmp",
+        "student/.DS_Store",
+    ):
         add(run.path / name)
     mine = [add(run.path / name) for name in FOREIGN if "step-000002" not in name]
     again = RunFolder.open(make_recipe(tmp_path, run={"seed": 1}), fresh=True, say=said.append)
     found = {path for path in run.path.rglob("*") if path.is_file()} - set(mine)
-    assert found == {run.path / "recipe.toml", run.path / "run.lock"} and again.last_state() == TrainState()
+    assert (
+        found == {run.path / "recipe.toml", run.path / "run.lock"}
+        and again.last_state() == TrainState()
+    )
     assert all(path.read_text() == "mine" for path in mine)
-    assert len(said) == 1 and "keeps .step-000004.tmp, manifest.json.bak" in said[0] and "which no run made" in said[0]
+    assert (
+        len(said) == 1
+        and "keeps .step-000004.tmp, manifest.json.bak" in said[0]
+        and "which no run made" in said[0]
+    )
 
 
-@pytest.mark.parametrize("name", ["checkpoints/step-000002/notes.txt", "student/thesis.txt", "student/sub/config.json"])
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step-000002/notes.txt", "student/thesis.txt", "student/sub/config.json"]
+)
 def test_fresh_is_refused_where_a_new_run_would_need_the_place(tmp_path, name):
     run = RunFolder.open(make_recipe(tmp_path))
     run.save_checkpoint(TrainState(2), write(), "last")
@@ -263,12 +320,17 @@ def test_a_step_folder_of_somebody_else_is_asked_for_before_training(folder):
     add(folder.path / "checkpoints/step-000004/pytorch_model.bin")
     folder.save_checkpoint(TrainState(2), write(), "last")
     assert folder.steps() == [2], "no file of ours is in it"
-    with pytest.raises(RunError, match=r"needs the place of checkpoints/step-000004/pytorch_model\.bin, which no run made"):
+    with pytest.raises(
+        RunError,
+        match=r"needs the place of checkpoints/step-000004/pytorch_model\.bin, which no run made",
+    ):
         folder.tidy(folder.last_state(), "last")
 
 
 def test_the_last_file_of_a_fresh_start_is_removed_on_the_next_start(tmp_path, monkeypatch):
-    """Killed after each removal in turn: the next start, with --fresh or without, finds no half of the old run."""
+    """Killed after each removal in turn: the next start, with --fresh or without, finds no half of
+    the old run.
+    """
     for fresh in (False, True):
         for removals in range(20):
             run = RunFolder.open(make_recipe(tmp_path, run={"name": f"{fresh}{removals}"}))
@@ -315,7 +377,10 @@ def test_fresh_works_through_a_link(tmp_path):
     assert again.path.is_symlink() and again.last_state() == TrainState()
     assert {path.name for path in target.iterdir()} == {"checkpoints", "recipe.toml", "run.lock"}
     target.rename(tmp_path / "gone")
-    with pytest.raises(RunError, match=r"one is a link to .*, which is not there: make that folder or remove the link"):
+    with pytest.raises(
+        RunError,
+        match=r"one is a link to .*, which is not there: make that folder or remove the link",
+    ):
         RunFolder.open(recipe)
 
 
@@ -361,7 +426,9 @@ def test_a_recipe_that_a_person_wrote_makes_no_run_folder(tmp_path):
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["run.lock", "metrics.jsonl", "recipe.toml", "manifest.json", "state"])
+@pytest.mark.parametrize(
+    "name", ["run.lock", "metrics.jsonl", "recipe.toml", "manifest.json", "state"]
+)
 def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path, name):
     run = RunFolder.open(make_recipe(tmp_path))
     run.append("metrics.jsonl", {"step": 2})
@@ -385,7 +452,10 @@ def test_a_recipe_that_cannot_be_read_is_written_again_where_the_run_is_of_this_
     other = make_recipe(tmp_path, run={"seed": 1})
     with pytest.raises(RunError, match=r"recipe\.toml is damaged"):
         RunFolder.open(other)
-    assert RunFolder.open(recipe, say=said.append).recipe() == recipe and "recipe.toml cannot be read" in said[0]
+    assert (
+        RunFolder.open(recipe, say=said.append).recipe() == recipe
+        and "recipe.toml cannot be read" in said[0]
+    )
     (run.path / "recipe.toml").unlink()
     with pytest.raises(RunError, match=r"recipe\.toml is missing"):
         RunFolder.open(other)
@@ -404,7 +474,10 @@ def test_two_that_start_over_at_once_do_not_mix(tmp_path):
 
 # a disk that is full
 
-FULL = [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("[write] Unable to write 30551 bytes to file.")]
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    RuntimeError("[write] Unable to write 30551 bytes to file."),
+]
 
 
 @pytest.mark.parametrize("error", FULL, ids=["OSError", "what mx.save_safetensors raises"])
@@ -421,8 +494,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(folder, error
     with pytest.raises(RunError) as raised:
         folder.save_checkpoint(TrainState(4), fail, "last")
     text = str(raised.value)
-    assert "step-000004: the checkpoint could not be written" in text and str(error) in text and "free some disk" in text
-    assert ("the checkpoint of step 2 is intact" if earlier else "there is no earlier checkpoint") in text
+    assert (
+        "step-000004: the checkpoint could not be written" in text
+        and str(error) in text
+        and "free some disk" in text
+    )
+    assert (
+        "the checkpoint of step 2 is intact" if earlier else "there is no earlier checkpoint"
+    ) in text
     assert snapshot(folder.path) == before
 
 
@@ -433,19 +512,28 @@ def test_a_student_that_cannot_be_written_leaves_nothing(folder, error):
         raise error
 
     before = snapshot(folder.path)
-    with pytest.raises(RunError, match=r"the student could not be written.*the checkpoints are intact"):
+    with pytest.raises(
+        RunError, match=r"the student could not be written.*the checkpoints are intact"
+    ):
         folder.write_student(fail)
     assert snapshot(folder.path) == before
 
 
-@pytest.mark.parametrize("error", [RankLost("another rank is gone"), OutOfMemory("the GPU's memory")], ids=["rank", "memory"])
+@pytest.mark.parametrize(
+    "error",
+    [RankLost("another rank is gone"), OutOfMemory("the GPU's memory")],
+    ids=["rank", "memory"],
+)
 def test_what_fails_beside_the_disk_is_not_blamed_on_it(folder, error):
     def fail(path: Path) -> None:
         (path / "config.json").write_text("{")
         raise error
 
     before = snapshot(folder.path)
-    for written in (lambda: folder.save_checkpoint(TrainState(4), fail, "last"), lambda: folder.write_student(fail)):
+    for written in (
+        lambda: folder.save_checkpoint(TrainState(4), fail, "last"),
+        lambda: folder.write_student(fail),
+    ):
         with pytest.raises(type(error), match=f"^{error}$"):
             written()
         assert snapshot(folder.path) == before
@@ -459,7 +547,9 @@ def test_small_files_and_logs_on_a_full_disk_are_plain_errors(folder, monkeypatc
         raise FULL[0]
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RunError, match=r"eval\.json: cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        RunError, match=r"eval\.json: cannot be written \(No space left on device\)"
+    ):
         folder.write_json("eval.json", {"new": 2})
     assert snapshot(folder.path) == before
     shutil.rmtree(folder.path)
@@ -467,21 +557,34 @@ def test_small_files_and_logs_on_a_full_disk_are_plain_errors(folder, monkeypatc
         folder.append("metrics.jsonl", {"step": 1})
 
 
-def test_a_real_write_that_fails_exits_with_2_and_the_run_goes_on_from_the_checkpoint(run_tiny, never_stopped, tmp_path):
-    """With a limit on the size of files: MLX's writer fails in the middle of a checkpoint, then in the middle of the export."""
+def test_a_real_write_that_fails_exits_with_2_and_the_run_goes_on_from_the_checkpoint(
+    run_tiny, never_stopped, tmp_path
+):
+    """With a limit on the size of files: MLX's writer fails in the middle of a checkpoint, then in
+    the middle of the export.
+    """
     folder = RunFolder(tmp_path / "tiny")
     assert run_tiny(at=f"{STUDENT}.apply", call=2, signals=["INT"]).code == 130
     good = snapshot(folder.checkpoint(2))
     limit = min(map(len, filter(None, good.values()))) + 20_000
     result = run_tiny(file_limit=limit)
     assert result.code == 2
-    assert result.err.startswith(f"error: {folder.checkpoint(3)}: the checkpoint could not be written ([write] Unable to write")
-    assert len(result.err.strip().splitlines()) == 1 and "the checkpoint of step 2 is intact" in result.err
+    assert result.err.startswith(
+        f"error: {folder.checkpoint(3)}: the checkpoint could not be written ([write] Unable to "
+        "write"
+    )
+    assert (
+        len(result.err.strip().splitlines()) == 1
+        and "the checkpoint of step 2 is intact" in result.err
+    )
     assert snapshot(folder.checkpoint(2)) == good
     assert [path.name for path in folder.checkpoints.iterdir()] == ["step-000002"]
     assert run_tiny(at=f"{STUDENT}.export").code == -9
     result = run_tiny(file_limit=limit)
-    assert result.code == 2 and "the student could not be written ([write] Unable to write" in result.err
+    assert (
+        result.code == 2
+        and "the student could not be written ([write] Unable to write" in result.err
+    )
     assert not folder.student.exists() and not (folder.path / ".student.tmp").exists()
     assert run_tiny().code == 0
     assert_same(folder.path, never_stopped("full"))
@@ -489,16 +592,29 @@ def test_a_real_write_that_fails_exits_with_2_and_the_run_goes_on_from_the_check
 
 def test_free_disk_is_checked_before_the_first_step(tiny_recipe, tmp_path, monkeypatch):
     usage, asked = namedtuple("usage", "total used free"), []
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage(10**12, 10**12, 10**4))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: asked.append(path) or usage(10**12, 10**12, 10**4)
+    )
     recipe = load_recipe(tiny_recipe, (f"run.folder={tmp_path}",))
-    with pytest.raises(RunError, match=r"tiny: checkpoints and student need 0\.0 GB more, 0\.0 GB are free: .*run\.folder"):
+    with pytest.raises(
+        RunError,
+        match=r"tiny: checkpoints and student need 0\.0 GB more, 0\.0 GB are free: .*run\.folder",
+    ):
         pipeline.run(recipe, View(Console(file=io.StringIO())))
     assert asked == [tmp_path / "tiny"]
     assert not RunFolder(tmp_path / "tiny").rows("validation.jsonl")
     needed = []
-    for change in ({"keep_checkpoints": "last", "export": "last"}, {}, {"keep_checkpoints": "all", "validate_every": 1}):
-        made = pipeline.Pipeline(recipe.model_copy(update={"run": recipe.run.model_copy(update=change)}), None, None)
-        student = type("Student", (), {"state_bytes": lambda self: 1000, "export_bytes": lambda self: 10})()
+    for change in (
+        {"keep_checkpoints": "last", "export": "last"},
+        {},
+        {"keep_checkpoints": "all", "validate_every": 1},
+    ):
+        made = pipeline.Pipeline(
+            recipe.model_copy(update={"run": recipe.run.model_copy(update=change)}), None, None
+        )
+        student = type(
+            "Student", (), {"state_bytes": lambda self: 1000, "export_bytes": lambda self: 10}
+        )()
         for free in range(0, 10**5, 10):
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
             try:
@@ -518,16 +634,23 @@ def test_an_equal_recipe_is_continued_and_a_changed_one_refused_with_the_differe
     (run.path / "kept").touch()
     run.append("validation.jsonl", {"step": 0})
     assert RunFolder.open(make_recipe(tmp_path)).path == run.path
-    changed = make_recipe(tmp_path, optim={"learning_rate": 0.5}, objective={"segments": ["cot", "answer"]})
+    changed = make_recipe(
+        tmp_path, optim={"learning_rate": 0.5}, objective={"segments": ["cot", "answer"]}
+    )
     before = snapshot(run.path)
     with pytest.raises(RunError) as error:
         RunFolder.open(changed)
-    assert "(objective.segments: ['cot'] → ['cot', 'answer']; optim.learning_rate: 0.0001 → 0.5)" in str(error.value)
+    assert (
+        "(objective.segments: ['cot'] → ['cot', 'answer']; optim.learning_rate: 0.0001 → 0.5)"
+        in str(error.value)
+    )
     assert "--set run.name=NAME" in str(error.value) and "--fresh" in str(error.value)
     assert snapshot(run.path) == before
     assert RunFolder.open(changed, fresh=True).recipe() == changed
     assert (run.path / "kept").exists(), "no run made it"
-    assert [path.name for path in tmp_path.iterdir()] == ["one"], "nothing of the old run is left beside"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"], (
+        "nothing of the old run is left beside"
+    )
 
 
 def test_a_moved_run_is_continued_and_what_it_is_compared_with_may_change(tmp_path):
@@ -541,10 +664,17 @@ def test_a_moved_run_is_continued_and_what_it_is_compared_with_may_change(tmp_pa
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("content", [
-    ["notes.txt"], ["recipe.toml", "thesis.tex"], ["checkpoints/mine.txt", "notes.txt"], ["checkpoints/mine.txt"], ["checkpoints"],
-    [".hidden"],
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["notes.txt"],
+        ["recipe.toml", "thesis.tex"],
+        ["checkpoints/mine.txt", "notes.txt"],
+        ["checkpoints/mine.txt"],
+        ["checkpoints"],
+        [".hidden"],
+    ],
+)
 def test_a_folder_that_holds_no_run_is_refused_and_untouched(tmp_path, fresh, content):
     recipe = make_recipe(tmp_path)
     for name in content:
@@ -552,7 +682,10 @@ def test_a_folder_that_holds_no_run_is_refused_and_untouched(tmp_path, fresh, co
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("mine")
     before = snapshot(tmp_path)
-    with pytest.raises(RunError, match=r"one is not empty and holds no run: choose another --set run.name=NAME or move it away"):
+    with pytest.raises(
+        RunError,
+        match=r"one is not empty and holds no run: choose another --set run.name=NAME or move it away",
+    ):
         RunFolder.open(recipe, fresh)
     assert snapshot(tmp_path) == before
 
@@ -567,7 +700,9 @@ def test_a_run_killed_while_its_folder_was_made_is_opened(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_plain_error(tmp_path):
     (tmp_path / "one").write_text("a file")
-    with pytest.raises(RunError, match=r"one is a file: move it away, or choose another --set run\.name=NAME"):
+    with pytest.raises(
+        RunError, match=r"one is a file: move it away, or choose another --set run\.name=NAME"
+    ):
         RunFolder.open(make_recipe(tmp_path))
 
 
@@ -582,7 +717,9 @@ def test_a_run_that_failed_before_its_first_step_does_not_keep_its_name(tmp_path
 def test_a_recipe_of_another_version_is_a_plain_error(folder, tmp_path):
     folder.append("validation.jsonl", {"step": 0})
     (folder.path / "recipe.toml").write_text("[run]\nunheard_of = 1\n")
-    with pytest.raises(RunError, match=r"another version of mlx-distill .*unheard_of.*; use --fresh"):
+    with pytest.raises(
+        RunError, match=r"another version of mlx-distill .*unheard_of.*; use --fresh"
+    ):
         RunFolder.open(make_recipe(tmp_path))
 
 
@@ -603,9 +740,16 @@ def test_changed_data_or_models_are_refused_on_resume(tiny_recipe, command_line,
     result = command_line(*words)
     assert result.code == 2
     changed = "the data" if what == "data" else "a model's files"
-    assert result.err.startswith(f"error: {tmp_path / 'tiny'}: {changed} changed since this run began; ") and "--fresh" in result.err
+    assert (
+        result.err.startswith(
+            f"error: {tmp_path / 'tiny'}: {changed} changed since this run began; "
+        )
+        and "--fresh" in result.err
+    )
     assert snapshot(tmp_path / "tiny") == before
-    assert command_line(*words, "--fresh", "--set", "optim.steps=1", "--set", "eval.task=").code == 0
+    assert (
+        command_line(*words, "--fresh", "--set", "optim.steps=1", "--set", "eval.task=").code == 0
+    )
 
 
 # logs
@@ -613,14 +757,17 @@ def test_changed_data_or_models_are_refused_on_resume(tiny_recipe, command_line,
 
 def test_an_unreadable_line_costs_itself_and_is_told(folder):
     lines, said = [json.dumps({"step": step}).encode() for step in range(1, 7)], []
-    lines[1:4] = [b'{"step": 2, "lo', b'{"step": 3, "a": "\xff"}', b'[4]']
+    lines[1:4] = [b'{"step": 2, "lo', b'{"step": 3, "a": "\xff"}', b"[4]"]
     (folder.path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n\xff")
     folder.cut_logs(5, said.append)
     assert [row["step"] for row in folder.rows("metrics.jsonl")] == [1, 5]
     assert "metrics.jsonl: line 2, 3, 4 cannot be read and is left out" in said[0]
     (folder.path / "metrics.jsonl").unlink()
     folder.cut_logs(5, said.append)
-    assert "metrics.jsonl lacks 5 of 5 rows" in said[-2] and "validation.jsonl lacks 1 of 1 rows" in said[-1]
+    assert (
+        "metrics.jsonl lacks 5 of 5 rows" in said[-2]
+        and "validation.jsonl lacks 1 of 1 rows" in said[-1]
+    )
 
 
 def test_logs_are_cut_to_a_step_and_survive_a_torn_line(folder):
@@ -650,21 +797,34 @@ def world(tiny_recipe, tmp_path) -> Path:
     return recipe
 
 
-@pytest.mark.parametrize("kill", [
-    dict(at=f"{STUDENT}.apply", call=4), dict(at="mlx_distill.view:Counter.__call__", call=6),
-], ids=["training", "scoring"])
-def test_a_run_of_a_version_that_computed_the_teacher_otherwise_is_refused(world, command_line, tmp_path, kill):
+@pytest.mark.parametrize(
+    "kill",
+    [
+        dict(at=f"{STUDENT}.apply", call=4),
+        dict(at="mlx_distill.view:Counter.__call__", call=6),
+    ],
+    ids=["training", "scoring"],
+)
+def test_a_run_of_a_version_that_computed_the_teacher_otherwise_is_refused(
+    world, command_line, tmp_path, kill
+):
     words = arguments(world, tmp_path)
     assert command_line(*words, **kill).code == -9
     manifest = tmp_path / "tiny" / "manifest.json"
     whole = json.loads(manifest.read_text())
-    assert whole["models"]["teacher"]["arithmetic"] == "1" and "arithmetic" not in whole["models"]["student"]
+    assert (
+        whole["models"]["teacher"]["arithmetic"] == "1"
+        and "arithmetic" not in whole["models"]["student"]
+    )
     older = json.loads(manifest.read_text())
     del older["models"]["teacher"]["arithmetic"], older["sha256"]
     manifest.write_text(json.dumps(older))
     result = command_line(*words)
     assert result.code == 2 and result.err.count("\n") == 1
-    assert result.err.startswith(f"error: {tmp_path / 'tiny'}: this run was begun by a version that read the teacher's config.json")
+    assert result.err.startswith(
+        f"error: {tmp_path / 'tiny'}: this run was begun by a version that read the teacher's "
+        "config.json"
+    )
     assert "start over with --fresh" in result.err
     manifest.write_text(json.dumps(whole))
     assert command_line(*words).code == 0
@@ -674,9 +834,13 @@ def test_a_cache_and_kept_texts_say_whose_arithmetic_they_are_of(world, tmp_path
     recipe = load_recipe(world, ("teacher.cache=top_k", f"teacher.cache_folder={tmp_path}/answers"))
     made = pipeline.Pipeline(recipe, silent(), choose_backend("mlx"))
     assert made.open_cache().fields.arithmetic == "1"
-    assert identity(made.teacher_folder)["arithmetic"] == "1" and set(identity(made.student_folder)) == {"fingerprint"}
+    assert identity(made.teacher_folder)["arithmetic"] == "1" and set(
+        identity(made.student_folder)
+    ) == {"fingerprint"}
     table = recipe.teacher.model_copy(update={"model": recipe.student.model})
-    plain = pipeline.Pipeline(recipe.model_copy(update={"teacher": table}), silent(), choose_backend("mlx"))
+    plain = pipeline.Pipeline(
+        recipe.model_copy(update={"teacher": table}), silent(), choose_backend("mlx")
+    )
     assert plain.open_cache().fields.arithmetic == ""
 
 
@@ -700,9 +864,16 @@ def test_texts_end_where_configs_tokenizer_or_template_say(world):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "eval.json"])
-@pytest.mark.parametrize("change", [{"steps": 7}, {"finished": False}, {"more": None}, {"sha256": "0" * 64}, {"sha256": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 7}, {"finished": False}, {"more": None}, {"sha256": "0" * 64}, {"sha256": 1}],
+)
 def test_a_changed_digit_is_damage_and_a_file_of_an_older_version_is_believed(folder, name, change):
-    content = {"steps": 6, "finished": True, "data": {"large": 1e300, "none": float("nan"), "é": ["\ud800"]}}
+    content = {
+        "steps": 6,
+        "finished": True,
+        "data": {"large": 1e300, "none": float("nan"), "é": ["\ud800"]},
+    }
     folder.write_json(name, content)
     assert folder.read_json(name)["steps"] == 6 and "sha256" not in folder.read_json(name)
     kept = json.loads((folder.path / name).read_text())
@@ -727,7 +898,10 @@ def test_a_student_that_is_written_again_is_scored_again(folder):
     scores = {"teacher": {"accuracy": 1.0}, "student": {"accuracy": 0.5}}
     folder.write_json("eval.json", {"task": "dial", "scores": scores})
     folder.write_student(write())
-    assert folder.read_json("eval.json") == {"task": "dial", "scores": {"teacher": {"accuracy": 1.0}}}
+    assert folder.read_json("eval.json") == {
+        "task": "dial",
+        "scores": {"teacher": {"accuracy": 1.0}},
+    }
 
 
 def test_a_new_disk_holds_no_more_than_its_own_folder(tmp_path):
@@ -736,11 +910,22 @@ def test_a_new_disk_holds_no_more_than_its_own_folder(tmp_path):
     assert (tmp_path / "one" / "lost+found").is_dir()
 
 
-@pytest.mark.parametrize(("error", "kind", "words"), [
-    (RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"), OutOfMemory, "there is no memory to load it into"),
-    (MemoryError(), OutOfMemory, "there is no memory to load it into"),
-    (RuntimeError("[load_safetensors] Invalid json header length"), RunError, "cannot be loaded"),
-])
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (
+            RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"),
+            OutOfMemory,
+            "there is no memory to load it into",
+        ),
+        (MemoryError(), OutOfMemory, "there is no memory to load it into"),
+        (
+            RuntimeError("[load_safetensors] Invalid json header length"),
+            RunError,
+            "cannot be loaded",
+        ),
+    ],
+)
 def test_a_restore_that_fails_says_whether_memory_was_missing(folder, error, kind, words):
     class Student:
         def restore_state(self, path, optimizer):

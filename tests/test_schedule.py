@@ -21,7 +21,13 @@ def one_cycle_of_torch(total: int, warmup: float) -> list[float]:
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=PEAK, total_steps=total, pct_start=warmup, anneal_strategy="cos", div_factor=25, final_div_factor=1e4,
+        optimizer,
+        max_lr=PEAK,
+        total_steps=total,
+        pct_start=warmup,
+        anneal_strategy="cos",
+        div_factor=25,
+        final_div_factor=1e4,
         cycle_momentum=False,
     )
     found = []
@@ -35,7 +41,9 @@ def one_cycle_of_torch(total: int, warmup: float) -> list[float]:
 @pytest.mark.parametrize("warmup", [0.0, 0.07, 0.1, 0.3, 0.6])
 @pytest.mark.parametrize("total", [2, 3, 6, 11, 30, 101])
 def test_one_cycle_is_torchs(total: int, warmup: float):
-    assert rates("one_cycle", total, warmup) == pytest.approx(one_cycle_of_torch(total, warmup), rel=1e-9)
+    assert rates("one_cycle", total, warmup) == pytest.approx(
+        one_cycle_of_torch(total, warmup), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("total, warmup", [(10, 0.1), (2, 0.5), (4, 0.25)])
@@ -59,7 +67,9 @@ def test_rates_rise_to_the_peak_and_never_again(schedule: str, warmup: float, to
     found = rates(schedule, total, warmup)
     assert all(0 < rate <= PEAK * (1 + 1e-12) for rate in found)
     top = found.index(max(found))
-    assert found[: top + 1] == sorted(found[: top + 1]) and found[top:] == sorted(found[top:], reverse=True)
+    assert found[: top + 1] == sorted(found[: top + 1]) and found[top:] == sorted(
+        found[top:], reverse=True
+    )
     if schedule != "one_cycle":
         assert max(found) == PEAK and top == int(warmup * total)
 
@@ -74,4 +84,6 @@ def test_what_follows_the_warmup():
     left = [k / 36 for k in range(36)]  # how far each of the 36 steps after 4 of warm-up has come
     assert rates("constant", 40, 0.1)[4:] == [PEAK] * 36
     assert rates("linear", 40, 0.1)[4:] == pytest.approx([PEAK * (1 - x) for x in left])
-    assert rates("cosine", 40, 0.1)[4:] == pytest.approx([PEAK * (1 + math.cos(math.pi * x)) / 2 for x in left])
+    assert rates("cosine", 40, 0.1)[4:] == pytest.approx(
+        [PEAK * (1 + math.cos(math.pi * x)) / 2 for x in left]
+    )

@@ -1,4 +1,6 @@
-"""What the runs of a sweep say together: intervals cover what they say they cover, and conditions are ranked by hand-made rows."""
+"""What the runs of a sweep say together: intervals cover what they say they cover, and conditions
+are ranked by hand-made rows.
+"""
 
 import dataclasses
 import math
@@ -8,22 +10,46 @@ import pytest
 
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.reporting import study
-from mlx_distill.reporting.study import Condition, Row, best_within, conditions, difference, pareto_front, read_rows, rows_text
+from mlx_distill.reporting.study import (
+    Condition,
+    Row,
+    best_within,
+    conditions,
+    difference,
+    pareto_front,
+    read_rows,
+    rows_text,
+)
 from mlx_distill.scoring.intervals import crossed_mean, crossed_variance, interval
 
 
 def make_row(seed=0, right=(1.0, 0.0), settings=None, label="", **numbers):
-    return Row(f"{label}{settings}-{seed}", "student", label, settings or {}, seed, accuracy=float(np.mean(right)), right=tuple(right),
-               problems="p", **numbers)
+    return Row(
+        f"{label}{settings}-{seed}",
+        "student",
+        label,
+        settings or {},
+        seed,
+        accuracy=float(np.mean(right)),
+        right=tuple(right),
+        problems="p",
+        **numbers,
+    )
 
 
 def make_condition(right, label="c", flops=1.0):
     """A condition of shares [S, P], its seeds 0, 1, …"""
-    return Condition(label, {}, tuple(make_row(seed, row, label=label, flops=flops) for seed, row in enumerate(right)))
+    return Condition(
+        label,
+        {},
+        tuple(make_row(seed, row, label=label, flops=flops) for seed, row in enumerate(right)),
+    )
 
 
 def answers(random, seeds, problems, ability=0.3, seed_spread=0.3, problem_spread=1.5, hard=None):
-    """Right answers [S, P], their chance a logistic function of the seed's ability less the problem's difficulty."""
+    """Right answers [S, P], their chance a logistic function of the seed's ability less the
+    problem's difficulty.
+    """
     hard = random.normal(0, problem_spread, problems) if hard is None else hard
     able = ability + random.normal(0, seed_spread, (seeds, 1))
     return (random.random((seeds, problems)) < 1 / (1 + np.exp(hard - able))).astype(float)
@@ -35,10 +61,16 @@ def answers(random, seeds, problems, ability=0.3, seed_spread=0.3, problem_sprea
 def test_the_variance_is_that_computed_by_hand():
     # rows are seeds; row means 3, 4, column means 2, 4, 4.5, mean 3.5
     x = np.array([[1.0, 4.0, 4.0], [3.0, 4.0, 5.0]])
-    ms_seed, ms_problem, ms_error = 3 * 0.5, 2 * (1.5**2 + 0.5**2 + 1.0**2) / 2, 2 * (0.5**2 + 0.5**2) / 2
+    ms_seed, ms_problem, ms_error = (
+        3 * 0.5,
+        2 * (1.5**2 + 0.5**2 + 1.0**2) / 2,
+        2 * (0.5**2 + 0.5**2) / 2,
+    )
     variance, degrees = crossed_variance(x)
     assert variance == pytest.approx((ms_problem + ms_seed - ms_error) / 6)
-    assert degrees == pytest.approx((ms_problem + ms_seed - ms_error) ** 2 / (ms_problem**2 / 2 + ms_seed**2 + ms_error**2 / 2))
+    assert degrees == pytest.approx(
+        (ms_problem + ms_seed - ms_error) ** 2 / (ms_problem**2 / 2 + ms_seed**2 + ms_error**2 / 2)
+    )
 
 
 def test_seeds_that_differ_less_than_chance_take_nothing_off():
@@ -58,7 +90,9 @@ def test_one_seed_or_one_problem_is_a_plain_mean(shape):
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("seed_spread", [0.0, 0.2])
 def test_the_crossed_interval_covers_the_truth(seeds, seed_spread):
-    """Seeds whose accuracies spread by 4 points, or not at all. (Of 3 seeds that spread by 15 points it covers 91 %.)"""
+    """Seeds whose accuracies spread by 4 points, or not at all. (Of 3 seeds that spread by 15
+    points it covers 91 %.)
+    """
     random = np.random.default_rng(seeds)
     truth = answers(random, 2000, 2000, seed_spread=seed_spread).mean()
     drawn = [crossed_mean(answers(random, seeds, 200, seed_spread=seed_spread)) for _ in range(400)]
@@ -66,7 +100,9 @@ def test_the_crossed_interval_covers_the_truth(seeds, seed_spread):
 
 
 def test_intervals_over_problems_alone_miss_it():
-    """What the crossing is for: with seeds that differ, the interval of pooled answers is far too narrow."""
+    """What the crossing is for: with seeds that differ, the interval of pooled answers is far too
+    narrow.
+    """
     random = np.random.default_rng(1)
     truth = answers(random, 2000, 2000, seed_spread=0.6).mean()
     drawn = [answers(random, 3, 200, seed_spread=0.6) for _ in range(300)]
@@ -78,20 +114,27 @@ def test_intervals_over_problems_alone_miss_it():
 def test_one_seed_is_close_to_wilson():
     right = answers(np.random.default_rng(2), 1, 400)
     known = crossed_mean(right)
-    assert (known.low, known.high) == pytest.approx(interval([[share] for share in right[0]]), abs=2e-3)
+    assert (known.low, known.high) == pytest.approx(
+        interval([[share] for share in right[0]]), abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_nothing_and_everything_right_keep_a_width(share):
     known = crossed_mean(np.full((3, 50), share))
-    assert known.mean == share and known.high - known.low > 0.05 and 0 <= known.low <= known.high <= 1
+    assert (
+        known.mean == share and known.high - known.low > 0.05 and 0 <= known.low <= known.high <= 1
+    )
 
 
 def test_a_difference_is_paired():
     random = np.random.default_rng(3)
     hard, able = random.normal(0, 2.5, 300), random.normal(0, 0.5, (5, 1))
     luck = random.random((5, 300))
-    a, b = (make_condition((luck < 1 / (1 + np.exp(hard - able - more))).astype(float)) for more in (0.5, 0.2))
+    a, b = (
+        make_condition((luck < 1 / (1 + np.exp(hard - able - more))).astype(float))
+        for more in (0.5, 0.2)
+    )
     paired = difference(a, b)
     unpaired = math.hypot(*(half.high - half.low for half in (a.accuracy, b.accuracy)))
     assert paired.mean == pytest.approx(a.right.mean() - b.right.mean())
@@ -104,7 +147,9 @@ def test_the_interval_of_a_difference_covers_it():
     truth = answers(random, 2000, 2000, 0.8).mean() - answers(random, 2000, 2000, 0.3).mean()
     for _ in range(300):
         hard = random.normal(0, 1.5, 200)
-        gap = difference(*(make_condition(answers(random, 3, 200, ability, hard=hard)) for ability in (0.8, 0.3)))
+        gap = difference(
+            *(make_condition(answers(random, 3, 200, ability, hard=hard)) for ability in (0.8, 0.3))
+        )
         covered.append(gap.low <= truth <= gap.high)
     assert 0.92 <= np.mean(covered) <= 1.0
 
@@ -115,20 +160,28 @@ def test_conditions_are_paired_over_the_seeds_that_both_have():
     b = dataclasses.replace(make_condition(1 - right), rows=make_condition(1 - right).rows[1:])
     assert difference(a, b).mean == pytest.approx((right[1:] - (1 - right[1:])).mean())
     none = dataclasses.replace(b, rows=(dataclasses.replace(b.rows[0], seed=9),))
-    assert difference(a, none) is None and study.retention(a, none) is None and study.gain_retention(a, none, b) is None
+    assert (
+        difference(a, none) is None
+        and study.retention(a, none) is None
+        and study.gain_retention(a, none, b) is None
+    )
 
 
 def test_the_interval_of_a_ratio_is_that_of_its_spread():
     random, drawn, widths = np.random.default_rng(6), [], []
     for _ in range(400):
         hard = random.normal(0, 1.5, 300)
-        a, full = (make_condition(answers(random, 6, 300, ability, hard=hard)) for ability in (0.2, 0.9))
+        a, full = (
+            make_condition(answers(random, 6, 300, ability, hard=hard)) for ability in (0.2, 0.9)
+        )
         kept = study.retention(a, full)
         assert kept.mean == pytest.approx(a.right.mean() / full.right.mean())
         drawn.append(kept.mean)
         widths.append(kept.high - kept.low)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    assert 0.9 < np.mean(widths) / (high - low) < 1.35  # Student's t of a few seeds is wider than the normal quantile
+    assert (
+        0.9 < np.mean(widths) / (high - low) < 1.35
+    )  # Student's t of a few seeds is wider than the normal quantile
 
 
 def test_what_is_kept_of_a_gain():
@@ -143,11 +196,19 @@ def test_what_is_kept_of_a_gain():
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_condition():
-    rows = [make_row(2, settings={"a.b": 1}), make_row(0, settings={"a.b": 1}), make_row(0, settings={"a.b": 1}, label="arm"),
-            make_row(1, settings={"a.b": 2}), dataclasses.replace(make_row(1, settings={"a.b": 1}), status="out of memory", right=())]
+    rows = [
+        make_row(2, settings={"a.b": 1}),
+        make_row(0, settings={"a.b": 1}),
+        make_row(0, settings={"a.b": 1}, label="arm"),
+        make_row(1, settings={"a.b": 2}),
+        dataclasses.replace(make_row(1, settings={"a.b": 1}), status="out of memory", right=()),
+    ]
     found = conditions(rows)
     assert [(one.label, one.settings, one.seeds) for one in found] == [
-        ("", {"a.b": 1}, (0, 2)), ("arm", {"a.b": 1}, (0,)), ("", {"a.b": 2}, (1,))]
+        ("", {"a.b": 1}, (0, 2)),
+        ("arm", {"a.b": 1}, (0,)),
+        ("", {"a.b": 2}, (1,)),
+    ]
     assert conditions(rows, "base") == []
 
 
@@ -177,25 +238,48 @@ def test_the_front_is_what_no_cheaper_one_equals():
     def one(label, flops, right):
         return make_condition([[1.0] * right + [0.0] * (10 - right)], label, flops)
 
-    found = [one("dear", 10, 8), one("cheap", 1, 3), one("beaten", 5, 4), one("good", 4, 6), one("tied", 6, 6), one("same cost", 4, 5)]
+    found = [
+        one("dear", 10, 8),
+        one("cheap", 1, 3),
+        one("beaten", 5, 4),
+        one("good", 4, 6),
+        one("tied", 6, 6),
+        one("same cost", 4, 5),
+    ]
     assert [each.label for each in pareto_front(found)] == ["cheap", "good", "dear"]
     best = {share: best_within(found, share) for share in (0.05, 0.1, 0.39, 0.4, 0.99, 1.0)}
     assert {share: each and each.label for share, each in best.items()} == {
-        0.05: None, 0.1: "cheap", 0.39: "cheap", 0.4: "good", 0.99: "good", 1.0: "dear"}
+        0.05: None,
+        0.1: "cheap",
+        0.39: "cheap",
+        0.4: "good",
+        0.99: "good",
+        1.0: "dear",
+    }
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [
-        make_row(0, (1.0, 0.0, 1.0), {"objective.segments": ["cot", "answer"], "truncation.fraction": 0.1}, "an arm, \"quoted\"",
-                 kl=0.123456789, flops=1.5e15, peak_bytes=2**40, steps=7),
+        make_row(
+            0,
+            (1.0, 0.0, 1.0),
+            {"objective.segments": ["cot", "answer"], "truncation.fraction": 0.1},
+            'an arm, "quoted"',
+            kl=0.123456789,
+            flops=1.5e15,
+            peak_bytes=2**40,
+            steps=7,
+        ),
         make_row(1, (0.25, 1.0, 0.0), backend="mlx"),
         make_row(2, (1.0,)),
         make_row(3, (0.5,)),
-        dataclasses.replace(make_row(4), status="stopped:\nat step 3, \"x\"", right=(), accuracy=0.0),
+        dataclasses.replace(make_row(4), status='stopped:\nat step 3, "x"', right=(), accuracy=0.0),
     ]
     (tmp_path / "results.csv").write_text(rows_text(rows), encoding="utf-8")
     read = read_rows(tmp_path / "results.csv")
-    assert [dataclasses.replace(row, kl=0.0) for row in read] == [dataclasses.replace(row, kl=0.0) for row in rows]
+    assert [dataclasses.replace(row, kl=0.0) for row in read] == [
+        dataclasses.replace(row, kl=0.0) for row in rows
+    ]
     assert read[0].kl == 0.123456789 and math.isnan(read[1].kl)
     assert (tmp_path / "results.csv").read_text().splitlines()[1].endswith(",101")
 
@@ -204,7 +288,11 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 def test_a_file_of_another_version_is_refused(tmp_path, text):
     path = tmp_path / "results.csv"
     path.write_text(rows_text([make_row()]))
-    path.write_text(text + path.read_text().partition("\n")[2] if text else path.read_text().replace("settings", "set", 1))
+    path.write_text(
+        text + path.read_text().partition("\n")[2]
+        if text
+        else path.read_text().replace("settings", "set", 1)
+    )
     with pytest.raises(DataError, match="run the sweep again"):
         read_rows(path)
     with pytest.raises(NotFound, match="run the sweep first"):

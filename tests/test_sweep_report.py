@@ -1,4 +1,6 @@
-"""The page of a sweep: its numbers are those of the study, what is missing is said, and the page needs nothing else."""
+"""The page of a sweep: its numbers are those of the study, what is missing is said, and the page
+needs nothing else.
+"""
 
 import dataclasses
 import re
@@ -10,8 +12,23 @@ from drawn import Drawn
 
 from mlx_distill.errors import DataError, RunError
 from mlx_distill.reporting.drawing import drawings
-from mlx_distill.reporting.study import Row, best_within, conditions, difference, gain_retention, pareto_front, retention
-from mlx_distill.reporting.sweep_charts import bars, cost_chart, curves, pareto_chart, quality_chart, x_axis
+from mlx_distill.reporting.study import (
+    Row,
+    best_within,
+    conditions,
+    difference,
+    gain_retention,
+    pareto_front,
+    retention,
+)
+from mlx_distill.reporting.sweep_charts import (
+    bars,
+    cost_chart,
+    curves,
+    pareto_chart,
+    quality_chart,
+    x_axis,
+)
 from mlx_distill.reporting.sweep_findings import Swept, findings
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path, costs, quality
@@ -25,22 +42,52 @@ PASS = {"sequences": 2000, "tokens": 1_234_567, "bytes": 345_678_901, "runs": 21
 
 
 def make_rows(points, seeds=3, problems=120, shared=("base", "teacher")):
-    """Rows of (label, settings, ability, cost): a problem is solved where ability and luck outweigh its difficulty."""
+    """Rows of (label, settings, ability, cost): a problem is solved where ability and luck outweigh
+    its difficulty.
+    """
     random = np.random.default_rng(0)
     hard = random.normal(0, 1.2, problems)
 
     def row(run, role, label, settings, seed, ability, cost):
         right = tuple((ability + random.logistic(0, 0.5, problems) > hard).astype(float))
         return Row(
-            run, role, label, settings, seed, accuracy=float(np.mean(right)), well_formed=0.97, mean_tokens=140.0, steps=500,
-            tokens_read=int(2e6 * cost), loss_tokens=int(1e6 * cost), flops=5e12 * cost * (1 + seed / 100), train_seconds=250 * cost,
-            peak_bytes=int(4e8 * (cost + 1) / 2) if cost else 0, kl=0.1 + seed / 50 if cost else float("nan"), problems="p", right=right)
+            run,
+            role,
+            label,
+            settings,
+            seed,
+            accuracy=float(np.mean(right)),
+            well_formed=0.97,
+            mean_tokens=140.0,
+            steps=500,
+            tokens_read=int(2e6 * cost),
+            loss_tokens=int(1e6 * cost),
+            flops=5e12 * cost * (1 + seed / 100),
+            train_seconds=250 * cost,
+            peak_bytes=int(4e8 * (cost + 1) / 2) if cost else 0,
+            kl=0.1 + seed / 50 if cost else float("nan"),
+            problems="p",
+            right=right,
+        )
 
     students = [
-        row(f"run {i}-{seed}", "student", label, settings, seed, ability + random.normal(0, 0.1), cost)
-        for i, (label, settings, ability, cost) in enumerate(points) for seed in range(seeds)
+        row(
+            f"run {i}-{seed}",
+            "student",
+            label,
+            settings,
+            seed,
+            ability + random.normal(0, 0.1),
+            cost,
+        )
+        for i, (label, settings, ability, cost) in enumerate(points)
+        for seed in range(seeds)
     ]
-    return students + [row(role, role, "", {}, 0, ability, 0) for role, ability in (("base", -1.5), ("teacher", 3.0)) if role in shared]
+    return students + [
+        row(role, role, "", {}, 0, ability, 0)
+        for role, ability in (("base", -1.5), ("teacher", 3.0))
+        if role in shared
+    ]
 
 
 def students_of(rows):
@@ -49,11 +96,30 @@ def students_of(rows):
 
 
 def make_grid(**more):
-    grid = [("", {FRACTION: f, KD: kd}, -0.8 + 2.2 * f**0.3 + 0.3 * kd, f * (1 + 0.2 * kd)) for f in FRACTIONS for kd in (0.5, 0.0)]
+    grid = [
+        ("", {FRACTION: f, KD: kd}, -0.8 + 2.2 * f**0.3 + 0.3 * kd, f * (1 + 0.2 * kd))
+        for f in FRACTIONS
+        for kd in (0.5, 0.0)
+    ]
     arms = [("token-matched", {FRACTION: f, KD: 0.5}, 1.0 + f / 2, 1.05) for f in (0.25, 0.5)]
-    arms.append(("last half, context dropped", {FRACTION: 0.5, KD: 0.5, "truncation.keep": "suffix"}, 0.2, 0.55))
+    arms.append(
+        (
+            "last half, context dropped",
+            {FRACTION: 0.5, KD: 0.5, "truncation.keep": "suffix"},
+            0.2,
+            0.55,
+        )
+    )
     axes, rows = {FRACTION: FRACTIONS, KD: [0.5, 0.0]}, make_rows(grid + arms, **more)
-    return Swept("fraction", "How much must be read?", axes, ("", {FRACTION: 1.0, KD: 0.5}), rows, students_of(rows), PASS)
+    return Swept(
+        "fraction",
+        "How much must be read?",
+        axes,
+        ("", {FRACTION: 1.0, KD: 0.5}),
+        rows,
+        students_of(rows),
+        PASS,
+    )
 
 
 def make_arms():
@@ -64,9 +130,20 @@ def make_arms():
 
 def make_segments():
     axis = [["cot"], ["answer"], ["cot", "answer"]]
-    grid = [("", {SEGMENTS: value}, ability, 1.0) for value, ability in zip(axis, (0.8, -0.5, 0.9), strict=True)]
+    grid = [
+        ("", {SEGMENTS: value}, ability, 1.0)
+        for value, ability in zip(axis, (0.8, -0.5, 0.9), strict=True)
+    ]
     rows = make_rows(grid)
-    return Swept("segments", "", {SEGMENTS: axis}, ("", {SEGMENTS: ("cot", "answer")}), rows, students_of(rows), {})
+    return Swept(
+        "segments",
+        "",
+        {SEGMENTS: axis},
+        ("", {SEGMENTS: ("cot", "answer")}),
+        rows,
+        students_of(rows),
+        {},
+    )
 
 
 def without(swept, *roles):
@@ -75,8 +152,18 @@ def without(swept, *roles):
 
 def fail(swept, *runs, line="OutOfMemory: step 12 does not fit; lower micro_batch_size"):
     """The sweep with these runs failed: no result, and the line that says why."""
-    empty = {"accuracy": 0.0, "flops": 0.0, "right": (), "problems": "", "tokens_read": 0, "peak_bytes": 0}
-    rows = [dataclasses.replace(row, status=line, **empty) if row.run in runs else row for row in swept.rows]
+    empty = {
+        "accuracy": 0.0,
+        "flops": 0.0,
+        "right": (),
+        "problems": "",
+        "tokens_read": 0,
+        "peak_bytes": 0,
+    }
+    rows = [
+        dataclasses.replace(row, status=line, **empty) if row.run in runs else row
+        for row in swept.rows
+    ]
     return dataclasses.replace(swept, rows=rows)
 
 
@@ -86,7 +173,11 @@ def page_of(swept, out):
     assert path == out / "report.html"
     html = path.read_text(encoding="utf-8")
     body = re.sub(r"<style>.*?</style>", "", html, flags=re.S)
-    return html, " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split()), (out / "report.md").read_text(encoding="utf-8")
+    return (
+        html,
+        " ".join(unescape(re.sub(r"<[^>]+>", " ", body)).split()),
+        (out / "report.md").read_text(encoding="utf-8"),
+    )
 
 
 def said(text):
@@ -103,18 +194,42 @@ def test_the_numbers_on_the_page_are_those_of_the_study(tmp_path):
     for one in students:
         if one is full:
             continue
-        gap, kept, gain = difference(one, full), retention(one, full), gain_retention(one, full, base)
-        numbers = [percent(one.accuracy.mean), f"{percent(one.accuracy.low)} to {percent(one.accuracy.high)}",
-                   points(gap.mean), f"{points(gap.low)} to {points(gap.high)}",
-                   *(part for share in (kept, gain) for part in (percent(share.mean), f"{percent(share.low)} to {percent(share.high)}"))]
+        gap, kept, gain = (
+            difference(one, full),
+            retention(one, full),
+            gain_retention(one, full, base),
+        )
+        numbers = [
+            percent(one.accuracy.mean),
+            f"{percent(one.accuracy.low)} to {percent(one.accuracy.high)}",
+            points(gap.mean),
+            f"{points(gap.low)} to {points(gap.high)}",
+            *(
+                part
+                for share in (kept, gain)
+                for part in (percent(share.mean), f"{percent(share.low)} to {percent(share.high)}")
+            ),
+        ]
         assert said(" ".join(["3", *numbers, "97.0 %", "0.120"])) in text, one.name
-        cost = [amount(one.cost("tokens_read")), amount(one.cost("flops"), "FLOP"), f"{100 * one.cost('flops') / full.cost('flops'):.0f} %"]
+        cost = [
+            amount(one.cost("tokens_read")),
+            amount(one.cost("flops"), "FLOP"),
+            f"{100 * one.cost('flops') / full.cost('flops'):.0f} %",
+        ]
         if one.cost("flops") > 0.1 * full.cost("flops"):
             assert said(" ".join(cost)) in text, one.name
-    row = next(line for line in markdown.splitlines() if line.startswith("| fraction 0.5, kd\\_weight 0.0 |"))
-    assert said(f"{percent(students[5].accuracy.mean)} ({percent(students[5].accuracy.low)} to") in row
+    row = next(
+        line
+        for line in markdown.splitlines()
+        if line.startswith("| fraction 0.5, kd\\_weight 0.0 |")
+    )
+    assert (
+        said(f"{percent(students[5].accuracy.mean)} ({percent(students[5].accuracy.low)} to") in row
+    )
     assert f"student before – {said(percent(base.accuracy.mean))}" in text
-    kept = "21 runs read the teacher's answers from a cache of 2,000 sequences, 1.23 M tokens, 346 MB."
+    kept = (
+        "21 runs read the teacher's answers from a cache of 2,000 sequences, 1.23 M tokens, 346 MB."
+    )
     assert said(kept) in text
     assert "13 conditions, 39 runs, 3 seeds" in text
 
@@ -127,8 +242,11 @@ def test_the_headline_is_the_cheapest_that_keeps_most():
     assert cheap.cost("flops") < 0.9 * full.cost("flops")
     kept = retention(cheap, full)
     assert headline(swept) == (
-        f"{cheap.name} keeps {percent(kept.mean)} of the accuracy of fraction 1.0, kd_weight 0.5 (95\u00a0% interval "
-        f"{percent(kept.low)} to {percent(kept.high)}) at {100 * cheap.cost('flops') / full.cost('flops'):.0f}\u00a0% of its arithmetic.")
+        f"{cheap.name} keeps {percent(kept.mean)} of the accuracy of fraction 1.0, kd_weight 0.5 "
+        "(95\u00a0% interval "
+        f"{percent(kept.low)} to {percent(kept.high)}) at "
+        f"{100 * cheap.cost('flops') / full.cost('flops'):.0f}\u00a0% of its arithmetic."
+    )
 
 
 def test_without_a_saving_the_headline_compares_the_best_two():
@@ -136,11 +254,16 @@ def test_without_a_saving_the_headline_compares_the_best_two():
     best, second = sorted(conditions(swept.rows), key=lambda one: -one.accuracy.mean)[:2]
     gap, said_first = difference(best, second), headline(swept)
     assert best.name in said_first and second.name in said_first
-    assert f": {points(gap.mean)} points, 95\u00a0% interval {points(gap.low)} to {points(gap.high)}, which" in said_first
+    assert (
+        f": {points(gap.mean)} points, 95\u00a0% interval {points(gap.low)} to "
+        f"{points(gap.high)}, which" in said_first
+    )
     assert said_first.startswith("No clear difference between") == (gap.low <= 0)
     one = make_arms()
     one = dataclasses.replace(one, rows=one.rows[:3])
-    assert re.fullmatch(r"short solves \d.* of 120 problems \(95\u00a0% interval .*\)\.", headline(one))
+    assert re.fullmatch(
+        r"short solves \d.* of 120 problems \(95\u00a0% interval .*\)\.", headline(one)
+    )
 
 
 def test_every_other_member_of_the_front_has_a_sentence(tmp_path):
@@ -157,7 +280,9 @@ def test_every_other_member_of_the_front_has_a_sentence(tmp_path):
 def test_full_is_what_the_sweep_says_or_the_dearest():
     swept = make_grid()
     assert findings(swept).full.settings == {FRACTION: 1.0, KD: 0.5}
-    assert findings(dataclasses.replace(swept, full=("", {KD: 0.0, FRACTION: 0.5}))).full.settings == {FRACTION: 0.5, KD: 0.0}
+    assert findings(
+        dataclasses.replace(swept, full=("", {KD: 0.0, FRACTION: 0.5}))
+    ).full.settings == {FRACTION: 0.5, KD: 0.0}
     arm = ("last half, context dropped", {FRACTION: 0.5, KD: 0.5, "truncation.keep": "suffix"})
     assert findings(dataclasses.replace(swept, full=arm)).full.label == "last half, context dropped"
     assert findings(dataclasses.replace(swept, full=None)).full.settings == {FRACTION: 1.0, KD: 0.5}
@@ -166,21 +291,37 @@ def test_full_is_what_the_sweep_says_or_the_dearest():
 
 
 def test_a_full_condition_that_is_missing_is_said(tmp_path):
-    _, text, _ = page_of(dataclasses.replace(make_grid(), full=("", {FRACTION: 0.9, KD: 0.5})), tmp_path)
-    assert "No run of fraction 0.9, kd_weight 0.5 has finished, so nothing is compared with it." in text
+    _, text, _ = page_of(
+        dataclasses.replace(make_grid(), full=("", {FRACTION: 0.9, KD: 0.5})), tmp_path
+    )
+    assert (
+        "No run of fraction 0.9, kd_weight 0.5 has finished, so nothing is compared with it."
+        in text
+    )
 
 
 def test_the_dearest_of_the_grid_is_full_where_none_is_named():
     grid = make_grid()
-    dear = [dataclasses.replace(row, flops=9e12) if row.label == "token-matched" else row for row in grid.rows]
-    assert findings(dataclasses.replace(grid, rows=dear, full=None)).full.settings == {FRACTION: 1.0, KD: 0.5}
+    dear = [
+        dataclasses.replace(row, flops=9e12) if row.label == "token-matched" else row
+        for row in grid.rows
+    ]
+    assert findings(dataclasses.replace(grid, rows=dear, full=None)).full.settings == {
+        FRACTION: 1.0,
+        KD: 0.5,
+    }
 
 
 def test_an_unknown_cost_is_neither_free_nor_on_the_front(tmp_path):
-    """A model whose arithmetic cannot be counted has 0: it buys nothing, and nothing is divided by it."""
+    """A model whose arithmetic cannot be counted has 0: it buys nothing, and nothing is divided by
+    it.
+    """
     swept = make_arms()
     for unknown in ({"mixed"}, {"short", "long", "mixed"}):
-        rows = [dataclasses.replace(row, flops=0.0) if row.label in unknown else row for row in swept.rows]
+        rows = [
+            dataclasses.replace(row, flops=0.0) if row.label in unknown else row
+            for row in swept.rows
+        ]
         for full in (None, ("mixed", {}), ("long", {})):
             _, text, _ = page_of(dataclasses.replace(swept, rows=rows, full=full), tmp_path)
             assert "at 0.0 % of its arithmetic" not in text and "mixed keeps" not in text
@@ -198,37 +339,63 @@ def test_runs_that_are_to_come_are_said(tmp_path):
 
 def test_the_matched_arm_of_a_sweep_file_is_drawn(tmp_path):
     """Its settings are those that a sweep gives it, not made up here."""
-    (tmp_path / "base.toml").write_text('[data]\nsource = "x"\ntrain_examples = 40\n[eval]\ntask = "jsonl:x"\n')
+    (tmp_path / "base.toml").write_text(
+        '[data]\nsource = "x"\ntrain_examples = 40\n[eval]\ntask = "jsonl:x"\n'
+    )
     (tmp_path / "s.toml").write_text(
-        'recipe = "base.toml"\ntoken_matched = [0.5]\n[axes]\ntruncation.fraction = [0.5, 1.0]\nobjective.kd_weight = [0.5, 0.0]\n'
+        'recipe = "base.toml"\ntoken_matched = [0.5]\n[axes]\ntruncation.fraction = [0.5, '
+        "1.0]\nobjective.kd_weight = [0.5, 0.0]\n"
     )
     sweep = load_sweep(tmp_path / "s.toml")
     rows = make_rows([(point.label, point.settings, 0.5, 1.0) for point in sweep.points])
     drawn = curves(findings(Swept("s", "", sweep.axes, None, rows, students_of(rows), {})))
-    assert [label for label, _ in drawn] == ["kd_weight 0.5", "kd_weight 0.0", "token-matched, kd_weight 0.5"]
+    assert [label for label, _ in drawn] == [
+        "kd_weight 0.5",
+        "kd_weight 0.0",
+        "token-matched, kd_weight 0.5",
+    ]
 
 
 def test_curves_are_the_grid_and_the_matched_arms():
     found = findings(make_grid())
     assert x_axis(found.swept) == FRACTION
-    drawn = [(label, [one.settings[FRACTION] for one in members]) for label, members in curves(found)]
-    assert drawn == [("kd_weight 0.5", FRACTIONS), ("kd_weight 0.0", FRACTIONS), ("token-matched, kd_weight 0.5", [0.25, 0.5])]
+    drawn = [
+        (label, [one.settings[FRACTION] for one in members]) for label, members in curves(found)
+    ]
+    assert drawn == [
+        ("kd_weight 0.5", FRACTIONS),
+        ("kd_weight 0.0", FRACTIONS),
+        ("token-matched, kd_weight 0.5", [0.25, 0.5]),
+    ]
     chart = quality_chart(found)
     for svg in drawings(chart):
         assert [text for _, text in Drawn(svg).x_ticks] == ["0.1", "0.25", "0.5", "0.75", "1"]
     assert chart.x_label == "fraction"
     for one, length in zip(chart.series, (5, 5, 2), strict=True):
-        assert (len(one.known), len(one.low), len(one.high), len(one.dots)) == (length, length, length, 3 * length)
-    assert [one.label for one in chart.levels] == ["student before", "full: fraction 1.0, kd_weight 0.5"]
+        assert (len(one.known), len(one.low), len(one.high), len(one.dots)) == (
+            length,
+            length,
+            length,
+            3 * length,
+        )
+    assert [one.label for one in chart.levels] == [
+        "student before",
+        "full: fraction 1.0, kd_weight 0.5",
+    ]
 
 
 def test_points_and_bands_lie_where_the_study_says():
     found = findings(make_grid())
     chart, (_, members) = quality_chart(found), curves(found)[0]
-    bounds = [one.accuracy.low for one in members] + [one.accuracy.high for one in reversed(members)]
+    bounds = [one.accuracy.low for one in members] + [
+        one.accuracy.high for one in reversed(members)
+    ]
     for svg in drawings(chart):
         drawn = Drawn(svg)
-        points, band = (next(one[-1] for one in shapes if one[0] == "run-1") for shapes in (drawn.lines, drawn.bands))
+        points, band = (
+            next(one[-1] for one in shapes if one[0] == "run-1")
+            for shapes in (drawn.lines, drawn.bands)
+        )
         for (x, y), one in zip(drawn.points(points), members, strict=True):
             assert (x, y) == pytest.approx((one.settings[FRACTION], one.accuracy.mean), abs=2e-3)
         assert [y for _, y in drawn.points(band)] == pytest.approx(bounds, abs=2e-3)
@@ -237,8 +404,10 @@ def test_points_and_bands_lie_where_the_study_says():
 def test_costs_are_shares_of_those_at_the_largest_x():
     chart = cost_chart(findings(make_grid()))
     assert {key.label: (key.first, key.last) for key in chart.key} == {
-        "arithmetic": ("10.0\u00a0%", "100.0\u00a0%"), "time": ("10.0\u00a0%", "100.0\u00a0%"),
-        "peak memory": ("52.9\u00a0%", "100.0\u00a0%")}
+        "arithmetic": ("10.0\u00a0%", "100.0\u00a0%"),
+        "time": ("10.0\u00a0%", "100.0\u00a0%"),
+        "peak memory": ("52.9\u00a0%", "100.0\u00a0%"),
+    }
     assert chart.unit == "share of that at fraction 1.0"
     assert cost_chart(findings(make_segments())) is None
 
@@ -246,24 +415,44 @@ def test_costs_are_shares_of_those_at_the_largest_x():
 def test_without_numbers_on_an_axis_there_are_bars(tmp_path):
     found = findings(make_segments())
     assert x_axis(found.swept) is None and quality_chart(found) is None
-    assert [bar.label for bar in bars(found)] == ["student before", "segments cot", "segments answer", "segments cot + answer", "teacher"]
+    assert [bar.label for bar in bars(found)] == [
+        "student before",
+        "segments cot",
+        "segments answer",
+        "segments cot + answer",
+        "teacher",
+    ]
     html, text, _ = page_of(make_segments(), tmp_path)
     for one, bar in zip(found.students, bars(found)[1:-1], strict=True):
         assert (bar.mean, bar.low, bar.high) == dataclasses.astuple(one.accuracy)
-        assert f'width:{100 * bar.mean:.3f}%' in html and bar.dots == tuple(row.accuracy for row in one.rows)
+        assert f"width:{100 * bar.mean:.3f}%" in html and bar.dots == tuple(
+            row.accuracy for row in one.rows
+        )
     assert html.count('class="one"') == 9 and "segments cot + answer full" in text
     assert bars(findings(make_grid())) == []
-    assert [bar.label for bar in bars(findings(make_arms()))] == ["student before", "short", "long", "mixed", "teacher"]
+    assert [bar.label for bar in bars(findings(make_arms()))] == [
+        "student before",
+        "short",
+        "long",
+        "mixed",
+        "teacher",
+    ]
 
 
 def test_the_front_is_joined_and_every_condition_numbered(tmp_path):
     swept = make_grid()
     chart, front = pareto_chart(findings(swept)), pareto_front(conditions(swept.rows))
     assert [number for number, *_ in chart.numbered] == list(range(1, 14))
-    assert [point.x for point in chart.points] == sorted(one.cost("flops") for one in conditions(swept.rows))
-    assert [label for _, label, _, joined in chart.numbered if joined] == [findings(swept).name(one) for one in front]
+    assert [point.x for point in chart.points] == sorted(
+        one.cost("flops") for one in conditions(swept.rows)
+    )
+    assert [label for _, label, _, joined in chart.numbered if joined] == [
+        findings(swept).name(one) for one in front
+    ]
     for svg in drawings(chart):
-        assert [len(points) for role, _, points in Drawn(svg).lines if role == "soft"] == [len(front)]
+        assert [len(points) for role, _, points in Drawn(svg).lines if role == "soft"] == [
+            len(front)
+        ]
     assert page_of(swept, tmp_path)[0].count('<li class="joined">') == len(front)
 
 
@@ -272,7 +461,11 @@ def test_numbers_of_points_do_not_lie_on_each_other():
         numbers = Drawn(svg).numbers
         assert [text for _, _, text in numbers] == [str(i) for i in range(1, 14)]
         middles = [(x, y) for x, y, _ in numbers]
-        assert all(abs(a - c) >= 13 or abs(b - d) >= 11 for i, (a, b) in enumerate(middles) for c, d in middles[:i])
+        assert all(
+            abs(a - c) >= 13 or abs(b - d) >= 11
+            for i, (a, b) in enumerate(middles)
+            for c, d in middles[:i]
+        )
 
 
 def test_the_best_for_each_budget(tmp_path):
@@ -281,7 +474,12 @@ def test_the_best_for_each_budget(tmp_path):
     for share in (0.25, 0.5, 0.75, 1.0):
         best = best_within(found.students, share)
         dearest = max(one.cost("flops") for one in found.students)
-        assert said(f"{share:.0%} {found.name(best)} {percent(best.accuracy.mean)}").replace(f"{share:.0%}", f"{100 * share:.0f} %") in text
+        assert (
+            said(f"{share:.0%} {found.name(best)} {percent(best.accuracy.mean)}").replace(
+                f"{share:.0%}", f"{100 * share:.0f} %"
+            )
+            in text
+        )
         assert f"{100 * best.cost('flops') / dearest:.0f} % best/budget-{share:.2f}.toml" in text
         assert best_path(share) in markdown
     assert "10 % no condition costs this little" in page_of(make_segments(), tmp_path)[1]
@@ -290,7 +488,10 @@ def test_the_best_for_each_budget(tmp_path):
 def test_conditions_that_share_a_label_are_told_apart():
     names = findings(make_grid()).names
     assert names[-3:] == [
-        "token-matched, fraction 0.25, kd_weight 0.5", "token-matched, fraction 0.5, kd_weight 0.5", "last half, context dropped"]
+        "token-matched, fraction 0.25, kd_weight 0.5",
+        "token-matched, fraction 0.5, kd_weight 0.5",
+        "last half, context dropped",
+    ]
     assert len(set(names)) == len(names)
 
 
@@ -298,7 +499,10 @@ def test_failed_runs_and_missing_seeds_are_said(tmp_path):
     swept = fail(make_grid(), "run 0-1", "run 9-0", "run 9-1", "run 9-2")
     _, text, markdown = page_of(swept, tmp_path)
     assert "4 runs did not finish" in text and "Failed runs" in text
-    assert "run 0-1 fraction 0.1, kd_weight 0.5, seed 1 OutOfMemory: step 12 does not fit; lower micro_batch_size" in text
+    assert (
+        "run 0-1 fraction 0.1, kd_weight 0.5, seed 1 OutOfMemory: step 12 does not fit; lower "
+        "micro_batch_size" in text
+    )
     assert text.count("2 of 3") == 1 and "fraction 0.1, kd_weight 0.5 2 of 3 " in text
     assert len(findings(swept).students) == 12
     assert "| run 9-2 (fraction 1.0, kd\\_weight 0.0, seed 2) | OutOfMemory" in markdown
@@ -308,7 +512,11 @@ def test_no_finished_run_is_a_page_that_says_so(tmp_path):
     swept = make_grid()
     swept = without(fail(swept, *(row.run for row in swept.rows)), "base", "teacher")
     html, text, markdown = page_of(swept, tmp_path)
-    assert headline(swept) == "fraction: none of 39 runs finished." and headline(swept) in text and headline(swept) in markdown
+    assert (
+        headline(swept) == "fraction: none of 39 runs finished."
+        and headline(swept) in text
+        and headline(swept) in markdown
+    )
     assert "<svg" not in html and "%" not in re.sub(r"<style>.*?</style>", "", html, flags=re.S)
     _, text, _ = page_of(dataclasses.replace(swept, rows=[]), tmp_path)
     assert "fraction: there is no run yet." in text
@@ -316,7 +524,10 @@ def test_no_finished_run_is_a_page_that_says_so(tmp_path):
 
 def test_one_seed_says_what_it_cannot_know(tmp_path):
     _, text, markdown = page_of(make_grid(seeds=1), tmp_path)
-    for words in ("One seed each: the intervals cover other problems only, not another seed.", "one seed cannot tell"):
+    for words in (
+        "One seed each: the intervals cover other problems only, not another seed.",
+        "one seed cannot tell",
+    ):
         assert words in text and words in said(markdown)
     assert "seeds and problems are crossed" not in text
     assert not any(one.dots for one in quality_chart(findings(make_grid(seeds=1))).series)
@@ -328,37 +539,63 @@ def test_without_a_base_nothing_is_said_of_gains(tmp_path):
     _, text, _ = page_of(swept, tmp_path)
     assert "student before" not in text and "The kept gain" not in text
     assert all(row[5].text == "–" for row in quality(findings(swept)).rows)
-    assert all(row[4].text != "–" for row in quality(findings(swept)).rows if row[0].small != "full")
+    assert all(
+        row[4].text != "–" for row in quality(findings(swept)).rows if row[0].small != "full"
+    )
 
 
 def test_a_base_that_answered_other_problems_is_left_out(tmp_path):
     swept = make_grid()
-    rows = [dataclasses.replace(row, problems="q", right=row.right[:7]) if row.role == "base" else row for row in swept.rows]
+    rows = [
+        dataclasses.replace(row, problems="q", right=row.right[:7]) if row.role == "base" else row
+        for row in swept.rows
+    ]
     assert "student before" not in page_of(dataclasses.replace(swept, rows=rows), tmp_path)[1]
-    mixed = [dataclasses.replace(row, problems="q") if row.run == "run 0-0" else row for row in swept.rows]
+    mixed = [
+        dataclasses.replace(row, problems="q") if row.run == "run 0-0" else row
+        for row in swept.rows
+    ]
     with pytest.raises(DataError, match="different problems"):
         write_report(dataclasses.replace(swept, rows=mixed), tmp_path)
 
 
 def test_what_was_not_measured_is_a_dash(tmp_path):
     swept = make_grid()
-    rows = [dataclasses.replace(row, peak_bytes=0, flops=0.0, kl=float("nan")) for row in swept.rows]
+    rows = [
+        dataclasses.replace(row, peak_bytes=0, flops=0.0, kl=float("nan")) for row in swept.rows
+    ]
     bare = dataclasses.replace(swept, rows=rows, teacher_pass={})
     _, text, _ = page_of(bare, tmp_path)
-    assert {(row[2].text, row[3].text, row[5].text) for row in costs(findings(bare)).rows} == {("–", "–", "–")}
-    assert pareto_chart(findings(bare)) is None and "Best condition" not in text and "nan" not in text and "One pass" not in text
+    assert {(row[2].text, row[3].text, row[5].text) for row in costs(findings(bare)).rows} == {
+        ("–", "–", "–")
+    }
+    assert (
+        pareto_chart(findings(bare)) is None
+        and "Best condition" not in text
+        and "nan" not in text
+        and "One pass" not in text
+    )
     assert [key.label for key in cost_chart(findings(bare)).key] == ["time"]
 
 
 def test_text_of_the_sweep_is_escaped(tmp_path):
     evil = "<script>alert('1')</script>\"><b> | x"
     swept = make_arms()
-    rows = [dataclasses.replace(row, label=evil if row.label == "long" else row.label, settings={}) for row in swept.rows]
+    rows = [
+        dataclasses.replace(row, label=evil if row.label == "long" else row.label, settings={})
+        for row in swept.rows
+    ]
     rows[0] = dataclasses.replace(rows[0], run=evil, status=evil, right=())
-    html, text, markdown = page_of(dataclasses.replace(swept, name=evil, question=evil, rows=rows), tmp_path)
+    html, text, markdown = page_of(
+        dataclasses.replace(swept, name=evil, question=evil, rows=rows), tmp_path
+    )
     assert "<script" not in html and "<script" not in markdown and "<b> |" not in html
     assert text.count(evil) >= 6
-    widths = {line.count("|") - line.count("\\|") for line in markdown.partition("## Quality")[2].partition("##")[0].splitlines() if line}
+    widths = {
+        line.count("|") - line.count("\\|")
+        for line in markdown.partition("## Quality")[2].partition("##")[0].splitlines()
+        if line
+    }
     assert len(widths) == 1
 
 
@@ -368,15 +605,24 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert not re.search(r"(?:src|href|action)\s*=|url\(|@import|https?:", html)
 
 
-@pytest.mark.parametrize("values", [[32, 64, 4096], [1e-5, 1e-4, 1e-3], [0.5, 0.5], [True, False], [-1.0, 1.0]])
+@pytest.mark.parametrize(
+    "values", [[32, 64, 4096], [1e-5, 1e-4, 1e-3], [0.5, 0.5], [True, False], [-1.0, 1.0]]
+)
 def test_any_axis_makes_a_page(tmp_path, values):
-    rows = make_rows([("", {"a.b": value}, i / 2, i + 1) for i, value in enumerate(dict.fromkeys(values))])
+    rows = make_rows(
+        [("", {"a.b": value}, i / 2, i + 1) for i, value in enumerate(dict.fromkeys(values))]
+    )
     page_of(Swept("any", "", {"a.b": values}, None, rows, students_of(rows), {}), tmp_path)
-    chart = quality_chart(findings(Swept("any", "", {"a.b": values}, None, rows, students_of(rows), {})))
+    chart = quality_chart(
+        findings(Swept("any", "", {"a.b": values}, None, rows, students_of(rows), {}))
+    )
     assert (chart is None) == (values in ([0.5, 0.5], [True, False]))
     if chart:
         for drawn in map(Drawn, drawings(chart)):
-            assert all(44 <= x <= drawn.width - 10 for x, _ in drawn.x_ticks) and len(drawn.x_ticks) > 1
+            assert (
+                all(44 <= x <= drawn.width - 10 for x, _ in drawn.x_ticks)
+                and len(drawn.x_ticks) > 1
+            )
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):

@@ -1,4 +1,6 @@
-"""A teacher's answers from disk are the teacher's answers: for every cut they may serve, on every backend, after any mishap they say so."""
+"""A teacher's answers from disk are the teacher's answers: for every cut they may serve, on every
+backend, after any mishap they say so.
+"""
 
 import dataclasses
 import importlib
@@ -45,7 +47,9 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
     family_folder(root / "teacher", llama_config(layers=3, tied=False, vocabulary=ROWS), seed=1)
     family_folder(root / "student", llama_config(layers=2, vocabulary=ROWS), seed=2)
-    weights = root / "teacher" / "model.safetensors"  # random hidden states say little: larger logits make them differ from a student's
+    weights = (
+        root / "teacher" / "model.safetensors"
+    )  # random hidden states say little: larger logits make them differ from a student's
     sharpen(weights)
     return root
 
@@ -69,20 +73,47 @@ def teacher(backend, root):
 
 
 def student(backend: Backend, root: Path, learning_rate: float = 1e-3):
-    return backend.load_student(root / "student", "student", Recipe.model_validate({
-        "objective": {"chunk_tokens": 7}, "optim": {"learning_rate": learning_rate}, "data": {"source": "rows.jsonl"},
-    }))
+    return backend.load_student(
+        root / "student",
+        "student",
+        Recipe.model_validate(
+            {
+                "objective": {"chunk_tokens": 7},
+                "optim": {"learning_rate": learning_rate},
+                "data": {"source": "rows.jsonl"},
+            }
+        ),
+    )
 
 
 def fields(kind: str, **changes) -> CacheFields:
-    table = TeacherTable(cache=kind, **{key: changes.pop(key) for key in ("cache_top_k", "cache_samples") if key in changes})
+    table = TeacherTable(
+        cache=kind,
+        **{key: changes.pop(key) for key in ("cache_top_k", "cache_samples") if key in changes},
+    )
     return dataclasses.replace(CacheFields.of(table, "f" * 64, VOCABULARY, ROWS), **changes)
 
 
-def written(folder: Path, asked: CacheFields, backend: Backend, teacher, sequences=SEQUENCES, said: list | None = None) -> TeacherCache:
+def written(
+    folder: Path,
+    asked: CacheFields,
+    backend: Backend,
+    teacher,
+    sequences=SEQUENCES,
+    said: list | None = None,
+) -> TeacherCache:
     cache = TeacherCache(folder, asked)
     say = (said if said is not None else []).append
-    fill(cache, sequences, lambda: teacher, backend, TABLE, {}, say, lambda label, total: lambda more: None)
+    fill(
+        cache,
+        sequences,
+        lambda: teacher,
+        backend,
+        TABLE,
+        {},
+        say,
+        lambda label, total: lambda more: None,
+    )
     return cache
 
 
@@ -90,19 +121,38 @@ def written(folder: Path, asked: CacheFields, backend: Backend, teacher, sequenc
 def caches(backend, teacher, tmp_path_factory) -> dict[str, CachedTeacher]:
     """One of each kind, exact where it can be: K = V in float32."""
     folder = tmp_path_factory.mktemp("caches")
-    asked = {"top_k": fields("top_k", cache_top_k=ROWS, dtype="float32"), "sampled": fields("sampled"), "hidden": fields("hidden")}
-    return {kind: CachedTeacher(written(folder, one, backend, teacher), backend) for kind, one in asked.items()}
+    asked = {
+        "top_k": fields("top_k", cache_top_k=ROWS, dtype="float32"),
+        "sampled": fields("sampled"),
+        "hidden": fields("hidden"),
+    }
+    return {
+        kind: CachedTeacher(written(folder, one, backend, teacher), backend)
+        for kind, one in asked.items()
+    }
 
 
-def update(backend: Backend, root: Path, batch: Batch, targets, objective: Objective) -> tuple[LossSums, dict[str, np.ndarray]]:
+def update(
+    backend: Backend, root: Path, batch: Batch, targets, objective: Objective
+) -> tuple[LossSums, dict[str, np.ndarray]]:
     """The sums of one batch and how the weights move by gradient descent."""
     from tempfile import TemporaryDirectory
 
     from safetensors.numpy import load_file
 
-    descent = {"learning_rate": 1e9, "beta1": 0.0, "beta2": 0.0, "eps": 1e6, "max_grad_norm": 0.0}  # 1000 times the gradient
-    recipe = Recipe.model_validate({"objective": {"chunk_tokens": 7}, "data": {"source": "rows.jsonl"}})
-    one = backend.load_student(root / "student", "student", with_values(recipe, optim=descent))  # unchecked
+    descent = {
+        "learning_rate": 1e9,
+        "beta1": 0.0,
+        "beta2": 0.0,
+        "eps": 1e6,
+        "max_grad_norm": 0.0,
+    }  # 1000 times the gradient
+    recipe = Recipe.model_validate(
+        {"objective": {"chunk_tokens": 7}, "data": {"source": "rows.jsonl"}}
+    )
+    one = backend.load_student(
+        root / "student", "student", with_values(recipe, optim=descent)
+    )  # unchecked
     found = []
     with TemporaryDirectory() as folder:
         one.save_state(Path(folder))
@@ -125,8 +175,12 @@ def assert_equal(found, expected, tolerance: float) -> None:
 
 
 CUTS = {
-    "whole": {}, "nearly nothing": {"fraction": 0.2}, "half": {"fraction": 0.5}, "most": {"fraction": 0.9},
-    "half of the cot": {"span": "cot", "fraction": 0.5}, "up to </think>": {"keep": "cot"},
+    "whole": {},
+    "nearly nothing": {"fraction": 0.2},
+    "half": {"fraction": 0.5},
+    "most": {"fraction": 0.9},
+    "half of the cot": {"span": "cot", "fraction": 0.5},
+    "up to </think>": {"keep": "cot"},
     "suffix in context": {"keep": "suffix", "fraction": 0.5, "context": "keep"},
     "middle in context": {"keep": "middle", "fraction": 0.5, "context": "keep"},
 }
@@ -159,36 +213,59 @@ def test_one_cache_serves_every_cut_and_segment_set(backend, root, teacher, cach
 
 
 def test_a_cut_that_drops_context_is_refused_by_id(caches):
-    sequences = [truncate(one, TruncationTable(keep="suffix", fraction=0.5)) for one in SEQUENCES[:2]]
-    with pytest.raises(CacheError, match="example 's0': its 4 tokens are not the start of a sequence that is kept"):
+    sequences = [
+        truncate(one, TruncationTable(keep="suffix", fraction=0.5)) for one in SEQUENCES[:2]
+    ]
+    with pytest.raises(
+        CacheError, match="example 's0': its 4 tokens are not the start of a sequence that is kept"
+    ):
         caches["top_k"].targets(make_batch(sequences, ALL))
     with pytest.raises(CacheError, match="example 's99'"):
         caches["hidden"].targets(make_batch([sequence(5, 99)], ALL))
 
 
 def test_more_answers_are_nearer(backend, root, teacher, tmp_path):
-    batch, objective, learner = make_batch(SEQUENCES, ALL), Objective(kd_weight=1), student(backend, root)
+    batch, objective, learner = (
+        make_batch(SEQUENCES, ALL),
+        Objective(kd_weight=1),
+        student(backend, root),
+    )
     live, errors = learner.score(batch, teacher.targets(batch), objective).kd.sum(), []
     for k in (1, 4, 16, 64, ROWS):
-        cached = CachedTeacher(written(tmp_path, fields("top_k", cache_top_k=k), backend, teacher), backend)
-        errors.append((live - learner.score(batch, cached.targets(batch), objective).kd.sum()) / live)
+        cached = CachedTeacher(
+            written(tmp_path, fields("top_k", cache_top_k=k), backend, teacher), backend
+        )
+        errors.append(
+            (live - learner.score(batch, cached.targets(batch), objective).kd.sum()) / live
+        )
     assert all(fewer > more for fewer, more in pairwise(errors[:3])) and errors[0] > 0.02, errors
     assert max(map(abs, errors[3:])) < 1e-4, errors  # what half precision leaves
 
 
 def test_half_precision_moves_the_loss_by_less_than(backend, root, teacher, tmp_path):
-    """1e-4 of its value where all are kept: hundreds of times less than what leaving out all but 64 of them does."""
-    batch, objective, learner = make_batch(SEQUENCES, ALL), Objective(kd_weight=1), student(backend, root)
+    """1e-4 of its value where all are kept: hundreds of times less than what leaving out all but 64
+    of them does.
+    """
+    batch, objective, learner = (
+        make_batch(SEQUENCES, ALL),
+        Objective(kd_weight=1),
+        student(backend, root),
+    )
     found = {}
     for dtype in ("float16", "float32"):
-        cached = CachedTeacher(written(tmp_path, fields("top_k", cache_top_k=32, dtype=dtype), backend, teacher), backend)
+        cached = CachedTeacher(
+            written(tmp_path, fields("top_k", cache_top_k=32, dtype=dtype), backend, teacher),
+            backend,
+        )
         found[dtype] = learner.score(batch, cached.targets(batch), objective).kd
     np.testing.assert_allclose(found["float16"], found["float32"], rtol=2e-4)
     assert (found["float16"] != found["float32"]).all()
 
 
 def test_drawn_answers_are_unbiased(backend, root, teacher, tmp_path):
-    """Mean loss and gradient over caches of other seeds come nearer to the live ones, as 1/sqrt(seeds) at least."""
+    """Mean loss and gradient over caches of other seeds come nearer to the live ones, as
+    1/sqrt(seeds) at least.
+    """
     batch, objective = make_batch(SEQUENCES[:3], ALL), Objective(kd_weight=1)
     live = update(backend, root, batch, teacher.targets(batch), objective)
     value, slope = live[0].kd.sum(), np.concatenate([array.ravel() for array in live[1].values()])
@@ -201,7 +278,9 @@ def test_drawn_answers_are_unbiased(backend, root, teacher, tmp_path):
         values.append(sums.kd.sum())
         slopes.append(np.concatenate([array.ravel() for array in moved.values()]))
     spread = np.std(values, ddof=1)
-    assert spread > 0.001 * value and abs(np.mean(values) - value) < 3 * spread / np.sqrt(len(values))
+    assert spread > 0.001 * value and abs(np.mean(values) - value) < 3 * spread / np.sqrt(
+        len(values)
+    )
     alone = np.mean([np.linalg.norm(one - slope) for one in slopes])
     assert np.linalg.norm(np.mean(slopes, 0) - slope) < 1.5 * alone / np.sqrt(len(slopes))
 
@@ -213,23 +292,33 @@ def test_draws_have_the_frequencies_of_the_teacher(backend, teacher):
     drawn, entropy, top = teacher.draw(batch, uniform, ROWS)
     ids, log_probs, tail = teacher.top_k(batch, ROWS, ROWS)
     assert (tail == -np.inf).all() and (ids[:, 0] == top).all()
-    np.testing.assert_allclose(entropy, -(np.exp(log_probs) * log_probs).sum(1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        entropy, -(np.exp(log_probs) * log_probs).sum(1), rtol=1e-5, atol=1e-6
+    )
     for row, (some, v) in enumerate(zip(ids, log_probs, strict=True)):
         found = np.bincount(drawn[row], minlength=ROWS) / samples
-        assert np.abs(found[some] - np.exp(v)).max() <= 2.01 / samples  # stratified: off by less than a draw at each end
+        assert (
+            np.abs(found[some] - np.exp(v)).max() <= 2.01 / samples
+        )  # stratified: off by less than a draw at each end
     np.testing.assert_allclose(log_softmax(log_probs), log_probs, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_either_backend_reads_what_the_other_wrote(root, tmp_path, kind):
     backends = {name: choose_backend(name) for name in BOTH}
-    teachers = {name: one.load_teacher(root / "teacher", "teacher") for name, one in backends.items()}
+    teachers = {
+        name: one.load_teacher(root / "teacher", "teacher") for name, one in backends.items()
+    }
     batch, found = make_batch(SEQUENCES, ALL, 8), {}
     for writer in BOTH:
         written(tmp_path / writer, fields(kind), backends[writer], teachers[writer])
         for reader in BOTH:
             cached = CachedTeacher(TeacherCache(tmp_path / writer, fields(kind)), backends[reader])
-            found[writer, reader] = student(backends[reader], root).score(batch, cached.targets(batch), Objective()).stacked()
+            found[writer, reader] = (
+                student(backends[reader], root)
+                .score(batch, cached.targets(batch), Objective())
+                .stacked()
+            )
     for sums in found.values():
         np.testing.assert_allclose(sums, found["mlx", "mlx"], rtol=1e-4)
 
@@ -260,7 +349,9 @@ def test_a_manifest_that_differs_is_refused_by_field(tmp_path, field):
     TeacherCache(tmp_path, asked)
     manifest["fields"][field] = "other"
     (cache.path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CacheError, match=rf"manifest.json: {field} .* asked, 'other' found: .*") as error:
+    with pytest.raises(
+        CacheError, match=rf"manifest.json: {field} .* asked, 'other' found: .*"
+    ) as error:
         written(tmp_path, asked, backend, None)
     assert "\n" not in str(error.value)
     del manifest["fields"][field]
@@ -280,7 +371,9 @@ def test_a_cache_from_before_there_were_dates_keeps_its_name():
 
 
 def test_a_date_is_taken_from_a_cache_of_the_same_arithmetic_alone(tmp_path):
-    made = CacheFields("top_k", "f" * 16, 0, "a" * 16, 96, top_k=8, dtype="float16", date="2026-11-20")
+    made = CacheFields(
+        "top_k", "f" * 16, 0, "a" * 16, 96, top_k=8, dtype="float16", date="2026-11-20"
+    )
     (tmp_path / made.name).mkdir()
     (tmp_path / made.name / "manifest.json").write_text(json.dumps({"fields": made.content()}))
     today = dataclasses.replace(made, date="2026-11-26")
@@ -300,10 +393,22 @@ def test_each_field_makes_another_cache_and_says_what_is_near(tmp_path, root):
     assert fields("top_k", cache_top_k=500).top_k == ROWS
 
 
-@pytest.mark.parametrize("kind, name", [
-    ("top_k", "tokens"), ("top_k", "ids"), ("top_k", "log_probs"), ("top_k", "tail"), ("sampled", "ids"), ("sampled", "counts"),
-    ("sampled", "distinct"), ("sampled", "entropy"), ("sampled", "top"), ("hidden", "states"), ("hidden", "head"),
-])
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        ("top_k", "tokens"),
+        ("top_k", "ids"),
+        ("top_k", "log_probs"),
+        ("top_k", "tail"),
+        ("sampled", "ids"),
+        ("sampled", "counts"),
+        ("sampled", "distinct"),
+        ("sampled", "entropy"),
+        ("sampled", "top"),
+        ("hidden", "states"),
+        ("hidden", "head"),
+    ],
+)
 def test_a_flipped_byte_is_found(backend, teacher, tmp_path, kind, name):
     cache = written(tmp_path, fields(kind), backend, teacher)
     file = next(cache.path.glob(f"*/{name}.npy"))
@@ -311,10 +416,14 @@ def test_a_flipped_byte_is_found(backend, teacher, tmp_path, kind, name):
     content[-3] ^= 1
     file.write_bytes(content)
     with pytest.raises(CacheError, match=rf"{name}.npy: SHA-256 \w+… expected, \w+… found"):
-        CachedTeacher(TeacherCache(tmp_path, fields(kind)), backend).targets(make_batch(SEQUENCES, ALL))
+        CachedTeacher(TeacherCache(tmp_path, fields(kind)), backend).targets(
+            make_batch(SEQUENCES, ALL)
+        )
     file.unlink()
     with pytest.raises(CacheError, match=rf"{name}.npy cannot be read"):
-        CachedTeacher(TeacherCache(tmp_path, fields(kind)), backend).targets(make_batch(SEQUENCES, ALL))
+        CachedTeacher(TeacherCache(tmp_path, fields(kind)), backend).targets(
+            make_batch(SEQUENCES, ALL)
+        )
 
 
 def test_nothing_is_asked_twice(backend, teacher, tmp_path):
@@ -326,7 +435,16 @@ def test_nothing_is_asked_twice(backend, teacher, tmp_path):
 
     def ask(sequences) -> TeacherCache:
         cache = TeacherCache(tmp_path, asked)
-        fill(cache, sequences, load, backend, TABLE, {}, calls.append, lambda label, total: calls.append(total) or (lambda more: None))
+        fill(
+            cache,
+            sequences,
+            load,
+            backend,
+            TABLE,
+            {},
+            calls.append,
+            lambda label, total: calls.append(total) or (lambda more: None),
+        )
         return cache
 
     assert ask(SEQUENCES[:4]).size()[:2] == (4, 43) and calls == [1, 4]
@@ -334,24 +452,34 @@ def test_nothing_is_asked_twice(backend, teacher, tmp_path):
     ask([truncate(one, TruncationTable(fraction=0.5)) for one in SEQUENCES[:4]])
     assert calls == [1, 4]
     assert ask(SEQUENCES).size()[:2] == (6, TOKENS) and calls == [1, 4, 1, 2]
-    other = dataclasses.replace(SEQUENCES[0], tokens=SEQUENCES[1].tokens)  # the id of one, the text of another
+    other = dataclasses.replace(
+        SEQUENCES[0], tokens=SEQUENCES[1].tokens
+    )  # the id of one, the text of another
     cache = ask([other])
     assert calls == [1, 4, 1, 2, 1, 1] and cache.size()[0] == 7
     for one in (SEQUENCES[0], other):
         batch = make_batch([dataclasses.replace(one, allowed=np.ones(len(one), bool))], ALL)
         live = teacher.top_k(subject.whole_batch([one], 1), 64, ROWS)[0]
-        assert np.array_equal(CachedTeacher(cache, backend).targets(batch).ids, live[batch.positions])
+        assert np.array_equal(
+            CachedTeacher(cache, backend).targets(batch).ids, live[batch.positions]
+        )
 
 
 # Mishaps
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("where", ["numpy:save", "json:dumps", "os:replace", "mlx_distill.files:flush_folder"])
+@pytest.mark.parametrize(
+    "where", ["numpy:save", "json:dumps", "os:replace", "mlx_distill.files:flush_folder"]
+)
 def test_a_writer_that_was_stopped_goes_on_and_ends_equal(root, tmp_path, monkeypatch, kind, where):
     backend = choose_backend("torch")
     teacher = backend.load_teacher(root / "teacher", "teacher")
@@ -396,7 +524,16 @@ def test_two_writers_at_once_write_each_answer_once(root, tmp_path, monkeypatch)
             inside.wait(5)
             return teacher
 
-        fill(TeacherCache(tmp_path, fields("top_k")), SEQUENCES, load, backend, TABLE, {}, said.append, lambda *_: lambda more: None)
+        fill(
+            TeacherCache(tmp_path, fields("top_k")),
+            SEQUENCES,
+            load,
+            backend,
+            TABLE,
+            {},
+            said.append,
+            lambda *_: lambda more: None,
+        )
 
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
@@ -422,7 +559,10 @@ def test_a_full_disk_is_one_line_and_loses_nothing(root, tmp_path, monkeypatch):
         return save(*args)
 
     monkeypatch.setattr(subject.np, "save", full)
-    with pytest.raises(CacheError, match=r"part-000001: cannot be written \(No space left on device\); complete parts are intact"):
+    with pytest.raises(
+        CacheError,
+        match=r"part-000001: cannot be written \(No space left on device\); complete parts are intact",
+    ):
         written(tmp_path, fields("top_k"), backend, teacher)
     cache = TeacherCache(tmp_path, fields("top_k"))
     assert [path.name for path in cache.path.glob("*part*")] == ["part-000000"] and cache.size()[0]
@@ -432,10 +572,14 @@ def test_a_full_disk_is_one_line_and_loses_nothing(root, tmp_path, monkeypatch):
 def test_a_cache_may_move(backend, teacher, tmp_path):
     written(tmp_path / "here", fields("hidden"), backend, teacher)
     shutil.move(tmp_path / "here", tmp_path / "there")
-    CachedTeacher(TeacherCache(tmp_path / "there", fields("hidden")), backend).targets(make_batch(SEQUENCES, ALL))
+    CachedTeacher(TeacherCache(tmp_path / "there", fields("hidden")), backend).targets(
+        make_batch(SEQUENCES, ALL)
+    )
 
 
 def test_sparse_answers_at_another_temperature_are_refused(backend, root, caches):
     batch = make_batch(SEQUENCES, ALL)
     with pytest.raises(ValueError, match="temperature"):
-        student(backend, root).score(batch, caches["top_k"].targets(batch), Objective(temperature=2.0))
+        student(backend, root).score(
+            batch, caches["top_k"].targets(batch), Objective(temperature=2.0)
+        )

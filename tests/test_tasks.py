@@ -1,4 +1,6 @@
-"""Tasks: which problems are drawn, what is read as the answer, and what a wrong name or row is told."""
+"""Tasks: which problems are drawn, what is read as the answer, and what a wrong name or row is
+told.
+"""
 
 import json
 
@@ -16,7 +18,13 @@ def write_rows(path, rows):
 
 @pytest.fixture
 def gsm8k(tmp_path):
-    rows = [{"question": f"What is {i} + 1000?", "answer": f"{i} + 1000 = <<{i}+1000={i + 1000}>>\n#### 1,{i:03d}"} for i in range(20)]
+    rows = [
+        {
+            "question": f"What is {i} + 1000?",
+            "answer": f"{i} + 1000 = <<{i}+1000={i + 1000}>>\n#### 1,{i:03d}",
+        }
+        for i in range(20)
+    ]
     return write_rows(tmp_path / "test.jsonl", rows)
 
 
@@ -31,11 +39,15 @@ def test_the_same_arguments_draw_the_same_problems(gsm8k):
 
     assert drawn(5, 1) == drawn(5, 1) != drawn(5, 2)
     assert len(drawn(500, 1)) == 20
-    assert set(drawn(5, 1)) <= set(drawn(500, 9)), "a problem has one id, whichever rows were drawn with it"
+    assert set(drawn(5, 1)) <= set(drawn(500, 9)), (
+        "a problem has one id, whichever rows were drawn with it"
+    )
 
 
 def test_a_repeated_row_is_one_problem(tmp_path):
-    path = write_rows(tmp_path / "twice.jsonl", [{"prompt": "1+1", "answer": "2"}, {"prompt": "1+1", "answer": 2}])
+    path = write_rows(
+        tmp_path / "twice.jsonl", [{"prompt": "1+1", "answer": "2"}, {"prompt": "1+1", "answer": 2}]
+    )
     assert len(load_task(f"jsonl:{path}", 10, 0).problems) == 1
 
 
@@ -66,9 +78,23 @@ def test_answer_text_starts_after_the_first_end():
 
 def test_a_task_says_how_its_answers_are_compared(tmp_path):
     golds = ["42", "B", "Paris", "70%", "$18", 5, 5.0, ["3", 4], ["B"], True]
-    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"q{i}", "answer": gold} for i, gold in enumerate(golds)])
+    path = write_rows(
+        tmp_path / "rows.jsonl",
+        [{"prompt": f"q{i}", "answer": gold} for i, gold in enumerate(golds)],
+    )
     task = load_task(f"jsonl:{path}", 99, 0)
-    assert [problem.expected for problem in task.problems] == ["42", "B", "Paris", "70%", "$18", "5", "5.0", "3, 4", "B", "True"]
+    assert [problem.expected for problem in task.problems] == [
+        "42",
+        "B",
+        "Paris",
+        "70%",
+        "$18",
+        "5",
+        "5.0",
+        "3, 4",
+        "B",
+        "True",
+    ]
     assert task.compared() == {"mathematics": 6, "text": 4}
     assert task.describe().endswith("10 problems, compared 6 as mathematics, 4 as text")
     for problem in task.problems:
@@ -77,7 +103,10 @@ def test_a_task_says_how_its_answers_are_compared(tmp_path):
 
 
 def test_gsm8k_rows_may_ask_for_money_percentages_and_words(tmp_path):
-    rows = [{"question": gold, "answer": f"so\n#### {gold}"} for gold in ("$18", "70%", "1,234", "Paris", "3/4")]
+    rows = [
+        {"question": gold, "answer": f"so\n#### {gold}"}
+        for gold in ("$18", "70%", "1,234", "Paris", "3/4")
+    ]
     task = load_task(f"gsm8k:{write_rows(tmp_path / 'test.jsonl', rows)}", 9, 0)
     assert [problem.expected for problem in task.problems] == ["$18", "70%", "1234", "Paris", "3/4"]
 
@@ -87,17 +116,27 @@ def test_the_embedded_task_is_asked_for_its_held_out_problems():
     examples = embedded.generate("held_out", 20, 7)
     assert [problem.prompt for problem in task.problems] == [example.prompt for example in examples]
     for problem, example in zip(task.problems, examples, strict=True):
-        assert task.verify(problem.expected, f"<think>\n{example.cot}\n</think>\n\n{example.answer}")
-        assert not task.verify(problem.expected, example.answer), "without </think> there is no answer"
+        assert task.verify(
+            problem.expected, f"<think>\n{example.cot}\n</think>\n\n{example.answer}"
+        )
+        assert not task.verify(problem.expected, example.answer), (
+            "without </think> there is no answer"
+        )
         assert not task.verify(problem.expected, f"</think>{example.answer}9")
-    with pytest.raises(NotFound, match=f"no embedded task 'chian'; did you mean embedded:{embedded.NAME}"):
+    with pytest.raises(
+        NotFound, match=f"no embedded task 'chian'; did you mean embedded:{embedded.NAME}"
+    ):
         load_task("embedded:chian", 3, 7)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gsm8:x", "no task 'gsm8:x'; did you mean gsm8k:PATH.*Choices: embedded:NAME, gsm8k:PATH, jsonl:PATH"),
+        (
+            "gsm8:x",
+            "no task 'gsm8:x'; did you mean gsm8k:PATH.*Choices: embedded:NAME, gsm8k:PATH, "
+            "jsonl:PATH",
+        ),
         ("aime24", "no task 'aime24'.*Choices: embedded:NAME"),
         ("gsm8k", "names nothing after 'gsm8k': write gsm8k:PATH"),
     ],
@@ -116,15 +155,27 @@ def test_a_missing_file_is_told_the_nearest_name(gsm8k):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ('{"prompt": "x"}', r", line 1: no column 'answer', found prompt; this task reads prompt and answer"),
+        (
+            '{"prompt": "x"}',
+            r", line 1: no column 'answer', found prompt; this task reads prompt and answer",
+        ),
         ("[1, 2]", r", line 1: no column 'prompt', found list"),
-        ('{"prompt": "x", "answer": null}', r", line 1: column 'answer' should be text, a number or a list of those, found NoneType"),
+        (
+            '{"prompt": "x", "answer": null}',
+            r", line 1: column 'answer' should be text, a number or a list of those, found NoneType",
+        ),
         ('{"prompt": ', r", line 1"),
-        ('{"prompt": "x", "answer": ""}', r", line 1: answer '' cannot be compared with \(it says nothing\)"),
+        (
+            '{"prompt": "x", "answer": ""}',
+            r", line 1: answer '' cannot be compared with \(it says nothing\)",
+        ),
         ('{"prompt": "x", "answer": []}', r", line 1: answer '' cannot be compared with"),
         ('{"prompt": "x", "answer": NaN}', r", line 1: column 'answer' should be .*found NoneType"),
         ('{"prompt": "x", "answer": " . "}', r", line 1: answer ' . ' cannot be compared with"),
-        ('{"prompt": "x", "answer": {"a": 1}}', r", line 1: column 'answer' should be .*found dict"),
+        (
+            '{"prompt": "x", "answer": {"a": 1}}',
+            r", line 1: column 'answer' should be .*found dict",
+        ),
     ],
 )
 def test_an_unusable_row_is_named(tmp_path, row, message):
@@ -144,7 +195,10 @@ def test_a_gsm8k_row_without_its_marks_is_named(tmp_path):
     ("text", "message"),
     [
         ("", "it has no rows, so there is nothing to score"),
-        ('[{"prompt": "p", "answer": 1}]', "line 1: no column 'prompt', found list.*: write one JSON object on each line"),
+        (
+            '[{"prompt": "p", "answer": 1}]',
+            "line 1: no column 'prompt', found list.*: write one JSON object on each line",
+        ),
         ('{"prompt": " ", "answer": 1}', "column 'prompt' is empty, so nothing is asked"),
         ('{"prompt": "\\ud83d", "answer": 1}', "line 1: holds half of a character"),
     ],
@@ -155,8 +209,13 @@ def test_a_row_that_asks_nothing_is_refused_before_training(text, message, tmp_p
         load_task(f"jsonl:{tmp_path / 'task.jsonl'}", 5, 0)
 
 
-@pytest.mark.parametrize(("written", "gold"), [("1,234", "1234"), ("-1,000.50", "-1000.50"), ("1.234,5", "1.234,5"), ("3,5", "3,5")])
+@pytest.mark.parametrize(
+    ("written", "gold"),
+    [("1,234", "1234"), ("-1,000.50", "-1000.50"), ("1.234,5", "1.234,5"), ("3,5", "3,5")],
+)
 def test_only_commas_between_thousands_are_taken_out_of_a_gsm8k_answer(written, gold, tmp_path):
-    (tmp_path / "task.jsonl").write_text(json.dumps({"question": "q", "answer": f"x\n#### {written}"}))
+    (tmp_path / "task.jsonl").write_text(
+        json.dumps({"question": "q", "answer": f"x\n#### {written}"})
+    )
     (problem,) = load_task(f"gsm8k:{tmp_path / 'task.jsonl'}", 5, 0).problems
     assert problem.expected == gold

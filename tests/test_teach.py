@@ -1,4 +1,6 @@
-"""`teach` and `run` with a cache, end to end: the real teacher is asked once, and never where its answers are kept."""
+"""`teach` and `run` with a cache, end to end: the real teacher is asked once, and never where its
+answers are kept.
+"""
 
 import io
 import json
@@ -28,8 +30,13 @@ def loads(monkeypatch) -> list[str]:
     found = []
     for kind in BACKENDS.values():
         load = kind.load_teacher
-        monkeypatch.setattr(kind, "load_teacher", lambda self, folder, name, bits=0, load=load: (
-            found.append(Path(name).name) or load(self, folder, name, bits)))
+        monkeypatch.setattr(
+            kind,
+            "load_teacher",
+            lambda self, folder, name, bits=0, load=load: (
+                found.append(Path(name).name) or load(self, folder, name, bits)
+            ),
+        )
     return found
 
 
@@ -45,7 +52,9 @@ def ask(tiny_recipe, tmp_path):
 
     def ask(function, *settings: str, backend: str = "mlx"):
         console = Console(file=io.StringIO(), width=200)
-        kept = () if "teacher.cache=off" in settings else (f"teacher.cache_folder={tmp_path}/answers",)
+        kept = (
+            () if "teacher.cache=off" in settings else (f"teacher.cache_folder={tmp_path}/answers",)
+        )
         recipe = load_recipe(tiny_recipe, (*SHORT, f"run.folder={tmp_path}/runs", *kept, *settings))
         with View(console) as view:
             return function(recipe, view, backend), console.file.getvalue()
@@ -74,10 +83,14 @@ def test_a_run_asks_for_what_is_missing_and_the_next_one_asks_nothing(ask, loads
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("objective", [(), ("objective.divergence=jsd", "objective.temperature=2.0")])
+@pytest.mark.parametrize(
+    "objective", [(), ("objective.divergence=jsd", "objective.temperature=2.0")]
+)
 def test_a_student_of_hidden_states_is_the_live_one(ask, backend, objective):
     live, _ = ask(pipeline.run, "teacher.cache=off", "run.name=live", *objective, backend=backend)
-    cached, _ = ask(pipeline.run, "teacher.cache=hidden", "run.name=cached", *objective, backend=backend)
+    cached, _ = ask(
+        pipeline.run, "teacher.cache=hidden", "run.name=cached", *objective, backend=backend
+    )
     for name, array in weights(live).items():
         np.testing.assert_allclose(weights(cached)[name], array, rtol=0, atol=1e-5, err_msg=name)
     for log in ("metrics.jsonl", "validation.jsonl"):
@@ -89,10 +102,16 @@ def test_teach_completes_and_says_what_there_is(ask, loads):
     folder, said = ask(teach, "teacher.cache=top_k", "data.train_examples=4")
     assert "8 sequences" in said and loads == ["teacher"]
     _, said = ask(teach, "teacher.cache=top_k")
-    assert "24 sequences" in said and "asking the teacher" in said and loads == ["teacher", "teacher"]
+    assert (
+        "24 sequences" in said and "asking the teacher" in said and loads == ["teacher", "teacher"]
+    )
     assert len(list(folder.glob("part-*"))) == 2
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["fields"]["kind"] == "top_k" and manifest["fields"]["top_k"] == 64 and manifest["fields"]["dtype"] == "float16"
+    assert (
+        manifest["fields"]["kind"] == "top_k"
+        and manifest["fields"]["top_k"] == 64
+        and manifest["fields"]["dtype"] == "float16"
+    )
     _, said = ask(teach, "teacher.cache=top_k", backend="torch")
     assert "asking" not in said and loads == ["teacher", "teacher"]
     _, said = ask(teach, "teacher.cache=top_k", "teacher.cache_top_k=5")
@@ -107,21 +126,40 @@ def test_recipes_that_share_a_cache_share_one_pass(tiny_recipe, tmp_path, loads)
     with View(console) as view:
         folders = pipeline.teach(recipes, view, "mlx")
     assert len(folders) == 2 and loads == ["teacher", "teacher"]
-    ids = [{example for path in folder.glob("part-*/index.json") for example, *_ in json.loads(path.read_text())["examples"]}
-           for folder in folders]
+    ids = [
+        {
+            example
+            for path in folder.glob("part-*/index.json")
+            for example, *_ in json.loads(path.read_text())["examples"]
+        }
+        for folder in folders
+    ]
     assert ids[1] < ids[0] and len(list(folders[0].glob("part-*"))) == 1
 
 
 def test_teach_killed_between_parts_goes_on(tiny_recipe, command_line, tmp_path, monkeypatch):
-    words = ("teach", tiny_recipe, "--backend", "mlx", "--set", "teacher.cache=top_k", "--set", f"teacher.cache_folder={tmp_path}")
+    words = (
+        "teach",
+        tiny_recipe,
+        "--backend",
+        "mlx",
+        "--set",
+        "teacher.cache=top_k",
+        "--set",
+        f"teacher.cache_folder={tmp_path}",
+    )
     assert command_line(*words, at="mlx_distill.files:flush_to_disk", when="after").code == -9
     (folder,) = tmp_path.glob("top_k-*")
     (half,) = folder.glob(".part*")
-    assert re.fullmatch(r"\.part-000000-[0-9a-f]{8}\.tmp", half.name) and not list(folder.glob("part-*"))
+    assert re.fullmatch(r"\.part-000000-[0-9a-f]{8}\.tmp", half.name) and not list(
+        folder.glob("part-*")
+    )
     result = command_line(*words)
     assert result.code == 0 and "24 sequences" in result.out, result.err
     assert not list(folder.glob(".part*"))
-    assert command_line(*words, at="mlx_distill.teaching.cache:_teach").code == 0  # which is not called any more
+    assert (
+        command_line(*words, at="mlx_distill.teaching.cache:_teach").code == 0
+    )  # which is not called any more
 
 
 def test_a_teacher_that_changed_makes_another_cache(ask, loads, tiny_recipe):

@@ -1,4 +1,6 @@
-"""The loop: what is logged, when it validates and saves, which checkpoint is best, and what stops it. With a toy backend."""
+"""The loop: what is logged, when it validates and saves, which checkpoint is best, and what stops
+it. With a toy backend.
+"""
 
 import dataclasses
 import io
@@ -29,17 +31,23 @@ def sequences(count, seed=0):
     for index in range(count):
         prompt, cot, answer = map(int, random.integers(2, 6, 3))
         tokens = random.integers(0, WORDS, prompt + cot + answer).astype(np.int32)
-        yield TokenSequence(f"example-{seed}-{index}", tokens, prompt, prompt + cot, np.ones(len(tokens), bool))
+        yield TokenSequence(
+            f"example-{seed}-{index}", tokens, prompt, prompt + cot, np.ones(len(tokens), bool)
+        )
 
 
 def make_recipe(folder, **tables):
     base = {
-        "teacher": {"model": "teacher"}, "student": {"model": "student"}, "data": {"source": "rows.jsonl"},
+        "teacher": {"model": "teacher"},
+        "student": {"model": "student"},
+        "data": {"source": "rows.jsonl"},
         "batch": {"micro_batch_size": 2, "global_batch_size": 4, "pad_multiple": 4},
         "optim": {"learning_rate": 1.0, "schedule": "constant", "warmup_fraction": 0.0, "steps": 6},
         "run": {"name": "toy", "folder": str(folder), "checkpoint_every": 2, "validate_every": 3},
     }
-    return Recipe.model_validate({name: base.get(name, {}) | tables.get(name, {}) for name in base | tables})
+    return Recipe.model_validate(
+        {name: base.get(name, {}) | tables.get(name, {}) for name in base | tables}
+    )
 
 
 @pytest.fixture
@@ -48,11 +56,24 @@ def training(tmp_path):
 
     def make(**tables) -> Training:
         recipe = make_recipe(tmp_path, **tables)
-        steps = Steps(list(sequences(10)), recipe.objective.segments, recipe.batch, recipe.run.seed, steps=recipe.optim.steps)
+        steps = Steps(
+            list(sequences(10)),
+            recipe.objective.segments,
+            recipe.batch,
+            recipe.run.seed,
+            steps=recipe.optim.steps,
+        )
         teacher = ToyTeacher(table(1)) if recipe.teacher.model else None
         return Training(
-            recipe, ToyBackend(), ToyStudent(table(2)), teacher, steps, validation_batches(list(sequences(5, seed=1)), recipe.batch),
-            RunFolder.open(recipe), View(Console(file=io.StringIO())), lambda step: {"student": 1.0 * step.tokens},
+            recipe,
+            ToyBackend(),
+            ToyStudent(table(2)),
+            teacher,
+            steps,
+            validation_batches(list(sequences(5, seed=1)), recipe.batch),
+            RunFolder.open(recipe),
+            View(Console(file=io.StringIO())),
+            lambda step: {"student": 1.0 * step.tokens},
         )
 
     return make
@@ -68,29 +89,47 @@ def write_script(losses):
 
 
 def direct(student, teacher, step, objective):
-    """Every supervised position of a step, one by one: segment, divergence, cross-entropy, gradient of its row of logits."""
+    """Every supervised position of a step, one by one: segment, divergence, cross-entropy, gradient
+    of its row of logits.
+    """
     for batch in step.batches:
-        for position, target, segment, weight in zip(batch.positions, batch.targets, batch.segment, batch.weight, strict=True):
+        for position, target, segment, weight in zip(
+            batch.positions, batch.targets, batch.segment, batch.weight, strict=True
+        ):
             if weight:
                 before = batch.tokens.ravel()[position]
                 rows = student[None, before], teacher[None, before]
                 yield (
-                    int(segment), before, definition.divergence(*rows, objective)[0],
-                    definition.cross_entropy(rows[0], np.array([target]))[0], definition.grad(*rows, np.array([target]), objective)[0],
+                    int(segment),
+                    before,
+                    definition.divergence(*rows, objective)[0],
+                    definition.cross_entropy(rows[0], np.array([target]))[0],
+                    definition.grad(*rows, np.array([target]), objective)[0],
                 )
 
 
 def test_loss_terms_are_sums_over_the_step_divided_by_its_loss_tokens(training):
-    made = training(objective={"segments": ["prompt", "cot"], "kd_weight": 0.3, "divergence": "reverse_kl", "temperature": 2.0})
+    made = training(
+        objective={
+            "segments": ["prompt", "cot"],
+            "kd_weight": 0.3,
+            "divergence": "reverse_kl",
+            "temperature": 2.0,
+        }
+    )
     step, student = made.steps[0], table(2)
-    segment, before, kd, ce, gradient = zip(*direct(student, table(1), step, made.objective), strict=True)
+    segment, before, kd, ce, gradient = zip(
+        *direct(student, table(1), step, made.objective), strict=True
+    )
     segment, kd, ce = map(np.array, (segment, kd, ce))
     assert len(step.batches) == 2 and len(kd) == step.loss_tokens
     made.train()
     row = made.run.rows("metrics.jsonl")[0]
     assert row["kd"] == pytest.approx(kd.sum() / step.loss_tokens, rel=1e-12)
     assert row["ce"] == pytest.approx(ce.sum() / step.loss_tokens, rel=1e-12)
-    assert row["loss"] == pytest.approx((0.3 * kd.sum() + 0.7 * ce.sum()) / step.loss_tokens, rel=1e-12)
+    assert row["loss"] == pytest.approx(
+        (0.3 * kd.sum() + 0.7 * ce.sum()) / step.loss_tokens, rel=1e-12
+    )
     assert row["kd_prompt"] == pytest.approx(kd[segment == 0].mean(), rel=1e-12)
     assert row["kd_cot"] == pytest.approx(kd[segment == 1].mean(), rel=1e-12)
     assert "kd_answer" not in row
@@ -106,9 +145,23 @@ def test_every_step_has_one_row_with_all_that_is_promised(training):
     made.train()
     rows = made.run.rows("metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert [row["tokens_seen"] for row in rows] == list(np.cumsum([step.tokens for step in made.steps]))
-    promised = {"loss", "kd", "ce", "kd_cot", "grad_norm", "learning_rate", "tokens_seen", "tokens_per_second", "active_bytes",
-                "cache_bytes", "peak_bytes", "flops"}
+    assert [row["tokens_seen"] for row in rows] == list(
+        np.cumsum([step.tokens for step in made.steps])
+    )
+    promised = {
+        "loss",
+        "kd",
+        "ce",
+        "kd_cot",
+        "grad_norm",
+        "learning_rate",
+        "tokens_seen",
+        "tokens_per_second",
+        "active_bytes",
+        "cache_bytes",
+        "peak_bytes",
+        "flops",
+    }
     assert all(promised <= row.keys() for row in rows)
     assert made.student.rates == [row["learning_rate"] for row in rows] == [1.0] * 6
 
@@ -125,12 +178,18 @@ def test_plain_fine_tuning_asks_no_teacher_and_logs_no_divergence(training):
 
 
 def test_validation_is_forward_kl_and_ce_of_whole_sequences_by_segment(training):
-    """Whatever the recipe trains with: temperature, direction and supervised segments change nothing but `loss`."""
-    first = training(objective={"divergence": "reverse_kl", "temperature": 3.0, "segments": ["answer"]})
+    """Whatever the recipe trains with: temperature, direction and supervised segments change
+    nothing but `loss`.
+    """
+    first = training(
+        objective={"divergence": "reverse_kl", "temperature": 3.0, "segments": ["answer"]}
+    )
     first._validate()
     row = first.run.rows("validation.jsonl")[0]
     step = SimpleNamespace(batches=first.validation)
-    segment, _, kl, ce, _ = map(np.array, zip(*direct(table(2), table(1), step, Objective()), strict=True))
+    segment, _, kl, ce, _ = map(
+        np.array, zip(*direct(table(2), table(1), step, Objective()), strict=True)
+    )
     for index, name in enumerate(("prompt", "cot", "answer")):
         assert row[f"kl_{name}"] == pytest.approx(kl[segment == index].mean(), rel=1e-12)
         assert row[f"ce_{name}"] == pytest.approx(ce[segment == index].mean(), rel=1e-12)
@@ -144,8 +203,15 @@ def test_validation_is_forward_kl_and_ce_of_whole_sequences_by_segment(training)
 def test_validation_is_the_same_at_every_fraction(tiny_recipe, tmp_path):
     first = []
     for fraction in (0.5, 0.75, 1.0):
-        overrides = (f"truncation.fraction={fraction}", f"run.folder={tmp_path}/{fraction}", "optim.steps=1", "eval.task=")
-        folder = pipeline.run(load_recipe(tiny_recipe, overrides), View(Console(file=io.StringIO())))
+        overrides = (
+            f"truncation.fraction={fraction}",
+            f"run.folder={tmp_path}/{fraction}",
+            "optim.steps=1",
+            "eval.task=",
+        )
+        folder = pipeline.run(
+            load_recipe(tiny_recipe, overrides), View(Console(file=io.StringIO()))
+        )
         rows = RunFolder(folder).rows("validation.jsonl")
         first.append({name: value for name, value in rows[0].items() if name != "seconds"})
         assert rows[0]["tokens_cot"] > 0 and rows[0]["tokens_answer"] > 0
@@ -156,20 +222,44 @@ def test_validation_is_the_same_at_every_fraction(tiny_recipe, tmp_path):
     assert trained_on[0] < trained_on[1] < trained_on[2]
 
 
-@pytest.mark.parametrize(("validate", "checkpoint", "validated", "kept"), [
-    (3, 2, [0, 3, 6], [2, 4, 6]), (0, 0, [0, 6], [6]), (4, 0, [0, 4, 6], [6]), (1, 6, [0, 1, 2, 3, 4, 5, 6], [6]), (7, 5, [0, 6], [5, 6]),
-])
-def test_cadence_of_validation_and_checkpoints(training, monkeypatch, validate, checkpoint, validated, kept):
-    """The last step always has both. No validation improves on the first here, but the last, so only the cadence saves."""
-    monkeypatch.setattr(loop.Training, "_validate", lambda self: self.run.append("validation.jsonl", {"step": self.state.step}))
-    made = training(run={"validate_every": validate, "checkpoint_every": checkpoint, "keep_checkpoints": "all", "export": "last"})
+@pytest.mark.parametrize(
+    ("validate", "checkpoint", "validated", "kept"),
+    [
+        (3, 2, [0, 3, 6], [2, 4, 6]),
+        (0, 0, [0, 6], [6]),
+        (4, 0, [0, 4, 6], [6]),
+        (1, 6, [0, 1, 2, 3, 4, 5, 6], [6]),
+        (7, 5, [0, 6], [5, 6]),
+    ],
+)
+def test_cadence_of_validation_and_checkpoints(
+    training, monkeypatch, validate, checkpoint, validated, kept
+):
+    """The last step always has both. No validation improves on the first here, but the last, so
+    only the cadence saves.
+    """
+    monkeypatch.setattr(
+        loop.Training,
+        "_validate",
+        lambda self: self.run.append("validation.jsonl", {"step": self.state.step}),
+    )
+    made = training(
+        run={
+            "validate_every": validate,
+            "checkpoint_every": checkpoint,
+            "keep_checkpoints": "all",
+            "export": "last",
+        }
+    )
     made.train()
     assert [row["step"] for row in made.run.rows("validation.jsonl")] == validated
     assert made.run.steps() == kept
 
 
 def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(training, monkeypatch):
-    monkeypatch.setattr(loop, "validation_terms", write_script([0.1, 3.0, 1.0, 2.0]))  # step 0 is the base model: never the best
+    monkeypatch.setattr(
+        loop, "validation_terms", write_script([0.1, 3.0, 1.0, 2.0])
+    )  # step 0 is the base model: never the best
     made = training(run={"validate_every": 2, "checkpoint_every": 0})
     weights = {}
     made.stop_asked = lambda: weights.update({made.state.step: made.student.weights.copy()})
@@ -181,19 +271,31 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(training, mon
 
 
 @pytest.mark.parametrize(("export", "expected"), [("best", 2), ("last", 6)])
-def test_export_takes_the_checkpoint_that_the_recipe_names(tiny_recipe, tmp_path, monkeypatch, export, expected):
-    """The real student, with validation losses that the test makes up; the exported weights are compared with the checkpoint's."""
+def test_export_takes_the_checkpoint_that_the_recipe_names(
+    tiny_recipe, tmp_path, monkeypatch, export, expected
+):
+    """The real student, with validation losses that the test makes up; the exported weights are
+    compared with the checkpoint's.
+    """
     from safetensors.numpy import load_file
 
     monkeypatch.setattr(loop, "validation_terms", lambda sums, *_: terms())
     losses = iter([9.0, 1.0, 2.0, 3.0])
     terms = lambda: {"loss": next(losses)}  # noqa: E731
-    recipe = load_recipe(tiny_recipe, (f"run.folder={tmp_path}", f"run.export={export}", "run.validate_every=2", "eval.task="))
+    recipe = load_recipe(
+        tiny_recipe,
+        (f"run.folder={tmp_path}", f"run.export={export}", "run.validate_every=2", "eval.task="),
+    )
     folder = RunFolder(pipeline.run(recipe, View(Console(file=io.StringIO()))))
     assert folder.read_json("manifest.json")["exported_step"] == expected
     student = load_file(folder.student / "model.safetensors")
-    kept = {step: load_file(folder.checkpoint(step) / "weights.safetensors") for step in folder.steps()}
-    same = {step: all(np.array_equal(student[name], array) for name, array in arrays.items()) for step, arrays in kept.items()}
+    kept = {
+        step: load_file(folder.checkpoint(step) / "weights.safetensors") for step in folder.steps()
+    }
+    same = {
+        step: all(np.array_equal(student[name], array) for name, array in arrays.items())
+        for step, arrays in kept.items()
+    }
     assert same == {2: expected == 2, 6: expected == 6}
 
 
@@ -207,17 +309,27 @@ def bad_at(count, what, value):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_names_its_examples_and_leaves_weights_and_checkpoint(training, value):
+def test_a_loss_that_is_not_finite_names_its_examples_and_leaves_weights_and_checkpoint(
+    training, value
+):
     made = training()
     made.student.poison = bad_at(8, "accumulate", value)  # the second micro-batch of step 4
     with pytest.raises(DivergedError) as error:
         made.train()
     ids = made.steps[3].batches[1].ids
-    assert str(error.value).startswith(f"step 4: the loss is {value} on examples {', '.join(ids)}; the weights were not touched")
-    assert not set(made.steps[3].batches[0].ids) & set(str(error.value).replace(",", " ").replace(";", " ").split())
-    assert "the checkpoint of step 3 is intact" in str(error.value) and "learning_rate" in str(error.value)
+    assert str(error.value).startswith(
+        f"step 4: the loss is {value} on examples {', '.join(ids)}; the weights were not touched"
+    )
+    assert not set(made.steps[3].batches[0].ids) & set(
+        str(error.value).replace(",", " ").replace(";", " ").split()
+    )
+    assert "the checkpoint of step 3 is intact" in str(error.value) and "learning_rate" in str(
+        error.value
+    )
     assert made.run.last_state().step == 3
-    assert np.array_equal(load_file(made.run.checkpoint(3) / "weights.safetensors")["weights"], made.student.weights)
+    assert np.array_equal(
+        load_file(made.run.checkpoint(3) / "weights.safetensors")["weights"], made.student.weights
+    )
     assert [row["step"] for row in made.run.rows("metrics.jsonl")] == [1, 2, 3]
 
 
@@ -232,10 +344,16 @@ def test_a_gradient_norm_that_is_not_finite_names_all_examples_of_the_step(train
     assert np.array_equal(made.student.weights, table(2))
 
 
-@pytest.mark.parametrize(("call", "start", "said"), [
-    (1, "validation after step 0: the loss is nan", "own weights"), (4, "validation after step 3: the loss is nan", "learning_rate"),
-])
-def test_a_validation_loss_that_is_not_finite_stops_and_is_never_the_best(training, call, start, said):
+@pytest.mark.parametrize(
+    ("call", "start", "said"),
+    [
+        (1, "validation after step 0: the loss is nan", "own weights"),
+        (4, "validation after step 3: the loss is nan", "learning_rate"),
+    ],
+)
+def test_a_validation_loss_that_is_not_finite_stops_and_is_never_the_best(
+    training, call, start, said
+):
     made = training()
     made.student.poison = bad_at(call, "score", math.nan)
     with pytest.raises(DivergedError) as error:
@@ -244,10 +362,31 @@ def test_a_validation_loss_that_is_not_finite_stops_and_is_never_the_best(traini
     assert made.run.last_state().best_step == -1
 
 
-def test_a_diverging_run_exits_with_2_and_one_line_and_keeps_its_checkpoint(tiny_recipe, command_line, tmp_path):
-    words = ["run", tiny_recipe, "--set", f"run.folder={tmp_path}", "--set", "eval.task=", "--set", "optim.schedule=constant"]
-    far = ["--set", "optim.learning_rate=1000", "--set", "optim.weight_decay=1000", "--set", "optim.warmup_fraction=0.0",
-           "--set", "run.checkpoint_every=1", "--set", "run.validate_every=0"]
+def test_a_diverging_run_exits_with_2_and_one_line_and_keeps_its_checkpoint(
+    tiny_recipe, command_line, tmp_path
+):
+    words = [
+        "run",
+        tiny_recipe,
+        "--set",
+        f"run.folder={tmp_path}",
+        "--set",
+        "eval.task=",
+        "--set",
+        "optim.schedule=constant",
+    ]
+    far = [
+        "--set",
+        "optim.learning_rate=1000",
+        "--set",
+        "optim.weight_decay=1000",
+        "--set",
+        "optim.warmup_fraction=0.0",
+        "--set",
+        "run.checkpoint_every=1",
+        "--set",
+        "run.validate_every=0",
+    ]
     result = command_line(*words, *far)
     assert result.code == 2
     assert result.err.startswith("error: step 2: ") and len(result.err.strip().splitlines()) == 1
@@ -270,7 +409,9 @@ def test_a_stop_is_answered_after_the_step_with_a_checkpoint(training):
 
 def test_a_resumed_state_knows_best_step_tokens_and_time(training, monkeypatch):
     ticks = iter(range(10**6))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: float(next(ticks)))  # each look at the clock takes a second
+    monkeypatch.setattr(
+        loop.time, "perf_counter", lambda: float(next(ticks))
+    )  # each look at the clock takes a second
     through = training(run={"name": "through"})
     expected = through.train()
     made = training()

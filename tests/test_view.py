@@ -17,7 +17,11 @@ CONTROLS = [chr(code) for code in (*range(9), *range(11, 32), *range(127, 160))]
 
 @pytest.mark.parametrize("letter", [*CONTROLS, *"\u202a\u202e\u2066\u2069\u061c\U000e0041"])
 def test_what_a_terminal_would_obey_is_written_out(letter):
-    assert OBEYED.search(letter) and not OBEYED.search(plain(letter)) and plain(letter).startswith("\\")
+    assert (
+        OBEYED.search(letter)
+        and not OBEYED.search(plain(letter))
+        and plain(letter).startswith("\\")
+    )
     assert plain(f"a{letter}b") == f"a{plain(letter)}b" == plain(plain(f"a{letter}b"))
 
 
@@ -45,7 +49,9 @@ def test_nothing_on_a_screen_is_obeyed_whatever_it_is_in():
     out = printed(WILD, Text(WILD, "red"), table)
     assert out.count("\\x1b]0;title taken") == 8 and out.count("[red]:smile:") == 8
     for start in out.split("\x1b")[1:]:
-        assert start[0] == "[" and start.partition("m")[0][1:].replace(";", "").isdigit(), repr(start[:20])  # colours alone
+        assert start[0] == "[" and start.partition("m")[0][1:].replace(";", "").isdigit(), repr(
+            start[:20]
+        )  # colours alone
     assert not OBEYED.search(out.replace("\x1b", ""))
 
 

@@ -1,4 +1,6 @@
-"""Tiny models, rows and recipes for tests: random weights in ordinary Hugging Face folders, made in milliseconds."""
+"""Tiny models, rows and recipes for tests: random weights in ordinary Hugging Face folders, made in
+milliseconds.
+"""
 
 import json
 from pathlib import Path
@@ -10,28 +12,55 @@ from transformers import PreTrainedTokenizerFast
 VOCABULARY = 288  # a byte tokenizer's 265 ids and some padding rows
 
 
-def llama_config(layers: int = 2, width: int = 32, tied: bool = True, vocabulary: int = VOCABULARY, family: str = "llama") -> dict:
+def llama_config(
+    layers: int = 2,
+    width: int = 32,
+    tied: bool = True,
+    vocabulary: int = VOCABULARY,
+    family: str = "llama",
+) -> dict:
     """A Hugging Face config; `family` is llama, qwen2 or qwen3."""
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     return {
-        "architectures": [names[family]], "model_type": family, "hidden_size": width, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": width // 4, "intermediate_size": 2 * width,
-        "vocab_size": vocabulary, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 4096,
-        "tie_word_embeddings": tied, "eos_token_id": 1, "bos_token_id": 2, "torch_dtype": "float32", "hidden_act": "silu",
+        "architectures": [names[family]],
+        "model_type": family,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4,
+        "intermediate_size": 2 * width,
+        "vocab_size": vocabulary,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": tied,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "torch_dtype": "float32",
+        "hidden_act": "silu",
     }
 
 
 def random_weights(config: dict, seed: int, scale: float = 0.1) -> dict[str, np.ndarray]:
-    """Weights of a llama, qwen2 (biases on q, k, v) or qwen3 (norms on q, k) by their Hugging Face names, float32."""
+    """Weights of a llama, qwen2 (biases on q, k, v) or qwen3 (norms on q, k) by their Hugging Face
+    names, float32.
+    """
     random, family = np.random.default_rng(seed), config["model_type"]
     width, ffn, size = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv = config["num_attention_heads"], config["num_key_value_heads"]
     draw = lambda *shape: (scale * random.normal(size=shape)).astype(np.float32)  # noqa: E731
-    weights = {"model.embed_tokens.weight": draw(config["vocab_size"], width), "model.norm.weight": 1 + draw(width)}
+    weights = {
+        "model.embed_tokens.weight": draw(config["vocab_size"], width),
+        "model.norm.weight": 1 + draw(width),
+    }
     for layer in range(config["num_hidden_layers"]):
         path = f"model.layers.{layer}."
         for name, rows, columns in (
-            ("q", heads * size, width), ("k", kv * size, width), ("v", kv * size, width), ("o", width, heads * size)
+            ("q", heads * size, width),
+            ("k", kv * size, width),
+            ("v", kv * size, width),
+            ("o", width, heads * size),
         ):
             weights[f"{path}self_attn.{name}_proj.weight"] = draw(rows, columns)
             if family == "qwen2" and name != "o":
@@ -40,7 +69,10 @@ def random_weights(config: dict, seed: int, scale: float = 0.1) -> dict[str, np.
             weights |= {f"{path}self_attn.{name}_norm.weight": 1 + draw(size) for name in "qk"}
         for name, rows, columns in (("gate", ffn, width), ("up", ffn, width), ("down", width, ffn)):
             weights[f"{path}mlp.{name}_proj.weight"] = draw(rows, columns)
-        weights |= {f"{path}{name}_layernorm.weight": 1 + draw(width) for name in ("input", "post_attention")}
+        weights |= {
+            f"{path}{name}_layernorm.weight": 1 + draw(width)
+            for name in ("input", "post_attention")
+        }
     if not config["tie_word_embeddings"]:
         weights["lm_head.weight"] = draw(config["vocab_size"], width)
     return weights
@@ -51,7 +83,9 @@ def model_folder(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0
     tokenizer.save_pretrained(folder)
     described = llama_config(**config)
     (folder / "config.json").write_text(json.dumps(described))
-    save_file(random_weights(described, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        random_weights(described, seed), folder / "model.safetensors", metadata={"format": "pt"}
+    )
     return folder
 
 
@@ -98,7 +132,9 @@ validate_every = 3
 
 
 def recipe_file(root: Path, tokenizer: PreTrainedTokenizerFast, **student) -> Path:
-    """A whole world under `root`: teacher (3 layers), student (2 layers), rows, and the path of `tiny.toml` that uses them."""
+    """A whole world under `root`: teacher (3 layers), student (2 layers), rows, and the path of
+    `tiny.toml` that uses them.
+    """
     model_folder(root / "teacher", tokenizer, seed=1, layers=3)
     model_folder(root / "student", tokenizer, seed=2, **student)
     rows_file(root / "rows.jsonl")
@@ -108,9 +144,15 @@ def recipe_file(root: Path, tokenizer: PreTrainedTokenizerFast, **student) -> Pa
 
 
 def family_folder(
-    folder: Path, config: dict, seed: int = 0, dtype: str = "float32", tokenizer: PreTrainedTokenizerFast | None = None
+    folder: Path,
+    config: dict,
+    seed: int = 0,
+    dtype: str = "float32",
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """A model folder of any family that mlx-lm knows: its own class, random weights by its own names."""
+    """A model folder of any family that mlx-lm knows: its own class, random weights by its own
+    names.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.utils import _get_classes

@@ -1,7 +1,9 @@
-"""A backend in a few lines of numpy: a model is a table of logits by the token before, trained by plain gradient descent.
+"""A backend in a few lines of numpy: a model is a table of logits by the token before, trained by
+plain gradient descent.
 
-It speaks `backends/protocol.py` and takes values and gradients from `objective.py`, so a test of the loop can know every number.
-A student loaded for a recipe follows AdamW's rule without memory instead, lr g / (|g| + eps), clipped: what the contract looks at.
+It speaks `backends/protocol.py` and takes values and gradients from `objective.py`, so a test of
+the loop can know every number. A student loaded for a recipe follows AdamW's rule without memory
+instead, lr g / (|g| + eps), clipped: what the contract looks at.
 """
 
 import json
@@ -34,7 +36,9 @@ class ToyTeacher:
 
 
 class ToyStudent(ToyTeacher):
-    """`poison` is called with what is about to happen ("accumulate", "apply", "score") and may return a number to report instead."""
+    """`poison` is called with what is about to happen ("accumulate", "apply", "score") and may
+    return a number to report instead.
+    """
 
     def __init__(self, weights: np.ndarray, optim: OptimTable | None = None):
         super().__init__(weights)
@@ -49,12 +53,20 @@ class ToyStudent(ToyTeacher):
         teaches = targets is not None and objective.needs_teacher
         kd = definition.divergence(logits, targets, objective) if teaches else np.zeros(len(logits))
         ce = definition.cross_entropy(logits, batch.targets)
-        agree = definition.same_choice(logits, targets) if targets is not None else np.zeros(len(logits))
+        agree = (
+            definition.same_choice(logits, targets)
+            if targets is not None
+            else np.zeros(len(logits))
+        )
         return LossSums.of(batch, kd, ce, agree)
 
     def accumulate(self, batch, targets, objective, loss_tokens) -> LossSums:
         rows = self.rows(batch, targets, objective)
-        gradient = definition.grad(self.targets(batch), targets, batch.targets, objective) * batch.weight[:, None] / loss_tokens
+        gradient = (
+            definition.grad(self.targets(batch), targets, batch.targets, objective)
+            * batch.weight[:, None]
+            / loss_tokens
+        )
         np.add.at(self.gradient, batch.tokens.ravel()[batch.positions], gradient)
         return self.poisoned(rows, "accumulate", batch)
 
@@ -63,7 +75,9 @@ class ToyStudent(ToyTeacher):
 
     def poisoned(self, sums: LossSums, what: str, batch) -> LossSums:
         value = self.poison(what, batch)
-        return sums if value is None else LossSums(sums.kd, np.full(3, value), sums.agree, sums.tokens)
+        return (
+            sums if value is None else LossSums(sums.kd, np.full(3, value), sums.agree, sums.tokens)
+        )
 
     def apply(self, learning_rate: float) -> float:
         self.rates.append(learning_rate)

@@ -14,9 +14,11 @@ BACKENDS = ("auto", "mlx", "torch")
 
 
 def choose_backend(asked: str = "auto") -> "Backend":
-    """The backend called `asked`; `auto` is MLX on a Mac, torch where there are torch and an NVIDIA GPU, else MLX.
+    """The backend called `asked`; `auto` is MLX on a Mac, torch where there are torch and an NVIDIA
+    GPU, else MLX.
 
-    Raises `DistillError` for a name that is not in `BACKENDS` or when the framework cannot be imported.
+    Raises `DistillError` for a name that is not in `BACKENDS` or when the framework cannot be
+    imported.
     """
     refuse_unknown(asked)
     name = ("torch" if _torch_has_gpu() else "mlx") if asked == "auto" else asked
@@ -30,7 +32,9 @@ def refuse_unknown(asked: str) -> None:
 
 
 def _torch_has_gpu() -> bool:
-    """Whether torch sees a CUDA GPU; it is imported only where it and NVIDIA's driver are installed."""
+    """Whether torch sees a CUDA GPU; it is imported only where it and NVIDIA's driver are
+    installed.
+    """
     if not has_nvidia_driver() or importlib.util.find_spec("torch") is None:
         return False
     import torch
@@ -43,7 +47,9 @@ def _mlx(asked: str) -> "Backend":
         from mlx_distill.backends.mlx.backend import MlxBackend
     except ImportError as error:
         wheel = "mlx" if platform.system() == "Darwin" else "mlx[cpu]"
-        raise DistillError(f'--backend {asked}: MLX cannot be imported ({error}); pip install "{wheel}" mlx-lm') from None
+        raise DistillError(
+            f'--backend {asked}: MLX cannot be imported ({error}); pip install "{wheel}" mlx-lm'
+        ) from None
     return MlxBackend()
 
 
@@ -51,5 +57,8 @@ def _torch(asked: str) -> "Backend":
     try:
         from mlx_distill.backends.torch.backend import TorchBackend
     except ImportError as error:
-        raise DistillError(f'--backend {asked}: torch cannot be imported ({error}); pip install "mlx-distill[torch]"') from None
+        raise DistillError(
+            f"--backend {asked}: torch cannot be imported ({error}); pip install "
+            '"mlx-distill[torch]"'
+        ) from None
     return TorchBackend()

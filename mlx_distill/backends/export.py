@@ -1,8 +1,9 @@
-"""A student's folder in Hugging Face layout: weights in shards, and of the base model's other files those that are known.
+"""A student's folder in Hugging Face layout: weights in shards, and of the base model's other files
+those that are known.
 
-The tensors are a framework's own; `save` writes a file of them. Decided here: names, shards, dtype and stop ids in the
-configs, and which files and keys of the base belong to its student: nothing that names code, another disk, an adapter or
-a quantisation that it does not have.
+The tensors are a framework's own; `save` writes a file of them. Decided here: names, shards, dtype
+and stop ids in the configs, and which files and keys of the base belong to its student: nothing
+that names code, another disk, an adapter or a quantisation that it does not have.
 """
 
 import json
@@ -20,39 +21,84 @@ from mlx_distill.readers import read_json
 
 SHARD_BYTES = 5 * 2**30
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+    ),
+    *(
+        "merges.txt",
+        "vocab.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "chat_template.jinja",
+        "chat_template.json",
+    ),
 )
 OTHER_TEMPLATES = "additional_chat_templates"  # where transformers keeps the named ones
 LEFT_OUT = (
-    *("auto_map", "_name_or_path", "name_or_path", "_commit_hash", "tokenizer_file", "local_files_only", "is_local"),
-    *("quantization", "quantization_config", "transformers_weights", "model_file", "base_model_name_or_path"),
+    *(
+        "auto_map",
+        "_name_or_path",
+        "name_or_path",
+        "_commit_hash",
+        "tokenizer_file",
+        "local_files_only",
+        "is_local",
+    ),
+    *(
+        "quantization",
+        "quantization_config",
+        "transformers_weights",
+        "model_file",
+        "base_model_name_or_path",
+    ),
 )
 
 
 def save_folder(
-    tensors: dict[str, Any], save: Callable[[dict[str, Any], Path], None], base: Path, folder: Path, dtype: str, stop_ids: list[int],
+    tensors: dict[str, Any],
+    save: Callable[[dict[str, Any], Path], None],
+    base: Path,
+    folder: Path,
+    dtype: str,
+    stop_ids: list[int],
 ) -> None:
     """Write `tensors` (name → array with `nbytes`) beside `base`'s tokenizer and configs.
 
-    `dtype` ("" = as the base says) goes into `config.json`; both configs stop on every id of `stop_ids` and of `base`'s own.
+    `dtype` ("" = as the base says) goes into `config.json`; both configs stop on every id of
+    `stop_ids` and of `base`'s own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(base, folder)
     shards = _shards(tensors)
     count = len(shards)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)] if count > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count > 1
+        else ["model.safetensors"]
+    )
     for shard, file in zip(shards, names, strict=True):
         save(shard, folder / file)
     if count > 1:
-        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-                 "weight_map": {key: file for shard, file in zip(shards, names, strict=True) for key in sorted(shard)}}
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+            "weight_map": {
+                key: file
+                for shard, file in zip(shards, names, strict=True)
+                for key in sorted(shard)
+            },
+        }
         _write_json(folder / INDEX, index)
     _write_configs(base, folder, dtype, stop_ids)
 
 
 def not_for_mlx_lm(folder: Path) -> str:
-    """Why mlx-lm cannot open a student of this base model, in one line; "" where it can. No weights are read."""
+    """Why mlx-lm cannot open a student of this base model, in one line; "" where it can. No weights
+    are read.
+    """
     try:
         from mlx_lm.utils import load_model
     except (ImportError, OSError) as error:
@@ -60,7 +106,9 @@ def not_for_mlx_lm(folder: Path) -> str:
     with read_weights(folder, str(folder)).alone() as alone:
         try:
             load_model(alone, lazy=True, model_config=Meaning(folder, str(folder)).portable())
-        except Exception as error:  # a family's code, run on a config it was not written for, fails in any way
+        except (
+            Exception
+        ) as error:  # a family's code, run on a config it was not written for, fails in any way
             return one_line(error).replace(str(alone), str(folder))
     return ""
 
@@ -100,11 +148,15 @@ def _write_configs(base: Path, folder: Path, dtype: str, stop_ids: list[int]) ->
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", _without_left_overs(generation) | {"eos_token_id": ends})
+    _write_json(
+        folder / "generation_config.json", _without_left_overs(generation) | {"eos_token_id": ends}
+    )
 
 
 def config_stop_ids(config: dict[str, Any], generation: dict[str, Any]) -> set[int]:
-    """The ids on which a model's own configs end a text: one or a list, in either file, below the vocabulary's size."""
+    """The ids on which a model's own configs end a text: one or a list, in either file, below the
+    vocabulary's size.
+    """
     ids: set[int] = set()
     for document in (config, config.get("text_config"), generation):
         given = document.get("eos_token_id") if isinstance(document, dict) else None

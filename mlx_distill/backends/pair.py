@@ -1,4 +1,6 @@
-"""Whether two models can be teacher and student, as far as their files say it without their weights."""
+"""Whether two models can be teacher and student, as far as their files say it without their
+weights.
+"""
 
 import sys
 from pathlib import Path
@@ -15,12 +17,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def refuse_pair(recipe: Recipe, teacher: Path | None, student: Path, tokenizer: "PreTrainedTokenizerFast") -> None:
-    """Raise `ModelError` for models that cannot be teacher and student, as their configs and tokenizers say; no weights are read."""
+def refuse_pair(
+    recipe: Recipe, teacher: Path | None, student: Path, tokenizer: "PreTrainedTokenizerFast"
+) -> None:
+    """Raise `ModelError` for models that cannot be teacher and student, as their configs and
+    tokenizers say; no weights are read.
+    """
     for folder, name in ((student, recipe.student.model), (teacher, recipe.teacher.model)):
         if folder:
             refuse_impossible(read_config(folder, name), f"{name}: {folder / 'config.json'}")
-    if any(key in read_config(student, recipe.student.model) for key in ("quantization", "quantization_config")):
+    if any(
+        key in read_config(student, recipe.student.model)
+        for key in ("quantization", "quantization_config")
+    ):
         raise refusals.quantised_student(recipe.student.model)
     if teacher is None:
         return

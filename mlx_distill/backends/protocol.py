@@ -1,8 +1,9 @@
 """The seam between the program and a framework: what a backend's teacher and student can do.
 
-The seam is the training step, not the array: arguments are numpy arrays and frozen dataclasses, results are numbers and
-numpy. A framework's arrays never leave its folder; a teacher's targets are opaque to all but the same backend's student.
-Axes: `B` sequences, `T` tokens, `N` loss positions, `V` vocabulary, `D` width.
+The seam is the training step, not the array: arguments are numpy arrays and frozen dataclasses,
+results are numbers and numpy. A framework's arrays never leave its folder; a teacher's targets are
+opaque to all but the same backend's student. Axes: `B` sequences, `T` tokens, `N` loss positions,
+`V` vocabulary, `D` width.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +17,20 @@ from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
 
-Targets = Any  # a live teacher's are opaque outside of the backend that made them; see also SparseTargets
+Targets = (
+    Any  # a live teacher's are opaque outside of the backend that made them; see also SparseTargets
+)
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """A teacher's answers at N positions as K ids each; every backend's student takes them (at temperature 1).
+    """A teacher's answers at N positions as K ids each; every backend's student takes them (at
+    temperature 1).
 
-    ids `int32[N, K]` (-1 pads), log_probs `float32[N, K]`, tail `float32[N]`: log of the mass on all other ids (-inf: none).
-    The divergence is `objective.coarse_divergence`, plus offset `float32[N]`, which is constant to the student. top `int32[N]`:
-    the teacher's first most likely id (`objective.same_choice`).
+    ids `int32[N, K]` (-1 pads), log_probs `float32[N, K]`, tail `float32[N]`: log of the mass on
+    all other ids (-inf: none). The divergence is `objective.coarse_divergence`, plus offset
+    `float32[N]`, which is constant to the student. top `int32[N]`: the teacher's first most likely
+    id (`objective.same_choice`).
     """
 
     ids: np.ndarray
@@ -35,19 +40,25 @@ class SparseTargets:
     top: np.ndarray
 
     def check(self, objective: Objective, vocabulary: int) -> None:
-        """Raise `ValueError` at another temperature than 1 and `IndexError` for ids outside of the vocabulary."""
+        """Raise `ValueError` at another temperature than 1 and `IndexError` for ids outside of the
+        vocabulary.
+        """
         if objective.temperature != 1:
-            raise ValueError(f"sparse targets hold answers at temperature 1, the objective's is {objective.temperature}")
+            raise ValueError(
+                "sparse targets hold answers at temperature 1, the objective's is "
+                f"{objective.temperature}"
+            )
         check_indices("the teacher's ids", np.maximum(self.ids, 0), vocabulary)
         check_indices("the teacher's ids", self.top, vocabulary)
 
 
 @dataclass(frozen=True)
 class LossSums:
-    """Sums over the weighted positions of one or more batches, by segment (index `Segment`), as float64[3].
+    """Sums over the weighted positions of one or more batches, by segment (index `Segment`), as
+    float64[3].
 
-    kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats, agree: positions of
-    `objective.same_choice`, tokens: sum of weights.
+    kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats, agree:
+    positions of `objective.same_choice`, tokens: sum of weights.
     """
 
     kd: np.ndarray
@@ -59,7 +70,10 @@ class LossSums:
     def of(cls, batch: Batch, kd: np.ndarray, ce: np.ndarray, agree: np.ndarray) -> "LossSums":
         """From rows [N] of any float type; rows of weight 0 do not count."""
         weight = batch.weight.astype(np.float64)
-        kd, ce, agree = (np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3) for row in (kd, ce, agree))
+        kd, ce, agree = (
+            np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3)
+            for row in (kd, ce, agree)
+        )
         return cls(kd, ce, agree, np.bincount(batch.segment, weight, 3))
 
     def stacked(self) -> np.ndarray:
@@ -67,7 +81,12 @@ class LossSums:
         return np.stack([self.kd, self.ce, self.agree, self.tokens])
 
     def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(self.kd + other.kd, self.ce + other.ce, self.agree + other.agree, self.tokens + other.tokens)
+        return LossSums(
+            self.kd + other.kd,
+            self.ce + other.ce,
+            self.agree + other.agree,
+            self.tokens + other.tokens,
+        )
 
 
 def check_indices(name: str, indices: np.ndarray, stop: int) -> None:
@@ -78,7 +97,9 @@ def check_indices(name: str, indices: np.ndarray, stop: int) -> None:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """Where a backend runs: `dtype` is what "auto" computes in, `reason` why this device, `advice` how to do better ("" = well)."""
+    """Where a backend runs: `dtype` is what "auto" computes in, `reason` why this device, `advice`
+    how to do better ("" = well).
+    """
 
     backend: str
     device: str
@@ -98,7 +119,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together: the first one (`rank` 0) writes, all of them compute."""
+    """This process among those that train together: the first one (`rank` 0) writes, all of them
+    compute.
+    """
 
     rank: int = 0
     size: int = 1
@@ -126,7 +149,8 @@ class Model(Protocol):
         stop_ids: frozenset[int],
         progress: Callable[[int], None],
     ) -> list[list[int]]:
-        """New token ids for each prompt, in order, the stop token (if one came) included as the last one.
+        """New token ids for each prompt, in order, the stop token (if one came) included as the
+        last one.
 
         `progress(n)` is called as n more prompts are finished. temperature 0 is greedy.
         """
@@ -140,13 +164,18 @@ class Teacher(Model, Protocol):
     # for the cache on disk (`targets.py`); `rows` ids of the head are compared, at temperature 1
 
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The k most likely ids `int32[N, k]`, their log-probabilities float32 [N, k], the log of the rest [N].
+        """The k most likely ids `int32[N, k]`, their log-probabilities float32 [N, k], the log of
+        the rest [N].
 
         The first most likely id stands first, and the less likely after the more likely.
         """
 
-    def draw(self, batch: Batch, uniform: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids `int32[N, S]` drawn by inverting the distribution at `uniform` float32 [N, S], entropy float32 [N], first most likely id [N]."""
+    def draw(
+        self, batch: Batch, uniform: np.ndarray, rows: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids `int32[N, S]` drawn by inverting the distribution at `uniform` float32 [N, S],
+        entropy float32 [N], first most likely id [N].
+        """
 
     def states(self, batch: Batch) -> np.ndarray:
         """Hidden states [N, D]: float32, or bfloat16 as uint16 bits."""
@@ -160,22 +189,27 @@ class Student(Model, Protocol):
 
     trainable: int  # how many numbers train
 
-    def accumulate(self, batch: Batch, targets: Targets, objective: Objective, loss_tokens: float) -> LossSums:
+    def accumulate(
+        self, batch: Batch, targets: Targets, objective: Objective, loss_tokens: float
+    ) -> LossSums:
         """Add the gradient of `loss / loss_tokens` over the batch to the gradients held inside."""
 
     def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
 
     def apply(self, learning_rate: float) -> float:
-        """One optimizer step from the accumulated gradients, which are then cleared; the gradient norm before clipping.
+        """One optimizer step from the accumulated gradients, which are then cleared; the gradient
+        norm before clipping.
 
         A norm that is not finite leaves the weights alone and raises nothing: the caller decides.
         """
 
     def save_state(self, folder: Path | None) -> None:
-        """Weights (or adapters) and optimizer state into an existing folder; every rank calls it, those that do not write with None.
+        """Weights (or adapters) and optimizer state into an existing folder; every rank calls it,
+        those that do not write with None.
 
-        `weights.safetensors` and `optimizer.safetensors` in MLX's names and shapes, so that another backend can continue.
+        `weights.safetensors` and `optimizer.safetensors` in MLX's names and shapes, so that another
+        backend can continue.
         """
 
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
@@ -188,7 +222,9 @@ class Student(Model, Protocol):
         """Size of the exported student, at most."""
 
     def export(self, folder: Path | None, stop_ids: list[int]) -> None:
-        """Weights and config in Hugging Face layout, adapters fused (and kept beside); None as for `save_state`."""
+        """Weights and config in Hugging Face layout, adapters fused (and kept beside); None as for
+        `save_state`.
+        """
 
 
 class Backend(Protocol):
@@ -209,10 +245,14 @@ class Backend(Protocol):
         """What `Teacher.head_matrix` gave, ready to be part of targets."""
 
     def cached_targets(self, states: np.ndarray, head: Any) -> Targets:
-        """Targets as the backend's own teacher gives them, from `Teacher.states` [N, D] and a `cached_head`."""
+        """Targets as the backend's own teacher gives them, from `Teacher.states` [N, D] and a
+        `cached_head`.
+        """
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
-        """The sum of float64 `values` over all ranks, on each of them; also the point at which they wait for each other."""
+        """The sum of float64 `values` over all ranks, on each of them; also the point at which they
+        wait for each other.
+        """
 
     def memory(self) -> Memory: ...
 

@@ -1,30 +1,42 @@
-"""Why a model is refused, in one wording for every backend. `library` is what read the model: mlx-lm or transformers."""
+"""Why a model is refused, in one wording for every backend. `library` is what read the model:
+mlx-lm or transformers.
+"""
 
 from pathlib import Path
 
 from mlx_distill.errors import ModelError
 
 
-def unloadable(name: str, folder: Path, library: str, error: Exception, seen: Path | None = None) -> ModelError:
+def unloadable(
+    name: str, folder: Path, library: str, error: Exception, seen: Path | None = None
+) -> ModelError:
     """`seen` is where the library thought that the folder is."""
     reason = one_line(error)
-    return ModelError(f"{name}: {library} cannot load {folder}: {reason.replace(str(seen), str(folder)) if seen else reason}")
+    return ModelError(
+        f"{name}: {library} cannot load {folder}: "
+        f"{reason.replace(str(seen), str(folder)) if seen else reason}"
+    )
 
 
 def no_trunk(name: str, kind: type) -> ModelError:
-    return ModelError(f"{name}: no trunk (model, transformer or backbone) in {kind.__module__}; please report it")
+    return ModelError(
+        f"{name}: no trunk (model, transformer or backbone) in {kind.__module__}; please report it"
+    )
 
 
 def not_computed(name: str, error: Exception) -> ModelError:
     return ModelError(
-        f"{name}: a text of seven tokens cannot be computed ({type(error).__name__}: {one_line(error)}): its "
-        "config.json does not fit its weights, or asks for what the family's code lacks; fetch both again"
+        f"{name}: a text of seven tokens cannot be computed ({type(error).__name__}: "
+        f"{one_line(error)}): its "
+        "config.json does not fit its weights, or asks for what the family's code lacks; fetch "
+        "both again"
     )
 
 
 def not_finite(name: str) -> ModelError:
     return ModelError(
-        f"{name}: its logits are not finite, though its weights are: a number in config.json is wrong, or the "
+        f"{name}: its logits are not finite, though its weights are: a number in config.json is "
+        "wrong, or the "
         "weights are too large for their type; fetch both again, or name another model"
     )
 
@@ -37,23 +49,32 @@ def not_split(name: str, kind: type, how: str) -> ModelError:
 
 
 def quantised_already(name: str, asked: int, stored: int | str) -> ModelError:
-    return ModelError(f"{name}: quantize_bits = {asked} asked, but it is already stored in {stored} bits: set 0")
+    return ModelError(
+        f"{name}: quantize_bits = {asked} asked, but it is already stored in {stored} bits: set 0"
+    )
 
 
 def quantised_student(name: str) -> ModelError:
-    return ModelError(f"{name}: a student must not be quantised (its export would not open in transformers); name the original")
+    return ModelError(
+        f"{name}: a student must not be quantised (its export would not open in transformers); "
+        "name the original"
+    )
 
 
 def head_is_no_matrix(name: str) -> ModelError:
     return ModelError(
-        f"{name}: a student's head must be one plain matrix, this family scales, caps or biases it; choose a Llama or Qwen"
+        f"{name}: a student's head must be one plain matrix, this family scales, caps or biases "
+        "it; choose a Llama or Qwen"
     )
 
 
 def rewritten(name: str, tensor: str, how: str, library: str) -> ModelError:
-    """A family whose tensors are renamed, made or changed on load: its export would not open everywhere."""
+    """A family whose tensors are renamed, made or changed on load: its export would not open
+    everywhere.
+    """
     return ModelError(
-        f"{name}: tensor {tensor} is {how} by {library} on load, so a student of this family would not open in transformers; "
+        f"{name}: tensor {tensor} is {how} by {library} on load, so a student of this family "
+        "would not open in transformers; "
         "choose a Llama, Qwen2 or Qwen3 student"
     )
 
@@ -61,7 +82,8 @@ def rewritten(name: str, tensor: str, how: str, library: str) -> ModelError:
 def not_obeyed(name: str, keys: tuple[str, ...]) -> str:
     """Said, not refused: the exported student is right here and in transformers."""
     return (
-        f"{name}: mlx-lm alone does not obey {' and '.join(keys)} of its config.json; the exported student is computed as trained "
+        f"{name}: mlx-lm alone does not obey {' and '.join(keys)} of its config.json; the "
+        "exported student is computed as trained "
         "here and by transformers, and otherwise by mlx-lm"
     )
 

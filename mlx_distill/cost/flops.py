@@ -1,13 +1,14 @@
 """What a training step costs, counted from two configs before any weight is loaded.
 
-A multiply-add is two operations. Forward: 2 per weight of every matrix a token passes, plus attention's 2 · 2 · T²/2 · heads ·
-head_dim a layer (causal: a kernel that computes the masked half as well does more). Backward: twice the forward; once for
-frozen matrices (LoRA), where only the gradient that passes through is computed; nothing below the first adapted block.
-Attention has no weights: both of its factors pass gradients on, frozen or not. Gradient checkpointing computes a block's
-forward once more, without its last matrix, whose output no gradient needs; with adapters torch computes that one too, so it is
-counted (MLX does not: at most 6 % of a step).
-The head is counted at the loss positions only, and the loss as the elementwise passes of its walk over each logit. Norms,
-activations, DoRA's column norms and the optimizer are left out (below 1 %).
+A multiply-add is two operations. Forward: 2 per weight of every matrix a token passes, plus
+attention's 2 · 2 · T²/2 · heads · head_dim a layer (causal: a kernel that computes the masked half
+as well does more). Backward: twice the forward; once for frozen matrices (LoRA), where only the
+gradient that passes through is computed; nothing below the first adapted block. Attention has no
+weights: both of its factors pass gradients on, frozen or not. Gradient checkpointing computes a
+block's forward once more, without its last matrix, whose output no gradient needs; with adapters
+torch computes that one too, so it is counted (MLX does not: at most 6 % of a step). The head is
+counted at the loss positions only, and the loss as the elementwise passes of its walk over each
+logit. Norms, activations, DoRA's column norms and the optimizer are left out (below 1 %).
 """
 
 from collections.abc import Sequence
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 from mlx_distill.data.batches import Step
 from mlx_distill.recipe import StudentTable
 
-# Elementwise operations a logit in the walk of backends/*/loss.py, an exponential counted as one: floor, maximum, shift,
-# exponential and sum of both models (10), the divergence (3), the slope (3); without a teacher floor to sum (5) and slope (2).
+# Elementwise operations a logit in the walk of backends/*/loss.py, an exponential counted as one:
+# floor, maximum, shift, exponential and sum of both models (10), the divergence (3), the slope (3);
+# without a teacher floor to sum (5) and slope (2).
 LOSS_OPERATIONS, LOSS_OPERATIONS_ALONE = 16, 7
 
 
@@ -35,33 +37,63 @@ class Shape:
 
     @classmethod
     def of(cls, config: dict) -> "Shape | None":
-        """From a Hugging Face config of the Llama or Qwen kind; None where it is not a dense decoder described that way."""
-        needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-        if any(key not in config for key in needed) or config.get("num_experts") or config.get("num_local_experts"):
+        """From a Hugging Face config of the Llama or Qwen kind; None where it is not a dense
+        decoder described that way.
+        """
+        needed = (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "vocab_size",
+        )
+        if (
+            any(key not in config for key in needed)
+            or config.get("num_experts")
+            or config.get("num_local_experts")
+        ):
             return None
         width, heads = config["hidden_size"], config["num_attention_heads"]
         return cls(
-            width, config["num_hidden_layers"], heads, config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or width // heads, config["intermediate_size"], config["vocab_size"],
+            width,
+            config["num_hidden_layers"],
+            heads,
+            config.get("num_key_value_heads") or heads,
+            config.get("head_dim") or width // heads,
+            config["intermediate_size"],
+            config["vocab_size"],
         )
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each matrix of a block, by the name that `student.lora_targets` uses."""
+        """(inputs, outputs) of each matrix of a block, by the name that `student.lora_targets`
+        uses.
+        """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
-            "q_proj": (self.width, queries), "k_proj": (self.width, keys), "v_proj": (self.width, keys), "o_proj": (queries, self.width),
-            "gate_proj": (self.width, self.ffn), "up_proj": (self.width, self.ffn), "down_proj": (self.ffn, self.width),
+            "q_proj": (self.width, queries),
+            "k_proj": (self.width, keys),
+            "v_proj": (self.width, keys),
+            "o_proj": (queries, self.width),
+            "gate_proj": (self.width, self.ffn),
+            "up_proj": (self.width, self.ffn),
+            "down_proj": (self.ffn, self.width),
         }
 
     def block_weights(self) -> int:
         """Numbers in the matrices of one block."""
         return sum(inputs * outputs for inputs, outputs in self.matrices().values())
 
-    def trunk(self, lengths: Sequence[int], matrix_passes: int = 1, attention_passes: int = 1) -> float:
-        """Operations of the trunk over sequences of these lengths; a pass is worth one forward (the default)."""
+    def trunk(
+        self, lengths: Sequence[int], matrix_passes: int = 1, attention_passes: int = 1
+    ) -> float:
+        """Operations of the trunk over sequences of these lengths; a pass is worth one forward (the
+        default).
+        """
         matrices = self.layers * self.block_weights()
         attention = self.layers * 2 * self.heads * self.head_dim
-        return sum(matrix_passes * 2 * matrices * t + attention_passes * attention * t * t for t in lengths)
+        return sum(
+            matrix_passes * 2 * matrices * t + attention_passes * attention * t * t for t in lengths
+        )
 
     def head(self, positions: float) -> float:
         """Forward operations of the head at so many positions."""
@@ -70,14 +102,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA or DoRA on the last `blocks` blocks, with `weights` numbers of low rank in all of them together."""
+    """LoRA or DoRA on the last `blocks` blocks, with `weights` numbers of low rank in all of them
+    together.
+    """
 
     blocks: int
     weights: int
 
     @classmethod
     def of(cls, table: StudentTable, shape: Shape) -> "Adapters | None":
-        """What a student table asks for; None for full tuning. Targets that a Llama block does not have are not counted."""
+        """What a student table asks for; None for full tuning. Targets that a Llama block does not
+        have are not counted.
+        """
         if table.tuning == "full":
             return None
         blocks, matrices = table.lora_layers or shape.layers, shape.matrices()
@@ -86,21 +122,35 @@ class Adapters:
 
 
 def step_flops(
-    step: Step, teacher: Shape | None, student: Shape, full: bool, checkpointing: bool = False, adapters: Adapters | None = None
+    step: Step,
+    teacher: Shape | None,
+    student: Shape,
+    full: bool,
+    checkpointing: bool = False,
+    adapters: Adapters | None = None,
 ) -> dict[str, float]:
-    """Operations of one optimizer step by part (teacher's trunk, student's trunk, both heads, the loss); padding is not counted."""
+    """Operations of one optimizer step by part (teacher's trunk, student's trunk, both heads, the
+    loss); padding is not counted.
+    """
     lengths = [int(t) for batch in step.batches for t in batch.lengths]
     positions = sum(float(batch.weight.sum()) for batch in step.batches)
     return training_flops(lengths, positions, teacher, student, full, checkpointing, adapters)
 
 
 def training_flops(
-    lengths: Sequence[int], positions: float, teacher: Shape | None, student: Shape, full: bool, checkpointing: bool = False,
+    lengths: Sequence[int],
+    positions: float,
+    teacher: Shape | None,
+    student: Shape,
+    full: bool,
+    checkpointing: bool = False,
     adapters: Adapters | None = None,
 ) -> dict[str, float]:
-    """Operations by part of training on sequences of these lengths, with so many loss positions in all of them.
+    """Operations by part of training on sequences of these lengths, with so many loss positions in
+    all of them.
 
-    `full` trains every matrix; otherwise they are frozen and `adapters` train (None: all blocks, their own cost left out).
+    `full` trains every matrix; otherwise they are frozen and `adapters` train (None: all blocks,
+    their own cost left out).
     """
     passes = 3 if full else 2  # the gradient of frozen matrices is not computed
     trunk = _trained_trunk(lengths, student, passes, checkpointing, adapters)
@@ -109,11 +159,23 @@ def training_flops(
     if teacher:
         parts["teacher"] = teacher.trunk(lengths)
         heads, per_logit = heads + teacher.head(positions), LOSS_OPERATIONS
-    return parts | {"student": trunk, "head": heads, "loss": float(per_logit * positions * student.vocabulary)}
+    return parts | {
+        "student": trunk,
+        "head": heads,
+        "loss": float(per_logit * positions * student.vocabulary),
+    }
 
 
-def _trained_trunk(lengths: Sequence[int], shape: Shape, passes: int, checkpointing: bool, adapters: Adapters | None) -> float:
-    share = adapters.blocks / shape.layers if adapters else 1.0  # of the blocks; what lies below sees no gradient
+def _trained_trunk(
+    lengths: Sequence[int],
+    shape: Shape,
+    passes: int,
+    checkpointing: bool,
+    adapters: Adapters | None,
+) -> float:
+    share = (
+        adapters.blocks / shape.layers if adapters else 1.0
+    )  # of the blocks; what lies below sees no gradient
     forward, tokens = shape.trunk(lengths), float(sum(lengths))
     low_rank = 2.0 * adapters.weights * tokens if adapters else 0.0
     spared = 0.0 if adapters else 2.0 * shape.layers * shape.width * shape.ffn * tokens

@@ -1,9 +1,10 @@
 """`TokenSequence`s → optimizer `Step`s of padded `Batch`es.
 
-In: cut sequences, the supervised segments, the `[batch]` table. Out: numpy arrays that any backend can train on.
-Decided here: the order in which examples are seen, which share an optimizer step, how they are padded, and which
-positions predict which targets. Shifting happens here, once: `positions` point at the token *before* each supervised
-token, `targets` at the token itself. Indices are checked here too, since MLX does not check them.
+In: cut sequences, the supervised segments, the `[batch]` table. Out: numpy arrays that any backend
+can train on. Decided here: the order in which examples are seen, which share an optimizer step, how
+they are padded, and which positions predict which targets. Shifting happens here, once: `positions`
+point at the token *before* each supervised token, `targets` at the token itself. Indices are
+checked here too, since MLX does not check them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,11 @@ ALL_SEGMENTS = ("prompt", "cot", "answer")
 class Batch:
     """One micro-batch.
 
-    tokens `int32[B, T]` (padded at the right with 0), positions `int32[N]` into the flattened `[B*T]`, targets
-    `int32[N]`, segment `int8[N]` (the `Segment` of the target), weight `float32[N]` (1, or 0 where N itself is padded),
-    lengths `int32[B]` (real tokens), ids `tuple[str, ...]` of length B. Positions with weight 0 point at position 0 and
-    target 0: valid to gather, and never to be counted.
+    tokens `int32[B, T]` (padded at the right with 0), positions `int32[N]` into the flattened
+    `[B*T]`, targets `int32[N]`, segment `int8[N]` (the `Segment` of the target), weight
+    `float32[N]` (1, or 0 where N itself is padded), lengths `int32[B]` (real tokens), ids
+    `tuple[str, ...]` of length B. Positions with weight 0 point at position 0 and target 0: valid
+    to gather, and never to be counted.
     """
 
     tokens: np.ndarray
@@ -39,7 +41,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its micro-batches and the number of tokens that carry loss in all of them."""
+    """One optimizer step: its micro-batches and the number of tokens that carry loss in all of
+    them.
+    """
 
     index: int
     batches: tuple[Batch, ...]
@@ -48,21 +52,28 @@ class Step:
 
 
 class Steps(Sequence[Step]):
-    """The optimizer steps of a run, by number: `steps[i]` is a pure function of what the object was made from and i.
+    """The optimizer steps of a run, by number: `steps[i]` is a pure function of what the object was
+    made from and i.
 
-    Examples come in one endless stream: a seeded permutation of all of them for each epoch, one after the other. Step i
-    takes exactly `global_batch_size` of them, from `i * global_batch_size` on, so a step may hold the end of one epoch
-    and the start of the next. Without `steps` there are as many as it takes to see every example `epochs` times at
-    least.
+    Examples come in one endless stream: a seeded permutation of all of them for each epoch, one
+    after the other. Step i takes exactly `global_batch_size` of them, from `i * global_batch_size`
+    on, so a step may hold the end of one epoch and the start of the next. Without `steps` there are
+    as many as it takes to see every example `epochs` times at least.
     """
 
     def __init__(
-        self, sequences: Sequence[TokenSequence], segments: tuple[str, ...], batch: BatchTable, seed: int,
-        epochs: int = 1, steps: int = 0,
+        self,
+        sequences: Sequence[TokenSequence],
+        segments: tuple[str, ...],
+        batch: BatchTable,
+        seed: int,
+        epochs: int = 1,
+        steps: int = 0,
     ):
         if batch.global_batch_size > len(sequences):
             raise DataError(
-                f"batch.global_batch_size is {batch.global_batch_size}, but only {len(sequences)} training "
+                f"batch.global_batch_size is {batch.global_batch_size}, but only {len(sequences)} "
+                "training "
                 "examples carry loss; lower it"
             )
         self._sequences, self._segments, self._batch, self._seed = sequences, segments, batch, seed
@@ -77,7 +88,8 @@ class Steps(Sequence[Step]):
         size = self._batch.global_batch_size
         taken = _by_length([self._sequences[row] for row in self.rows(index * size, size)])
         batches = tuple(
-            make_batch(group, self._segments, self._batch.pad_multiple) for group in _groups(taken, self._batch)
+            make_batch(group, self._segments, self._batch.pad_multiple)
+            for group in _groups(taken, self._batch)
         )
         loss_tokens = sum(float(batch.weight.sum(dtype=np.float64)) for batch in batches)
         return Step(index, batches, loss_tokens, sum(map(len, taken)))
@@ -90,29 +102,40 @@ class Steps(Sequence[Step]):
         n = len(self._sequences)
         first, last = start // n, (start + count - 1) // n
         stream = np.concatenate(
-            [np.random.default_rng([self._seed, epoch]).permutation(n) for epoch in range(first, last + 1)]
+            [
+                np.random.default_rng([self._seed, epoch]).permutation(n)
+                for epoch in range(first, last + 1)
+            ]
         )
         return stream[start - first * n : start - first * n + count].tolist()
 
 
 def validation_batches(sequences: Sequence[TokenSequence], batch: BatchTable) -> list[Batch]:
     """Every sequence once, in micro-batches ordered by length, with all three segments supervised."""
-    return [make_batch(group, ALL_SEGMENTS, batch.pad_multiple) for group in _groups(_by_length(sequences), batch)]
+    return [
+        make_batch(group, ALL_SEGMENTS, batch.pad_multiple)
+        for group in _groups(_by_length(sequences), batch)
+    ]
 
 
 def share_of(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
-    """Every `size`-th micro-batch from `rank` on, and one without weight where others have one more: all ranks run equally many."""
+    """Every `size`-th micro-batch from `rank` on, and one without weight where others have one
+    more: all ranks run equally many.
+    """
     taken = list(batches[rank::size])
     if len(taken) * size < len(batches):
         taken.append(replace(batches[0], weight=np.zeros_like(batches[0].weight)))
     return taken
 
 
-def make_batch(sequences: Sequence[TokenSequence], segments: tuple[str, ...], pad_multiple: int = 1) -> Batch:
-    """Pad sequences to one `[B, T]` and shift: target `tokens[b, t]` is predicted at position `b*T + t - 1`.
+def make_batch(
+    sequences: Sequence[TokenSequence], segments: tuple[str, ...], pad_multiple: int = 1
+) -> Batch:
+    """Pad sequences to one `[B, T]` and shift: target `tokens[b, t]` is predicted at position `b*T
+    + t - 1`.
 
-    T and N are rounded up to `pad_multiple`, to keep shapes few. Raises `DataError` for a batch with more
-    positions than 32 bits count, `ValueError` for indices that do not fit.
+    T and N are rounded up to `pad_multiple`, to keep shapes few. Raises `DataError` for a batch
+    with more positions than 32 bits count, `ValueError` for indices that do not fit.
     """
     if not sequences:
         raise ValueError("a batch needs at least one sequence")
@@ -155,7 +178,9 @@ def _by_length(sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
     return sorted(sequences, key=len)
 
 
-def _groups(sequences: Sequence[TokenSequence], batch: BatchTable) -> Iterator[Sequence[TokenSequence]]:
+def _groups(
+    sequences: Sequence[TokenSequence], batch: BatchTable
+) -> Iterator[Sequence[TokenSequence]]:
     size = batch.micro_batch_size
     return (sequences[start : start + size] for start in range(0, len(sequences), size))
 

@@ -1,8 +1,9 @@
 """The day that prompts say, where a chat template reads the clock.
 
-In: a recipe, a tokenizer, days that were kept. Out: one day, chosen once when a run begins and passed to whoever
-renders. Decided here: that the recipe's own comes first, then what a run or a teacher cache began with, then today; and
-that the runs of a sweep, which are compared, say one day: the first of them to choose one writes it beside them.
+In: a recipe, a tokenizer, days that were kept. Out: one day, chosen once when a run begins and
+passed to whoever renders. Decided here: that the recipe's own comes first, then what a run or a
+teacher cache began with, then today; and that the runs of a sweep, which are compared, say one day:
+the first of them to choose one writes it beside them.
 """
 
 import datetime
@@ -19,11 +20,15 @@ from mlx_distill.recipe import DataTable
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SHARED = "prompt_date"  # in a folder of runs: the day that all of them say, empty until one of them chooses
+# in a folder of runs: the day that all of them say, empty until one of them chooses
+SHARED = "prompt_date"
 
 
-def choose_day(data: DataTable, tokenizer: "PreTrainedTokenizerFast", kept: Iterable[str] = ()) -> str:
-    """"2026-11-26", or "" for a template without a clock; `kept` are earlier days ("" = none), the first one counts.
+def choose_day(
+    data: DataTable, tokenizer: "PreTrainedTokenizerFast", kept: Iterable[str] = ()
+) -> str:
+    """ "2026-11-26", or "" for a template without a clock; `kept` are earlier days ("" = none), the
+    first one counts.
 
     Raises `DataError` for a day that the recipe names and nothing reads.
     """
@@ -31,13 +36,16 @@ def choose_day(data: DataTable, tokenizer: "PreTrainedTokenizerFast", kept: Iter
         return data.date or next(filter(None, kept), "") or today()
     if data.date:
         raise DataError(
-            f"[data] date is {data.date}, but the chat template of {tokenizer.name_or_path} reads no clock; leave it empty"
+            f"[data] date is {data.date}, but the chat template of {tokenizer.name_or_path} reads "
+            "no clock; leave it empty"
         )
     return ""
 
 
 def share_day(runs: Path, day: str = "") -> None:
-    """From here on all runs in this folder say one day: this one, or the one that the first of them chooses."""
+    """From here on all runs in this folder say one day: this one, or the one that the first of them
+    chooses.
+    """
     path = runs / SHARED
     with told_as(RunError, path):
         runs.mkdir(parents=True, exist_ok=True)
@@ -62,11 +70,15 @@ def kept_as_day(text: object, where: str) -> str:
         return datetime.date.fromisoformat(text).isoformat() if text else ""
     except (TypeError, ValueError):
         found = f"{text!r:.40}"
-        raise RunError(f"{where} holds {found}, expected a day like 2026-11-26; correct it") from None
+        raise RunError(
+            f"{where} holds {found}, expected a day like 2026-11-26; correct it"
+        ) from None
 
 
 def agreed_day(runs: Path, day: str) -> str:
-    """The day of the runs in this folder: what was chosen before, else `day`, which is kept where they share one."""
+    """The day of the runs in this folder: what was chosen before, else `day`, which is kept where
+    they share one.
+    """
     path = runs / SHARED
     if not path.is_file():
         return day
@@ -83,4 +95,7 @@ def today() -> str:
 
 def about_day(day: str) -> str:
     """For a person: which day prompts say, and how to choose another one."""
-    return f"prompts say the date {day}: the chat template reads the clock, and a run keeps its first day (data.date sets it)"
+    return (
+        f"prompts say the date {day}: the chat template reads the clock, and a run keeps its "
+        "first day (data.date sets it)"
+    )

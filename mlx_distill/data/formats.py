@@ -1,13 +1,16 @@
 """Rows of a dataset → `Example`s.
 
-In: the `[data]` table of a recipe. Out: plain text split into prompt, reasoning and answer. Decided here: how a row is
-read (`FORMATS`, one function each), which of its columns that takes (`COLUMNS`, `OPTIONAL`), and what is skipped.
+In: the `[data]` table of a recipe. Out: plain text split into prompt, reasoning and answer. Decided
+here: how a row is read (`FORMATS`, one function each), which of its columns that takes (`COLUMNS`,
+`OPTIONAL`), and what is skipped.
 
-A row that cannot be *understood* (bad JSON, no such column) stops the run with its file, line and remedy. A row that
-has nothing to *learn from* (no reasoning, no answer) raises `Skip`; whoever walks the rows counts its reason. What a
-row carries besides (a column, a key of a message) is counted by its name in `unused`: nothing is lost in silence.
+A row that cannot be *understood* (bad JSON, no such column) stops the run with its file, line and
+remedy. A row that has nothing to *learn from* (no reasoning, no answer) raises `Skip`; whoever
+walks the rows counts its reason. What a row carries besides (a column, a key of a message) is
+counted by its name in `unused`: nothing is lost in silence.
 
-Column settings left empty take the format's usual names (`COLUMNS`). Public datasets and how to name them:
+Column settings left empty take the format's usual names (`COLUMNS`). Public datasets and how to
+name them:
 
 | dataset | format | settings |
 |---|---|---|
@@ -31,7 +34,14 @@ from mlx_distill.data.account import listed, remedy, unused_lines
 from mlx_distill.data.examples import Example, Skip, make_example
 from mlx_distill.data.reasoning import BEGIN_OF_THOUGHT, calls_a_tool, split_reasoning
 from mlx_distill.data.sources import Row, embedded_examples, rows_of
-from mlx_distill.data.turns import Message, as_text, before_answer, count_unused, has_content, read_message
+from mlx_distill.data.turns import (
+    Message,
+    as_text,
+    before_answer,
+    count_unused,
+    has_content,
+    read_message,
+)
 from mlx_distill.errors import DataError
 from mlx_distill.readers import parse_json
 from mlx_distill.recipe import DataTable
@@ -67,20 +77,29 @@ MARKER_NAME = f"system text that asks for {BEGIN_OF_THOUGHT}"
 
 
 def read_examples(
-    data: DataTable, seed: int = 0, skipped: Counter[str] | None = None, unused: Counter[str] | None = None
+    data: DataTable,
+    seed: int = 0,
+    skipped: Counter[str] | None = None,
+    unused: Counter[str] | None = None,
 ) -> Iterator[Example]:
-    """Every usable example of `data.source`, in its order, each id once; reasons for the others are added to `skipped`.
+    """Every usable example of `data.source`, in its order, each id once; reasons for the others are
+    added to `skipped`.
 
-    What has content in a row and is not used is added to `unused`, by kind and name ("column source", "key name"), for
-    every row that `data.where` chooses. `seed` matters to `embedded:NAME` alone, which writes `validation_examples +
-    train_examples` problems of its own. Raises `NotFound` for a source that is not there, `DataError` for a row that
-    cannot be read and when nothing is left.
+    What has content in a row and is not used is added to `unused`, by kind and name ("column
+    source", "key name"), for every row that `data.where` chooses. `seed` matters to `embedded:NAME`
+    alone, which writes `validation_examples + train_examples` problems of its own. Raises
+    `NotFound` for a source that is not there, `DataError` for a row that cannot be read and when
+    nothing is left.
     """
     skipped = Counter() if skipped is None else skipped
     unused = Counter() if unused is None else unused
     found: set[str] = set()
     before = skipped.copy()
-    items = embedded_examples(data, seed) if data.source.startswith("embedded:") else _read_rows(data, unused)
+    items = (
+        embedded_examples(data, seed)
+        if data.source.startswith("embedded:")
+        else _read_rows(data, unused)
+    )
     for item in items:
         if isinstance(item, Example) and item.id not in found:
             found.add(item.id)
@@ -103,10 +122,17 @@ def _nothing_usable(data: DataTable, reasons: Counter[str], unused: Counter[str]
 def _read_rows(data: DataTable, unused: Counter[str]) -> Iterator[Example | str]:
     """An `Example`, or the reason why there is none, for each row."""
     read = FORMATS[data.format]
-    known = {*(column_of(data, role) for role in COLUMNS[data.format]), *OPTIONAL[data.format], *data.where}
+    known = {
+        *(column_of(data, role) for role in COLUMNS[data.format]),
+        *OPTIONAL[data.format],
+        *data.where,
+    }
     for where, row in rows_of(data):
         place = Place(f"{data.source}, {where}", data, unused)
-        if any(as_text(place.cell(row, column, "data.where")) != value for column, value in data.where.items()):
+        if any(
+            as_text(place.cell(row, column, "data.where")) != value
+            for column, value in data.where.items()
+        ):
             yield "not chosen by data.where"
             continue
         count_unused(row, known, "column", unused)
@@ -118,14 +144,18 @@ def _read_rows(data: DataTable, unused: Counter[str]) -> Iterator[Example | str]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row was read, for error messages: the source, the line or row, and the recipe's `[data]` table."""
+    """Where a row was read, for error messages: the source, the line or row, and the recipe's
+    `[data]` table.
+    """
 
     where: str
     data: DataTable
     unused: Counter[str] = field(default_factory=Counter)
 
     def value(self, row: Row, role: str) -> Any:
-        """The value of the column that plays `role` ("prompt", "cot", …); raises `DataError` where there is none."""
+        """The value of the column that plays `role` ("prompt", "cot", …); raises `DataError` where
+        there is none.
+        """
         return self.cell(row, self.column(role), f"data.{role}_column")
 
     def column(self, role: str) -> str:
@@ -135,14 +165,19 @@ class Place:
         if column in row:
             return row[column]
         raise DataError(
-            f"{self.where}: no column {column!r}, found {', '.join(map(turns.printable, row)) or 'none'}; "
+            f"{self.where}: no column {column!r}, found "
+            f"{', '.join(map(turns.printable, row)) or 'none'}; "
             f"{self._hint(row, column, setting)}"
         )
 
     def _hint(self, row: Row, column: str, setting: str) -> str:
         if setting == "data.where":
             near = difflib.get_close_matches(column, row, 1, 0.5)
-            return f"did you mean {near[0]!r}? Correct data.where" if near else "set data.where to one of these"
+            return (
+                f"did you mean {near[0]!r}? Correct data.where"
+                if near
+                else "set data.where to one of these"
+            )
         fitting = [name for name, columns in COLUMNS.items() if row.keys() >= set(columns.values())]
         others = {column_of(self.data, role) for role in COLUMNS[self.data.format]} - {column}
         if fitting and self.data.format not in fitting and not others & row.keys():
@@ -150,7 +185,8 @@ class Place:
             return f'these are the columns of format "{best}": set data.format = "{best}"'
         if len(row) == 1 and column in (only := next(iter(row))):
             return (
-                f"are columns in {turns.printable(only)!r} separated by something else than a comma, "
+                f"are columns in {turns.printable(only)!r} separated by something else than a "
+                "comma, "
                 "semicolon, tab or bar? Use one of these"
             )
         free = row.keys() - others - {*OPTIONAL[self.data.format]}
@@ -169,7 +205,9 @@ class Place:
             )
         return as_text(value)
 
-    def messages(self, row: Row, role: str, who: str = "role", what: str = "content") -> list[Message]:
+    def messages(
+        self, row: Row, role: str, who: str = "role", what: str = "content"
+    ) -> list[Message]:
         """A column that holds a list of messages."""
         value, column = self.value(row, role), self.column(role)
         advice = "set data.format to what it holds"
@@ -177,8 +215,14 @@ class Place:
             try:
                 value = parse_json(value, self.where)
             except DataError:
-                advice = "a list in a table's cell is to be JSON" if value.lstrip()[:1] == "[" else advice
-        if not isinstance(value, list) or not all(isinstance(turn, dict) and who in turn for turn in value):
+                advice = (
+                    "a list in a table's cell is to be JSON"
+                    if value.lstrip()[:1] == "["
+                    else advice
+                )
+        if not isinstance(value, list) or not all(
+            isinstance(turn, dict) and who in turn for turn in value
+        ):
             raise DataError(
                 f"{self.where}: column {column!r} is no list of objects with {who!r} and {what!r}; "
                 f"{_what_holds(value) or advice}"
@@ -194,7 +238,11 @@ def column_of(data: DataTable, role: str) -> str:
 def _what_holds(value: Any) -> str:
     """Advice for a value that another format reads."""
     for kind, who in (("messages", "role"), ("conversations", "from")):
-        if isinstance(value, list) and value and all(isinstance(turn, dict) and who in turn for turn in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(turn, dict) and who in turn for turn in value)
+        ):
             return f'its objects have {who!r}: set data.format = "{kind}" and data.messages_column'
     return ""
 
@@ -204,11 +252,15 @@ def _what_holds(value: Any) -> str:
 
 def _columns(row: Row, place: Place) -> Example:
     """Three columns of text: prompt, cot, answer."""
-    return _worked(_prompt(row, place), place.text(row, "cot"), place.text(row, "answer"), row, place)
+    return _worked(
+        _prompt(row, place), place.text(row, "cot"), place.text(row, "answer"), row, place
+    )
 
 
 def _response(row: Row, place: Place) -> Example:
-    """A prompt and one text that holds reasoning and answer; either may be a list of messages (TRL)."""
+    """A prompt and one text that holds reasoning and answer; either may be a list of messages
+    (TRL).
+    """
     messages = _prompt(row, place)
     if isinstance(place.value(row, "response"), list):
         return _last_turn([*messages, *place.messages(row, "response")], row, place)
@@ -216,7 +268,9 @@ def _response(row: Row, place: Place) -> Example:
 
 
 def _alpaca(row: Row, place: Place) -> Example:
-    """Alpaca: instruction and, where there is one, its input are the prompt; the output holds reasoning and answer."""
+    """Alpaca: instruction and, where there is one, its input are the prompt; the output holds
+    reasoning and answer.
+    """
     asked = [place.text(row, "prompt"), as_text(row.get("input"))]
     messages = _pairs(row.get("history"), place)
     messages.append(Message("user", "\n".join(text for text in asked if text.strip())))
@@ -254,7 +308,9 @@ FORMATS: dict[str, Callable[[Row, Place], Example]] = {
 
 
 def _last_turn(messages: list[Message], row: Row, place: Place) -> Example:
-    last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    last = max(
+        (index for index, message in enumerate(messages) if message.role == "assistant"), default=-1
+    )
     if last < 0:
         raise Skip("no assistant turn")
     for message in messages[last + 1 :]:
@@ -280,10 +336,16 @@ def _worked(messages: list[Message], cot: str, answer: str, row: Row, place: Pla
 
 
 def _with_system(messages: list[Message], column: Any, place: Place) -> list[Message]:
-    """A row's system text first, once; without the instruction to write marks that are gone from what is learned."""
+    """A row's system text first, once; without the instruction to write marks that are gone from
+    what is learned.
+    """
     if has_content(column):
         first = read_message({"role": "system", "content": column}, "role", "content", place.unused)
-        same = messages and messages[0].role == "system" and messages[0].content.strip() == first.content.strip()
+        same = (
+            messages
+            and messages[0].role == "system"
+            and messages[0].content.strip() == first.content.strip()
+        )
         messages = [first, *messages[1 if same else 0 :]]
     kept = [message for message in messages if not _is_marker_instruction(message)]
     if dropped := len(messages) - len(kept):
@@ -292,11 +354,15 @@ def _with_system(messages: list[Message], column: Any, place: Place) -> list[Mes
 
 
 def _is_marker_instruction(message: Message) -> bool:
-    return message.role == "system" and bool(MARKER_INSTRUCTION.fullmatch(" ".join(message.content.split())))
+    return message.role == "system" and bool(
+        MARKER_INSTRUCTION.fullmatch(" ".join(message.content.split()))
+    )
 
 
 def _tools(messages: list[Message], row: Row, place: Place) -> str:
-    """The tools of a row, from its column or from one of its messages; others than the first are counted."""
+    """The tools of a row, from its column or from one of its messages; others than the first are
+    counted.
+    """
     named = [(f"column {name}", row.get(name)) for name in ("tools", "functions")]
     named += [("key tools", message.tools) for message in messages]
     chosen = ""
@@ -324,7 +390,16 @@ def _pairs(value: Any, place: Place) -> list[Message]:
             value = parse_json(value, place.where)
     if not has_content(value):
         return []
-    if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
-        raise DataError(f"{place.where}: column 'history' is no list of [question, answer]; rename it, or correct it")
+    if not isinstance(value, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in value
+    ):
+        raise DataError(
+            f"{place.where}: column 'history' is no list of [question, answer]; rename it, or "
+            "correct it"
+        )
     both = ("user", "assistant")
-    return [Message(role, as_text(text)) for pair in value for role, text in zip(both, pair, strict=True)]
+    return [
+        Message(role, as_text(text))
+        for pair in value
+        for role, text in zip(both, pair, strict=True)
+    ]

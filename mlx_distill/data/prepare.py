@@ -1,7 +1,9 @@
-"""A recipe and a tokenizer → the sequences a run trains on and is validated on, with an account of every row.
+"""A recipe and a tokenizer → the sequences a run trains on and is validated on, with an account of
+every row.
 
-The one path from data to sequences, shared by training, `plan` and `show`. Decided here: that validation sequences are
-whole, that rows are chosen before they are cut (so the same ones at every fraction), and what counts as dropped.
+The one path from data to sequences, shared by training, `plan` and `show`. Decided here: that
+validation sequences are whole, that rows are chosen before they are cut (so the same ones at every
+fraction), and what counts as dropped.
 """
 
 from collections import Counter
@@ -28,11 +30,12 @@ if TYPE_CHECKING:
 class Prepared:
     """What a run learns from.
 
-    `train` are cut and thinned, each with at least one supervised token. `train_whole` are the chosen training examples
-    uncut, those that the cut left without a supervised token included, in the same order. `validation` are whole.
-    `examples` has the text of all of them by id. `skipped` has the rows not used by reason; rows that were not needed
-    are in none of these. `unused` has what used and skipped rows carry besides, by kind and name ("column source"),
-    with how often. `day` is what prompts say, "" where their template reads no clock.
+    `train` are cut and thinned, each with at least one supervised token. `train_whole` are the
+    chosen training examples uncut, those that the cut left without a supervised token included, in
+    the same order. `validation` are whole. `examples` has the text of all of them by id. `skipped`
+    has the rows not used by reason; rows that were not needed are in none of these. `unused` has
+    what used and skipped rows carry besides, by kind and name ("column source"), with how often.
+    `day` is what prompts say, "" where their template reads no clock.
     """
 
     train: tuple[TokenSequence, ...]
@@ -46,7 +49,9 @@ class Prepared:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of some sequences by segment (index `Segment`), and how many of them carry loss: `int64[3]` each."""
+    """Tokens of some sequences by segment (index `Segment`), and how many of them carry loss:
+    `int64[3]` each.
+    """
 
     examples: int
     tokens: np.ndarray
@@ -56,9 +61,9 @@ class TokenCounts:
 def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "") -> Prepared:
     """Read, choose, render, cut and thin the examples of a recipe with the student's tokenizer.
 
-    `day` ("2026-11-26") is what prompts say where their template reads the clock, "" the machine's own. Raises
-    `NotFound` or `DataError` where there is no data, not enough of it, or nothing supervised is left after the cut,
-    `ModelError` for a chat template that cannot be used.
+    `day` ("2026-11-26") is what prompts say where their template reads the clock, "" the machine's
+    own. Raises `NotFound` or `DataError` where there is no data, not enough of it, or nothing
+    supervised is left after the cut, `ModelError` for a chat template that cannot be used.
     """
     refuse_unusable(tokenizer)
     skipped: Counter[str] = Counter()
@@ -82,7 +87,9 @@ def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "")
     train, validation = split_examples(examples, recipe.data, seed, usable, skipped)
     whole = tuple(rendered[example.id] for example in train)
     cut = tuple(cut_sequence(sequence, recipe) for sequence in whole)
-    learning = tuple(sequence for sequence in cut if sequence.supervised(recipe.objective.segments).any())
+    learning = tuple(
+        sequence for sequence in cut if sequence.supervised(recipe.objective.segments).any()
+    )
     causes = Counter(
         _why_nothing_is_left(sequence, recipe)
         for sequence, left in zip(whole, cut, strict=True)
@@ -118,23 +125,33 @@ def _why_nothing_is_left(whole: TokenSequence, recipe: Recipe) -> str:
 def _nothing_is_left(causes: Counter[str], recipe: Recipe) -> str:
     cut, segments = recipe.truncation, " + ".join(recipe.objective.segments)
     remedies = {
-        PROMPT_OUTLASTS: f'{_longer(cut)}, or set truncation.span = "cot", which keeps prompts whole',
+        PROMPT_OUTLASTS: f'{_longer(cut)}, or set truncation.span = "cot", which keeps prompts '
+        "whole",
         SHARE_IS_NONE: "raise truncation.token_share",
         CUT_AWAY: f"{_longer(cut)}, or supervise other segments",
     }
     return (
-        f"{recipe.data.source}: none of {causes.total()} training examples has a token of {segments} left after the "
+        f"{recipe.data.source}: none of {causes.total()} training examples has a token of "
+        f"{segments} left after the "
         f"cut ({listed(causes)}); {remedies[causes.most_common(1)[0][0]]}"
     )
 
 
 def _longer(cut: TruncationTable) -> str:
-    fields = ["truncation.max_tokens"] * bool(cut.max_tokens) + ["truncation.fraction"] * (cut.fraction < 1)
-    return f"raise {' and '.join(fields)}" if fields else f'choose another truncation.keep than "{cut.keep}"'
+    fields = ["truncation.max_tokens"] * bool(cut.max_tokens) + ["truncation.fraction"] * (
+        cut.fraction < 1
+    )
+    return (
+        f"raise {' and '.join(fields)}"
+        if fields
+        else f'choose another truncation.keep than "{cut.keep}"'
+    )
 
 
 def cut_sequence(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:
-    """One whole sequence as the recipe trains on it: truncated, then thinned to its share of supervised tokens."""
+    """One whole sequence as the recipe trains on it: truncated, then thinned to its share of
+    supervised tokens.
+    """
     cut = truncate(sequence, recipe.truncation)
     return thin(cut, recipe.truncation.token_share, recipe.objective.segments, recipe.run.seed)
 
@@ -151,7 +168,9 @@ def count_tokens(sequences: Sequence[TokenSequence], segments: tuple[str, ...]) 
 
 @dataclass(frozen=True)
 class TokenRun:
-    """Neighbouring tokens of one segment that are all kept or all cut; `learned` `bool[n]` says which carry loss."""
+    """Neighbouring tokens of one segment that are all kept or all cut; `learned` `bool[n]` says
+    which carry loss.
+    """
 
     segment: Segment
     kept: bool
@@ -160,8 +179,12 @@ class TokenRun:
 
 
 def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[TokenRun]:
-    """A whole sequence as runs that are of one segment and all kept or all cut, in order and without gaps."""
-    cut = cut_sequence(replace(whole, tokens=np.arange(len(whole), dtype=np.int32)), recipe)  # tokens are now places
+    """A whole sequence as runs that are of one segment and all kept or all cut, in order and
+    without gaps.
+    """
+    cut = cut_sequence(
+        replace(whole, tokens=np.arange(len(whole), dtype=np.int32)), recipe
+    )  # tokens are now places
     kept, learned = np.zeros(len(whole), bool), np.zeros(len(whole), bool)
     kept[cut.tokens] = True
     learned[cut.tokens[cut.supervised(recipe.objective.segments)]] = True
@@ -169,4 +192,6 @@ def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[TokenRun]:
     changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(kept) != 0)) + 1
     for places in np.split(np.arange(len(whole)), changes):
         first = places[0]
-        yield TokenRun(Segment(int(segments[first])), bool(kept[first]), whole.tokens[places], learned[places])
+        yield TokenRun(
+            Segment(int(segments[first])), bool(kept[first]), whole.tokens[places], learned[places]
+        )

@@ -1,7 +1,7 @@
 """A response as one text → its reasoning and its answer.
 
-Decided here: which marks are known, and that the whole text is either of one known layout or has no reasoning: marks
-are never searched for in the middle of an answer.
+Decided here: which marks are known, and that the whole text is either of one known layout or has no
+reasoning: marks are never searched for in the middle of an answer.
 """
 
 import re
@@ -11,7 +11,8 @@ from mlx_distill.data.examples import Skip
 
 BEGIN_OF_THOUGHT = "<|begin_of_thought|>"
 
-# opening and closing marks; after the last four an answer may have marks of its own, which are taken off with them
+# opening and closing marks; after the last four an answer may have marks of its own, which are
+# taken off with them
 TAGS = (
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
@@ -28,23 +29,28 @@ STRATOS = re.compile(
     r"(?P<answer>.*?)(?:<\|end_of_solution\|>\s*)?",
     re.DOTALL,
 )
-UNMARKED_CHANNELS = re.compile(r"analysis(?P<cot>.*?)assistantfinal(?P<answer>.*)", re.DOTALL)  # its marks were not decoded
+UNMARKED_CHANNELS = re.compile(
+    r"analysis(?P<cot>.*?)assistantfinal(?P<answer>.*)", re.DOTALL
+)  # its marks were not decoded
 
 MESSAGE = re.compile(
     r"\s*(?:<\|start\|>assistant)?<\|channel\|>(?P<channel>\w+)(?P<recipient>[^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>"
     r"(?P<text>.*?)(?P<end><\|end\|>|<\|return\|>|<\|call\|>|(?=<\|start\|>)|(?=<\|channel\|>)|\Z)",
     re.DOTALL,
 )
-TOOL_CALL = re.compile(r"<tool_call>.*</tool_call>|\A\s*(?:<functioncall>|<\|python_tag\|>|\[TOOL_CALLS\])", re.DOTALL)
+TOOL_CALL = re.compile(
+    r"<tool_call>.*</tool_call>|\A\s*(?:<functioncall>|<\|python_tag\|>|\[TOOL_CALLS\])", re.DOTALL
+)
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
-    """(reasoning, answer) of a response; raises `Skip` where its reasoning is missing or never closed.
+    """(reasoning, answer) of a response; raises `Skip` where its reasoning is missing or never
+    closed.
 
-    Understands `<think>…</think>answer` (the opening tag may be missing: some templates put it into the prompt),
-    `<|begin_of_thought|>…<|end_of_thought|><|begin_of_solution|>…<|end_of_solution|>`, the pairs of `TAGS` with or
-    without an answer in tags, and harmony's channels. A second pair of tags stays in the answer and is refused when the
-    example is rendered.
+    Understands `<think>…</think>answer` (the opening tag may be missing: some templates put it into
+    the prompt), `<|begin_of_thought|>…<|end_of_thought|><|begin_of_solution|>…<|end_of_solution|>`,
+    the pairs of `TAGS` with or without an answer in tags, and harmony's channels. A second pair of
+    tags stays in the answer and is refused when the example is rendered.
     """
     if "<|channel|>" in text:
         return _channels(text)
@@ -56,7 +62,11 @@ def split_reasoning(text: str) -> tuple[str, str]:
     for pattern in (THINK, STRATOS, UNMARKED_CHANNELS):
         if match := pattern.fullmatch(text):
             return match["cot"], match["answer"]
-    opened = "<think>" in text or BEGIN_OF_THOUGHT in text or begins.startswith(tuple(opening for opening, _ in TAGS))
+    opened = (
+        "<think>" in text
+        or BEGIN_OF_THOUGHT in text
+        or begins.startswith(tuple(opening for opening, _ in TAGS))
+    )
     raise Skip("reasoning never closed" if opened else "no reasoning")
 
 
@@ -74,7 +84,9 @@ def _without_tags(answer: str) -> str:
 
 
 def _channels(text: str) -> tuple[str, str]:
-    """Harmony (gpt-oss): `analysis` is reasoning; `final` and what `commentary` says to the user are the answer."""
+    """Harmony (gpt-oss): `analysis` is reasoning; `final` and what `commentary` says to the user
+    are the answer.
+    """
     analysis, visible = [], []
     for message in _messages(text):
         if "to=" in message["recipient"] or message["end"] == "<|call|>":

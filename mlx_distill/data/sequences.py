@@ -1,16 +1,19 @@
 """`Example` → `TokenSequence`: token ids that know where the prompt and the chain of thought end.
 
-In: an example and a fast tokenizer with a chat template. Out: `int32[T]` and two half-open segment ends. Decided here:
+In: an example and a fast tokenizer with a chat template. Out: `int32[T]` and two half-open segment
+ends. Decided here:
 
-- The layout `{prompt}<think>\\n{cot}\\n</think>\\n\\n{answer}{end of turn}`, where only `{prompt}` goes through the
-  chat template (templates rewrite, move or delete reasoning). `<think>`, `</think>` and the line breaks after each
-  belong to the chain of thought, the end-of-turn token to the answer.
-- A template whose generation prompt already ends in `<think>` and white space gets no second one: the prompt segment
-  ends before that `<think>`, and the token ids are what the template would have made.
-- The whole text is tokenised once and the ends are made there, from the tokenizer's offsets. A token that straddles a
-  boundary belongs to the segment in which its first character lies.
-- Text that would be read as a control token (a literal `</think>` in an answer, `<|im_end|>` in a prompt) is refused
-  with `Skip`, to be counted, never escaped or repaired.
+- The layout `{prompt}<think>\\n{cot}\\n</think>\\n\\n{answer}{end of turn}`, where only `{prompt}`
+  goes through the chat template (templates rewrite, move or delete reasoning). `<think>`,
+  `</think>` and the line breaks after each belong to the chain of thought, the end-of-turn token to
+  the answer.
+- A template whose generation prompt already ends in `<think>` and white space gets no second one:
+  the prompt segment ends before that `<think>`, and the token ids are what the template would have
+  made.
+- The whole text is tokenised once and the ends are made there, from the tokenizer's offsets. A
+  token that straddles a boundary belongs to the segment in which its first character lies.
+- Text that would be read as a control token (a literal `</think>` in an answer, `<|im_end|>` in a
+  prompt) is refused with `Skip`, to be counted, never escaped or repaired.
 """
 
 import re
@@ -46,7 +49,8 @@ class TokenSequence:
     """Token ids `int32[T]` and the two half-open segment ends made when they were rendered.
 
     prompt = [0, prompt_end), cot = [prompt_end, cot_end), answer = [cot_end, T).
-    `allowed` `bool[T]` says which tokens a truncation lets carry loss; the segments to supervise are chosen later.
+    `allowed` `bool[T]` says which tokens a truncation lets carry loss; the segments to supervise
+    are chosen later.
     """
 
     id: str
@@ -66,7 +70,8 @@ class TokenSequence:
         return segment
 
     def supervised(self, segments: tuple[str, ...]) -> np.ndarray:
-        """`bool[T]`: the tokens that carry loss when `segments` (of "prompt", "cot", "answer") are supervised.
+        """`bool[T]`: the tokens that carry loss when `segments` (of "prompt", "cot", "answer") are
+        supervised.
 
         The first token has no predecessor to be predicted from, so it never does.
         """
@@ -77,12 +82,16 @@ class TokenSequence:
 
 
 def render(
-    example: Example, tokenizer: "PreTrainedTokenizerFast", day: str = "", unused: Counter[str] | None = None
+    example: Example,
+    tokenizer: "PreTrainedTokenizerFast",
+    day: str = "",
+    unused: Counter[str] | None = None,
 ) -> TokenSequence:
     """The whole example as a `TokenSequence`; every token may carry loss.
 
-    `day` and `unused` as for `prompt_text`. Raises `Skip` for text that the tokenizer would read as control tokens or
-    that its template refuses or drops, `ModelError` for a tokenizer without offsets or chat template.
+    `day` and `unused` as for `prompt_text`. Raises `Skip` for text that the tokenizer would read as
+    control tokens or that its template refuses or drops, `ModelError` for a tokenizer without
+    offsets or chat template.
     """
     _refuse_control_text(example, tokenizer)
     prompt, opening = _opened(prompt_text(example.turns, tokenizer, example.tools, day, unused))
@@ -92,24 +101,28 @@ def render(
     begins = _begins(encoded["offset_mapping"])
     prompt_end, cot_end = np.searchsorted(begins, (len(prompt), len(before_answer)))
     tokens = np.asarray(encoded["input_ids"], np.int32)
-    return TokenSequence(example.id, tokens, int(prompt_end), int(cot_end), np.ones(len(tokens), bool))
+    return TokenSequence(
+        example.id, tokens, int(prompt_end), int(cot_end), np.ones(len(tokens), bool)
+    )
 
 
 def generation_ids(
     prompt: str, tokenizer: "PreTrainedTokenizerFast", history: Turns = (), day: str = ""
 ) -> list[int]:
-    """The ids from which an answer to a prompt is generated: the chat template's own generation prompt.
+    """The ids from which an answer to a prompt is generated: the chat template's own generation
+    prompt.
 
-    Ends in `<think>` only where the template says so; a student learns to write it where it does not. `day` as for
-    `prompt_text`. Raises `Skip` for a prompt that the template refuses.
+    Ends in `<think>` only where the template says so; a student learns to write it where it does
+    not. `day` as for `prompt_text`. Raises `Skip` for a prompt that the template refuses.
     """
     text = prompt_text((*history, ("user", prompt)), tokenizer, day=day)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """The text that ends an assistant turn: what the chat template writes after its content, up to and including the
-    first control token (`<|im_end|>`, `<|eot_id|>`, ` </s>`), else the tokenizer's end-of-sequence token.
+    """The text that ends an assistant turn: what the chat template writes after its content, up to
+    and including the first control token (`<|im_end|>`, `<|eot_id|>`, ` </s>`), else the
+    tokenizer's end-of-sequence token.
     """
     return _turn_end(tokenizer, chat_template(tokenizer))
 
@@ -131,7 +144,8 @@ def _opened(prompt: str) -> tuple[str, str]:
 def _begins(offsets: list[tuple[int, int]]) -> np.ndarray:
     """`int[T]`: the first character of each token, never decreasing.
 
-    Some tokenizers trim a token's leading space from its offsets; the end of the token before tells where it began.
+    Some tokenizers trim a token's leading space from its offsets; the end of the token before tells
+    where it began.
     """
     begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
     before = np.concatenate([[0], end[:-1]])
@@ -158,14 +172,26 @@ def _control_texts(tokenizer: "PreTrainedTokenizerFast", size: int) -> tuple[str
 
 @lru_cache(maxsize=8)
 def _turn_end(tokenizer: "PreTrainedTokenizerFast", template: str) -> str:
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": SENTINEL, "reasoning_content": "x"}]
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": SENTINEL, "reasoning_content": "x"},
+    ]
     try:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except Exception:  # it cannot render a finished turn: the end-of-sequence token is all there is to know
+    except (
+        Exception
+    ):  # it cannot render a finished turn: the end-of-sequence token is all there is to know
         text = ""
     tail = text.rpartition(SENTINEL)[2] if SENTINEL in text else ""
-    ends = [tail.index(token) + len(token) for token in _control_texts(tokenizer, len(tokenizer)) if token in tail]
+    ends = [
+        tail.index(token) + len(token)
+        for token in _control_texts(tokenizer, len(tokenizer))
+        if token in tail
+    ]
     if not ends and not tokenizer.eos_token:
-        raise ModelError(f"tokenizer {tokenizer.name_or_path}: neither its chat template nor an eos_token says how a "
-                         "turn ends; set eos_token in tokenizer_config.json")
+        raise ModelError(
+            f"tokenizer {tokenizer.name_or_path}: neither its chat template nor an eos_token says "
+            "how a "
+            "turn ends; set eos_token in tokenizer_config.json"
+        )
     return tail[: min(ends)] if ends else tokenizer.eos_token

@@ -1,9 +1,9 @@
 """Where rows come from: a file, a dataset of the hub, or a task of our own.
 
-In: the `[data]` table of a recipe. Out: rows as plain dictionaries, each with the words that say where it stands.
-Decided here: which files are read (`SOURCES`, by ending, in any case and packed with gzip or not), how a table's cells
-are separated, what is no value (NaN; what a column format fills in for an absent key), and what is told where there
-are no rows.
+In: the `[data]` table of a recipe. Out: rows as plain dictionaries, each with the words that say
+where it stands. Decided here: which files are read (`SOURCES`, by ending, in any case and packed
+with gzip or not), how a table's cells are separated, what is no value (NaN; what a column format
+fills in for an absent key), and what is told where there are no rows.
 """
 
 import csv
@@ -26,31 +26,43 @@ SEPARATORS = ",;\t|"
 
 
 def rows_of(data: DataTable) -> Iterator[tuple[str, Row]]:
-    """(where, row) for each row of a file or a hub dataset; where is "line 7" or "row 7", counted from 1."""
+    """(where, row) for each row of a file or a hub dataset; where is "line 7" or "row 7", counted
+    from 1.
+    """
     path = path_of(data.source, "data.source", DataError)
     read = SOURCES.get(_ending(path))
     if not read and not path.exists():
         return _hub_rows(data)
     if not path.is_file():
         found = "a folder" if path.exists() else "not there"
-        raise NotFound(f"data.source: {data.source} is {found}{_neighbours(path)}; name a {', '.join(SOURCES)} file")
+        raise NotFound(
+            f"data.source: {data.source} is {found}{_neighbours(path)}; name a "
+            f"{', '.join(SOURCES)} file"
+        )
     if not read:
-        raise DataError(f"data.source: {data.source} ends in {path.suffix!r}; known are {', '.join(SOURCES)}")
+        raise DataError(
+            f"data.source: {data.source} ends in {path.suffix!r}; known are {', '.join(SOURCES)}"
+        )
     if data.config:
         raise DataError(
-            f"{data.source}: data.config = {data.config!r} names a part of a hub dataset; leave it empty for a file"
+            f"{data.source}: data.config = {data.config!r} names a part of a hub dataset; leave "
+            "it empty for a file"
         )
     return read(path, data.source)
 
 
 def _ending(path: Path) -> str:
-    """".jsonl" of rows.jsonl, ROWS.JSONL and rows.jsonl.gz."""
+    """ ".jsonl" of rows.jsonl, ROWS.JSONL and rows.jsonl.gz."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def _neighbours(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
-    names = sorted(file.name for file in folder.iterdir() if _ending(file) in SOURCES) if folder.is_dir() else []
+    names = (
+        sorted(file.name for file in folder.iterdir() if _ending(file) in SOURCES)
+        if folder.is_dir()
+        else []
+    )
     return f" ({folder} holds {', '.join(names[:8])})" if names else ""
 
 
@@ -63,12 +75,16 @@ def _json_lines(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         for number, row in read_json_lines(path, name):
             if not isinstance(row, dict):
                 found = type(row).__name__
-                raise DataError(f"{name}, line {number}: a JSON {found}, expected an object with columns")
+                raise DataError(
+                    f"{name}, line {number}: a JSON {found}, expected an object with columns"
+                )
             yield f"line {number}", row
     except DataError as error:
         of_the_line = ": not valid JSON" in str(error) or ": a JSON " in str(error)
         advice = "correct or delete the line"
-        if isinstance(row, list) or (not number and _first_line(path, name).strip() in ("{", "[", "[{")):
+        if isinstance(row, list) or (
+            not number and _first_line(path, name).strip() in ("{", "[", "[{")
+        ):
             advice = "is it one list over many lines? Then name it .json"
         raise DataError(f"{error}; {advice}" if of_the_line else str(error)) from None
 
@@ -85,10 +101,16 @@ def _json(path: Path, name: str) -> Iterator[tuple[str, Row]]:
             raise
         raise DataError(f"{error}; is it JSON lines? Then name it .jsonl") from None
     if not isinstance(rows, list):
-        raise DataError(f"{name}: a JSON {type(rows).__name__}, expected a list of objects; put the rows into a list")
+        raise DataError(
+            f"{name}: a JSON {type(rows).__name__}, expected a list of objects; put the rows into "
+            "a list"
+        )
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise DataError(f"{name}, row {number}: a JSON {type(row).__name__}, expected an object; correct the row")
+            raise DataError(
+                f"{name}, row {number}: a JSON {type(row).__name__}, expected an object; correct "
+                "the row"
+            )
         yield f"row {number}", row
 
 
@@ -126,7 +148,9 @@ def _unreadable_row(name: str, line: int, what: str) -> str:
 
 
 def _separator(header: str) -> str:
-    """What separates column names most often: a comma, semicolon, tab or bar; quoted names may hold any of them."""
+    """What separates column names most often: a comma, semicolon, tab or bar; quoted names may hold
+    any of them.
+    """
     unquoted = "".join(header.split('"')[::2])
     return max(SEPARATORS, key=unquoted.count)
 
@@ -136,9 +160,13 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise DataError(f"{name}: reading .parquet needs pyarrow; pip install 'mlx-distill[data]'") from None
+        raise DataError(
+            f"{name}: reading .parquet needs pyarrow; pip install 'mlx-distill[data]'"
+        ) from None
     if path.suffix.lower() == ".gz":
-        raise DataError(f"{name}: Parquet packs its columns itself and is not read from .gz; unpack it")
+        raise DataError(
+            f"{name}: Parquet packs its columns itself and is not read from .gz; unpack it"
+        )
     number = 0
     try:
         for batch in parquet.ParquetFile(path).iter_batches(1024):
@@ -163,15 +191,19 @@ def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
         import datasets
     except ImportError:
         raise DataError(
-            f"data.source: {data.source} is no file here, and hub datasets need the datasets package; "
+            f"data.source: {data.source} is no file here, and hub datasets need the datasets "
+            "package; "
             "pip install 'mlx-distill[data]', or name a file"
         ) from None
     asked = data.source + (f" ({data.config})" if data.config else "")
     try:
         dataset = datasets.load_dataset(data.source, data.config or None, split=data.split)
-    except Exception as error:  # datasets, huggingface_hub, fsspec and requests each bring their own kinds
+    except (
+        Exception
+    ) as error:  # datasets, huggingface_hub, fsspec and requests each bring their own kinds
         raise NotFound(
-            f"data.source: {asked}, split {data.split!r} is no file here and could not be loaded from the "
+            f"data.source: {asked}, split {data.split!r} is no file here and could not be loaded "
+            "from the "
             f"hub: {_line(error)}; {_hub_remedy(str(error))}"
         ) from None
     for number, row in enumerate(dataset, 1):
@@ -189,13 +221,16 @@ def _hub_remedy(said: str) -> str:
 HUB_REMEDIES = {
     "BuilderConfig|config name": "set data.config to one that it has",
     "unknown split|bad split": "set data.split to one that it has",
-    "offline|couldn't reach|connection|resolve": "go online (HF_HUB_OFFLINE unset), or name a local .jsonl or .parquet file",
+    "offline|couldn't reach|connection|resolve": "go online (HF_HUB_OFFLINE unset), or name a "
+    "local .jsonl or .parquet file",
     "gated|authenticat|401|403": "log in with `hf auth login` and accept its terms",
 }
 
 
 def _filled(row: Row) -> Row:
-    """A row of a column format without what it had to fill in: every object there has every key of every other one."""
+    """A row of a column format without what it had to fill in: every object there has every key of
+    every other one.
+    """
     return {column: _without_absent(value) for column, value in row.items()}
 
 
@@ -216,14 +251,22 @@ def _line(error: Exception) -> str:
 
 def embedded_examples(data: DataTable, seed: int) -> Iterator[Example]:
     """Worked problems of `embedded:NAME`, which writes as many as a recipe asks for."""
-    from mlx_distill.embedded import EMBEDDED, PARTITIONS  # {name: generate(partition, count, seed) -> list[Worked]}
+    from mlx_distill.embedded import (
+        EMBEDDED,
+        PARTITIONS,
+    )  # {name: generate(partition, count, seed) -> list[Worked]}
 
     name = data.source.removeprefix("embedded:")
     if name not in EMBEDDED:
         raise NotFound(f"data.source: no embedded task {name!r}; there are: {', '.join(EMBEDDED)}")
     if data.split not in PARTITIONS:
-        raise DataError(f"{data.source}: no split {data.split!r}; there are: {', '.join(PARTITIONS)}")
+        raise DataError(
+            f"{data.source}: no split {data.split!r}; there are: {', '.join(PARTITIONS)}"
+        )
     if not data.train_examples:
-        raise DataError(f"{data.source}: an embedded task has no end; set data.train_examples to a number above 0")
+        raise DataError(
+            f"{data.source}: an embedded task has no end; set data.train_examples to a number "
+            "above 0"
+        )
     worked = EMBEDDED[name](data.split, data.train_examples + data.validation_examples, seed)
     yield from (make_example(*row) for row in worked)

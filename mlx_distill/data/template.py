@@ -1,13 +1,15 @@
 """A tokenizer's chat template: the text that it makes of turns, up to where an answer begins.
 
-In: turns, tools, a day and a fast tokenizer. Out: text, or `Skip` with the reason why there is none. Decided here:
+In: turns, tools, a day and a fast tokenizer. Out: text, or `Skip` with the reason why there is
+none. Decided here:
 
-- What a template drops is known before a row is rendered: a conversation of the same shape (roles, calls, tools), with
-  a sentinel in each place, goes through the template once, and what does not come out again was dropped. A row is never
-  rendered without one of its turns, calls or tools.
-- Thinking is switched on. A prompt in which it is closed again is refused: what follows would not be learned there.
-- A template that reads the clock reads the day that it is given, so that a run which is continued tomorrow renders the
-  prompts of today.
+- What a template drops is known before a row is rendered: a conversation of the same shape (roles,
+  calls, tools), with a sentinel in each place, goes through the template once, and what does not
+  come out again was dropped. A row is never rendered without one of its turns, calls or tools.
+- Thinking is switched on. A prompt in which it is closed again is refused: what follows would not
+  be learned there.
+- A template that reads the clock reads the day that it is given, so that a run which is continued
+  tomorrow renders the prompts of today.
 """
 
 import datetime
@@ -27,21 +29,32 @@ if TYPE_CHECKING:
 
 SENTINEL = "mlxdistillsentinel"
 CLOCK = "strftime_now"
-DIRECTIVES = ("%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-j", "%-y", *(f"%{letter}" for letter in "aAbBdeDFmyYjHIMSpTRUWuwxXcGVgCh"))
+DIRECTIVES = (
+    "%-d",
+    "%-m",
+    "%-H",
+    "%-I",
+    "%-M",
+    "%-S",
+    "%-j",
+    "%-y",
+    *(f"%{letter}" for letter in "aAbBdeDFmyYjHIMSpTRUWuwxXcGVgCh"),
+)
 SWITCHES = ({"enable_thinking": True}, {"enable_thinking": True, "thinking": True})
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerFast", tools: bool = False) -> str:
     """The tokenizer's default chat template, or the one that it has for tools.
 
-    Raises `ModelError` where there is none, since a made-up layout would train (and later prompt) something that the
-    model's users cannot know.
+    Raises `ModelError` where there is none, since a made-up layout would train (and later prompt)
+    something that the model's users cannot know.
     """
     name = tokenizer.name_or_path
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             f"tokenizer {name}: it is a slow one ({type(tokenizer).__name__}) that "
-            "gives no character offsets, needed to find segments; use a folder with a tokenizer.json"
+            "gives no character offsets, needed to find segments; use a folder with a "
+            "tokenizer.json"
         )
     found = tokenizer.chat_template
     if not found:
@@ -52,7 +65,8 @@ def chat_template(tokenizer: "PreTrainedTokenizerFast", tools: bool = False) -> 
     if isinstance(found, dict):
         if "default" not in found:
             raise ModelError(
-                f"tokenizer {name}: its chat templates are called {', '.join(map(printable, found))} and none is the "
+                f"tokenizer {name}: its chat templates are called "
+                f"{', '.join(map(printable, found))} and none is the "
                 "default; keep the one to train with as chat_template.jinja in the folder"
             )
         return found["tool_use"] if tools and "tool_use" in found else found["default"]
@@ -70,13 +84,17 @@ def reads_clock(tokenizer: "PreTrainedTokenizerFast") -> bool:
 
 
 def prompt_text(
-    turns: Turns, tokenizer: "PreTrainedTokenizerFast", tools: str = "", day: str = "", unused: Counter[str] | None = None
+    turns: Turns,
+    tokenizer: "PreTrainedTokenizerFast",
+    tools: str = "",
+    day: str = "",
+    unused: Counter[str] | None = None,
 ) -> str:
     """The text before an answer, generation prompt included.
 
-    `day` ("2026-11-26") is what a template with a clock says, "" the machine's own. Keys of messages that the template
-    has no use for are counted in `unused`. Raises `Skip` where the template refuses or drops a turn, `ModelError` where
-    it switches thinking off in every prompt.
+    `day` ("2026-11-26") is what a template with a clock says, "" the machine's own. Keys of
+    messages that the template has no use for are counted in `unused`. Raises `Skip` where the
+    template refuses or drops a turn, `ModelError` where it switches thinking off in every prompt.
     """
     template = _dated(chat_template(tokenizer, bool(tools)), day)
     rendering = _rendering(tokenizer, template)
@@ -88,7 +106,11 @@ def prompt_text(
         unused.update(lost.unread)
     text = rendering.text(tokenizer, template, messages, json.loads(tools) if tools else None)
     for message in messages:
-        if "tool_calls" not in message and message["role"] != "tool" and not _stands_in(message["content"], text):
+        if (
+            "tool_calls" not in message
+            and message["role"] != "tool"
+            and not _stands_in(message["content"], text)
+        ):
             raise Skip(f"the chat template alters its {printable(message['role'])} turn")
     if _closes_thinking(text):
         raise Skip("its prompt closes thinking before the reasoning")
@@ -99,13 +121,19 @@ def prompt_text(
 
 
 class Rendering(NamedTuple):
-    """How a template wants to be asked: which switches turn thinking on, and calls' arguments as objects or as text."""
+    """How a template wants to be asked: which switches turn thinking on, and calls' arguments as
+    objects or as text.
+    """
 
     switches: tuple[str, ...]
     arguments: str  # "object" or "text"
 
     def text(
-        self, tokenizer: "PreTrainedTokenizerFast", template: str, messages: list[dict[str, Any]], tools: list | None
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        template: str,
+        messages: list[dict[str, Any]],
+        tools: list | None,
     ) -> str:
         given = {"tools": tools} if tools else {}
         try:
@@ -116,7 +144,9 @@ class Rendering(NamedTuple):
         except Skip:
             raise
         except Exception as error:  # jinja2's own kinds, and what a template raises about roles
-            raise Skip(f"the chat template refuses it ({' '.join(str(error).split())[:120]})") from None
+            raise Skip(
+                f"the chat template refuses it ({' '.join(str(error).split())[:120]})"
+            ) from None
 
     def _called(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message with its calls' arguments in the template's form."""
@@ -124,7 +154,11 @@ class Rendering(NamedTuple):
             return message
         as_asked = _as_object if self.arguments == "object" else _as_json
         calls = [
-            call | {"function": call["function"] | {"arguments": as_asked(call["function"]["arguments"])}}
+            call
+            | {
+                "function": call["function"]
+                | {"arguments": as_asked(call["function"]["arguments"])}
+            }
             for call in message["tool_calls"]
         ]
         return message | {"tool_calls": calls}
@@ -150,7 +184,9 @@ def _message(turn: Turn) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _rendering(tokenizer: "PreTrainedTokenizerFast", template: str) -> Rendering:
-    """What a template wants, tried out; raises `ModelError` where nothing that is tried switches thinking on."""
+    """What a template wants, tried out; raises `ModelError` where nothing that is tried switches
+    thinking on.
+    """
     question = [{"role": "user", "content": SENTINEL}]
     for switches in SWITCHES:
         rendering = Rendering(tuple(switches), "object")
@@ -162,14 +198,23 @@ def _rendering(tokenizer: "PreTrainedTokenizerFast", template: str) -> Rendering
             break
     else:
         raise ModelError(
-            f"tokenizer {tokenizer.name_or_path}: its chat template ends each prompt in </think>, so no reasoning can "
+            f"tokenizer {tokenizer.name_or_path}: its chat template ends each prompt in </think>, "
+            "so no reasoning can "
             f"follow; {_advice(template)}"
         )
-    return rendering if _calls_come_out(tokenizer, template, rendering) else rendering._replace(arguments="text")
+    return (
+        rendering
+        if _calls_come_out(tokenizer, template, rendering)
+        else rendering._replace(arguments="text")
+    )
 
 
-def _calls_come_out(tokenizer: "PreTrainedTokenizerFast", template: str, rendering: Rendering) -> bool:
-    """Whether arguments as an object are written as JSON, or at all; where text does no better, too."""
+def _calls_come_out(
+    tokenizer: "PreTrainedTokenizerFast", template: str, rendering: Rendering
+) -> bool:
+    """Whether arguments as an object are written as JSON, or at all; where text does no better,
+    too.
+    """
     found = []
     for form in ("object", "text"):
         try:
@@ -182,7 +227,11 @@ def _calls_come_out(tokenizer: "PreTrainedTokenizerFast", template: str, renderi
 
 def _calling() -> list[dict[str, Any]]:
     arguments = {f"{SENTINEL}key": f"{SENTINEL}value"}
-    call = {"id": "sentinel0", "type": "function", "function": {"name": f"{SENTINEL}name", "arguments": arguments}}
+    call = {
+        "id": "sentinel0",
+        "type": "function",
+        "function": {"name": f"{SENTINEL}name", "arguments": arguments},
+    }
     return [
         {"role": "user", "content": "x"},
         {"role": "assistant", "content": "", "tool_calls": [call]},
@@ -198,48 +247,71 @@ def _advice(template: str) -> str:
     from jinja2 import Environment, TemplateError, meta
 
     try:
-        names = meta.find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template))
+        names = meta.find_undeclared_variables(
+            Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        )
     except TemplateError:
         names = set()
     named = sorted(name for name in names if re.search("think|reason", name))
     if named:
-        return f"it switches on {' or '.join(named)}: let its default in chat_template.jinja turn thinking on"
+        return (
+            f"it switches on {' or '.join(named)}: let its default in chat_template.jinja turn "
+            "thinking on"
+        )
     return "it has no switch: use the chat_template.jinja of the reasoning model of its family"
 
 
 @lru_cache(maxsize=16)
 def _dated(template: str, day: str) -> str:
-    """The template with its clock stopped at a day: a macro of the clock's name, which stands before the clock."""
+    """The template with its clock stopped at a day: a macro of the clock's name, which stands
+    before the clock.
+    """
     if not day or CLOCK not in template:
         return template
     then = datetime.datetime.fromisoformat(day)
     written = 'format | replace("%%", "\\0")'
     for directive in DIRECTIVES:
         written += f" | replace({json.dumps(directive)}, {json.dumps(then.strftime(directive))})"
-    return f'{{%- macro {CLOCK}(format) -%}}{{{{ {written} | replace("\\0", "%") }}}}{{%- endmacro +%}}{template}'
+    return (
+        f'{{%- macro {CLOCK}(format) -%}}{{{{ {written} | replace("\\0", "%") }}}}{{%- '
+        f"endmacro +%}}{template}"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- what is dropped
 
 
 class Lost(NamedTuple):
-    """Of a conversation's shape: the first thing that the template drops, "" where it drops none, and unread keys."""
+    """Of a conversation's shape: the first thing that the template drops, "" where it drops none,
+    and unread keys.
+    """
 
     dropped: str
     unread: dict[str, int]
 
 
-Shape = tuple[str, bool, int, tuple[str, ...]]  # of a message: role, whether it has text, its calls, its other keys
+Shape = tuple[
+    str, bool, int, tuple[str, ...]
+]  # of a message: role, whether it has text, its calls, its other keys
 
 
 def _shape(message: dict[str, Any]) -> Shape:
     others = tuple(sorted(message.keys() - {"role", "content", "tool_calls"}))
-    return message["role"], bool(message["content"].strip()), len(message.get("tool_calls", ())), others
+    return (
+        message["role"],
+        bool(message["content"].strip()),
+        len(message.get("tool_calls", ())),
+        others,
+    )
 
 
 @lru_cache(maxsize=4096)
 def _lost(
-    tokenizer: "PreTrainedTokenizerFast", template: str, rendering: Rendering, shapes: tuple[Shape, ...], tools: bool
+    tokenizer: "PreTrainedTokenizerFast",
+    template: str,
+    rendering: Rendering,
+    shapes: tuple[Shape, ...],
+    tools: bool,
 ) -> Lost:
     """Render sentinels in a conversation of this shape, and see which of them come out."""
     messages = [_sentinels(place, shape) for place, shape in enumerate(shapes)]
@@ -250,19 +322,27 @@ def _lost(
         if has_text and _sentinel(place, "content") not in text:
             return Lost("text beside a tool call" if calls else f"{name} turn", {})
         for call in range(calls):
-            if _sentinel(place, f"call{call}") not in text or _sentinel(place, f"argument{call}") not in text:
+            if (
+                _sentinel(place, f"call{call}") not in text
+                or _sentinel(place, f"argument{call}") not in text
+            ):
                 return Lost("tool calls", {})
         for key in others:
             if _sentinel_key(place, key) not in text:
                 unread[f"key {key}"] += 1
-    if tools and not all(f"{SENTINEL}{part}" in text for part in ("tool", "description", "parameter")):
+    if tools and not all(
+        f"{SENTINEL}{part}" in text for part in ("tool", "description", "parameter")
+    ):
         return Lost("tools", {})
     return Lost("", dict(unread))
 
 
 def _sentinels(place: int, shape: Shape) -> dict[str, Any]:
     role, has_text, calls, others = shape
-    message: dict[str, Any] = {"role": role, "content": _sentinel(place, "content") if has_text else ""}
+    message: dict[str, Any] = {
+        "role": role,
+        "content": _sentinel(place, "content") if has_text else "",
+    }
     if calls:
         message["tool_calls"] = [
             {
@@ -289,8 +369,16 @@ def _sentinel_key(place: int, key: str) -> str:
 
 def _sentinel_tools() -> list[dict[str, Any]]:
     parameter = {"type": "string", "description": "x"}
-    schema = {"type": "object", "properties": {f"{SENTINEL}parameter": parameter}, "required": [f"{SENTINEL}parameter"]}
-    function = {"name": f"{SENTINEL}tool", "description": f"{SENTINEL}description", "parameters": schema}
+    schema = {
+        "type": "object",
+        "properties": {f"{SENTINEL}parameter": parameter},
+        "required": [f"{SENTINEL}parameter"],
+    }
+    function = {
+        "name": f"{SENTINEL}tool",
+        "description": f"{SENTINEL}description",
+        "parameters": schema,
+    }
     return [{"type": "function", "function": function}]
 
 

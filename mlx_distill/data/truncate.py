@@ -1,9 +1,11 @@
-"""`TokenSequence` → shorter `TokenSequence`: which tokens are kept, and which of them may still carry loss.
+"""`TokenSequence` → shorter `TokenSequence`: which tokens are kept, and which of them may still
+carry loss.
 
-In: whole sequences and the `[truncation]` table. Out: sequences whose segment ends are clamped to what is left. Decided
-here: where the kept window lies (`WINDOWS`, one function per `keep`), what happens to the tokens around it, and which
-random share of the supervised tokens carries loss. Ids are cut, never text. What comes after the window is always
-removed: in a causal model it cannot matter.
+In: whole sequences and the `[truncation]` table. Out: sequences whose segment ends are clamped to
+what is left. Decided here: where the kept window lies (`WINDOWS`, one function per `keep`), what
+happens to the tokens around it, and which random share of the supervised tokens carries loss. Ids
+are cut, never text. What comes after the window is always removed: in a causal model it cannot
+matter.
 """
 
 import hashlib
@@ -19,14 +21,17 @@ Window = tuple[int, int]  # half-open, in tokens of the whole sequence
 
 
 def truncate(sequence: TokenSequence, truncation: TruncationTable) -> TokenSequence:
-    """The sequence cut to a window of `max(1, int(fraction * L))` tokens, at most `max_tokens` where that is not 0.
+    """The sequence cut to a window of `max(1, int(fraction * L))` tokens, at most `max_tokens`
+    where that is not 0.
 
-    `span = "sequence"`: L = T and the window lies anywhere in the sequence. `fraction` is then the Lead-Span Proportion
-    of Distilling the Essence (arXiv 2512.21002). `span = "cot"`: L is the length of the chain of thought and the window
-    lies in it; the prompt is kept whole, and the answer only where the window reaches the end of the chain of thought.
+    `span = "sequence"`: L = T and the window lies anywhere in the sequence. `fraction` is then the
+    Lead-Span Proportion of Distilling the Essence (arXiv 2512.21002). `span = "cot"`: L is the
+    length of the chain of thought and the window lies in it; the prompt is kept whole, and the
+    answer only where the window reaches the end of the chain of thought.
 
-    `context = "drop"` removes the tokens before the window (not the prompt under `span = "cot"`), `"keep"` leaves them
-    to be read and takes their loss away. The result may have no supervised token; the caller drops such sequences.
+    `context = "drop"` removes the tokens before the window (not the prompt under `span = "cot"`),
+    `"keep"` leaves them to be read and takes their loss away. The result may have no supervised
+    token; the caller drops such sequences.
     """
     first = sequence.prompt_end if truncation.span == "cot" else 0
     last = sequence.cot_end if truncation.span == "cot" else len(sequence)
@@ -40,28 +45,37 @@ def truncate(sequence: TokenSequence, truncation: TruncationTable) -> TokenSeque
     inside = (position >= start) & (position < stop)
     exempt = position < first
     if truncation.context == "keep":
-        return _select(replace(sequence, allowed=sequence.allowed & (inside | exempt)), position < stop)
+        return _select(
+            replace(sequence, allowed=sequence.allowed & (inside | exempt)), position < stop
+        )
     return _select(sequence, inside | exempt)
 
 
-def thin(sequence: TokenSequence, share: float, segments: tuple[str, ...], seed: int) -> TokenSequence:
-    """The same tokens, of which `round(share * n)` of the n supervised ones (of `segments`) still carry loss.
+def thin(
+    sequence: TokenSequence, share: float, segments: tuple[str, ...], seed: int
+) -> TokenSequence:
+    """The same tokens, of which `round(share * n)` of the n supervised ones (of `segments`) still
+    carry loss.
 
-    Which ones is a pure function of the seed and the example's id, whatever else is in the data set. n is counted after
-    the cut; a share of 1 changes nothing.
+    Which ones is a pure function of the seed and the example's id, whatever else is in the data
+    set. n is counted after the cut; a share of 1 changes nothing.
     """
     if share == 1:
         return sequence
     supervised = np.flatnonzero(sequence.supervised(segments))
     digest = int.from_bytes(hashlib.sha256(sequence.id.encode()).digest()[:8], "little")
-    chosen = np.random.default_rng([seed, digest]).permutation(supervised)[: round(share * len(supervised))]
+    chosen = np.random.default_rng([seed, digest]).permutation(supervised)[
+        : round(share * len(supervised))
+    ]
     allowed = np.zeros(len(sequence), bool)
     allowed[chosen] = True
     return replace(sequence, allowed=allowed)
 
 
 def _select(sequence: TokenSequence, kept: np.ndarray) -> TokenSequence:
-    """The tokens where `kept` `bool[T]` holds; each segment end becomes the number of kept tokens before it."""
+    """The tokens where `kept` `bool[T]` holds; each segment end becomes the number of kept tokens
+    before it.
+    """
     return TokenSequence(
         sequence.id,
         sequence.tokens[kept],
@@ -90,5 +104,8 @@ def _cot(first: int, last: int, length: int, cot_end: int) -> Window:
 
 
 WINDOWS: dict[str, Callable[[int, int, int, int], Window]] = {
-    "prefix": _prefix, "suffix": _suffix, "middle": _middle, "cot": _cot,
+    "prefix": _prefix,
+    "suffix": _suffix,
+    "middle": _middle,
+    "cot": _cot,
 }

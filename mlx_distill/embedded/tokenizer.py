@@ -1,10 +1,10 @@
 """The embedded pair's tokenizer: one token per byte, and the markers of a chat.
 
-In: nothing; the vocabulary is fixed. Out: a folder with `tokenizer.json`, `tokenizer_config.json` and
-`chat_template.jinja` that transformers and mlx-lm open. Decided here: every byte of UTF-8 is a token (a character of
-ASCII is therefore one token, and any text survives encoding and decoding exactly); the markers of a chat, the tags of a
-chain of thought and the three names of roles are one token each, so that the layout takes few tokens of a short
-sequence; the layout is Qwen's.
+In: nothing; the vocabulary is fixed. Out: a folder with `tokenizer.json`, `tokenizer_config.json`
+and `chat_template.jinja` that transformers and mlx-lm open. Decided here: every byte of UTF-8 is a
+token (a character of ASCII is therefore one token, and any text survives encoding and decoding
+exactly); the markers of a chat, the tags of a chain of thought and the three names of roles are one
+token each, so that the layout takes few tokens of a short sequence; the layout is Qwen's.
 """
 
 from pathlib import Path
@@ -32,14 +32,22 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer: 3 markers, 2 tags, 3 roles, 256 bytes. `<|im_end|>` ends a sequence, `<|endoftext|>` pads it."""
+    """The tokenizer: 3 markers, 2 tags, 3 roles, 256 bytes. `<|im_end|>` ends a sequence,
+    `<|endoftext|>` pads it.
+    """
     names = (*MARKERS, *THINK_TAGS, *ROLES, *sorted(pre_tokenizers.ByteLevel.alphabet()))
-    tokenizer = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in MARKERS])
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in MARKERS]
+    )
     tokenizer.add_tokens([AddedToken(name, special=False, normalized=False) for name in THINK_TAGS])
-    tokenizer.add_tokens([AddedToken(name, special=False, normalized=False, single_word=True) for name in ROLES])
+    tokenizer.add_tokens(
+        [AddedToken(name, special=False, normalized=False, single_word=True) for name in ROLES]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TURN,

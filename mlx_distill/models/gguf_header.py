@@ -1,7 +1,8 @@
 """The header of a `.gguf` file, walked before anything believes it.
 
-In: a file. Out: nothing, or a `ValueError` that says what does not fit. Decided here: every length, count and offset of
-the header must fit into the file, because the library that reads it next reserves what a header asks for.
+In: a file. Out: nothing, or a `ValueError` that says what does not fit. Decided here: every length,
+count and offset of the header must fit into the file, because the library that reads it next
+reserves what a header asks for.
 """
 
 import math
@@ -12,14 +13,28 @@ from pathlib import Path
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
-SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type → bytes
+SCALARS = {
+    0: 1,
+    1: 1,
+    2: 2,
+    3: 2,
+    4: 4,
+    5: 4,
+    6: 4,
+    7: 1,
+    10: 8,
+    11: 8,
+    12: 8,
+}  # value type → bytes
 DEEPEST = 3  # arrays inside each other
 MOST_DIMENSIONS = 4
 ALIGNMENT = 32  # of tensors, unless the file says otherwise
 
 
 def check_header(path: Path) -> None:
-    """Raise `ValueError` unless every length in the header fits into the file, and every tensor lies in it alone."""
+    """Raise `ValueError` unless every length in the header fits into the file, and every tensor
+    lies in it alone.
+    """
     size = path.stat().st_size
     if size < 24:
         raise ValueError(f"{size} bytes, the shortest header has 24")
@@ -68,12 +83,17 @@ class _Walk:
             name = self.text().decode("utf-8", "replace")[:60]
             dimensions = self.number("I")
             if not 0 < dimensions <= MOST_DIMENSIONS:
-                raise ValueError(f"tensor {name} has {dimensions} dimensions, at most {MOST_DIMENSIONS} were expected")
+                raise ValueError(
+                    f"tensor {name} has {dimensions} dimensions, at most {MOST_DIMENSIONS} were "
+                    "expected"
+                )
             shape = [self.number("Q") for _ in range(dimensions)]
             kind = GGMLQuantizationType(self.number("I"))  # ValueError for one that there is not
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if 0 in shape or shape[0] % block:
-                raise ValueError(f"tensor {name} has the shape {shape}, which {kind.name} cannot have")
+                raise ValueError(
+                    f"tensor {name} has the shape {shape}, which {kind.name} cannot have"
+                )
             places.append((self.number("Q"), math.prod(shape) // block * block_bytes, name))
         start = -(-self.at // self.alignment) * self.alignment
         end, before = 0, ""

@@ -1,8 +1,9 @@
 """The tokenizer of a model folder: the one whose ids `tokenizer.json` gives.
 
-In: a folder. Out: a fast tokenizer of transformers. Decided here: `tokenizer.json` is the truth. transformers 5 rebuilds
-the tokenizers of several classes (GPT2Tokenizer, LlamaTokenizer) from vocabulary and merges and drops the file's own
-pre-tokenizer, so its ids are compared with the file's on a text of all kinds, and the file's are taken.
+In: a folder. Out: a fast tokenizer of transformers. Decided here: `tokenizer.json` is the truth.
+transformers 5 rebuilds the tokenizers of several classes (GPT2Tokenizer, LlamaTokenizer) from
+vocabulary and merges and drops the file's own pre-tokenizer, so its ids are compared with the
+file's on a text of all kinds, and the file's are taken.
 """
 
 import json
@@ -32,16 +33,22 @@ PROBES = (
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer of a local model folder, without network and without running code from the folder.
+    """The tokenizer of a local model folder, without network and without running code from the
+    folder.
 
-    Raises `ModelError` where the folder has no tokenizer that `transformers` reads as a fast (Rust) one, or none that
-    gives the ids of its `tokenizer.json`.
+    Raises `ModelError` where the folder has no tokenizer that `transformers` reads as a fast (Rust)
+    one, or none that gives the ids of its `tokenizer.json`.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        raise ModelError(f"tokenizer in {folder}: there is no tokenizer.json; copy it from the model it belongs to")
+        raise ModelError(
+            f"tokenizer in {folder}: there is no tokenizer.json; copy it from the model it "
+            "belongs to"
+        )
     tokenizer = _opened(folder)
     if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(f"tokenizer in {folder}: only a slow one was found; it needs tokenizer.json")
+        raise ModelError(
+            f"tokenizer in {folder}: only a slow one was found; it needs tokenizer.json"
+        )
     if not (folder / "tokenizer.json").is_file():
         return tokenizer
     if _first_difference(tokenizer, folder) is None:
@@ -50,21 +57,28 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     text = _first_difference(kept, folder)
     if text is not None:
         raise ModelError(
-            f"tokenizer in {folder}: transformers gives other ids than tokenizer.json for {text[:60]!r}, as"
-            f" {type(tokenizer).__name__} and as {FILE_CLASS}; take the files of the model that it belongs to"
+            f"tokenizer in {folder}: transformers gives other ids than tokenizer.json for "
+            f"{text[:60]!r}, as"
+            f" {type(tokenizer).__name__} and as {FILE_CLASS}; take the files of the model that "
+            "it belongs to"
         )
     if kept.get_vocab() != tokenizer.get_vocab():
-        token = min(kept.get_vocab().items() ^ tokenizer.get_vocab().items(), key=lambda item: item[1])[0]
+        token = min(
+            kept.get_vocab().items() ^ tokenizer.get_vocab().items(), key=lambda item: item[1]
+        )[0]
         raise ModelError(
-            f"tokenizer in {folder}: {type(tokenizer).__name__} gives other ids than tokenizer.json, and"
-            f" tokenizer_config.json tells of another id of {token!r}; take the files of the model that it belongs to"
+            f"tokenizer in {folder}: {type(tokenizer).__name__} gives other ids than "
+            "tokenizer.json, and"
+            f" tokenizer_config.json tells of another id of {token!r}; take the files of the "
+            "model that it belongs to"
         )
     return kept
 
 
 def make_open_as_file(folder: Path) -> None:
-    """Let `AutoTokenizer` give the ids of `tokenizer.json`: name the class in `tokenizer_config.json` that takes it as it
-    is, where the class named there does not."""
+    """Let `AutoTokenizer` give the ids of `tokenizer.json`: name the class in
+    `tokenizer_config.json` that takes it as it is, where the class named there does not.
+    """
     config = folder / "tokenizer_config.json"
     if not (folder / "tokenizer.json").is_file() or not config.is_file():
         return
@@ -80,7 +94,9 @@ def _opened(folder: Path, as_file: bool = False) -> Any:
     kind = PreTrainedTokenizerFast if as_file else AutoTokenizer
     try:
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a broken tokenizer.json surfaces as a bare Exception of the Rust library
+    except (
+        Exception
+    ) as error:  # a broken tokenizer.json surfaces as a bare Exception of the Rust library
         raise _unreadable(folder, error) from error
 
 
@@ -99,18 +115,27 @@ def _file(folder: Path) -> "Tokenizer":
 
 def _unreadable(folder: Path, error: Exception) -> ModelError:
     has_file = (folder / "tokenizer.json").is_file()
-    remedy = "take the files of the model that it belongs to" if has_file else "it needs tokenizer.json"
+    remedy = (
+        "take the files of the model that it belongs to" if has_file else "it needs tokenizer.json"
+    )
     return ModelError(f"tokenizer in {folder}: cannot be read ({one_line(error)}); {remedy}")
 
 
 def _first_difference(tokenizer: Any, folder: Path) -> str | None:
-    """The first text to which a tokenizer gives other ids than the file does: the probes, then each added token.
+    """The first text to which a tokenizer gives other ids than the file does: the probes, then each
+    added token.
 
     Tokens that tokenizer_config.json adds to the file's are no difference.
     """
     truth = _file(folder)
     known = {token.content for token in truth.get_added_tokens_decoder().values()}
-    truth.add_tokens([token for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.content not in known])
+    truth.add_tokens(
+        [
+            token
+            for _, token in sorted(tokenizer.added_tokens_decoder.items())
+            if token.content not in known
+        ]
+    )
     ids = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
     for text in (*PROBES, *_between(truth)):
         if ids(text) != truth.encode(text, add_special_tokens=False).ids:
@@ -121,4 +146,6 @@ def _first_difference(tokenizer: Any, folder: Path) -> str | None:
 def _between(truth: "Tokenizer") -> list[str]:
     """The file's added tokens, some at a time, each with text around it."""
     tokens = [token.content for token in truth.get_added_tokens_decoder().values()]
-    return ["a " + " 1\n".join(tokens[start : start + 32]) + " b" for start in range(0, len(tokens), 32)]
+    return [
+        "a " + " 1\n".join(tokens[start : start + 32]) + " b" for start in range(0, len(tokens), 32)
+    ]

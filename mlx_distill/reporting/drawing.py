@@ -26,13 +26,17 @@ ROLES = (
     *("run-1", "run-2", "run-3", "run-4", "run-5", "run-6", "ink", "soft", "hair", "card"),
 )
 LOOK = {
-    "svg.fonttype": "none", "font.size": 12, "text.parse_math": False,
-    "lines.solid_capstyle": "round", "lines.scale_dashes": False,
+    "svg.fonttype": "none",
+    "font.size": 12,
+    "text.parse_math": False,
+    "lines.solid_capstyle": "round",
+    "lines.scale_dashes": False,
 }
 DASHES = (0, (5, 4))
 AROUND = [
     (round(radius * math.cos(turn * math.pi / 8)), round(radius * math.sin(turn * math.pi / 8)))
-    for radius in (15, 22, 31, 42) for turn in range(16)
+    for radius in (15, 22, 31, 42)
+    for turn in range(16)
 ]
 
 
@@ -205,8 +209,15 @@ def _number(axes, chart: Scatter, width: int, height: int) -> None:
     shifts = apart([(x * width, y * height) for x, y in shares], width, height)
     for i, (point, shift) in enumerate(zip(chart.points, shifts, strict=True), 1):
         axes.annotate(
-            str(i), (point.x, point.y), shift, textcoords="offset points", annotation_clip=False,
-            ha="center", va="center", color=_colour("ink"), weight=700 if point.joined else 400,
+            str(i),
+            (point.x, point.y),
+            shift,
+            textcoords="offset points",
+            annotation_clip=False,
+            ha="center",
+            va="center",
+            color=_colour("ink"),
+            weight=700 if point.joined else 400,
         )
 
 

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_distill.reporting.study import DONE, Condition, Row, conditions, in_words, pareto_front, retention
+from mlx_distill.reporting.study import (
+    DONE,
+    Condition,
+    Row,
+    conditions,
+    in_words,
+    pareto_front,
+    retention,
+)
 
 ENOUGH = 0.9  # the share of the full condition's accuracy that a headline calls kept
 LESS = 0.9  # the share of its arithmetic from which on there is no saving to speak of

@@ -2,11 +2,11 @@
 
     checkpoints/step-000100/  weights.safetensors  optimizer.safetensors  state.json  SHA256SUMS
 
-In: a training state and a function that writes arrays into a folder. Out: that folder under its step's
-name, and later the newest state that can be trusted. Decided here: every file has the SHA-256 that it was
-saved with, and the state's step is the folder's; a checkpoint for which that does not hold is damaged, is
-told, and is never a reason to remove another one. Older versions wrote no digests: of theirs only the
-length of the files is checked.
+In: a training state and a function that writes arrays into a folder. Out: that folder under its
+step's name, and later the newest state that can be trusted. Decided here: every file has the
+SHA-256 that it was saved with, and the state's step is the folder's; a checkpoint for which that
+does not hold is damaged, is told, and is never a reason to remove another one. Older versions wrote
+no digests: of theirs only the length of the files is checked.
 """
 
 import dataclasses
@@ -35,7 +35,9 @@ UNWRITTEN = (OSError, RuntimeError, SafetensorError)  # what the backends' write
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Where training stands after `step` optimizer steps. The position in the data is the step number itself."""
+    """Where training stands after `step` optimizer steps. The position in the data is the step
+    number itself.
+    """
 
     step: int = 0
     tokens_seen: int = 0
@@ -50,8 +52,15 @@ class TrainState:
 
 NUMBER = (int, float)
 KINDS = {
-    "step": int, "tokens_seen": int, "loss_tokens_seen": int, "elapsed_seconds": NUMBER, "best_step": int,
-    "best_loss": NUMBER, "recipe_digest": str, "inputs_digest": str, "flops": (dict, type(None)),
+    "step": int,
+    "tokens_seen": int,
+    "loss_tokens_seen": int,
+    "elapsed_seconds": NUMBER,
+    "best_step": int,
+    "best_loss": NUMBER,
+    "recipe_digest": str,
+    "inputs_digest": str,
+    "flops": (dict, type(None)),
 }
 
 
@@ -81,7 +90,8 @@ class Checkpoints:
     # reading
 
     def newest(self, needs_best: bool = False, say: Say = quiet) -> TrainState:
-        """The newest state that is whole, with the best one's if `needs_best`; the first one if there is no checkpoint.
+        """The newest state that is whole, with the best one's if `needs_best`; the first one if
+        there is no checkpoint.
 
         Says which were passed over. Raises `RunError` where all are damaged.
         """
@@ -122,13 +132,17 @@ class Checkpoints:
     # writing
 
     def save(self, state: TrainState, write: Callable[[Path], None]) -> None:
-        """A checkpoint appears by one rename, in the place of a damaged one if there is one. Raises as `write` does."""
+        """A checkpoint appears by one rename, in the place of a damaged one if there is one. Raises
+        as `write` does.
+        """
         folder = self.path(state.step)
         if folder.exists():
             own_files.remove(folder, own_files.is_checkpoint_file)
         with made_whole(folder) as half:
             write(half)
-            (half / "state.json").write_text(json.dumps(dataclasses.asdict(state)), encoding="utf-8")
+            (half / "state.json").write_text(
+                json.dumps(dataclasses.asdict(state)), encoding="utf-8"
+            )
             (half / SUMS).write_text(_sums_text(digests(half, all_files(half))), encoding="utf-8")
         self._damage[state.step] = ""
 
@@ -154,7 +168,9 @@ class Checkpoints:
         self._damage.clear()
 
     def _remove(self, folder: Path) -> None:
-        """The folder is renamed first, so that a kill leaves no half of a checkpoint that looks like a damaged one."""
+        """The folder is renamed first, so that a kill leaves no half of a checkpoint that looks
+        like a damaged one.
+        """
         renamed = folder.with_name(f".{folder.name}.tmp")
         own_files.remove(renamed, own_files.is_checkpoint_file)
         if not folder.is_symlink() and not own_files.foreign(folder, own_files.is_checkpoint_file):
@@ -167,7 +183,11 @@ class Checkpoints:
         found = []
         for number, path in self._folders():
             if number > step:
-                found += [path] if path.is_symlink() else own_files.foreign(path, own_files.is_checkpoint_file)
+                found += (
+                    [path]
+                    if path.is_symlink()
+                    else own_files.foreign(path, own_files.is_checkpoint_file)
+                )
         return found
 
 
@@ -180,11 +200,15 @@ def _holds_own(folder: Path) -> bool:
 
 def all_files(folder: Path) -> list[str]:
     """The files in a folder, at any depth, by their paths in it."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Name → SHA-256 of files in a folder, read side by side: one thread is slower than a fast disk."""
+    """Name → SHA-256 of files in a folder, read side by side: one thread is slower than a fast
+    disk.
+    """
     names = list(names)
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(sha256_of, [folder / name for name in names]))
@@ -192,7 +216,9 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def changed(folder: Path, kept: dict[str, str]) -> str:
-    """The first file that is missing or has another SHA-256 than was kept, as a sentence; "" if none."""
+    """The first file that is missing or has another SHA-256 than was kept, as a sentence; "" if
+    none.
+    """
     try:
         missing = [name for name in kept if not (folder / name).is_file()]
         found = {} if missing else digests(folder, kept)
@@ -201,7 +227,11 @@ def changed(folder: Path, kept: dict[str, str]) -> str:
     if missing:
         return f"{folder / missing[0]} is missing"
     wrong = [name for name, digest in kept.items() if found[name] != digest]
-    return f"{folder / wrong[0]} is damaged: its SHA-256 is not the one it was saved with" if wrong else ""
+    return (
+        f"{folder / wrong[0]} is damaged: its SHA-256 is not the one it was saved with"
+        if wrong
+        else ""
+    )
 
 
 def _damage(folder: Path, step: int) -> str:
@@ -214,7 +244,11 @@ def _damage(folder: Path, step: int) -> str:
         state = _read_state(folder)
     except DistillError as error:
         return str(error)
-    return "" if state.step == step else f"{folder / 'state.json'} is damaged: it says step {state.step}"
+    return (
+        ""
+        if state.step == step
+        else f"{folder / 'state.json'} is damaged: it says step {state.step}"
+    )
 
 
 def _sums_text(kept: dict[str, str]) -> str:
@@ -251,7 +285,9 @@ def _state(content: dict[str, Any], path: Path) -> TrainState:
         content["best_loss"] = inf
     for name, value in content.items():
         if name not in KINDS:
-            raise RunError(f"{path} is damaged, or of another version of mlx-distill: it has {name!r}")
+            raise RunError(
+                f"{path} is damaged, or of another version of mlx-distill: it has {name!r}"
+            )
         if isinstance(value, bool) or not isinstance(value, KINDS[name]):
             raise RunError(f"{path} is damaged: its {name} is {value!r}")
     return TrainState(**content)
@@ -274,7 +310,16 @@ def _has_its_length(path: Path) -> bool:
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
             arrays = json.loads(file.read(header)) if 8 + header <= size else {}
-        ends = [array["data_offsets"][1] for name, array in arrays.items() if name != "__metadata__"]
+        ends = [
+            array["data_offsets"][1] for name, array in arrays.items() if name != "__metadata__"
+        ]
         return 8 + header + max(ends, default=0) == size
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):  # it is no such file
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        AttributeError,
+    ):  # it is no such file
         return False

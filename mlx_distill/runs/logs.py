@@ -1,8 +1,9 @@
-"""A log of one JSON object a line, each with its step: appended to, cut back, read whatever happened to it.
+"""A log of one JSON object a line, each with its step: appended to, cut back, read whatever
+happened to it.
 
-In: rows, or a file that grew by them. Out: the rows that can be read, and which lines cannot. Decided
-here: a line that cannot be read costs itself and no other; a last line without its end is what a kill
-leaves, and is not worth a word.
+In: rows, or a file that grew by them. Out: the rows that can be read, and which lines cannot.
+Decided here: a line that cannot be read costs itself and no other; a last line without its end is
+what a kill leaves, and is not worth a word.
 """
 
 import json
@@ -16,7 +17,9 @@ from mlx_distill.readers import parse_json
 
 @dataclass
 class Lines:
-    """What a log holds: its rows, each with the text of its line, and the numbers of unreadable lines."""
+    """What a log holds: its rows, each with the text of its line, and the numbers of unreadable
+    lines.
+    """
 
     rows: list[dict] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -31,7 +34,9 @@ def append(path: Path, row: dict) -> None:
 
 
 def read(path: Path) -> Lines:
-    """The log's lines, none where there is no file; raises `RunError` where the file cannot be read."""
+    """The log's lines, none where there is no file; raises `RunError` where the file cannot be
+    read.
+    """
     found = Lines()
     try:
         content = path.read_bytes()
@@ -62,7 +67,8 @@ def _row(line: bytes) -> dict | None:
 
 
 def cut(path: Path, step: int) -> Lines:
-    """Drop what was logged after `step`, and lines that cannot be read; returns what the log held before.
+    """Drop what was logged after `step`, and lines that cannot be read; returns what the log held
+    before.
 
     Raises `OSError`.
     """

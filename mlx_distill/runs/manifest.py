@@ -1,7 +1,7 @@
 """What a run was made from, for whoever reads it later: models, data, packages, machine, commit.
 
-In: a recipe and what was prepared for it. Out: the dictionaries of `manifest.json` and `sample.json`. Everything is asked of
-the machine or computed from the data; nothing is typed in.
+In: a recipe and what was prepared for it. Out: the dictionaries of `manifest.json` and
+`sample.json`. Everything is asked of the machine or computed from the data; nothing is typed in.
 """
 
 import hashlib
@@ -23,9 +23,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-
-def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[str, Path]], prepared: Prepared, steps: int) -> dict:
-    """The manifest of a run that begins; `models` maps teacher and student to (name in the recipe, folder)."""
+def make_manifest(
+    recipe: Recipe,
+    device: DeviceInfo,
+    models: dict[str, tuple[str, Path]],
+    prepared: Prepared,
+    steps: int,
+) -> dict:
+    """The manifest of a run that begins; `models` maps teacher and student to (name in the recipe,
+    folder).
+    """
     return {
         "name": recipe.run.name,
         "recipe_digest": recipe.digest(),
@@ -35,10 +42,16 @@ def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[st
         "dtype": device.dtype,
         "backend_reason": device.reason,
         "versions": versions(),
-        "machine": {"system": platform.platform(), "processor": processor_name(), "python": platform.python_version()},
+        "machine": {
+            "system": platform.platform(),
+            "processor": processor_name(),
+            "python": platform.python_version(),
+        },
         "git_commit": git_commit(),
         "seed": recipe.run.seed,
-        "models": {part: {"name": name} | identity(folder) for part, (name, folder) in models.items()},
+        "models": {
+            part: {"name": name} | identity(folder) for part, (name, folder) in models.items()
+        },
         "data": data_account(prepared, recipe),
         "data_digest": data_digest(prepared),
         "prompt_date": prepared.day,
@@ -47,21 +60,28 @@ def make_manifest(recipe: Recipe, device: DeviceInfo, models: dict[str, tuple[st
 
 
 def identity(folder: Path) -> dict[str, str]:
-    """What tells two models' numbers apart: fingerprint and, where mlx-lm alone computes other numbers than we do, whose they are."""
+    """What tells two models' numbers apart: fingerprint and, where mlx-lm alone computes other
+    numbers than we do, whose they are.
+    """
     arithmetic = reading_of(folder)
-    return {"fingerprint": model_fingerprint(folder)} | ({"arithmetic": arithmetic} if arithmetic else {})
+    return {"fingerprint": model_fingerprint(folder)} | (
+        {"arithmetic": arithmetic} if arithmetic else {}
+    )
 
 
 def make_start(device: DeviceInfo, step: int) -> dict:
-    """One start or continuation of a run, after `step` steps: a run may move to another backend, machine or version."""
+    """One start or continuation of a run, after `step` steps: a run may move to another backend,
+    machine or version.
+    """
     return {
-        "at_step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "backend": device.backend, "device": device.device,
-        "dtype": device.dtype, "versions": versions(), "git_commit": git_commit(),
+        "at_step": step,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "backend": device.backend,
+        "device": device.device,
+        "dtype": device.dtype,
+        "versions": versions(),
+        "git_commit": git_commit(),
     }
-
-
-
-
 
 
 def inputs_digest(manifest: dict) -> str:
@@ -71,26 +91,37 @@ def inputs_digest(manifest: dict) -> str:
 
 
 def data_account(prepared: Prepared, recipe: Recipe) -> dict:
-    """Examples read, kept and dropped (by reason), and training tokens by segment: whole, after the cut, with loss."""
+    """Examples read, kept and dropped (by reason), and training tokens by segment: whole, after the
+    cut, with loss.
+    """
     whole = count_tokens(prepared.train_whole, recipe.objective.segments)
     cut = count_tokens(prepared.train, recipe.objective.segments)
     kept = len(prepared.train) + len(prepared.validation)
     return {
-        "read": len(prepared.train_whole) + len(prepared.validation) + sum(prepared.skipped.values()) - (whole.examples - cut.examples),
+        "read": len(prepared.train_whole)
+        + len(prepared.validation)
+        + sum(prepared.skipped.values())
+        - (whole.examples - cut.examples),
         "kept": kept,
         "train": len(prepared.train),
         "validation": len(prepared.validation),
         "dropped": prepared.skipped,
         "not_used": prepared.unused,
         "segments": {
-            s.name.lower(): {"before": int(whole.tokens[s]), "after": int(cut.tokens[s]), "supervised": int(cut.supervised[s])}
+            s.name.lower(): {
+                "before": int(whole.tokens[s]),
+                "after": int(cut.tokens[s]),
+                "supervised": int(cut.supervised[s]),
+            }
             for s in Segment
         },
     }
 
 
 def data_digest(prepared: Prepared) -> str:
-    """16 hex digits over every token, segment end and loss mask of training and validation, in order."""
+    """16 hex digits over every token, segment end and loss mask of training and validation, in
+    order.
+    """
     digest = hashlib.sha256()
     for sequence in (*prepared.train, *prepared.validation):
         digest.update(f"{sequence.id} {sequence.prompt_end} {sequence.cot_end}".encode())
@@ -98,8 +129,12 @@ def data_digest(prepared: Prepared) -> str:
     return digest.hexdigest()[:16]
 
 
-def sample_pieces(prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", example: int = 0) -> list[dict]:
-    """One training example, token by token: its text, segment, whether the cut keeps it and whether it carries loss."""
+def sample_pieces(
+    prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", example: int = 0
+) -> list[dict]:
+    """One training example, token by token: its text, segment, whether the cut keeps it and whether
+    it carries loss.
+    """
     return [
         {
             "text": tokenizer.decode([int(token)], skip_special_tokens=False),
@@ -110,7 +145,3 @@ def sample_pieces(prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedToke
         for run in token_runs(prepared.train_whole[example], recipe)
         for token, learned in zip(run.tokens, run.learned, strict=True)
     ]
-
-
-
-

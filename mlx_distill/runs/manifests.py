@@ -1,7 +1,8 @@
-"""The fields of a run's `manifest.json` that later starts, sweeps and reports rely on, with their types.
+"""The fields of a run's `manifest.json` that later starts, sweeps and reports rely on, with their
+types.
 
-In: what was read. Out: what is wrong with it, in a few words. A manifest without a field is one of an
-earlier stage or version; a field of another type is damage.
+In: what was read. Out: what is wrong with it, in a few words. A manifest without a field is one of
+an earlier stage or version; a field of another type is damage.
 """
 
 from typing import Any
@@ -30,7 +31,10 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "finished": bool,
 }
 INSIDE: dict[str, type | tuple[type, ...]] = {
-    "models": dict, "starts": dict, "flops": NUMBER, "student_files": str,
+    "models": dict,
+    "starts": dict,
+    "flops": NUMBER,
+    "student_files": str,
 }
 
 

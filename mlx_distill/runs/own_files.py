@@ -1,8 +1,9 @@
 """Which files of a run folder a run made, by name, and how they alone are removed.
 
-In: folders. Out: what in them is foreign, and folders without what is the run's own. Decided here: the
-names. Whatever has another name is somebody else's: it is not removed and not overwritten, and a
-folder that holds it stays. Links are never followed: a link with one of our names is removed itself.
+In: folders. Out: what in them is foreign, and folders without what is the run's own. Decided here:
+the names. Whatever has another name is somebody else's: it is not removed and not overwritten, and
+a folder that holds it stays. Links are never followed: a link with one of our names is removed
+itself.
 """
 
 import os
@@ -12,13 +13,23 @@ from contextlib import suppress
 from pathlib import Path
 
 FILES = (
-    "manifest.json", "recipe.toml", "metrics.jsonl", "validation.jsonl", "sample.json", "eval.json",
-    "generations.jsonl", "report.md", "report.html",
+    "manifest.json",
+    "recipe.toml",
+    "metrics.jsonl",
+    "validation.jsonl",
+    "sample.json",
+    "eval.json",
+    "generations.jsonl",
+    "report.md",
+    "report.html",
 )
 LOCK = "run.lock"
 STARTING_OVER = ".starting-over"  # stands while the files of an earlier run are being removed
 CHECKPOINT = ("state.json", "weights.safetensors", "optimizer.safetensors", "SHA256SUMS")
-LEFT_BY_SYSTEMS = (".DS_Store", "lost+found")  # in every folder that a Mac showed, on every new disk
+LEFT_BY_SYSTEMS = (
+    ".DS_Store",
+    "lost+found",
+)  # in every folder that a Mac showed, on every new disk
 STUDENT = re.compile(  # what a run writes there, where its manifest does not say
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|chat_template|preprocessor_config|processor_config|model\.safetensors\.index)\.json"
@@ -50,7 +61,9 @@ def foreign(folder: Path, own: Own) -> list[Path]:
 
 
 def remove(folder: Path, own: Own) -> None:
-    """Remove the run's own files from a folder, and then the folders that are empty, itself included."""
+    """Remove the run's own files from a folder, and then the folders that are empty, itself
+    included.
+    """
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in _files(folder):
@@ -63,7 +76,9 @@ def remove(folder: Path, own: Own) -> None:
 
 def remove_named(folder: Path, own: Own) -> None:
     """Remove the run's own files that lie in a folder itself, those that make a run first."""
-    entries = {path.name: path for path in sorted(folder.iterdir()) if path.is_symlink() or path.is_file()}
+    entries = {
+        path.name: path for path in sorted(folder.iterdir()) if path.is_symlink() or path.is_file()
+    }
     for name in sorted(filter(own, entries), key=lambda name: (*FILES, name).index(name)):
         entries[name].unlink(missing_ok=True)
 

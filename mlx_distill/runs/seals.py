@@ -1,7 +1,8 @@
-"""A seal inside of a JSON file of a run: the SHA-256 of all else in it, by which a changed digit is noticed.
+"""A seal inside of a JSON file of a run: the SHA-256 of all else in it, by which a changed digit is
+noticed.
 
-In: the content of a file. Out: the same with its seal, or whether the seal still holds. A file of an
-older version has none, and is believed.
+In: the content of a file. Out: the same with its seal, or whether the seal still holds. A file of
+an older version has none, and is believed.
 """
 
 import hashlib

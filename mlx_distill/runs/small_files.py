@@ -1,7 +1,8 @@
 """The small files of a run: JSON and text, which appear whole or not at all, and the logs.
 
-In: a folder. Out: what its files hold. Decided here: a file that is not there is empty; one that cannot be
-read is told in one line, and whoever asks says whether that ends the run or what is done instead.
+In: a folder. Out: what its files hold. Decided here: a file that is not there is empty; one that
+cannot be read is told in one line, and whoever asks says whether that ends the run or what is done
+instead.
 """
 
 from collections.abc import Callable
@@ -74,15 +75,25 @@ class SmallFiles:
         return logs.read(self.path / log).rows
 
     def cut_logs(self, step: int, say: Say = quiet) -> None:
-        """Drop what was logged after `step`; say which lines cannot be read, and whether rows are missing."""
+        """Drop what was logged after `step`; say which lines cannot be read, and whether rows are
+        missing.
+        """
         for log in LOGS:
             with told_as(RunError, self.path / log, INTACT):
                 found = logs.cut(self.path / log, step)
             if found.unreadable:
                 lines = ", ".join(map(str, found.unreadable[:5]))
-                say(f"note: {self.path / log}: line {lines} cannot be read and is left out; the other rows are kept")
+                say(
+                    f"note: {self.path / log}: line {lines} cannot be read and is left out; the "
+                    "other rows are kept"
+                )
             have = {row["step"] for row in found.rows}
-            expected = set(range(1, step + 1)) if log == "metrics.jsonl" else {0} if step >= 0 else set()
+            expected = (
+                set(range(1, step + 1)) if log == "metrics.jsonl" else {0} if step >= 0 else set()
+            )
             missing = expected - have
             if missing and not found.unreadable:
-                say(f"note: {self.path / log} lacks {len(missing)} of {len(expected)} rows; the checkpoint has the totals")
+                say(
+                    f"note: {self.path / log} lacks {len(missing)} of {len(expected)} rows; the "
+                    "checkpoint has the totals"
+                )

@@ -1,8 +1,8 @@
 """The exported student of a run: a model folder that appears whole, and is known by its digests.
 
-In: a function that writes a model folder. Out: that folder as `student`, and in the run's manifest the
-SHA-256 of each of its files. Decided here: which files in it are the run's own, and when the student
-counts as written by this run.
+In: a function that writes a model folder. Out: that folder as `student`, and in the run's manifest
+the SHA-256 of each of its files. Decided here: which files in it are the run's own, and when the
+student counts as written by this run.
 """
 
 import re
@@ -26,10 +26,15 @@ class ExportedStudent:
         self.path, self.files = path, files
 
     def is_complete(self, has_checkpoints: bool) -> bool:
-        """Whether it is there, and the manifest says that this run wrote it; raises `RunError` where it does not."""
+        """Whether it is there, and the manifest says that this run wrote it; raises `RunError`
+        where it does not.
+        """
         if not (self.path / "config.json").is_file():
             return False
-        way = f"put a copy in its place, or delete {self.path}: the newest checkpoint writes both again"
+        way = (
+            f"put a copy in its place, or delete {self.path}: the newest checkpoint writes both "
+            "again"
+        )
         try:
             manifest = self.files.read_json(MANIFEST)
         except RunError as error:
@@ -37,7 +42,9 @@ class ExportedStudent:
         if "exported_step" in manifest:
             return True
         if has_checkpoints:
-            raise RunError(f"{self.files.path / MANIFEST} does not say which step {self.path} is of: {way}")
+            raise RunError(
+                f"{self.files.path / MANIFEST} does not say which step {self.path} is of: {way}"
+            )
         raise RunError(f"{self.path} holds a model that no run wrote: move it away")
 
     def write(self, write: Callable[[Path], None]) -> None:
@@ -52,18 +59,22 @@ class ExportedStudent:
             raise
         except UNWRITTEN as error:
             raise RunError(
-                f"{self.path}: the student could not be written ({first_line(error)}); {INTACT}; {remedy(error)}"
+                f"{self.path}: the student could not be written ({first_line(error)}); {INTACT}; "
+                f"{remedy(error)}"
             ) from error
 
     def damage(self) -> str:
-        """Which file is not as this run wrote it, as a sentence; "" if none. Older versions kept no digests."""
+        """Which file is not as this run wrote it, as a sentence; "" if none. Older versions kept no
+        digests.
+        """
         return changed(self.path, self.files.read_json(MANIFEST).get("student_files", {}))
 
     def refuse_changed(self) -> None:
         """Raises `RunError` if a file is not as this run wrote it."""
         if wrong := self.damage():
             raise RunError(
-                f"{wrong}; put a copy in its place, or delete {self.path} and run the same command again: "
+                f"{wrong}; put a copy in its place, or delete {self.path} and run the same "
+                "command again: "
                 "the newest checkpoint writes it"
             )
 
@@ -87,4 +98,6 @@ class ExportedStudent:
         """Raises `RunError` if something lies where a student is still to be written."""
         if not (self.path / "config.json").is_file() and (found := self.foreign()):
             names = own_files.few(found, self.files.path)
-            raise RunError(f"{self.files.path}: the student will be written where {names} lies: move that away")
+            raise RunError(
+                f"{self.files.path}: the student will be written where {names} lies: move that away"
+            )

@@ -1,10 +1,11 @@
-"""What a model wrote for each problem, kept as it is judged, so that a scoring that was stopped goes on.
+"""What a model wrote for each problem, kept as it is judged, so that a scoring that was stopped
+goes on.
 
-In: judged generations, a batch at a time. Out: a file of JSON lines, one a generation, and on the next
-start the batches that are complete. Decided here: when a kept generation counts as one of this scoring.
-Its `key` says so: a digest of the model's fingerprint and of all that the texts depend on (prompts,
-expected answers, settings, backend, the verifier's version). Rows of the same model with another key
-are replaced, and that is said; rows of other models in the file stay.
+In: judged generations, a batch at a time. Out: a file of JSON lines, one a generation, and on the
+next start the batches that are complete. Decided here: when a kept generation counts as one of this
+scoring. Its `key` says so: a digest of the model's fingerprint and of all that the texts depend on
+(prompts, expected answers, settings, backend, the verifier's version). Rows of the same model with
+another key are replaced, and that is said; rows of other models in the file stay.
 """
 
 import hashlib
@@ -31,8 +32,8 @@ class Generation:
 
     problem, sample: which one it answers. gold, compared: the expected answer, and how it was held
     against the text ("mathematics" or "text"). text: all that was written, reasoning included.
-    finished: it has a stop token and `</think>`. well_formed: exactly one `</think>`. tokens: new ones,
-    stop token included. seconds: its share of its batch's time.
+    finished: it has a stop token and `</think>`. well_formed: exactly one `</think>`. tokens: new
+    ones, stop token included. seconds: its share of its batch's time.
     """
 
     problem: str
@@ -61,7 +62,9 @@ class Generation:
 
 
 class Generations:
-    """One model's generations in a file; `fields` name the model and what it ran with, `say` tells a person."""
+    """One model's generations in a file; `fields` name the model and what it ran with, `say` tells
+    a person.
+    """
 
     def __init__(
         self,
@@ -75,7 +78,9 @@ class Generations:
         self.kept: dict[tuple[str, int], Generation] = {}
 
     def begin(self, batches: list[list[tuple[str, int]]], **asked: Any) -> None:
-        """Find what is kept of a scoring of these (problem, sample)s; what cannot be used is dropped from the file."""
+        """Find what is kept of a scoring of these (problem, sample)s; what cannot be used is
+        dropped from the file.
+        """
         content = {"model": self.model, **self.fields, **asked, "batches": batches}
         self.key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         others, mine, older, unreadable = self._read()
@@ -83,7 +88,8 @@ class Generations:
         self.kept = {one: mine[one] for batch in complete for one in batch}
         if older:
             self.say(
-                f"{self.path.name}: {older:,} generations of {self.model} were made with another model, "
+                f"{self.path.name}: {older:,} generations of {self.model} were made with another "
+                "model, "
                 "task or settings and are replaced"
             )
         if unreadable:
@@ -94,7 +100,8 @@ class Generations:
         if self.kept:
             total = sum(map(len, batches))
             self.say(
-                f"scoring {self.model} goes on: {len(self.kept):,} of {total:,} generations are kept"
+                f"scoring {self.model} goes on: {len(self.kept):,} of {total:,} generations are "
+                "kept"
             )
 
     def add(self, rows: Iterable[Generation]) -> None:
@@ -114,7 +121,9 @@ class Generations:
         return json.dumps({"model": self.model, "key": self.key, **asdict(row)}) + "\n"
 
     def _read(self) -> tuple[list[str], dict[tuple[str, int], Generation], int, int]:
-        """Lines of other models, generations of this scoring, how many of an older one, how many unreadable lines."""
+        """Lines of other models, generations of this scoring, how many of an older one, how many
+        unreadable lines.
+        """
         others, mine, older, unreadable = [], {}, 0, 0
         with told_as(RunError, self.path):
             content = self.path.read_bytes() if self.path.exists() else b""
@@ -138,7 +147,9 @@ class Generations:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The two files that `mlx-distill eval` writes: generations as they come, and the score at the end."""
+    """The two files that `mlx-distill eval` writes: generations as they come, and the score at the
+    end.
+    """
 
     generations: Path
     result: Path
@@ -149,7 +160,8 @@ class Evaluation:
     def opened(
         cls, folder: Path, model: str, task: Task, settings: EvalTable, made_by: dict[str, Any]
     ) -> Iterator["Evaluation"]:
-        """The files of this model, task and settings, held for this process; a second one is refused.
+        """The files of this model, task and settings, held for this process; a second one is
+        refused.
 
         Their name says model and task, and a digest of what else the texts depend on, so that
         another evaluation has files of its own.

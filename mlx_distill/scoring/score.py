@@ -1,8 +1,10 @@
-"""Scores: a model answers a task's problems, and the share it gets right is stated with its uncertainty.
+"""Scores: a model answers a task's problems, and the share it gets right is stated with its
+uncertainty.
 
-In: anything that can `generate`, a tokenizer, a `Task`. Out: a `Score`, the `Difference` of two, the `Retention` of a
-student. Decided here: what counts as finished. All intervals are 95 % and cover the choice of problems (and the sampling of
-answers), not the choice of a training seed; how they are made is in `scoring/intervals.py`.
+In: anything that can `generate`, a tokenizer, a `Task`. Out: a `Score`, the `Difference` of two,
+the `Retention` of a student. Decided here: what counts as finished. All intervals are 95 % and
+cover the choice of problems (and the sampling of answers), not the choice of a training seed; how
+they are made is in `scoring/intervals.py`.
 """
 
 import time
@@ -26,16 +28,25 @@ from mlx_distill.verify.tasks import THINK_END, Problem, Task
 if TYPE_CHECKING:
     from mlx_distill.backends.protocol import Model
 
-KEYED = ("max_new_tokens", "temperature", "top_p", "seed", "samples", "batch_size")  # what generated texts depend on
+KEYED = (
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "seed",
+    "samples",
+    "batch_size",
+)  # what generated texts depend on
+
 
 @dataclass(frozen=True)
 class Score:
     """How a model did on a task.
 
-    accuracy, low, high: mean over problems of the share of right answers, and its 95 % interval (see `interval`).
-    correct: for each problem id, 1.0 or 0.0 for each sample. unfinished: share of generations without a stop token or
-    without `</think>`; they count as wrong. well_formed: share with exactly one `</think>` and a stop token.
-    mean_tokens: new tokens a generation, stop token included. seconds: the time that generating took.
+    accuracy, low, high: mean over problems of the share of right answers, and its 95 % interval
+    (see `interval`). correct: for each problem id, 1.0 or 0.0 for each sample. unfinished: share of
+    generations without a stop token or without `</think>`; they count as wrong. well_formed: share
+    with exactly one `</think>` and a stop token. mean_tokens: new tokens a generation, stop token
+    included. seconds: the time that generating took.
     """
 
     accuracy: float
@@ -72,7 +83,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Retention:
-    """What a student keeps of a full model: `accuracy` = student / full, `gain` = (student − base) / (full − base).
+    """What a student keeps of a full model: `accuracy` = student / full, `gain` = (student − base)
+    / (full − base).
 
     None where the divisor is not positive, so that there is nothing to keep.
     """
@@ -82,29 +94,42 @@ class Retention:
 
 
 def score(
-    model: "Model", tokenizer: Any, task: Task, settings: EvalTable,
-    progress: Callable[[int], None] = lambda done: None, stop_ids: frozenset[int] = frozenset(),
-    day: str = "", kept: Generations | None = None,
+    model: "Model",
+    tokenizer: Any,
+    task: Task,
+    settings: EvalTable,
+    progress: Callable[[int], None] = lambda done: None,
+    stop_ids: frozenset[int] = frozenset(),
+    day: str = "",
+    kept: Generations | None = None,
 ) -> Score:
     """Generate `settings.samples` answers to every problem of `task` and score them.
 
     `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the
-    tokenizer's own, `day` is what prompts say where their template reads the clock. With `kept` each
-    batch is written down as it is judged, and one that is there already is not generated again: the
-    batches and the seed of each depend on the arguments alone, so the score is the same either way.
-    Raises `DataError` for a task without problems (there is no accuracy of nothing) or with one that
-    the chat template refuses.
+    tokenizer's own, `day` is what prompts say where their template reads the clock. With `kept`
+    each batch is written down as it is judged, and one that is there already is not generated
+    again: the batches and the seed of each depend on the arguments alone, so the score is the same
+    either way. Raises `DataError` for a task without problems (there is no accuracy of nothing) or
+    with one that the chat template refuses.
     """
     if not task.problems:
-        raise DataError(f"task {task.name!r} has no problems to score: check its file, or raise [eval] examples")
+        raise DataError(
+            f"task {task.name!r} has no problems to score: check its file, or raise [eval] examples"
+        )
     stops = stop_ids | ends_of_answers(tokenizer)
     problems = {problem.id: problem for problem in task.problems}
     prompts = {problem.id: _prompt_ids(problem, task, tokenizer, day) for problem in task.problems}
     batches = _batches(prompts, settings)
     if kept:
         golds = {problem.id: [problem.expected, problem.compared] for problem in task.problems}
-        kept.begin(batches, prompts=prompts, golds=golds, stops=sorted(stops), verifier=verify.VERSION,
-                   settings=settings.model_dump(include=set(KEYED)))
+        kept.begin(
+            batches,
+            prompts=prompts,
+            golds=golds,
+            stops=sorted(stops),
+            verifier=verify.VERSION,
+            settings=settings.model_dump(include=set(KEYED)),
+        )
     found = dict(kept.kept) if kept else {}
     for number, batch in enumerate(batches):
         if all(one in found for one in batch):
@@ -112,12 +137,21 @@ def score(
             continue
         started = time.perf_counter()
         generated = model.generate(
-            [prompts[problem] for problem, _ in batch], settings.max_new_tokens, settings.temperature, settings.top_p,
-            batch_seed(settings.seed, number), settings.batch_size, stops, progress,
+            [prompts[problem] for problem, _ in batch],
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            batch_seed(settings.seed, number),
+            settings.batch_size,
+            stops,
+            progress,
         )
         seconds = (time.perf_counter() - started) / len(batch)
         answered = zip(batch, generated, strict=True)
-        rows = [judge(ids, problems[problem], sample, seconds, task, tokenizer, stops) for (problem, sample), ids in answered]
+        rows = [
+            judge(ids, problems[problem], sample, seconds, task, tokenizer, stops)
+            for (problem, sample), ids in answered
+        ]
         found |= {(row.problem, row.sample): row for row in rows}
         if kept:
             kept.add(rows)
@@ -125,7 +159,9 @@ def score(
 
 
 def batch_seed(seed: int, number: int) -> int:
-    """The seed of a batch: its own, so that a batch is sampled alike whether those before it are generated or kept."""
+    """The seed of a batch: its own, so that a batch is sampled alike whether those before it are
+    generated or kept.
+    """
     return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
@@ -133,32 +169,60 @@ def _batches(prompts: dict[str, list[int]], settings: EvalTable) -> list[list[tu
     """(problem, sample)s by batch, the longest prompts first: they need the most memory."""
     asked = [(problem, sample) for problem in prompts for sample in range(settings.samples)]
     asked.sort(key=lambda one: -len(prompts[one[0]]))
-    return [asked[start : start + settings.batch_size] for start in range(0, len(asked), settings.batch_size)]
+    return [
+        asked[start : start + settings.batch_size]
+        for start in range(0, len(asked), settings.batch_size)
+    ]
 
 
 def judge(
-    ids: list[int], problem: Problem, sample: int, seconds: float, task: Task, tokenizer: Any, stop_ids: frozenset[int],
+    ids: list[int],
+    problem: Problem,
+    sample: int,
+    seconds: float,
+    task: Task,
+    tokenizer: Any,
+    stop_ids: frozenset[int],
 ) -> Generation:
-    """One generation's verdict: it can only be right if it stopped by itself and closed its reasoning with `</think>`."""
+    """One generation's verdict: it can only be right if it stopped by itself and closed its
+    reasoning with `</think>`.
+    """
     stopped = bool(ids) and ids[-1] in stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     ends = text.count(THINK_END)
     finished = stopped and ends > 0
     return Generation(
-        problem=problem.id, sample=sample, prompt=problem.prompt, gold=problem.expected, compared=problem.compared, text=text,
-        correct=finished and task.verify(problem.expected, text), finished=finished, well_formed=stopped and ends == 1,
-        tokens=len(ids), seconds=seconds,
+        problem=problem.id,
+        sample=sample,
+        prompt=problem.prompt,
+        gold=problem.expected,
+        compared=problem.compared,
+        text=text,
+        correct=finished and task.verify(problem.expected, text),
+        finished=finished,
+        well_formed=stopped and ends == 1,
+        tokens=len(ids),
+        seconds=seconds,
     )
 
 
-def summarize(problems: list[Problem], found: dict[tuple[str, int], Generation], samples: int) -> Score:
+def summarize(
+    problems: list[Problem], found: dict[tuple[str, int], Generation], samples: int
+) -> Score:
     """The `Score` of the generations that were `found` by problem and sample."""
     answers = [found[problem.id, sample] for problem in problems for sample in range(samples)]
-    correct = {problem.id: [float(found[problem.id, sample].correct) for sample in range(samples)] for problem in problems}
+    correct = {
+        problem.id: [float(found[problem.id, sample].correct) for sample in range(samples)]
+        for problem in problems
+    }
     low, high = interval(correct.values())
     return Score(
-        accuracy=fmean(map(fmean, correct.values())), low=low, high=high,
-        problems=len(problems), samples=samples, correct=correct,
+        accuracy=fmean(map(fmean, correct.values())),
+        low=low,
+        high=high,
+        problems=len(problems),
+        samples=samples,
+        correct=correct,
         unfinished=fmean(not answer.finished for answer in answers),
         well_formed=fmean(answer.well_formed for answer in answers),
         mean_tokens=fmean(answer.tokens for answer in answers),
@@ -173,14 +237,19 @@ def compare(a: Score, b: Score) -> Difference:
     """
     shared = [key for key in a.correct if key in b.correct]
     if not shared:
-        raise DataError("two scores share no problem, so they cannot be compared: score both on the same task and seed")
+        raise DataError(
+            "two scores share no problem, so they cannot be compared: score both on the same task "
+            "and seed"
+        )
     differences = [fmean(a.correct[key]) - fmean(b.correct[key]) for key in shared]
     gap = paired(differences)
     return Difference(gap.mean, gap.low, gap.high, len(shared), gap.verdict)
 
 
 def retention(student: Score, base: Score, full: Score) -> Retention:
-    """What `student`, which was `base` before, keeps of `full` (its teacher, or the student of whole sequences)."""
+    """What `student`, which was `base` before, keeps of `full` (its teacher, or the student of
+    whole sequences).
+    """
     gain = full.accuracy - base.accuracy
     return Retention(
         accuracy=student.accuracy / full.accuracy if full.accuracy > 0 else None,
@@ -191,9 +260,11 @@ def retention(student: Score, base: Score, full: Score) -> Retention:
 def describe(score: Score) -> str:
     """One line for a terminal: accuracy with its interval, what did not finish, tokens."""
     return (
-        f"{score.accuracy:.1%} right (95 % interval {score.low:.1%} to {score.high:.1%}, {score.problems} problems"
+        f"{score.accuracy:.1%} right (95 % interval {score.low:.1%} to {score.high:.1%}, "
+        f"{score.problems} problems"
         f"{f' × {score.samples} samples' if score.samples > 1 else ''}), "
-        f"{score.unfinished:.1%} unfinished, {score.mean_tokens:.0f} tokens a generation, {score.seconds:.0f} s"
+        f"{score.unfinished:.1%} unfinished, {score.mean_tokens:.0f} tokens a generation, "
+        f"{score.seconds:.0f} s"
     )
 
 
@@ -201,4 +272,6 @@ def _prompt_ids(problem: Problem, task: Task, tokenizer: Any, day: str) -> list[
     try:
         return generation_ids(problem.prompt, tokenizer, day=day)
     except Skip as skip:
-        raise DataError(f"task {task.name!r}: problem {problem.prompt[:60]!r} cannot be asked: {skip}; remove it") from None
+        raise DataError(
+            f"task {task.name!r}: problem {problem.prompt[:60]!r} cannot be asked: {skip}; remove it"
+        ) from None

@@ -1,8 +1,9 @@
 """Child processes of this program, side by side: as many at once as asked for and as memory holds.
 
-In: `Job`s, each a command line of `mlx-distill`. Out: their exit codes, one by one as they end, and a log file of each. Decided
-here: what may start when, how many threads each gets, and what Ctrl-C does: every child is asked to save and stop, and all are
-waited for. A child has a process of its own so that one that fails, or that the system kills, takes no other with it.
+In: `Job`s, each a command line of `mlx-distill`. Out: their exit codes, one by one as they end, and
+a log file of each. Decided here: what may start when, how many threads each gets, and what Ctrl-C
+does: every child is asked to save and stop, and all are waited for. A child has a process of its
+own so that one that fails, or that the system kills, takes no other with it.
 """
 
 import os
@@ -18,7 +19,9 @@ import mlx_distill
 from mlx_distill.signals import POLITE
 
 HERE = str(Path(mlx_distill.__file__).parent.parent)
-START = (  # this very package, installed or not, and nothing else from where it lies or from the working folder
+# this very package, installed or not, and nothing else from where it lies or from the working
+# folder
+START = (
     f"import sys; sys.path.insert(0, {HERE!r}); import mlx_distill; del sys.path[0]; "
     "from mlx_distill.__main__ import main; main()"
 )
@@ -29,8 +32,9 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Job:
-    """`mlx-distill ARGUMENTS…`, its output in `log`. `peak_bytes` is what it is expected to need; `busy` says whether another
-    process is at the same work, so that it has to wait."""
+    """`mlx-distill ARGUMENTS…`, its output in `log`. `peak_bytes` is what it is expected to need;
+    `busy` says whether another process is at the same work, so that it has to wait.
+    """
 
     name: str
     arguments: tuple[str, ...]
@@ -41,7 +45,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """A job that ended: its exit code (negative: the signal that killed it) and how long it took; `stopped` if we asked it to."""
+    """A job that ended: its exit code (negative: the signal that killed it) and how long it took;
+    `stopped` if we asked it to.
+    """
 
     job: Job
     code: int
@@ -50,7 +56,9 @@ class Ended:
 
     @property
     def trouble(self) -> str:
-        """Why it failed in one line, the last error of its log; "" where it did not, or was asked to stop."""
+        """Why it failed in one line, the last error of its log; "" where it did not, or was asked
+        to stop.
+        """
         if self.code == 0 or self.stopped:
             return ""
         lines = self.job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -58,17 +66,27 @@ class Ended:
         if said:
             return said[-1].removeprefix("error: ")
         if self.code < 0:
-            return f"killed by {signal.Signals(-self.code).name}; {self.job.log} says what it did last"
-        return f"exit code {self.code}: {lines[-1] if lines else 'it said nothing'} (all of it: {self.job.log})"
+            return (
+                f"killed by {signal.Signals(-self.code).name}; {self.job.log} says what it did last"
+            )
+        return (
+            f"exit code {self.code}: {lines[-1] if lines else 'it said nothing'} (all of it: "
+            f"{self.job.log})"
+        )
 
 
 def side_by_side(
-    jobs: Sequence[Job], at_once: int = 1, memory_bytes: float = 0, say: Callable[[str], None] = lambda text: None
+    jobs: Sequence[Job],
+    at_once: int = 1,
+    memory_bytes: float = 0,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Ended]:
-    """Run all jobs in their order, at most `at_once` together and no more than `memory_bytes` hold (0: not known), and yield each as
-    it ends. One whose work another process is at waits until that is through.
+    """Run all jobs in their order, at most `at_once` together and no more than `memory_bytes` hold
+    (0: not known), and yield each as it ends. One whose work another process is at waits until that
+    is through.
 
-    On Ctrl-C the children get it too; those that end then are still yielded, and `KeyboardInterrupt` follows.
+    On Ctrl-C the children get it too; those that end then are still yielded, and
+    `KeyboardInterrupt` follows.
     """
     waiting, running = list(jobs), {}
     environment = _environment(at_once)
@@ -95,7 +113,13 @@ def side_by_side(
             process.wait()
 
 
-def _next(waiting: list[Job], running: list[Job], at_once: int, memory_bytes: float, say: Callable[[str], None]) -> Job | None:
+def _next(
+    waiting: list[Job],
+    running: list[Job],
+    at_once: int,
+    memory_bytes: float,
+    say: Callable[[str], None],
+) -> Job | None:
     """The first job that may start now."""
     if not waiting or len(running) >= at_once:
         return None
@@ -116,18 +140,33 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
     with job.log.open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             [*PROGRAM, *job.arguments],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
         )
 
 
-def _ended(running: dict[Job, tuple[subprocess.Popen, float]], stopped: bool = False) -> Iterator[Ended]:
+def _ended(
+    running: dict[Job, tuple[subprocess.Popen, float]], stopped: bool = False
+) -> Iterator[Ended]:
     for job, (process, started) in list(running.items()):
         if process.poll() is not None:
             del running[job]
-            yield Ended(job, process.returncode, time.monotonic() - started, stopped and process.returncode != 0)
+            yield Ended(
+                job,
+                process.returncode,
+                time.monotonic() - started,
+                stopped and process.returncode != 0,
+            )
 
 
 def _environment(at_once: int) -> dict[str, str]:
     """Each child gets its share of the cores, unless the user has said how many threads."""
     share = str(max(1, (os.cpu_count() or 1) // at_once))
-    return {**(dict.fromkeys(THREADS, share) if at_once > 1 else {}), **os.environ, "PYTHONUNBUFFERED": "1"}
+    return {
+        **(dict.fromkeys(THREADS, share) if at_once > 1 else {}),
+        **os.environ,
+        "PYTHONUNBUFFERED": "1",
+    }

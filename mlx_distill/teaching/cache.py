@@ -1,17 +1,20 @@
 """A teacher's answers on disk: asked once for whole sequences, read by any number of runs.
 
-In: whole sequences and a loaded teacher. Out: a folder that can be killed, read and copied at any moment, and `CachedTeacher`,
-which answers batches from it without the teacher's weights. A causal model's answers to the start of a text are the start of its
-answers, so one pass over whole sequences serves every cut that keeps what comes before, every segment set and every epoch.
+In: whole sequences and a loaded teacher. Out: a folder that can be killed, read and copied at any
+moment, and `CachedTeacher`, which answers batches from it without the teacher's weights. A causal
+model's answers to the start of a text are the start of its answers, so one pass over whole
+sequences serves every cut that keeps what comes before, every segment set and every epoch.
 
     CACHE_FOLDER/KIND-KEY/  manifest.json   write.lock   head/ (hidden)
                             part-000000/ {index.json, tokens.npy, …}   part-000001/ …
 
-Decided here: what is kept for a token (`KINDS`), and when a cache is refused. KEY digests the manifest's fields, which are also
-compared one by one. A part appears by one rename and holds the SHA-256 of each of its files, checked before a file is first used.
-Answers are found by an example's id and its tokens: a batch's row must be the start of a kept sequence of that id, so another template,
-other data or another order of examples can do no harm. The answer at token t is to tokens[: t + 1]; temperature is 1.
-Axes: `B` sequences, `T` tokens, `N` loss positions or tokens, `K` kept answers, `S` draws, `V` vocabulary, `D` width.
+Decided here: what is kept for a token (`KINDS`), and when a cache is refused. KEY digests the
+manifest's fields, which are also compared one by one. A part appears by one rename and holds the
+SHA-256 of each of its files, checked before a file is first used. Answers are found by an example's
+id and its tokens: a batch's row must be the start of a kept sequence of that id, so another
+template, other data or another order of examples can do no harm. The answer at token t is to
+tokens[: t + 1]; temperature is 1. Axes: `B` sequences, `T` tokens, `N` loss positions or tokens,
+`K` kept answers, `S` draws, `V` vocabulary, `D` width.
 """
 
 import dataclasses
@@ -32,7 +35,15 @@ from mlx_distill.backends.protocol import Backend, SparseTargets, Targets, Teach
 from mlx_distill.data.batches import Batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import CacheError, DistillError, NotFound
-from mlx_distill.files import left_overs, locked, made_whole, one_line, remedy, sha256_of, write_json
+from mlx_distill.files import (
+    left_overs,
+    locked,
+    made_whole,
+    one_line,
+    remedy,
+    sha256_of,
+    write_json,
+)
 from mlx_distill.readers import read_json
 from mlx_distill.recipe import BatchTable, TeacherTable
 
@@ -41,7 +52,8 @@ PART_TOKENS = 2**17  # what a kill can lose
 PART_BYTES = 2**28  # held in memory until a part is written
 DRAW_SEED = 0
 ADDED = {"date": "", "arithmetic": ""}  # fields that older caches lack, and what their lack means
-LOG_PROB_DTYPE = "float16"  # off by at most 2^-11 of the log-probability: see test_half_precision_moves_the_loss_by_less_than
+# off by at most 2^-11 of the log-probability: see test_half_precision_moves_the_loss_by_less_than
+LOG_PROB_DTYPE = "float16"
 PART = re.compile(r"part-([0-9]{6,})")
 ROUND_K = 8  # drawn answers are padded to a multiple, to keep shapes few
 
@@ -60,19 +72,41 @@ class CacheFields:
     seed: int = 0
     dtype: str = ""  # of log-probabilities
     date: str = ""  # what prompts say, where their template reads the clock
-    arithmetic: str = ""  # `models.config.reading_of` the teacher: older versions computed it otherwise
+    arithmetic: str = (
+        ""  # `models.config.reading_of` the teacher: older versions computed it otherwise
+    )
     format_version: int = FORMAT
 
     @classmethod
     def of(
-        cls, table: TeacherTable, fingerprint: str, vocabulary: dict[str, int], rows: int, date: str = "", arithmetic: str = ""
+        cls,
+        table: TeacherTable,
+        fingerprint: str,
+        vocabulary: dict[str, int],
+        rows: int,
+        date: str = "",
+        arithmetic: str = "",
     ) -> "CacheFields":
         """What a recipe asks for; `rows` as for `vocabulary_rows`."""
         digest = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
-        fields = cls(table.cache, fingerprint[:16], table.quantize_bits, digest, rows, date=date, arithmetic=arithmetic)
+        fields = cls(
+            table.cache,
+            fingerprint[:16],
+            table.quantize_bits,
+            digest,
+            rows,
+            date=date,
+            arithmetic=arithmetic,
+        )
         if table.cache == "top_k":
-            return dataclasses.replace(fields, top_k=min(table.cache_top_k, rows), dtype=LOG_PROB_DTYPE)
-        return dataclasses.replace(fields, samples=table.cache_samples, seed=DRAW_SEED) if table.cache == "sampled" else fields
+            return dataclasses.replace(
+                fields, top_k=min(table.cache_top_k, rows), dtype=LOG_PROB_DTYPE
+            )
+        return (
+            dataclasses.replace(fields, samples=table.cache_samples, seed=DRAW_SEED)
+            if table.cache == "sampled"
+            else fields
+        )
 
     @property
     def name(self) -> str:
@@ -80,12 +114,18 @@ class CacheFields:
         return f"{self.kind}-{hashlib.sha256(json.dumps(self.content()).encode()).hexdigest()[:12]}"
 
     def content(self) -> dict[str, Any]:
-        """The fields as the manifest has them; without those that were added later where they say nothing, as caches had it."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if ADDED.get(key) != value}
+        """The fields as the manifest has them; without those that were added later where they say
+        nothing, as caches had it.
+        """
+        return {
+            key: value for key, value in dataclasses.asdict(self).items() if ADDED.get(key) != value
+        }
 
 
 class Record(NamedTuple):
-    """Where the answers to one sequence lie: tokens `start:stop` of a part, drawn answers from `first` on."""
+    """Where the answers to one sequence lie: tokens `start:stop` of a part, drawn answers from
+    `first` on.
+    """
 
     part: "Part"
     start: int
@@ -94,7 +134,9 @@ class Record(NamedTuple):
 
 
 class Part:
-    """One part's files, each checked against its SHA-256 and memory-mapped when it is first asked for."""
+    """One part's files, each checked against its SHA-256 and memory-mapped when it is first asked
+    for.
+    """
 
     def __init__(self, path: Path):
         self.path, self._checked = path, set()
@@ -114,9 +156,17 @@ class Part:
         """Where an example's drawn answers begin follows from how many each token before it has."""
         if "distinct" in self.sha256:
             drawn = np.cumsum(self.array("distinct").astype(np.int64))
-            begins = [0, *(int(drawn[stop - 1]) for _, _, stop, _ in self.examples)] if self.examples else []
-            if any(first != begin for (*_, first), begin in zip(self.examples, begins, strict=False)):
-                raise CacheError(f"{file} is damaged (an example's drawn answers begin elsewhere): {_ADVICE}")
+            begins = (
+                [0, *(int(drawn[stop - 1]) for _, _, stop, _ in self.examples)]
+                if self.examples
+                else []
+            )
+            if any(
+                first != begin for (*_, first), begin in zip(self.examples, begins, strict=False)
+            ):
+                raise CacheError(
+                    f"{file} is damaged (an example's drawn answers begin elsewhere): {_ADVICE}"
+                )
 
     def array(self, name: str) -> np.ndarray:
         """Memory-mapped; for each token of the part, or each drawn answer."""
@@ -127,7 +177,9 @@ class Part:
             if name not in self._checked:
                 found = sha256_of(file)
                 if found != expected:
-                    raise CacheError(f"{file}: SHA-256 {expected[:12]}… expected, {found[:12]}… found: {_ADVICE}")
+                    raise CacheError(
+                        f"{file}: SHA-256 {expected[:12]}… expected, {found[:12]}… found: {_ADVICE}"
+                    )
                 self._checked.add(name)
             return _mapped(file, expected)
         except OSError as error:
@@ -167,7 +219,10 @@ def _trouble(index: Any) -> str:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The fields of the cache in a folder."""
-    file, advice = path / "manifest.json", f"delete the folder {path}, or put a copy of the file in its place"
+    file, advice = (
+        path / "manifest.json",
+        f"delete the folder {path}, or put a copy of the file in its place",
+    )
     try:
         content = read_json(file, error=CacheError)
     except CacheError as error:
@@ -178,7 +233,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 class TeacherCache:
-    """The cache of these fields under `root`; made if there is none. Reading needs no lock: what is there is complete."""
+    """The cache of these fields under `root`; made if there is none. Reading needs no lock: what is
+    there is complete.
+    """
 
     def __init__(self, root: Path, fields: CacheFields):
         self.root, self.fields, self.path = root, fields, root / fields.name
@@ -195,7 +252,9 @@ class TeacherCache:
             raise CacheError(f"{path} holds no teacher cache of this version ({error})") from None
 
     def refresh(self) -> None:
-        """See what other processes have written since. Raises `CacheError` if the manifest is not of these fields."""
+        """See what other processes have written since. Raises `CacheError` if the manifest is not
+        of these fields.
+        """
         manifest = self.path / "manifest.json"
         if not manifest.exists():
             return
@@ -214,7 +273,9 @@ class TeacherCache:
 
     def part_folders(self) -> list[Path]:
         """The folders of the parts, in order; what has another name is somebody else's."""
-        found = (path for path in self.path.glob("part-*") if PART.fullmatch(path.name) and path.is_dir())
+        found = (
+            path for path in self.path.glob("part-*") if PART.fullmatch(path.name) and path.is_dir()
+        )
         return sorted(found, key=lambda path: int(path.name.removeprefix("part-")))
 
     def foreign(self) -> list[str]:
@@ -231,8 +292,11 @@ class TeacherCache:
             except (CacheError, NotFound):
                 continue  # not ours to mend
             fields = ADDED | fields
-            differing = [f"{key} {fields.get(key)!r} (asked: {value!r})" for key, value in dataclasses.asdict(self.fields).items()
-                         if fields.get(key) != value]
+            differing = [
+                f"{key} {fields.get(key)!r} (asked: {value!r})"
+                for key, value in dataclasses.asdict(self.fields).items()
+                if fields.get(key) != value
+            ]
             if differing:
                 found.append(f"{manifest.parent.name} has {', '.join(differing)}")
         return found
@@ -247,9 +311,15 @@ class TeacherCache:
         return None
 
     def missing(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-        """Those without answers, each once, in the order in which they are asked: the same after a kill."""
+        """Those without answers, each once, in the order in which they are asked: the same after a
+        kill.
+        """
         wanted = {(sequence.id, sequence.tokens.tobytes()): sequence for sequence in sequences}
-        lacking = (sequence for sequence in wanted.values() if self.find(sequence.id, sequence.tokens) is None)
+        lacking = (
+            sequence
+            for sequence in wanted.values()
+            if self.find(sequence.id, sequence.tokens) is None
+        )
         return sorted(lacking, key=lambda sequence: (len(sequence), sequence.id))
 
     @cached_property
@@ -265,7 +335,9 @@ class TeacherCache:
 
 
 def dates_of(root: Path, fields: CacheFields) -> list[str]:
-    """The dates of the caches under a folder that are of these fields but for the date, the newest first."""
+    """The dates of the caches under a folder that are of these fields but for the date, the newest
+    first.
+    """
     dates = []
     for manifest in root.glob(f"{fields.kind}-*/manifest.json"):
         try:
@@ -282,22 +354,31 @@ class CachedTeacher:
     """A `Teacher` that answers from a cache: it can be asked for targets, and for nothing else."""
 
     def __init__(self, cache: TeacherCache, backend: Backend):
-        self.cache, self.backend, self.vocabulary_rows = cache, backend, cache.fields.vocabulary_rows
+        self.cache, self.backend, self.vocabulary_rows = (
+            cache,
+            backend,
+            cache.fields.vocabulary_rows,
+        )
         self._read = KINDS[cache.fields.kind].read
 
     def targets(self, batch: Batch) -> Targets:
-        """Raises `CacheError`, which names the example, where a row is not the start of a kept sequence."""
+        """Raises `CacheError`, which names the example, where a row is not the start of a kept
+        sequence.
+        """
         check_indices("loss positions", batch.positions, batch.tokens.size)
         rows, places = np.divmod(batch.positions.astype(np.int64), batch.tokens.shape[1])
         asked = [(row, self._record(batch, row)) for row in np.unique(rows)]
-        return self._read(self, [(record, rows == row, places[rows == row]) for row, record in asked], len(rows))
+        return self._read(
+            self, [(record, rows == row, places[rows == row]) for row, record in asked], len(rows)
+        )
 
     def _record(self, batch: Batch, row: int) -> Record:
         tokens = batch.tokens[row, : batch.lengths[row]]
         record = self.cache.find(batch.ids[row], tokens)
         if record is None:
             raise CacheError(
-                f"{self.cache.path}: example {batch.ids[row]!r}: its {len(tokens)} tokens are not the start of a sequence that is kept "
+                f"{self.cache.path}: example {batch.ids[row]!r}: its {len(tokens)} tokens are not "
+                "the start of a sequence that is kept "
                 "under this id: run `mlx-distill teach` with this recipe"
             )
         return record
@@ -307,23 +388,36 @@ class CachedTeacher:
         return self.backend.cached_head(np.array(self.cache.head))
 
 
-# What is kept for each token: a kind asks the teacher for named arrays [N, …] and reads targets back.
+# What is kept for each token: a kind asks the teacher for named arrays [N, …] and reads targets
+# back.
 
-Asked = list[tuple[Record, np.ndarray, np.ndarray]]  # (record, which of the N positions, their tokens t in the sequence)
+Asked = list[
+    tuple[Record, np.ndarray, np.ndarray]
+]  # (record, which of the N positions, their tokens t in the sequence)
 
 
 class TopK:
-    """`ids` uint32 [N, K], the likeliest first, `log_probs` float16 [N, K], `tail` float32 [N]: the log of all others' mass."""
+    """`ids` uint32 [N, K], the likeliest first, `log_probs` float16 [N, K], `tail` float32 [N]: the
+    log of all others' mass.
+    """
 
     @staticmethod
     def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
         ids, log_probs, tail = teacher.top_k(batch, fields.top_k, fields.vocabulary_rows)
-        return {"ids": ids.astype(np.uint32), "log_probs": log_probs.astype(fields.dtype), "tail": tail}
+        return {
+            "ids": ids.astype(np.uint32),
+            "log_probs": log_probs.astype(fields.dtype),
+            "tail": tail,
+        }
 
     @staticmethod
     def read(teacher: CachedTeacher, asked: Asked, count: int) -> SparseTargets:
         k = teacher.cache.fields.top_k
-        ids, log_probs, tail = np.empty((count, k), np.int32), np.empty((count, k), np.float32), np.empty(count, np.float32)
+        ids, log_probs, tail = (
+            np.empty((count, k), np.int32),
+            np.empty((count, k), np.float32),
+            np.empty(count, np.float32),
+        )
         for record, chosen, places in asked:
             for out, name in ((ids, "ids"), (log_probs, "log_probs"), (tail, "tail")):
                 out[chosen] = record.part.array(name)[record.start + places]
@@ -331,25 +425,35 @@ class TopK:
 
 
 class Sampled:
-    """Draws with replacement from the teacher's distribution: Sparse Logit Sampling (arXiv 2503.16870) at proposal temperature 1.
+    """Draws with replacement from the teacher's distribution: Sparse Logit Sampling (arXiv
+    2503.16870) at proposal temperature 1.
 
-    `distinct` uint16 [N]: different ids of each token's draws; `ids` uint32 and `counts` uint16 of all of them in one row;
-    `entropy` float32 [N] of the teacher, `top` uint32 [N]. counts / S is an unbiased estimate of the teacher's distribution, so loss
-    (with the exact entropy) and gradient of forward KL are unbiased. The S draws are stratified, one from each S-th of
-    the cumulated distribution: as unbiased as independent ones, with less variance.
+    `distinct` uint16 [N]: different ids of each token's draws; `ids` uint32 and `counts` uint16 of
+    all of them in one row; `entropy` float32 [N] of the teacher, `top` uint32 [N]. counts / S is an
+    unbiased estimate of the teacher's distribution, so loss (with the exact entropy) and gradient
+    of forward KL are unbiased. The S draws are stratified, one from each S-th of the cumulated
+    distribution: as unbiased as independent ones, with less variance.
     """
 
     @staticmethod
     def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
-        uniform = np.concatenate([_uniform(example, length, fields) for example, length in zip(batch.ids, batch.lengths, strict=True)])
+        uniform = np.concatenate(
+            [
+                _uniform(example, length, fields)
+                for example, length in zip(batch.ids, batch.lengths, strict=True)
+            ]
+        )
         drawn, entropy, top = teacher.draw(batch, uniform, fields.vocabulary_rows)
         drawn = np.sort(drawn, axis=1)
         first = np.ones(drawn.shape, bool)
         first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
         counts = np.diff(np.append(np.flatnonzero(first), drawn.size))
         return {
-            "distinct": first.sum(1).astype(np.uint16), "ids": drawn[first].astype(np.uint32), "counts": counts.astype(np.uint16),
-            "entropy": entropy, "top": top.astype(np.uint32),
+            "distinct": first.sum(1).astype(np.uint16),
+            "ids": drawn[first].astype(np.uint32),
+            "counts": counts.astype(np.uint16),
+            "entropy": entropy,
+            "top": top.astype(np.uint32),
         }
 
     @staticmethod
@@ -358,18 +462,27 @@ class Sampled:
         width = -(-max(ids.shape[1] for ids, *_ in parts) // ROUND_K) * ROUND_K
         ids, counts = np.full((count, width), -1, np.int32), np.zeros((count, width), np.float32)
         entropy, top = np.empty(count, np.float32), np.empty(count, np.int32)
-        for (_, chosen, _), (part_ids, part_counts, part_entropy, part_top) in zip(asked, parts, strict=True):
-            ids[chosen, : part_ids.shape[1]], counts[chosen, : part_ids.shape[1]] = part_ids, part_counts
+        for (_, chosen, _), (part_ids, part_counts, part_entropy, part_top) in zip(
+            asked, parts, strict=True
+        ):
+            ids[chosen, : part_ids.shape[1]], counts[chosen, : part_ids.shape[1]] = (
+                part_ids,
+                part_counts,
+            )
             entropy[chosen], top[chosen] = part_entropy, part_top
         share = counts / teacher.cache.fields.samples
         with np.errstate(divide="ignore"):
             log_probs = np.log(share)
         offset = -(share * np.where(share > 0, log_probs, 0)).sum(1) - entropy
-        return SparseTargets(ids, log_probs, np.full(count, -np.inf, np.float32), offset.astype(np.float32), top)
+        return SparseTargets(
+            ids, log_probs, np.full(count, -np.inf, np.float32), offset.astype(np.float32), top
+        )
 
     @staticmethod
     def _rows(record: Record, places: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Ids [n, K] (-1 pads), counts [n, K], entropy [n] and top [n] at some tokens of a sequence."""
+        """Ids [n, K] (-1 pads), counts [n, K], entropy [n] and top [n] at some tokens of a
+        sequence.
+        """
         part, here = record.part, record.start + places
         distinct = part.array("distinct")[record.start : record.stop].astype(np.int64)
         begins = record.first + np.cumsum(distinct) - distinct
@@ -377,11 +490,18 @@ class Sampled:
         known = columns < distinct[places, None]
         where = np.where(known, begins[places, None] + columns, record.first)
         ids = np.where(known, part.array("ids")[where].astype(np.int64), -1)
-        return ids, np.where(known, part.array("counts")[where], 0), part.array("entropy")[here], part.array("top")[here]
+        return (
+            ids,
+            np.where(known, part.array("counts")[where], 0),
+            part.array("entropy")[here],
+            part.array("top")[here],
+        )
 
 
 class Hidden:
-    """`states` [N, D] as the backend computes them: float32, or bfloat16 as uint16 bits. The head is kept once."""
+    """`states` [N, D] as the backend computes them: float32, or bfloat16 as uint16 bits. The head
+    is kept once.
+    """
 
     @staticmethod
     def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
@@ -402,11 +522,15 @@ KINDS = {"top_k": TopK, "sampled": Sampled, "hidden": Hidden}
 
 
 def _uniform(example: str, length: int, fields: CacheFields) -> np.ndarray:
-    """float32 [T, S] in [0, 1), one in each S-th; a longer sequence of the same id has the same ones at the start."""
+    """float32 [T, S] in [0, 1), one in each S-th; a longer sequence of the same id has the same
+    ones at the start.
+    """
     digest = int.from_bytes(hashlib.sha256(example.encode()).digest()[:8], "little")
     random = np.random.default_rng([fields.seed, digest]).random((length, fields.samples))
     below_one = np.nextafter(np.float32(1), np.float32(0))
-    return np.minimum(((np.arange(fields.samples) + random) / fields.samples).astype(np.float32), below_one)
+    return np.minimum(
+        ((np.arange(fields.samples) + random) / fields.samples).astype(np.float32), below_one
+    )
 
 
 def _from_bits(bits: np.ndarray) -> np.ndarray:
@@ -417,13 +541,20 @@ def _from_bits(bits: np.ndarray) -> np.ndarray:
 
 
 def fill(
-    cache: TeacherCache, sequences: Sequence[TokenSequence], load: Callable[[], Teacher], backend: Backend, table: BatchTable,
-    made: dict, say: Callable[[str], None], count: Callable[[str, int], Callable[[int], None]],
+    cache: TeacherCache,
+    sequences: Sequence[TokenSequence],
+    load: Callable[[], Teacher],
+    backend: Backend,
+    table: BatchTable,
+    made: dict,
+    say: Callable[[str], None],
+    count: Callable[[str, int], Callable[[int], None]],
 ) -> None:
-    """Ask a teacher for what the cache lacks of `sequences`. `load` is called only if something is; `made` goes to the manifest.
+    """Ask a teacher for what the cache lacks of `sequences`. `load` is called only if something is;
+    `made` goes to the manifest.
 
-    Every rank computes, the first one writes. A process that finds another one writing waits for it. After a kill the
-    same call goes on at the last complete part, with the same batches.
+    Every rank computes, the first one writes. A process that finds another one writing waits for
+    it. After a kill the same call goes on at the last complete part, with the same batches.
     """
     if not backend.all_sum(np.array([float(len(cache.missing(sequences)))]))[0]:
         return
@@ -438,22 +569,39 @@ def fill(
             for line in cache.near() if not cache.size()[0] else ():
                 say(f"note: {line}")
             writer = _Writer(cache, made) if backend.ranks.first else None
-            _teach(cache.fields, lacking, load(), table, writer, count("asking the teacher", len(lacking)))
+            _teach(
+                cache.fields,
+                lacking,
+                load(),
+                table,
+                writer,
+                count("asking the teacher", len(lacking)),
+            )
         backend.all_sum(np.zeros(1))
     cache.refresh()
 
 
 def _teach(
-    fields: CacheFields, sequences: list[TokenSequence], teacher: Teacher, table: BatchTable, writer: "_Writer | None",
+    fields: CacheFields,
+    sequences: list[TokenSequence],
+    teacher: Teacher,
+    table: BatchTable,
+    writer: "_Writer | None",
     progress: Callable[[int], None],
 ) -> None:
     if teacher.vocabulary_rows < fields.vocabulary_rows:
-        raise CacheError(f"the teacher's head has {teacher.vocabulary_rows} rows, its config.json says {fields.vocabulary_rows}")
+        raise CacheError(
+            f"the teacher's head has {teacher.vocabulary_rows} rows, its config.json says "
+            f"{fields.vocabulary_rows}"
+        )
     if fields.kind == "hidden":
         head = teacher.head_matrix()
         if head is None:
-            raise CacheError('[teacher] cache = "hidden" keeps the head as one matrix, and this teacher\'s is biased, capped or scaled: '
-                             'set cache = "top_k"')
+            raise CacheError(
+                '[teacher] cache = "hidden" keeps the head as one matrix, and this teacher\'s is '
+                "biased, capped or scaled: "
+                'set cache = "top_k"'
+            )
         if writer:
             writer.head(head)
     kind, size = KINDS[fields.kind], table.micro_batch_size
@@ -476,7 +624,15 @@ def whole_batch(sequences: Sequence[TokenSequence], pad_multiple: int) -> Batch:
     positions = np.flatnonzero(np.arange(width) < lengths[:, None]).astype(np.int32)
     zeros = np.zeros(len(positions), np.int32)
     ids = tuple(sequence.id for sequence in sequences)
-    return Batch(tokens, positions, zeros, zeros.astype(np.int8), np.ones(len(positions), np.float32), lengths, ids)
+    return Batch(
+        tokens,
+        positions,
+        zeros,
+        zeros.astype(np.int8),
+        np.ones(len(positions), np.float32),
+        lengths,
+        ids,
+    )
 
 
 class _Writer:
@@ -488,7 +644,9 @@ class _Writer:
             for left in left_overs(self.path, re.compile(f"{PART.pattern}|head")):
                 shutil.rmtree(left)
             if not (self.path / "manifest.json").exists():
-                write_json(self.path / "manifest.json", {"fields": cache.fields.content(), "made": made})
+                write_json(
+                    self.path / "manifest.json", {"fields": cache.fields.content(), "made": made}
+                )
         self._begin()
 
     def _begin(self) -> None:
@@ -501,13 +659,21 @@ class _Writer:
             self._write("head", {"head": matrix}, [])
 
     def add(self, sequences: Sequence[TokenSequence], answers: dict[str, np.ndarray]) -> None:
-        answers = {"tokens": np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int32)} | answers
+        answers = {
+            "tokens": np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int32)
+        } | answers
         distinct = answers.get("distinct", np.zeros(len(answers["tokens"]), np.uint16))
         before = 0
         for sequence in sequences:
             stop = before + len(sequence)
-            self._examples.append((sequence.id, self._tokens, self._tokens + len(sequence), self._drawn))
-            self._tokens, self._drawn, before = self._tokens + len(sequence), self._drawn + int(distinct[before:stop].sum()), stop
+            self._examples.append(
+                (sequence.id, self._tokens, self._tokens + len(sequence), self._drawn)
+            )
+            self._tokens, self._drawn, before = (
+                self._tokens + len(sequence),
+                self._drawn + int(distinct[before:stop].sum()),
+                stop,
+            )
         for name, array in answers.items():
             self._columns.setdefault(name, []).append(array)
             self._bytes += array.nbytes
@@ -516,7 +682,11 @@ class _Writer:
 
     def flush(self) -> None:
         if self._examples:
-            numbers = [int(match[1]) for path in self.path.iterdir() if (match := PART.fullmatch(path.name))]
+            numbers = [
+                int(match[1])
+                for path in self.path.iterdir()
+                if (match := PART.fullmatch(path.name))
+            ]
             columns = {name: np.concatenate(arrays) for name, arrays in self._columns.items()}
             self._write(f"part-{max(numbers, default=-1) + 1:06d}", columns, self._examples)
         self._begin()
@@ -527,7 +697,9 @@ class _Writer:
             for column, array in columns.items():
                 np.save(half / f"{column}.npy", array)
             digests = {column: sha256_of(half / f"{column}.npy") for column in columns}
-            (half / "index.json").write_text(json.dumps({"sha256": digests, "examples": examples}), encoding="utf-8")
+            (half / "index.json").write_text(
+                json.dumps({"sha256": digests, "examples": examples}), encoding="utf-8"
+            )
 
 
 @contextmanager
@@ -550,6 +722,7 @@ def _explained(path: Path) -> Iterator[None]:
         if isinstance(error, DistillError):
             raise
         raise CacheError(
-            f"{path}: cannot be written ({one_line(error)}); complete parts are intact: {remedy(error)}, or set "
+            f"{path}: cannot be written ({one_line(error)}); complete parts are intact: "
+            f"{remedy(error)}, or set "
             "teacher.cache_folder to another one"
         ) from error

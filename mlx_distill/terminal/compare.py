@@ -1,7 +1,8 @@
 """MLX's logits of a model folder beside transformers': the check that needs torch.
 
-In: a folder. Out: how far apart they are on one text, both computed in float32 from the same files. Decided here: the
-text (of all kinds of characters, longer than the model's window where that is short), and what is too far.
+In: a folder. Out: how far apart they are on one text, both computed in float32 from the same files.
+Decided here: the text (of all kinds of characters, longer than the model's window where that is
+short), and what is too far.
 """
 
 import importlib.util

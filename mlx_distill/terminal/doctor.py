@@ -1,4 +1,6 @@
-"""A self-check that can be pasted into an issue: what is installed, where it runs, whether the loss is right, how fast it is."""
+"""A self-check that can be pasted into an issue: what is installed, where it runs, whether the loss
+is right, how fast it is.
+"""
 
 import platform
 import shutil
@@ -27,7 +29,11 @@ def check(console: Console, backend_name: str) -> bool:
         ("memory", f"{memory / 1e9:.1f} GB" if memory else "unknown"),
         ("packages", ", ".join(f"{name} {_version(name)}" for name in (*PACKAGES[1:], *OPTIONAL))),
         ("backend", f"{device.backend} on {device.device}, {device.dtype}: {device.reason}"),
-        ("loss", f"relative error {error:.1e} against float64: {'ok' if error < LOSS_TOLERANCE else 'WRONG'}"),
+        (
+            "loss",
+            f"relative error {error:.1e} against float64: "
+            f"{'ok' if error < LOSS_TOLERANCE else 'WRONG'}",
+        ),
         ("matmul", f"{backend.matmul_rate() / 1e9:,.0f} GFLOP/s in {device.dtype}"),
         ("disk", f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"),
     ]
@@ -39,10 +45,14 @@ def check(console: Console, backend_name: str) -> bool:
 
 
 def check_model(console: Console, name: str) -> bool:
-    """Compare MLX's logits of a model with transformers'; True if they agree. Raises `DistillError`."""
+    """Compare MLX's logits of a model with transformers'; True if they agree. Raises
+    `DistillError`.
+    """
     found = compare(model_folder(name), name)
     for package in ("mlx", "mlx-lm", "transformers", "torch"):
-        console.print(f"{package:12} {_version(package)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{package:12} {_version(package)}", markup=False, highlight=False, soft_wrap=True
+        )
     console.print(f"{'model':12} {name}: {found}", markup=False, highlight=False, soft_wrap=True)
     return found.agrees
 

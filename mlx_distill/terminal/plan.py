@@ -1,6 +1,7 @@
 """A plan as a person sees it, before a run begins and after its memory was not enough.
 
-In: a recipe and a machine. Out: lines and tables of at most 80 columns. Imports no framework unless a time is asked for.
+In: a recipe and a machine. Out: lines and tables of at most 80 columns. Imports no framework unless
+a time is asked for.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,32 +29,58 @@ from mlx_distill.terminal.show import account, count_table
 from mlx_distill.verify.tasks import load_task
 from mlx_distill.words import amount, duration
 
-UNMEASURED = f"memory was measured on CPUs ({', '.join(CALIBRATIONS)}); on CUDA it is an extrapolation, and a run may need more"
-
+UNMEASURED = (
+    f"memory was measured on CPUs ({', '.join(CALIBRATIONS)}); on CUDA it is an "
+    "extrapolation, and a run may need more"
+)
 
 
 MEANING = {
-    "teacher": "teacher's weights", "student": "student's weights", "gradients": "gradients", "optimizer": "optimizer's state",
-    "activations": "activations", "loss": "loss workspace", "allocator": "code and freed blocks",
+    "teacher": "teacher's weights",
+    "student": "student's weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer's state",
+    "activations": "activations",
+    "loss": "loss workspace",
+    "allocator": "code and freed blocks",
 }
 
 
 def plan_of(recipe: Recipe, machine: Machine, advise: bool = True) -> tuple[Prepared, Plan]:
-    """A recipe's data and its plan, from the models' configs alone. Raises `DistillError` as `prepare` and `make_plan` do."""
+    """A recipe's data and its plan, from the models' configs alone. Raises `DistillError` as
+    `prepare` and `make_plan` do.
+    """
     student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
-    teacher = model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False) if recipe.teacher.model else None
+    teacher = (
+        model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False)
+        if recipe.teacher.model
+        else None
+    )
     tokenizer = load_tokenizer(student)
     refuse_pair(recipe, teacher, student, tokenizer)
-    prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()]))
-    return prepared, make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine, advise)
+    prepared = prepare(
+        recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()])
+    )
+    return prepared, make_plan(
+        recipe,
+        prepared,
+        read_config(teacher) if teacher else None,
+        read_config(student),
+        machine,
+        advise,
+    )
 
 
 def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bool = False) -> Plan:
-    """Print what a recipe will cost; `timed` measures this machine's rate first, for which the backend is loaded."""
+    """Print what a recipe will cost; `timed` measures this machine's rate first, for which the
+    backend is loaded.
+    """
     backend = choose_backend(backend_name) if timed else None
     machine = Machine.of(backend.device()) if backend else this_machine(backend_name)
     if recipe.eval.task:
-        load_task(recipe.eval.task, recipe.eval.examples, recipe.eval.seed)  # a run reads it first, and refuses what it can't use
+        load_task(
+            recipe.eval.task, recipe.eval.examples, recipe.eval.seed
+        )  # a run reads it first, and refuses what it can't use
     prepared, made = plan_of(recipe, machine)
     console.print(count_table(prepared, recipe))
     console.print(account(prepared))
@@ -65,15 +92,29 @@ def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bo
 
 
 def announce(
-    recipe: Recipe, prepared: Prepared, student: Path, teacher: Path | None, machine: Machine, say: Callable[[str], None],
-    force: bool = False, ranks: int = 1,
+    recipe: Recipe,
+    prepared: Prepared,
+    student: Path,
+    teacher: Path | None,
+    machine: Machine,
+    say: Callable[[str], None],
+    force: bool = False,
+    ranks: int = 1,
 ) -> None:
-    """Say a run's plan in two lines before it begins; raises `OutOfMemory` where it cannot fit, unless `force`.
+    """Say a run's plan in two lines before it begins; raises `OutOfMemory` where it cannot fit,
+    unless `force`.
 
-    A model whose cost cannot be planned is said and no reason to refuse. Several ranks share what a plan counts for one.
+    A model whose cost cannot be planned is said and no reason to refuse. Several ranks share what a
+    plan counts for one.
     """
     try:
-        made = make_plan(recipe, prepared, read_config(teacher) if teacher else None, read_config(student), machine)
+        made = make_plan(
+            recipe,
+            prepared,
+            read_config(teacher) if teacher else None,
+            read_config(student),
+            machine,
+        )
     except ModelError as error:
         say(f"plan: {error}")
         return
@@ -84,41 +125,68 @@ def announce(
     if machine.device == "cuda":
         say(f"plan: {UNMEASURED}")
     if ranks > 1:
-        say(f"plan: its memory is that of one process; {ranks} ranks share weights, gradients and optimizer state")
+        say(
+            f"plan: its memory is that of one process; {ranks} ranks share weights, gradients and "
+            "optimizer state"
+        )
     elif not force:
         made.check()
 
 
-def shortage(recipe: Recipe, prepared: Prepared, student: Path, teacher: Path | None, machine: Machine) -> str:
-    """What the plan expected of a run that has just run out of memory, and what to lower: what saves most first."""
+def shortage(
+    recipe: Recipe, prepared: Prepared, student: Path, teacher: Path | None, machine: Machine
+) -> str:
+    """What the plan expected of a run that has just run out of memory, and what to lower: what
+    saves most first.
+    """
     try:
-        arguments = recipe, prepared, read_config(teacher) if teacher else None, read_config(student)
+        arguments = (
+            recipe,
+            prepared,
+            read_config(teacher) if teacher else None,
+            read_config(student),
+        )
         expected = make_plan(*arguments, machine)
-        less = replace(machine, memory_bytes=int(0.8 * min(expected.peak.total, machine.memory_bytes or expected.peak.total)))
+        less = replace(
+            machine,
+            memory_bytes=int(
+                0.8 * min(expected.peak.total, machine.memory_bytes or expected.peak.total)
+            ),
+        )
         advice = make_plan(*arguments, less).changes
     except ModelError:
-        return "lower batch.micro_batch_size or truncation.max_tokens, or set student.gradient_checkpointing=true"
-    saves = (f"{change.what} (saves {amount(expected.peak.total - change.peak_bytes, 'B')})" for change in advice[:3])
+        return (
+            "lower batch.micro_batch_size or truncation.max_tokens, or set "
+            "student.gradient_checkpointing=true"
+        )
+    saves = (
+        f"{change.what} (saves {amount(expected.peak.total - change.peak_bytes, 'B')})"
+        for change in advice[:3]
+    )
     return f"planned was {expected.verdict()}; set {', or '.join(saves)}"
-
-
 
 
 def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Text]:
     """The plan at most 80 columns wide."""
     yield Text(
-        f"{plan.steps:,} steps of {plan.global_batch_size} examples in micro-batches of {plan.micro_batch_size} × up to "
-        f"{plan.longest:,} tokens:\n{plan.tokens_read:,} tokens are read, {plan.loss_tokens:,} carry loss"
+        f"{plan.steps:,} steps of {plan.global_batch_size} examples in micro-batches of "
+        f"{plan.micro_batch_size} × up to "
+        f"{plan.longest:,} tokens:\n{plan.tokens_read:,} tokens are read, {plan.loss_tokens:,} "
+        "carry loss"
     )
     yield _flops_table(plan)
     yield _memory_table(plan)
     yield Text(
-        f"disk: {plan.checkpoints} checkpoints of {amount(plan.checkpoint_bytes, 'B')} and a student of "
+        f"disk: {plan.checkpoints} checkpoints of {amount(plan.checkpoint_bytes, 'B')} and a "
+        "student of "
         f"{amount(plan.student_bytes, 'B')}, "
         + (f"a teacher cache of {amount(plan.cache_bytes, 'B')}, " if plan.cache_bytes else "")
         + f"{amount(plan.disk_bytes, 'B')} at most"
     )
-    yield Text(f"{machine.backend} on {machine.device}, {recipe.student.compute_dtype.replace('auto', machine.dtype)}; {machine.limit}")
+    yield Text(
+        f"{machine.backend} on {machine.device}, "
+        f"{recipe.student.compute_dtype.replace('auto', machine.dtype)}; {machine.limit}"
+    )
     if machine.device == "cuda":
         yield Text(UNMEASURED)
     yield Text(plan.verdict(), "bold" if plan.fits else "bold red")
@@ -155,6 +223,7 @@ def _memory_table(plan: Plan) -> Table:
 
 def _time_text(plan: Plan, rate: float, machine: Machine) -> Text:
     return Text(
-        f"about {duration(plan.seconds(rate, machine.backend))} of training: an estimate from {rate / 1e9:,.0f} GFLOP/s measured in "
+        f"about {duration(plan.seconds(rate, machine.backend))} of training: an estimate from "
+        f"{rate / 1e9:,.0f} GFLOP/s measured in "
         f"{machine.dtype}, of which a step reaches 1/{SECONDS_FACTOR[machine.backend]:g}"
     )

@@ -1,9 +1,10 @@
-"""What a recipe trains on, for human eyes: one example coloured by segment, and the token counts before and after the
-cut.
+"""What a recipe trains on, for human eyes: one example coloured by segment, and the token counts
+before and after the cut.
 
-In: a recipe and a Rich console. Out: text on that console. Decided here: the look, and that everything can be read
-without colour: each run of tokens has a heading that says what it is, and learned tokens among others stand in ⟦ ⟧.
-Needs the student's tokenizer and no weights; what it shows comes from `prepare`, the same function that training uses.
+In: a recipe and a Rich console. Out: text on that console. Decided here: the look, and that
+everything can be read without colour: each run of tokens has a heading that says what it is, and
+learned tokens among others stand in ⟦ ⟧. Needs the student's tokenizer and no weights; what it
+shows comes from `prepare`, the same function that training uses.
 """
 
 from typing import TYPE_CHECKING
@@ -16,7 +17,14 @@ from rich.text import Text
 
 from mlx_distill.data.account import unused_lines
 from mlx_distill.data.day import about_day, choose_day
-from mlx_distill.data.prepare import Prepared, TokenCounts, TokenRun, count_tokens, prepare, token_runs
+from mlx_distill.data.prepare import (
+    Prepared,
+    TokenCounts,
+    TokenRun,
+    count_tokens,
+    prepare,
+    token_runs,
+)
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.hub import load_tokenizer, model_folder
@@ -31,15 +39,19 @@ CUT = "dim strike"
 LEARNED = "bold underline"
 
 
-
-
 def show(recipe: Recipe, console: Console, example: int = 1) -> None:
-    """Print training example number `example` (from 1, in the run's own shuffled order) and the token counts of all.
+    """Print training example number `example` (from 1, in the run's own shuffled order) and the
+    token counts of all.
 
-    Raises `DataError` for a number that there is not, and whatever `prepare` and the tokenizer raise.
+    Raises `DataError` for a number that there is not, and whatever `prepare` and the tokenizer
+    raise.
     """
-    tokenizer = load_tokenizer(model_folder(recipe.student.model, recipe.student.revision, weights=False))
-    prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()]))
+    tokenizer = load_tokenizer(
+        model_folder(recipe.student.model, recipe.student.revision, weights=False)
+    )
+    prepared = prepare(
+        recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()])
+    )
     print_example(prepared, recipe, tokenizer, console, example)
     console.print(Text(f"\n{_title(recipe)}", "bold"))
     console.print(count_table(prepared, recipe))
@@ -47,29 +59,40 @@ def show(recipe: Recipe, console: Console, example: int = 1) -> None:
 
 
 def print_example(
-    prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", console: Console, example: int
+    prepared: Prepared,
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerFast",
+    console: Console,
+    example: int,
 ) -> None:
     """One example as the recipe trains on it, run by run, under a legend."""
     count = len(prepared.train_whole)
     if not 1 <= example <= count:
-        raise DataError(f"{recipe.data.source}: no training example {example}; there are 1 to {count}")
+        raise DataError(
+            f"{recipe.data.source}: no training example {example}; there are 1 to {count}"
+        )
     whole = prepared.train_whole[example - 1]
     console.print(Rule(f"example {example} of {count}  ·  {whole.id}", align="left"))
     console.print(_legend(console))
     runs = list(token_runs(whole, recipe))
     if not any(run.learned.any() for run in runs):
-        console.print(Text("the cut leaves this example no supervised token: it is not trained on", "bold red"))
+        console.print(
+            Text(
+                "the cut leaves this example no supervised token: it is not trained on", "bold red"
+            )
+        )
     for run in runs:
         console.print(_heading(run))
         console.print(_body(run, tokenizer, console), soft_wrap=True)
 
 
-
-
 def count_table(prepared: Prepared, recipe: Recipe) -> Table:
     """Tokens by segment of the training examples: whole, after the cut, and those that carry loss."""
     segments = recipe.objective.segments
-    before, after = count_tokens(prepared.train_whole, segments), count_tokens(prepared.train, segments)
+    before, after = (
+        count_tokens(prepared.train_whole, segments),
+        count_tokens(prepared.train, segments),
+    )
     table = Table()
     table.add_column("segment", overflow="fold")
     for column in ("whole", "mean", "kept", "mean", "kept %", "learned", "mean", "learned %"):
@@ -86,7 +109,9 @@ def count_table(prepared: Prepared, recipe: Recipe) -> Table:
 
 
 def account(prepared: Prepared) -> Text:
-    """The validation side, the rows that were not used, with reasons, and what rows carry that nothing reads."""
+    """The validation side, the rows that were not used, with reasons, and what rows carry that
+    nothing reads.
+    """
     lengths = [len(sequence) for sequence in prepared.validation]
     mean = f", {np.mean(lengths):,.0f} tokens each on average" if lengths else ""
     text = Text(f"validation: {len(lengths)} whole examples{mean}\n")
@@ -114,10 +139,18 @@ def _title(recipe: Recipe) -> str:
 
 
 def _cells(before: TokenCounts, after: TokenCounts, segments: list[Segment]) -> list[str]:
-    whole, kept, learned = (int(count[segments].sum()) for count in (before.tokens, after.tokens, after.supervised))
+    whole, kept, learned = (
+        int(count[segments].sum()) for count in (before.tokens, after.tokens, after.supervised)
+    )
     return [
-        f"{whole:,}", _mean(whole, before.examples), f"{kept:,}", _mean(kept, after.examples), _percent(kept, whole),
-        f"{learned:,}", _mean(learned, after.examples), _percent(learned, whole),
+        f"{whole:,}",
+        _mean(whole, before.examples),
+        f"{kept:,}",
+        _mean(kept, after.examples),
+        _percent(kept, whole),
+        f"{learned:,}",
+        _mean(learned, after.examples),
+        _percent(learned, whole),
     ]
 
 
@@ -135,12 +168,20 @@ def _legend(console: Console) -> Text:
         text.append(segment.name.lower(), colour).append("  ")
     text.append("learned", LEARNED).append("  ")
     text.append("cut", CUT)
-    return text if console.color_system else text.append("  (without colour: ⟦learned⟧ among others)")
+    return (
+        text if console.color_system else text.append("  (without colour: ⟦learned⟧ among others)")
+    )
 
 
 def _heading(run: TokenRun) -> Text:
     learned = int(run.learned.sum())
-    state = "CUT" if not run.kept else "kept, learned" if learned == len(run.tokens) else "kept, not learned"
+    state = (
+        "CUT"
+        if not run.kept
+        else "kept, learned"
+        if learned == len(run.tokens)
+        else "kept, not learned"
+    )
     if 0 < learned < len(run.tokens):
         state = f"kept, {learned:,} learned"
     text = f"▌{run.segment.name.lower()} · {len(run.tokens):,} tokens · {state}"
@@ -155,7 +196,9 @@ def _body(run: TokenRun, tokenizer: "PreTrainedTokenizerFast", console: Console)
         learned = bool(run.learned[piece[0]])
         mark = learned and len(pieces) > 1 and not console.color_system
         string = tokenizer.decode(
-            run.tokens[piece].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            run.tokens[piece].tolist(),
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
         )
         style = CUT if not run.kept else f"{colour} {LEARNED}" if learned else colour
         text.append(f"⟦{string}⟧" if mark else string, style)

@@ -11,7 +11,8 @@ from fractions import Fraction
 
 from mlx_distill.verify.spelling import words
 
-DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d{1,3}(?:[ '_]\d{3})+(?!\d)|\d+)"  # 1,234  1 000  1'000  12,34,567
+# 1,234  1 000  1'000  12,34,567
+DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d{1,3}(?:[ '_]\d{3})+(?!\d)|\d+)"
 DECIMAL = rf"(?:{DIGITS}(?:\.\d+)?|\.\d+)"
 CURRENCY = r"(?:US\$|USD|[$€£¥₹]|Rs\.?)"
 NUMBER = re.compile(
@@ -273,8 +274,7 @@ def _words(part: str) -> list[str]:
 
 
 def same_unit(gold: frozenset[str], answer: frozenset[str]) -> bool:
-    """Whether two units do not contradict each other: one is missing, or holds the other's words.
-    """
+    """Whether two units do not contradict each other: one is missing, or holds the other's words."""
     if not gold or not answer:
         return True
     return gold & EXACT_UNITS == answer & EXACT_UNITS and (gold <= answer or answer <= gold)

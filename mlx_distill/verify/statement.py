@@ -78,8 +78,7 @@ class Statement:
 
 
 def stated(text: str) -> Statement | None:
-    """The part of a text that is its answer; None where nothing is said, or what is said is denied.
-    """
+    """The part of a text that is its answer; None where nothing is said, or what is said is denied."""
     boxes = list(_boxes(text))
     if boxes:
         return _boxed(text, boxes)

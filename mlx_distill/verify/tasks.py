@@ -86,21 +86,30 @@ def answer_text(generated: str) -> str:
 
 
 def _after_think(check: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    return lambda expected, generated: THINK_END in generated and check(expected, answer_text(generated))
+    return lambda expected, generated: (
+        THINK_END in generated and check(expected, answer_text(generated))
+    )
 
 
 def _load_embedded(name: str, rest: str, examples: int, seed: int) -> Task:
     from mlx_distill.embedded import task
 
     if rest != task.NAME:
-        raise NotFound(f"no embedded task {rest!r}; did you mean embedded:{task.NAME}? It is the only one")
-    rows = ((example.prompt, example.answer, TEXT) for example in task.generate("held_out", examples, seed))
+        raise NotFound(
+            f"no embedded task {rest!r}; did you mean embedded:{task.NAME}? It is the only one"
+        )
+    rows = (
+        (example.prompt, example.answer, TEXT)
+        for example in task.generate("held_out", examples, seed)
+    )
     return Task(name, _problems(rows), _after_think(task.verify))
 
 
 def _load_gsm8k(name: str, rest: str, examples: int, seed: int) -> Task:
     rows = _drawn(Path(rest).expanduser(), ("question", "answer"), examples, seed)
-    return _stated(name, ((place, question, _gsm8k_gold(answer, place)) for place, question, answer in rows))
+    return _stated(
+        name, ((place, question, _gsm8k_gold(answer, place)) for place, question, answer in rows)
+    )
 
 
 def _load_jsonl(name: str, rest: str, examples: int, seed: int) -> Task:
@@ -114,7 +123,10 @@ def _stated(name: str, rows: Iterable[tuple[str, str, str]]) -> Task:
         try:
             found.append((prompt, gold, compared_as(gold)))
         except ValueError as error:
-            raise DataError(f"{place}: answer {gold[:60]!r} cannot be compared with ({error}); give it, or drop the row") from None
+            raise DataError(
+                f"{place}: answer {gold[:60]!r} cannot be compared with ({error}); give it, or "
+                "drop the row"
+            ) from None
     return Task(name, _problems(found), _after_think(states))
 
 
@@ -128,18 +140,27 @@ def _problems(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
     """
     found = {}
     for prompt, expected, compared in rows:
-        key = hashlib.sha256(f"{prompt}\0{expected}".encode(errors="surrogatepass")).hexdigest()[:12]
+        key = hashlib.sha256(f"{prompt}\0{expected}".encode(errors="surrogatepass")).hexdigest()[
+            :12
+        ]
         found.setdefault(key, Problem(key, prompt, expected, compared))
     return list(found.values())
 
 
-def _drawn(path: Path, columns: tuple[str, str], examples: int, seed: int) -> list[tuple[str, str, str]]:
+def _drawn(
+    path: Path, columns: tuple[str, str], examples: int, seed: int
+) -> list[tuple[str, str, str]]:
     """(where, first column, second column) of `examples` rows of a JSON-lines file, in file order;
     all if it has fewer.
     """
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.jsonl")], 1)
-        raise NotFound(f"no task file at {path}" + (f"; did you mean {path.parent / near[0]}?" if near else "; check the path"))
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*.jsonl")], 1
+        )
+        raise NotFound(
+            f"no task file at {path}"
+            + (f"; did you mean {path.parent / near[0]}?" if near else "; check the path")
+        )
     rows = list(read_json_lines(path))
     if not rows:
         raise DataError(f"{path}: it has no rows, so there is nothing to score; name another file")
@@ -153,12 +174,18 @@ def _row(place: str, row: Any, columns: tuple[str, str]) -> tuple[str, str, str]
     for column in columns:
         if not isinstance(row, dict) or column not in row:
             read = " and ".join(columns)
-            raise DataError(f"{place}: no column {column!r}, found {found}; this task reads {read}: {advice}")
+            raise DataError(
+                f"{place}: no column {column!r}, found {found}; this task reads {read}: {advice}"
+            )
     if not is_text(row):
-        raise DataError(f"{place}: holds half of a character (a lone surrogate); correct or drop the row")
+        raise DataError(
+            f"{place}: holds half of a character (a lone surrogate); correct or drop the row"
+        )
     prompt, answer = columns
     if not isinstance(row[prompt], str | int | float):
-        raise DataError(f"{place}: column {prompt!r} should be text, found {type(row[prompt]).__name__}")
+        raise DataError(
+            f"{place}: column {prompt!r} should be text, found {type(row[prompt]).__name__}"
+        )
     if not str(row[prompt]).strip():
         raise DataError(f"{place}: column {prompt!r} is empty, so nothing is asked; drop the row")
     return place, str(row[prompt]), _written(row[answer], place, answer)
@@ -171,13 +198,18 @@ def _written(gold: Any, place: str, column: str) -> str:
     items = gold if isinstance(gold, list) else [gold]
     for item in items:
         if not isinstance(item, str | int | float):
-            raise DataError(f"{place}: column {column!r} should be text, a number or a list of those, found {type(item).__name__}")
+            raise DataError(
+                f"{place}: column {column!r} should be text, a number or a list of those, found "
+                f"{type(item).__name__}"
+            )
     return ", ".join(map(str, items))
 
 
 def _gsm8k_gold(answer: str, place: str) -> str:
     found = GSM8K_ANSWER.search(answer.strip())
     if not found:
-        raise DataError(f"{place}: answer ends in {answer[-40:]!r}, expected '#### ANSWER' as in GSM8K")
+        raise DataError(
+            f"{place}: answer ends in {answer[-40:]!r}, expected '#### ANSWER' as in GSM8K"
+        )
     gold = found[1].strip()
     return gold.replace(",", "") if GSM8K_NUMBER.fullmatch(gold) else gold

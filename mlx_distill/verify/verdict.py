@@ -39,8 +39,7 @@ def states(gold: str, answer: str) -> bool:
 
 
 def _unexclaimed(text: str) -> str:
-    """The text with a full stop for the mark of "The total is 42!", where no one means a factorial.
-    """
+    """The text with a full stop for the mark of "The total is 42!", where no one means a factorial."""
     return EXCLAIMED.sub(lambda found: f"{found['number']}.", text)
 
 

@@ -1,6 +1,8 @@
-"""MLX and torch behind one face, so that a test's body is written once: numpy goes in, numpy comes out.
+"""MLX and torch behind one face, so that a test's body is written once: numpy goes in, numpy comes
+out.
 
-Each class holds what the two frameworks call differently, and no expectation: what must be true stands in the tests.
+Each class holds what the two frameworks call differently, and no expectation: what must be true
+stands in the tests.
 """
 
 import contextlib
@@ -54,7 +56,9 @@ class Mlx:
     def load_teacher(self, folder: Path, bits: int = 0) -> mlx_models.SplitModel:
         return mlx_models.load_teacher(folder, "m", bits)
 
-    def load_student(self, folder: Path, table: StudentTable | None = None, seed: int = 0) -> mlx_models.SplitModel:
+    def load_student(
+        self, folder: Path, table: StudentTable | None = None, seed: int = 0
+    ) -> mlx_models.SplitModel:
         return mlx_models.load_student(folder, "m", table or StudentTable(), seed)
 
     def logits(self, split: Split, tokens: np.ndarray = TOKENS) -> np.ndarray:
@@ -66,24 +70,35 @@ class Mlx:
 
     def loss_logits(self, head: mlx_loss.Head, hidden: mx.array, rows: int) -> mx.array:
         """All logits of a head, as the loss asks for them: block by block."""
-        return mx.concatenate([head.logits(hidden, start, stop) for start, stop in pairwise([0, 1, rows // 2, rows])], axis=1)
+        return mx.concatenate(
+            [head.logits(hidden, start, stop) for start, stop in pairwise([0, 1, rows // 2, rows])],
+            axis=1,
+        )
 
     def parameters(self, split: Split, trained: bool = False) -> dict[str, mx.array]:
-        return dict(tree_flatten(split.model.trainable_parameters() if trained else split.model.parameters()))
+        return dict(
+            tree_flatten(
+                split.model.trainable_parameters() if trained else split.model.parameters()
+            )
+        )
 
     def set_dtype(self, split: Split, dtype: str) -> None:
         split.model.update(mlx_models.cast(split.model.parameters(), getattr(mx, dtype)))
 
     # optimizers
 
-    def optimize(self, recipe: Recipe, weights: Arrays, gradients: Sequence[Arrays], rates: Sequence[float]) -> Arrays:
+    def optimize(
+        self, recipe: Recipe, weights: Arrays, gradients: Sequence[Arrays], rates: Sequence[float]
+    ) -> Arrays:
         """The weights after a step per gradient, driven as `apply` drives the recipe's optimizer."""
         made = mlx_backend.make_optimizer(recipe)
         current = {name: mx.array(weight) for name, weight in weights.items()}
         made.init(current)
         for gradient, rate in zip(gradients, rates, strict=True):
             made.learning_rate = rate
-            current = made.apply_gradients({name: mx.array(g) for name, g in gradient.items()}, current)
+            current = made.apply_gradients(
+                {name: mx.array(g) for name, g in gradient.items()}, current
+            )
             mx.eval(current, made.state)
         return {name: np.array(weight) for name, weight in current.items()}
 
@@ -103,7 +118,9 @@ class Torch:
         leaves = [array.clone().requires_grad_() for array in arrays]
         outputs = function(*leaves)
         outputs[0].backward()
-        return outputs, [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+        return outputs, [
+            torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves
+        ]
 
     def seed(self, number: int) -> None:
         torch.manual_seed(number)
@@ -113,8 +130,12 @@ class Torch:
     def load_teacher(self, folder: Path, bits: int = 0) -> torch_models.SplitModel:
         return torch_models.load_teacher(folder, "m", bits, CPU, None)
 
-    def load_student(self, folder: Path, table: StudentTable | None = None, seed: int = 0) -> torch_models.SplitModel:
-        return torch_models.load_student(folder, "m", table or StudentTable(), seed, CPU, torch.float32)
+    def load_student(
+        self, folder: Path, table: StudentTable | None = None, seed: int = 0
+    ) -> torch_models.SplitModel:
+        return torch_models.load_student(
+            folder, "m", table or StudentTable(), seed, CPU, torch.float32
+        )
 
     def logits(self, split: Split, tokens: np.ndarray = TOKENS) -> np.ndarray:
         """By the plain model."""
@@ -133,7 +154,11 @@ class Torch:
         kept = {}
         for name, parameter in split.model.named_parameters():
             if parameter.requires_grad or not trained:
-                kept[torch_models.canonical(name)] = parameter.T if parameter.ndim == 2 and torch_models.is_transposed(name) else parameter
+                kept[torch_models.canonical(name)] = (
+                    parameter.T
+                    if parameter.ndim == 2 and torch_models.is_transposed(name)
+                    else parameter
+                )
         return kept
 
     def set_dtype(self, split: Split, dtype: str) -> None:
@@ -141,9 +166,13 @@ class Torch:
 
     # optimizers
 
-    def optimize(self, recipe: Recipe, weights: Arrays, gradients: Sequence[Arrays], rates: Sequence[float]) -> Arrays:
+    def optimize(
+        self, recipe: Recipe, weights: Arrays, gradients: Sequence[Arrays], rates: Sequence[float]
+    ) -> Arrays:
         """The weights after a step per gradient, driven as `apply` drives the recipe's optimizer."""
-        current = {name: torch.tensor(weight, requires_grad=True) for name, weight in weights.items()}
+        current = {
+            name: torch.tensor(weight, requires_grad=True) for name, weight in weights.items()
+        }
         made = torch_backend.make_optimizer(recipe, list(current.values()))
         for gradient, rate in zip(gradients, rates, strict=True):
             for group in made.param_groups:
@@ -170,7 +199,9 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def student_of(framework: Framework, folder: Path, **student) -> Student:
     """A student of the backend, by a recipe whose `[student]` table is given."""
-    recipe = Recipe.model_validate({"student": {"model": "m", **student}, "data": {"source": "rows.jsonl"}})
+    recipe = Recipe.model_validate(
+        {"student": {"model": "m", **student}, "data": {"source": "rows.jsonl"}}
+    )
     return choose_backend(framework.name).load_student(folder, "m", recipe)
 
 
@@ -187,6 +218,9 @@ def perturb(student: Student, seed: int = 3) -> None:
     random = np.random.default_rng(seed)
     with state_of(student) as folder:
         arrays = load_file(folder / "weights.safetensors")
-        moved = {key: array + 0.05 * random.normal(size=array.shape).astype(np.float32) for key, array in sorted(arrays.items())}
+        moved = {
+            key: array + 0.05 * random.normal(size=array.shape).astype(np.float32)
+            for key, array in sorted(arrays.items())
+        }
         save_file(moved, folder / "weights.safetensors")
         student.restore_state(folder, optimizer=False)

@@ -1,8 +1,9 @@
 """What every backend promises (`backends/protocol.py`), tested through its verbs alone.
 
-Another backend joins by its name in `BACKENDS` and its function in `LOGITS`. Gradients are looked at through the optimizer: with
-`SGD` below a step moves each weight by -SCALE times its gradient, so nothing of a backend's inside is needed. The toy backend, with
-which the training loop is tested, keeps the part of the promise that the loop relies on.
+Another backend joins by its name in `BACKENDS` and its function in `LOGITS`. Gradients are looked
+at through the optimizer: with `SGD` below a step moves each weight by -SCALE times its gradient, so
+nothing of a backend's inside is needed. The toy backend, with which the training loop is tested,
+keeps the part of the promise that the loop relies on.
 """
 
 import dataclasses
@@ -36,14 +37,22 @@ LOGITS = {  # [T, V] by the plain model
 
 with_the_toy = pytest.mark.parametrize("backend", [*BACKENDS, "toy"], indirect=True)
 with_optimizers = pytest.mark.parametrize(
-    "backend, optimizer", [(name, optimizer) for name in BACKENDS for optimizer in OPTIMIZERS[name]], indirect=["backend"]
+    "backend, optimizer",
+    [(name, optimizer) for name in BACKENDS for optimizer in OPTIMIZERS[name]],
+    indirect=["backend"],
 )
 
 ROWS = 96
 ALL = ("prompt", "cot", "answer")
 TUNINGS = ["full", "lora", "dora"]
 SCALE = 1e3
-SGD = {"learning_rate": SCALE * 1e6, "beta1": 0.0, "beta2": 0.0, "eps": 1e6, "max_grad_norm": 0.0}  # AdamW: lr g / (|g| + eps)
+SGD = {
+    "learning_rate": SCALE * 1e6,
+    "beta1": 0.0,
+    "beta2": 0.0,
+    "eps": 1e6,
+    "max_grad_norm": 0.0,
+}  # AdamW: lr g / (|g| + eps)
 KD = Objective(kd_weight=0.7, temperature=2.0)
 
 
@@ -54,7 +63,9 @@ def backend(request) -> Backend:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
-    """A folder with a teacher (3 layers, untied) and a student (2 layers, tied) of the same vocabulary."""
+    """A folder with a teacher (3 layers, untied) and a student (2 layers, tied) of the same
+    vocabulary.
+    """
     root = tmp_path_factory.mktemp("models")
     family_folder(root / "teacher", llama_config(layers=3, tied=False, vocabulary=ROWS), seed=1)
     family_folder(root / "student", llama_config(layers=2, vocabulary=ROWS), seed=2)
@@ -66,20 +77,32 @@ def teacher(backend: Backend, root: Path) -> Teacher:
     return backend.load_teacher(root / "teacher", "teacher")
 
 
-def recipe(tuning: str = "full", optim: dict | None = None, chunk_tokens: int = 7, **student) -> Recipe:
-    made = Recipe.model_validate({
-        "student": {"model": "student", "tuning": tuning, **student}, "data": {"source": "rows.jsonl"},
-        "objective": {"chunk_tokens": chunk_tokens},
-    })
-    return with_values(made, optim=SGD if optim is None else optim)  # unchecked: no recipe of a person asks for SGD
+def recipe(
+    tuning: str = "full", optim: dict | None = None, chunk_tokens: int = 7, **student
+) -> Recipe:
+    made = Recipe.model_validate(
+        {
+            "student": {"model": "student", "tuning": tuning, **student},
+            "data": {"source": "rows.jsonl"},
+            "objective": {"chunk_tokens": chunk_tokens},
+        }
+    )
+    return with_values(
+        made, optim=SGD if optim is None else optim
+    )  # unchecked: no recipe of a person asks for SGD
 
 
-def load_student(backend: Backend, root: Path, *args, folder: str = "student", **settings) -> Student:
+def load_student(
+    backend: Backend, root: Path, *args, folder: str = "student", **settings
+) -> Student:
     """A student whose adapters, if any, are not zero (a zero lora_b has no gradient for lora_a)."""
     student = backend.load_student(root / folder, "student", recipe(*args, **settings))
     if student.trainable < student.parameters:
         random = np.random.default_rng(11)
-        moved = {key: array + 0.1 * random.normal(size=array.shape).astype(np.float32) for key, array in sorted(weights(student).items())}
+        moved = {
+            key: array + 0.1 * random.normal(size=array.shape).astype(np.float32)
+            for key, array in sorted(weights(student).items())
+        }
         with TemporaryDirectory() as state:
             student.save_state(Path(state))
             save_file(moved, Path(state) / "weights.safetensors")
@@ -95,7 +118,9 @@ def sequence(length: int, seed: int) -> TokenSequence:
 SEQUENCES = [sequence(length, seed) for seed, length in enumerate((9, 12, 7, 15))]
 
 
-def batch(rows: list[TokenSequence] = SEQUENCES, segments: tuple[str, ...] = ALL, pad_multiple: int = 1) -> Batch:
+def batch(
+    rows: list[TokenSequence] = SEQUENCES, segments: tuple[str, ...] = ALL, pad_multiple: int = 1
+) -> Batch:
     return make_batch(rows, segments, pad_multiple)
 
 
@@ -106,22 +131,36 @@ def weights(student: Student) -> dict[str, np.ndarray]:
         return load_file(Path(folder) / "weights.safetensors")
 
 
-def accumulate(student: Student, teacher: Teacher | None, batches: list[Batch], objective: Objective = KD) -> LossSums:
+def accumulate(
+    student: Student, teacher: Teacher | None, batches: list[Batch], objective: Objective = KD
+) -> LossSums:
     loss_tokens = sum(float(b.weight.sum()) for b in batches)
-    sums = [student.accumulate(b, teacher.targets(b) if teacher else None, objective, loss_tokens) for b in batches]
+    sums = [
+        student.accumulate(b, teacher.targets(b) if teacher else None, objective, loss_tokens)
+        for b in batches
+    ]
     return sum(sums[1:], sums[0])
 
 
-def gradients(student: Student, teacher: Teacher | None, batches: list[Batch], objective: Objective = KD) -> dict[str, np.ndarray]:
+def gradients(
+    student: Student, teacher: Teacher | None, batches: list[Batch], objective: Objective = KD
+) -> dict[str, np.ndarray]:
     """Those that one step over `batches` applies, for a student that trains by `SGD`."""
     before = weights(student)
     accumulate(student, teacher, batches, objective)
     student.apply(SGD["learning_rate"])
-    return {key: (before[key].astype(np.float64) - array) / SCALE for key, array in weights(student).items()}
+    return {
+        key: (before[key].astype(np.float64) - array) / SCALE
+        for key, array in weights(student).items()
+    }
 
 
-def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
-    """Each array within `tolerance` of its largest element (or of a hundredth of the largest of all)."""
+def assert_close(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float = 1e-5
+) -> None:
+    """Each array within `tolerance` of its largest element (or of a hundredth of the largest of
+    all).
+    """
     assert found.keys() == expected.keys()
     largest = max(np.abs(array).max() for array in expected.values())
     assert largest > 0
@@ -138,7 +177,13 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 def assert_sums(found: LossSums, expected: LossSums, tolerance: float = 1e-5) -> None:
     for field in dataclasses.fields(LossSums):
-        np.testing.assert_allclose(getattr(found, field.name), getattr(expected, field.name), rtol=tolerance, atol=1e-9, err_msg=field.name)
+        np.testing.assert_allclose(
+            getattr(found, field.name),
+            getattr(expected, field.name),
+            rtol=tolerance,
+            atol=1e-9,
+            err_msg=field.name,
+        )
 
 
 # Accumulation
@@ -146,21 +191,33 @@ def assert_sums(found: LossSums, expected: LossSums, tolerance: float = 1e-5) ->
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 38, 39, 40])
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_chunked_is_whole(backend: Backend, root: Path, teacher: Teacher, tuning: str, chunk_tokens: int):
-    whole, chunked = (load_student(backend, root, tuning, chunk_tokens=size) for size in (1000, chunk_tokens))
+def test_chunked_is_whole(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str, chunk_tokens: int
+):
+    whole, chunked = (
+        load_student(backend, root, tuning, chunk_tokens=size) for size in (1000, chunk_tokens)
+    )
     assert len(batch().positions) == 39
-    assert_sums(chunked.score(batch(), teacher.targets(batch()), KD), whole.score(batch(), teacher.targets(batch()), KD))
+    assert_sums(
+        chunked.score(batch(), teacher.targets(batch()), KD),
+        whole.score(batch(), teacher.targets(batch()), KD),
+    )
     assert_close(gradients(chunked, teacher, [batch()]), gradients(whole, teacher, [batch()]))
 
 
 def test_a_chunk_nobody_asked_for_is_the_devices(backend: Backend, root: Path):
     chosen = {"mlx": 128, "torch": 512}
-    assert load_student(backend, root, chunk_tokens=0).chunk_tokens == chosen[backend.device().backend]
+    assert (
+        load_student(backend, root, chunk_tokens=0).chunk_tokens == chosen[backend.device().backend]
+    )
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
 def test_two_batches_are_their_union(backend: Backend, root: Path, teacher: Teacher, tuning: str):
-    parts = [batch(SEQUENCES[:1]), batch(SEQUENCES[1:])]  # 8 and 31 loss positions: a mean of means would show
+    parts = [
+        batch(SEQUENCES[:1]),
+        batch(SEQUENCES[1:]),
+    ]  # 8 and 31 loss positions: a mean of means would show
     one, two = load_student(backend, root, tuning), load_student(backend, root, tuning)
     assert_sums(accumulate(one, teacher, parts), accumulate(two, teacher, [batch()]))
     assert one.apply(0.0) == pytest.approx(two.apply(0.0), rel=1e-5)
@@ -168,7 +225,9 @@ def test_two_batches_are_their_union(backend: Backend, root: Path, teacher: Teac
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_the_gradient_is_the_slope_of_the_loss(backend: Backend, root: Path, teacher: Teacher, tuning: str):
+def test_the_gradient_is_the_slope_of_the_loss(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str
+):
     student, objective = load_student(backend, root, tuning), Objective(kd_weight=0.5)
 
     def loss() -> float:
@@ -183,12 +242,20 @@ def test_the_gradient_is_the_slope_of_the_loss(backend: Backend, root: Path, tea
 
 
 @pytest.mark.parametrize("tuning", ["full", "dora"])
-def test_micro_batching_changes_nothing(backend: Backend, root: Path, teacher: Teacher, tuning: str):
+def test_micro_batching_changes_nothing(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str
+):
     optim = {"learning_rate": 1e-3, "eps": 1e-6, "weight_decay": 0.1}
     results = []
     for size in (1, 2, 4):
         student = load_student(backend, root, tuning, optim)
-        steps = Steps(SEQUENCES, ("cot", "answer"), BatchTable(micro_batch_size=size, global_batch_size=4, pad_multiple=4), seed=0, steps=3)
+        steps = Steps(
+            SEQUENCES,
+            ("cot", "answer"),
+            BatchTable(micro_batch_size=size, global_batch_size=4, pad_multiple=4),
+            seed=0,
+            steps=3,
+        )
         for step in steps:
             assert len(step.batches) == 4 // size
             for part in step.batches:
@@ -210,10 +277,15 @@ def test_padding_and_dead_positions_do_not_matter(backend: Backend, root: Path, 
     assert loose.tokens.shape[1] == 64 and dead.sum() == 25
     random = np.random.default_rng(0)
     loose.positions[dead] = random.integers(0, loose.tokens.size, dead.sum())
-    loose.targets[dead], loose.segment[dead] = random.integers(0, ROWS, dead.sum()), random.integers(0, 3, dead.sum())
+    loose.targets[dead], loose.segment[dead] = (
+        random.integers(0, ROWS, dead.sum()),
+        random.integers(0, 3, dead.sum()),
+    )
     loose.tokens[np.arange(64) >= loose.lengths[:, None]] = 77
     one, two = load_student(backend, root), load_student(backend, root)
-    assert_sums(two.score(loose, teacher.targets(loose), KD), one.score(tight, teacher.targets(tight), KD))
+    assert_sums(
+        two.score(loose, teacher.targets(loose), KD), one.score(tight, teacher.targets(tight), KD)
+    )
     assert_close(gradients(two, teacher, [loose]), gradients(one, teacher, [tight]))
 
 
@@ -221,16 +293,23 @@ def test_padding_and_dead_positions_do_not_matter(backend: Backend, root: Path, 
 def test_sums_belong_to_their_segments(backend: Backend, root: Path, teacher: Teacher):
     student = load_student(backend, root)
     whole = student.score(batch(), teacher.targets(batch()), KD)
-    assert whole.tokens.tolist() == [np.sum(batch().segment == s) for s in range(3)] and whole.kd.dtype == np.float64
+    assert (
+        whole.tokens.tolist() == [np.sum(batch().segment == s) for s in range(3)]
+        and whole.kd.dtype == np.float64
+    )
     for index, name in enumerate(ALL):
         part = student.score(batch(segments=(name,)), teacher.targets(batch(segments=(name,))), KD)
         for field in ("kd", "ce", "agree", "tokens"):
-            assert getattr(part, field)[index] == pytest.approx(getattr(whole, field)[index], rel=1e-5)
+            assert getattr(part, field)[index] == pytest.approx(
+                getattr(whole, field)[index], rel=1e-5
+            )
             assert getattr(part, field).sum() == getattr(part, field)[index]
 
 
 @with_the_toy
-def test_score_is_accumulates_sums_and_changes_nothing(backend: Backend, root: Path, teacher: Teacher):
+def test_score_is_accumulates_sums_and_changes_nothing(
+    backend: Backend, root: Path, teacher: Teacher
+):
     one, two = load_student(backend, root), load_student(backend, root)
     other, before = batch(SEQUENCES[:2]), weights(one)
     accumulate(two, teacher, [batch()])
@@ -243,26 +322,41 @@ def test_score_is_accumulates_sums_and_changes_nothing(backend: Backend, root: P
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_plain_fine_tuning_needs_no_targets(backend: Backend, root: Path, teacher: Teacher, tuning: str):
+def test_plain_fine_tuning_needs_no_targets(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str
+):
     one, two = load_student(backend, root, tuning), load_student(backend, root, tuning)
     sums = one.score(batch(), None, Objective(kd_weight=0))
     assert not sums.kd.any() and not sums.agree.any() and sums.ce.all()
     with_teacher = two.score(batch(), teacher.targets(batch()), Objective(kd_weight=0))
     np.testing.assert_allclose(sums.ce, with_teacher.ce, rtol=1e-6)
-    assert_close(gradients(one, None, [batch()], Objective(kd_weight=0)), gradients(two, teacher, [batch()], Objective(kd_weight=0)))
+    assert_close(
+        gradients(one, None, [batch()], Objective(kd_weight=0)),
+        gradients(two, teacher, [batch()], Objective(kd_weight=0)),
+    )
 
 
 @with_the_toy
 def test_a_student_that_is_its_teacher_has_no_divergence(backend: Backend, root: Path):
-    student, teacher = load_student(backend, root), backend.load_teacher(root / "student", "teacher")
+    student, teacher = (
+        load_student(backend, root),
+        backend.load_teacher(root / "student", "teacher"),
+    )
     sums = student.score(batch(), teacher.targets(batch()), Objective(kd_weight=1))
     assert np.abs(sums.kd).max() < 1e-5 and np.array_equal(sums.agree, sums.tokens)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_bfloat16_is_for_computing_only(backend: Backend, root: Path, teacher: Teacher, tuning: str):
-    """What trains stays in float32, where a small update is not swallowed, and the gradient is nearly that of float32."""
-    half, single = (load_student(backend, root, tuning, compute_dtype=dtype) for dtype in ("bfloat16", "float32"))
+def test_bfloat16_is_for_computing_only(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str
+):
+    """What trains stays in float32, where a small update is not swallowed, and the gradient is
+    nearly that of float32.
+    """
+    half, single = (
+        load_student(backend, root, tuning, compute_dtype=dtype)
+        for dtype in ("bfloat16", "float32")
+    )
     before = weights(half)
     assert {array.dtype for array in before.values()} == {np.dtype(np.float32)}
     found, expected = gradients(half, teacher, [batch()]), gradients(single, teacher, [batch()])
@@ -272,16 +366,23 @@ def test_bfloat16_is_for_computing_only(backend: Backend, root: Path, teacher: T
     small = load_student(backend, root, tuning, {"learning_rate": 1e-6}, compute_dtype="bfloat16")
     accumulate(small, teacher, [batch()])
     small.apply(1e-6)
-    moved = np.concatenate([(weights(small)[key] != array).ravel() for key, array in before.items()])
+    moved = np.concatenate(
+        [(weights(small)[key] != array).ravel() for key, array in before.items()]
+    )
     assert moved.mean() > 0.5
 
 
 def test_the_model_at_rest_holds_its_own_weights(backend: Backend, root: Path, teacher: Teacher):
-    """Not those a forward pass was traced or computed with, even after a refusal in the middle of one."""
+    """Not those a forward pass was traced or computed with, even after a refusal in the middle of
+    one.
+    """
     student, good = load_student(backend, root, compute_dtype="bfloat16"), batch()
     bad, targets = dataclasses.replace(good, positions=good.positions + 1000), teacher.targets(good)
     before = LOGITS[backend.name](student, [1, 2, 3])
-    for method, arguments in ((student.accumulate, (targets, KD, 1.0)), (student.score, (targets, KD))):
+    for method, arguments in (
+        (student.accumulate, (targets, KD, 1.0)),
+        (student.score, (targets, KD)),
+    ):
         method(good, *arguments)
         assert LOGITS[backend.name](student, [1, 2, 3]).tobytes() == before.tobytes()
         with pytest.raises(IndexError):
@@ -297,7 +398,11 @@ def test_indices_out_of_range_are_refused(backend: Backend, root: Path, teacher:
     student, fresh, good = load_student(backend, root), load_student(backend, root), batch()
     targets = teacher.targets(good)
     for field, place, value in (
-        ("positions", 3, -1), ("positions", 0, good.tokens.size), ("targets", 5, -1), ("targets", 5, ROWS), ("tokens", (0, 0), ROWS),
+        ("positions", 3, -1),
+        ("positions", 0, good.tokens.size),
+        ("targets", 5, -1),
+        ("targets", 5, ROWS),
+        ("tokens", (0, 0), ROWS),
     ):
         array = getattr(good, field).copy()
         array[place] = value
@@ -309,14 +414,21 @@ def test_indices_out_of_range_are_refused(backend: Backend, root: Path, teacher:
         if field != "targets":
             with pytest.raises(IndexError, match=field):
                 teacher.targets(bad)
-    assert_same(gradients(student, teacher, [good]), gradients(fresh, teacher, [good]))  # nothing of it stayed
+    assert_same(
+        gradients(student, teacher, [good]), gradients(fresh, teacher, [good])
+    )  # nothing of it stayed
 
 
 @pytest.mark.parametrize("poison", [np.nan, 1e38])
 @with_optimizers
-def test_a_gradient_that_is_not_finite_changes_nothing(backend: Backend, root: Path, teacher: Teacher, optimizer: str, poison: float):
+def test_a_gradient_that_is_not_finite_changes_nothing(
+    backend: Backend, root: Path, teacher: Teacher, optimizer: str, poison: float
+):
     optim = {"optimizer": optimizer, "weight_decay": 0.1}
-    student, fresh = load_student(backend, root, optim=optim), load_student(backend, root, optim=optim)
+    student, fresh = (
+        load_student(backend, root, optim=optim),
+        load_student(backend, root, optim=optim),
+    )
     bad = batch()
     bad.weight[2] = poison
     for one in (student, fresh):
@@ -336,7 +448,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend: Backend, root: P
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_the_gradient_is_clipped_to_its_norm(backend: Backend, root: Path, teacher: Teacher, tuning: str):
+def test_the_gradient_is_clipped_to_its_norm(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str
+):
     free = gradients(load_student(backend, root, tuning), teacher, [batch()])
     norm = math.sqrt(sum((array.astype(np.float64) ** 2).sum() for array in free.values()))
     for limit in (norm / 3, norm * 3, 0.0):
@@ -346,7 +460,11 @@ def test_the_gradient_is_clipped_to_its_norm(backend: Backend, root: Path, teach
         assert student.apply(SGD["learning_rate"]) == pytest.approx(norm, rel=1e-5)
         scale = 1 / 3 if limit == norm / 3 else 1
         after = weights(student)
-        assert_close({key: (before[key] - after[key]) / SCALE for key in before}, {key: scale * array for key, array in free.items()}, 3e-5)
+        assert_close(
+            {key: (before[key] - after[key]) / SCALE for key in before},
+            {key: scale * array for key, array in free.items()},
+            3e-5,
+        )
 
 
 # The vocabulary
@@ -355,7 +473,11 @@ def test_the_gradient_is_clipped_to_its_norm(backend: Backend, root: Path, teach
 def cut_folder(source: Path, target: Path, rows: int) -> Path:
     """The same model with the first `rows` rows of its embedding and head."""
     target.mkdir()
-    config = (source / "config.json").read_text().replace(f'"vocab_size": {ROWS}', f'"vocab_size": {rows}')
+    config = (
+        (source / "config.json")
+        .read_text()
+        .replace(f'"vocab_size": {ROWS}', f'"vocab_size": {rows}')
+    )
     (target / "config.json").write_text(config)
     tensors = load_file(source / "model.safetensors")
     cut = {key: array[:rows] if len(array) == ROWS else array for key, array in tensors.items()}
@@ -370,19 +492,32 @@ def test_padded_heads_are_cut_to_the_common_ids(
 ):
     common = 75
     rows = [dataclasses.replace(s, tokens=s.tokens % common) for s in SEQUENCES]
-    folders = {size: {name: cut_folder(root / name, tmp_path / f"{name}{size}", size) for name in ("teacher", "student")}
-               for size in {teacher_rows, student_rows, common} - {ROWS}} | {ROWS: {n: root / n for n in ("teacher", "student")}}
+    folders = {
+        size: {
+            name: cut_folder(root / name, tmp_path / f"{name}{size}", size)
+            for name in ("teacher", "student")
+        }
+        for size in {teacher_rows, student_rows, common} - {ROWS}
+    } | {ROWS: {n: root / n for n in ("teacher", "student")}}
     found, expected = [], []
     for results, (t, s) in ((found, (teacher_rows, student_rows)), (expected, (common, common))):
         teacher = backend.load_teacher(folders[t]["teacher"], "teacher")
         student = load_student(backend, tmp_path, tuning, folder=folders[s]["student"])
         assert (teacher.vocabulary_rows, student.vocabulary_rows) == (t, s)
         student.vocabulary = common
-        results += [student.score(batch(rows), teacher.targets(batch(rows)), KD), gradients(student, teacher, [batch(rows)])]
+        results += [
+            student.score(batch(rows), teacher.targets(batch(rows)), KD),
+            gradients(student, teacher, [batch(rows)]),
+        ]
     assert_sums(found[0], expected[0])
-    cut = {key: array[:common] if len(array) == student_rows else array for key, array in found[1].items()}
+    cut = {
+        key: array[:common] if len(array) == student_rows else array
+        for key, array in found[1].items()
+    }
     assert_close(cut, expected[1])
-    assert all(not array[common:].any() for array in found[1].values() if len(array) == student_rows)
+    assert all(
+        not array[common:].any() for array in found[1].values() if len(array) == student_rows
+    )
 
 
 # The teacher
@@ -390,23 +525,40 @@ def test_padded_heads_are_cut_to_the_common_ids(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_leaves_the_teacher_alone(backend: Backend, root: Path, checkpointing: bool):
-    """Bit for bit, even where teacher and student are one folder and the student's blocks are checkpointed."""
+    """Bit for bit, even where teacher and student are one folder and the student's blocks are
+    checkpointed.
+    """
     teacher = backend.load_teacher(root / "student", "teacher")
     observer = load_student(backend, root)
-    before = observer.score(batch(), teacher.targets(batch()), KD), LOGITS[backend.name](teacher, [1, 2, 3])
-    student = load_student(backend, root, optim={"learning_rate": 1e-2}, gradient_checkpointing=checkpointing)
+    before = (
+        observer.score(batch(), teacher.targets(batch()), KD),
+        LOGITS[backend.name](teacher, [1, 2, 3]),
+    )
+    student = load_student(
+        backend, root, optim={"learning_rate": 1e-2}, gradient_checkpointing=checkpointing
+    )
     start = weights(student)
     for _ in range(3):
         accumulate(student, teacher, [batch()])
         student.apply(1e-2)
     assert max(np.abs(array - start[key]).max() for key, array in weights(student).items()) > 1e-2
-    after = observer.score(batch(), teacher.targets(batch()), KD), LOGITS[backend.name](teacher, [1, 2, 3])
-    assert before[0].kd.tobytes() == after[0].kd.tobytes() and before[1].tobytes() == after[1].tobytes()
+    after = (
+        observer.score(batch(), teacher.targets(batch()), KD),
+        LOGITS[backend.name](teacher, [1, 2, 3]),
+    )
+    assert (
+        before[0].kd.tobytes() == after[0].kd.tobytes()
+        and before[1].tobytes() == after[1].tobytes()
+    )
 
 
 @pytest.mark.parametrize("tuning", TUNINGS)
-def test_gradient_checkpointing_changes_no_gradient(backend: Backend, root: Path, teacher: Teacher, tuning: str):
-    plain, frugal = (load_student(backend, root, tuning, gradient_checkpointing=on) for on in (False, True))
+def test_gradient_checkpointing_changes_no_gradient(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str
+):
+    plain, frugal = (
+        load_student(backend, root, tuning, gradient_checkpointing=on) for on in (False, True)
+    )
     assert_sums(accumulate(frugal, teacher, [batch()]), accumulate(plain, teacher, [batch()]), 1e-6)
     plain.apply(0.0), frugal.apply(0.0)
     assert_close(gradients(frugal, teacher, [batch()]), gradients(plain, teacher, [batch()]), 1e-6)
@@ -426,9 +578,14 @@ def generate_greedily(model: Model) -> dict[str, np.ndarray]:
 def test_a_restored_student_takes_the_same_next_steps(
     backend: Backend, root: Path, teacher: Teacher, tuning: str, optimizer: str, tmp_path: Path
 ):
-    """To the bit on a CPU, whatever the restoring student had done before; the gradient is clipped, so its norm counts."""
+    """To the bit on a CPU, whatever the restoring student had done before; the gradient is clipped,
+    so its norm counts.
+    """
     optim = {"optimizer": optimizer, "weight_decay": 0.1, "max_grad_norm": 0.1}
-    student, other = load_student(backend, root, tuning, optim), load_student(backend, root, tuning, optim)
+    student, other = (
+        load_student(backend, root, tuning, optim),
+        load_student(backend, root, tuning, optim),
+    )
     parts = [batch(SEQUENCES[:2]), batch(SEQUENCES[2:])]
     for part in parts:
         accumulate(student, teacher, [part])
@@ -451,9 +608,14 @@ def test_a_restored_student_takes_the_same_next_steps(
     assert student.state_bytes() <= files < 1.2 * student.state_bytes() + 20_000
 
 
-def test_weights_are_restored_without_the_optimizer(backend: Backend, root: Path, teacher: Teacher, tmp_path: Path):
+def test_weights_are_restored_without_the_optimizer(
+    backend: Backend, root: Path, teacher: Teacher, tmp_path: Path
+):
     optim = {"weight_decay": 0.1}
-    student, fresh = load_student(backend, root, optim=optim), load_student(backend, root, optim=optim)
+    student, fresh = (
+        load_student(backend, root, optim=optim),
+        load_student(backend, root, optim=optim),
+    )
     accumulate(student, teacher, [batch()])
     student.apply(1e-2)
     student.save_state(tmp_path)
@@ -473,11 +635,21 @@ def test_another_students_state_is_refused(backend: Backend, root: Path, tmp_pat
 
 
 def test_counts(backend: Backend, root: Path, teacher: Teacher):
-    full, lora = load_student(backend, root), load_student(backend, root, "lora", rank=4, lora_targets=["q_proj"])
+    full, lora = (
+        load_student(backend, root),
+        load_student(backend, root, "lora", rank=4, lora_targets=["q_proj"]),
+    )
     tensors = load_file(root / "student" / "model.safetensors")
-    assert full.trainable == full.parameters == lora.parameters == sum(array.size for array in tensors.values())
+    assert (
+        full.trainable
+        == full.parameters
+        == lora.parameters
+        == sum(array.size for array in tensors.values())
+    )
     assert lora.trainable == 2 * 4 * (32 + 32)
-    assert teacher.parameters == sum(array.size for array in load_file(root / "teacher" / "model.safetensors").values())
+    assert teacher.parameters == sum(
+        array.size for array in load_file(root / "teacher" / "model.safetensors").values()
+    )
     backend.reset_peak_memory()
     accumulate(full, teacher, [batch()])
     assert backend.memory().peak_bytes >= backend.memory().active_bytes > 4 * full.parameters
@@ -489,18 +661,30 @@ def test_counts(backend: Backend, root: Path, teacher: Teacher):
 PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1], [40, 41], [5, 6, 7, 8]]
 
 
-def naive(backend: Backend, model: Model, prompt: list[int], count: int, stop_ids: frozenset[int] = frozenset()) -> list[int]:
+def naive(
+    backend: Backend,
+    model: Model,
+    prompt: list[int],
+    count: int,
+    stop_ids: frozenset[int] = frozenset(),
+) -> list[int]:
     """Greedy generation by the plain model over the whole text so far."""
     ids = list(prompt)
     while len(ids) < len(prompt) + count and not (len(ids) > len(prompt) and ids[-1] in stop_ids):
         ids.append(int(LOGITS[backend.name](model, ids)[-1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
 @pytest.mark.parametrize("which", ["teacher", "full", "dora"])
-def test_greedy_generation_is_the_naive_loop(backend: Backend, root: Path, teacher: Teacher, which: str, batch_size: int):
-    model = teacher if which == "teacher" else load_student(backend, root, which, optim={"learning_rate": 1e-2})
+def test_greedy_generation_is_the_naive_loop(
+    backend: Backend, root: Path, teacher: Teacher, which: str, batch_size: int
+):
+    model = (
+        teacher
+        if which == "teacher"
+        else load_student(backend, root, which, optim={"learning_rate": 1e-2})
+    )
     if which != "teacher":  # what is generated with are the weights of now
         accumulate(model, teacher, [batch()])
         model.apply(1e-2)
@@ -518,12 +702,16 @@ def test_stop_ids_end_a_generation(backend: Backend, teacher: Teacher):
     assert found == [naive(backend, teacher, prompt, 10, stop_ids) for prompt in PROMPTS]
     assert found[0][-1] in stop_ids and len(found[0]) <= 3
     assert {len(ids) for ids in found} != {10}
-    assert teacher.generate(PROMPTS[:1], 1, 0.0, 1.0, 0, 3, frozenset(), lambda n: None) == [free[0][:1]]
+    assert teacher.generate(PROMPTS[:1], 1, 0.0, 1.0, 0, 3, frozenset(), lambda n: None) == [
+        free[0][:1]
+    ]
 
 
 def test_sampling_is_a_function_of_the_seed(backend: Backend, teacher: Teacher):
     def sample(seed: int, temperature: float = 1.0, top_p: float = 1.0) -> list[list[int]]:
-        return teacher.generate(PROMPTS, 12, temperature, top_p, seed, 8, frozenset(), lambda n: None)
+        return teacher.generate(
+            PROMPTS, 12, temperature, top_p, seed, 8, frozenset(), lambda n: None
+        )
 
     assert sample(1) == sample(1) != sample(2)
     greedy = [naive(backend, teacher, prompt, 12) for prompt in PROMPTS]
@@ -537,6 +725,15 @@ def test_the_temperature_comes_before_the_cut_to_top_p():
 
     rows = mx.log(mx.array([[0.5, 0.3, 0.2]] * 400))
     mx.random.seed(0)
-    found = {(t, p): set(_sampler(t, p)(rows).tolist()) for t, p in ((2.0, 0.75), (1.0, 0.75), (0.5, 0.6), (1.0, 0.6), (1.0, 1.0))}
+    found = {
+        (t, p): set(_sampler(t, p)(rows).tolist())
+        for t, p in ((2.0, 0.75), (1.0, 0.75), (0.5, 0.6), (1.0, 0.6), (1.0, 1.0))
+    }
     # at T = 2 the probabilities are 0.42, 0.32, 0.26; at T = 0.5 they are 0.66, 0.24, 0.11
-    assert found == {(2.0, 0.75): {0, 1, 2}, (1.0, 0.75): {0, 1}, (0.5, 0.6): {0}, (1.0, 0.6): {0, 1}, (1.0, 1.0): {0, 1, 2}}
+    assert found == {
+        (2.0, 0.75): {0, 1, 2},
+        (1.0, 0.75): {0, 1},
+        (0.5, 0.6): {0},
+        (1.0, 0.6): {0, 1},
+        (1.0, 1.0): {0, 1, 2},
+    }

@@ -1,4 +1,6 @@
-"""The chunked loss of every framework against the float64 definitions and against the dense float32 formula it replaces."""
+"""The chunked loss of every framework against the float64 definitions and against the dense float32
+formula it replaces.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -34,12 +36,17 @@ class Case:
         return self.teacher_hidden.astype(np.float64) @ self.teacher_matrix.T.astype(np.float64)
 
 
-def make_case(seed: int, rows: int = 31, vocab: int = 203, temper: str = "plain", masked: bool = True) -> Case:
+def make_case(
+    seed: int, rows: int = 31, vocab: int = 203, temper: str = "plain", masked: bool = True
+) -> Case:
     """`temper`: "plain", "peaked" (large logits) or "onehot" (a teacher that is nearly sure)."""
     rng = np.random.default_rng(seed)
     scale = {"plain": 0.2, "peaked": 3.0, "onehot": 1.0}[temper]
     hidden, teacher_hidden = rng.normal(size=(rows, 24)), rng.normal(size=(rows, 16))
-    matrix, teacher_matrix = scale * rng.normal(size=(vocab, 24)), scale * rng.normal(size=(vocab, 16))
+    matrix, teacher_matrix = (
+        scale * rng.normal(size=(vocab, 24)),
+        scale * rng.normal(size=(vocab, 16)),
+    )
     targets = rng.integers(0, vocab, rows).astype(np.int32)
     if temper == "onehot":
         teacher_hidden = 3 * teacher_matrix[targets]
@@ -49,23 +56,41 @@ def make_case(seed: int, rows: int = 31, vocab: int = 203, temper: str = "plain"
     return Case(hidden, matrix, teacher_hidden, teacher_matrix, targets, weight)
 
 
-def exact(case: Case, objective: Objective, teacher_logits: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def exact(
+    case: Case, objective: Objective, teacher_logits: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """The float64 answer; with loss_tokens = rows."""
     teacher_logits = case.teacher_logits if teacher_logits is None else teacher_logits
     weight, rows = case.weight.astype(np.float64), len(case.weight)
     live = weight != 0
-    slope = definition.grad(case.logits, teacher_logits, case.targets, objective) * weight[:, None] / rows
-    total = (definition.loss(case.logits, teacher_logits, case.targets, objective) * weight).sum() / rows
+    slope = (
+        definition.grad(case.logits, teacher_logits, case.targets, objective)
+        * weight[:, None]
+        / rows
+    )
+    total = (
+        definition.loss(case.logits, teacher_logits, case.targets, objective) * weight
+    ).sum() / rows
     kd = definition.divergence(case.logits, teacher_logits, objective) * live
     ce = definition.cross_entropy(case.logits, case.targets) * live
-    return dict(zip(NAMES, (total, kd, ce, slope @ case.matrix, slope.T @ case.hidden), strict=True))
+    return dict(
+        zip(NAMES, (total, kd, ce, slope @ case.matrix, slope.T @ case.hidden), strict=True)
+    )
 
 
 def answer(
-    framework: Framework, case: Case, objective: Objective, chunk: int = 8, head=None, matrix=None, loss_tokens: float | None = None,
+    framework: Framework,
+    case: Case,
+    objective: Objective,
+    chunk: int = 8,
+    head=None,
+    matrix=None,
+    loss_tokens: float | None = None,
     **options,
 ) -> dict[str, np.ndarray]:
-    """Float64 loss, rows and gradients by `kd_loss`; the teacher's head is its matrix unless given, False is no teacher."""
+    """Float64 loss, rows and gradients by `kd_loss`; the teacher's head is its matrix unless given,
+    False is no teacher.
+    """
     if head is None:
         head = framework.loss.MatrixHead(framework.array(case.teacher_matrix))
     teacher = (framework.array(case.teacher_hidden), head) if head else (None, None)
@@ -73,22 +98,44 @@ def answer(
     divisor = float(len(case.weight)) if loss_tokens is None else loss_tokens
 
     def total(hidden, matrix) -> tuple:
-        return tuple(framework.loss.kd_loss(hidden, matrix, *teacher, *rest, objective, divisor, chunk, **{"train_head": True} | options))
+        return tuple(
+            framework.loss.kd_loss(
+                hidden,
+                matrix,
+                *teacher,
+                *rest,
+                objective,
+                divisor,
+                chunk,
+                **{"train_head": True} | options,
+            )
+        )
 
     return evaluate(framework, total, case, matrix)
 
 
 def evaluate(framework: Framework, function, case: Case, matrix=None) -> dict[str, np.ndarray]:
-    """Of `function(hidden, matrix) -> loss, kd, ce(, agree)` and the gradients of the loss, as float64."""
+    """Of `function(hidden, matrix) -> loss, kd, ce(, agree)` and the gradients of the loss, as
+    float64.
+    """
     matrix = framework.array(case.matrix) if matrix is None else matrix
     outputs, gradients = framework.differentiate(function, framework.array(case.hidden), matrix)
     arrays = (*outputs[:3], *gradients, *outputs[3:])
-    return dict(zip((*NAMES, "agree"), (framework.numpy(x).astype(np.float64) for x in arrays), strict=False))
+    return dict(
+        zip(
+            (*NAMES, "agree"), (framework.numpy(x).astype(np.float64) for x in arrays), strict=False
+        )
+    )
 
 
 def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, np.ndarray]:
     """The same from the dense float32 formula and the framework's own derivatives."""
-    xp, beta, alpha, temperature = framework.xp, objective.jsd_beta, objective.skew_alpha, objective.temperature
+    xp, beta, alpha, temperature = (
+        framework.xp,
+        objective.jsd_beta,
+        objective.skew_alpha,
+        objective.temperature,
+    )
     targets, weight, teacher_hidden, teacher_matrix = map(
         framework.array, (case.targets, case.weight, case.teacher_hidden, case.teacher_matrix)
     )
@@ -105,13 +152,18 @@ def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, n
         t = log_softmax(teacher_hidden @ teacher_matrix.T / temperature)
         m = xp.logaddexp(math.log(beta) + t, math.log1p(-beta) + s)
         kd = {
-            "forward_kl": lambda: kl(t, s), "reverse_kl": lambda: kl(s, t),
+            "forward_kl": lambda: kl(t, s),
+            "reverse_kl": lambda: kl(s, t),
             "jsd": lambda: beta * kl(t, m) + (1 - beta) * kl(s, m),
             "skew_kl": lambda: kl(t, xp.logaddexp(math.log(alpha) + t, math.log1p(-alpha) + s)),
-            "skew_reverse_kl": lambda: kl(s, xp.logaddexp(math.log(alpha) + s, math.log1p(-alpha) + t)),
+            "skew_reverse_kl": lambda: kl(
+                s, xp.logaddexp(math.log(alpha) + s, math.log1p(-alpha) + t)
+            ),
         }[objective.divergence]() * objective.divergence_scale
         ce = -log_softmax(logits)[xp.arange(len(case.targets)), targets]
-        total = ((objective.kd_weight * kd + (1 - objective.kd_weight) * ce) * weight).sum() / len(case.weight)
+        total = ((objective.kd_weight * kd + (1 - objective.kd_weight) * ce) * weight).sum() / len(
+            case.weight
+        )
         live = weight != 0
         return total, xp.where(live, kd, 0.0), xp.where(live, ce, 0.0)
 
@@ -122,16 +174,30 @@ def error(got: dict[str, np.ndarray], want: dict[str, np.ndarray], name: str) ->
     return float(np.sqrt(np.mean((got[name] - want[name]) ** 2)))
 
 
-def assert_no_worse(got: dict[str, np.ndarray], naive: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    """At most twice the formula's error. The loss is one number, right by luck at times: luck is worth no more than rounding it."""
+def assert_no_worse(
+    got: dict[str, np.ndarray], naive: dict[str, np.ndarray], want: dict[str, np.ndarray]
+) -> None:
+    """At most twice the formula's error. The loss is one number, right by luck at times: luck is
+    worth no more than rounding it.
+    """
     for name in NAMES:
         rounding = 2 * EPSILON * abs(want["loss"]) if name == "loss" else 0.0
         assert error(got, want, name) <= 2 * max(error(naive, want, name), rounding), name
 
 
-BLOCKS = {  # how the walk is cut: MLX's by logits of a block, torch's by positions, and by rows of a head in half precision
-    "mlx, many blocks": ("mlx", "BLOCK_ELEMENTS", dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 300)),
-    "mlx, one block": ("mlx", "BLOCK_ELEMENTS", dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 2**20)),
+# how the walk is cut: MLX's by logits of a block, torch's by positions, and by rows of a head in
+# half precision
+BLOCKS = {
+    "mlx, many blocks": (
+        "mlx",
+        "BLOCK_ELEMENTS",
+        dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 300),
+    ),
+    "mlx, one block": (
+        "mlx",
+        "BLOCK_ELEMENTS",
+        dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 2**20),
+    ),
     "torch, three positions at once": ("torch", "ROWS_AT_ONCE", 3),
     "torch, 50 rows of a head at once": ("torch", "BLOCK_ROWS", 50),
 }
@@ -164,16 +230,26 @@ def test_error_is_at_most_twice_that_of_the_dense_float32_formula(
 def test_a_real_vocabulary_is_summed_no_worse_than_densely(framework: Framework, divergence: str):
     objective = Objective(divergence, 0.5, 0.5)
     case = make_case(0, rows=9, vocab=151_936, masked=False)
-    assert_no_worse(answer(framework, case, objective, 4), dense(framework, case, objective), exact(case, objective))
+    assert_no_worse(
+        answer(framework, case, objective, 4),
+        dense(framework, case, objective),
+        exact(case, objective),
+    )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 17])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])
-def test_chunked_equals_whole_at_odd_sizes(walker: Framework, divergence: str, rows: int, kd_weight: float):
+def test_chunked_equals_whole_at_odd_sizes(
+    walker: Framework, divergence: str, rows: int, kd_weight: float
+):
     objective = Objective(divergence, 0.3, kd_weight, 1.5)
     case = make_case(rows, rows=rows)
-    whole, chunked, want = answer(walker, case, objective, 1000), answer(walker, case, objective, 8), exact(case, objective)
+    whole, chunked, want = (
+        answer(walker, case, objective, 1000),
+        answer(walker, case, objective, 8),
+        exact(case, objective),
+    )
     for name in NAMES:
         assert chunked[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
         assert chunked[name] == pytest.approx(want[name], rel=1e-5, abs=2e-6), name
@@ -184,17 +260,37 @@ def test_masked_equals_filtered_whatever_the_masked_rows_hold(walker: Framework,
     objective = Objective(divergence, 0.3, 0.4, 2.0)
     case = make_case(0)
     live = case.weight != 0
-    poisoned = [np.where(live[:, None], x, np.nan).astype(np.float32) for x in (case.hidden, case.teacher_hidden)]
-    masked = answer(walker, replace(case, hidden=poisoned[0], teacher_hidden=poisoned[1]), objective, 4)
-    filtered = answer(walker, Case(case.hidden[live], case.matrix, case.teacher_hidden[live], case.teacher_matrix,
-                                   case.targets[live], case.weight[live]), objective, 4)
+    poisoned = [
+        np.where(live[:, None], x, np.nan).astype(np.float32)
+        for x in (case.hidden, case.teacher_hidden)
+    ]
+    masked = answer(
+        walker, replace(case, hidden=poisoned[0], teacher_hidden=poisoned[1]), objective, 4
+    )
+    filtered = answer(
+        walker,
+        Case(
+            case.hidden[live],
+            case.matrix,
+            case.teacher_hidden[live],
+            case.teacher_matrix,
+            case.targets[live],
+            case.weight[live],
+        ),
+        objective,
+        4,
+    )
     share = live.mean()  # `answer` divides by the rows it is given
     for name in ("kd", "ce"):
         assert masked[name][live] == pytest.approx(filtered[name], rel=1e-5, abs=1e-6)
         assert not masked[name][~live].any()
     assert masked["loss"] == pytest.approx(filtered["loss"] * share, rel=1e-5)
-    assert masked["weight_grad"] == pytest.approx(filtered["weight_grad"] * share, rel=1e-4, abs=1e-6)
-    assert masked["hidden_grad"][live] == pytest.approx(filtered["hidden_grad"] * share, rel=1e-4, abs=1e-6)
+    assert masked["weight_grad"] == pytest.approx(
+        filtered["weight_grad"] * share, rel=1e-4, abs=1e-6
+    )
+    assert masked["hidden_grad"][live] == pytest.approx(
+        filtered["hidden_grad"] * share, rel=1e-4, abs=1e-6
+    )
     assert not masked["hidden_grad"][~live].any()
 
 
@@ -218,7 +314,9 @@ def test_gradients_are_finite_differences_of_the_loss(walker: Framework, diverge
         for sign in (1, -1):
             moved = (getattr(case, field) + sign * 1e-2 * direction).astype(np.float32)
             ends.append(answer(walker, replace(case, **{field: moved}), objective, 4)["loss"])
-        assert (ends[0] - ends[1]) / 2e-2 == pytest.approx((got[name] * direction).sum(), rel=5e-3, abs=1e-4)
+        assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(
+            (got[name] * direction).sum(), rel=5e-3, abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -232,17 +330,28 @@ def test_zero_divergence_from_oneself(framework: Framework, divergence: str):
 
 def test_agreement_is_of_the_most_likely_tokens(walker: Framework):
     case = make_case(3, temper="onehot", masked=False)
-    case = replace(case, hidden=np.where(np.arange(31)[:, None] % 2, 3 * case.matrix[case.targets], case.hidden))
+    case = replace(
+        case,
+        hidden=np.where(np.arange(31)[:, None] % 2, 3 * case.matrix[case.targets], case.hidden),
+    )
     same = case.logits.argmax(axis=1) == case.teacher_logits.argmax(axis=1)
     assert 10 < same.sum() < 25
     assert (answer(walker, case, Objective())["agree"] == same).all()
 
 
-FAST = {"mlx": "_LINEAR", "torch": "_FUSED"}  # the divergences that have a path of their own beside their pair
+FAST = {
+    "mlx": "_LINEAR",
+    "torch": "_FUSED",
+}  # the divergences that have a path of their own beside their pair
 
 
-@pytest.mark.parametrize("divergence, temperature, kd_weight", [("forward_kl", 1.0, 0.4), ("reverse_kl", 2.0, 0.4), ("reverse_kl", 1.0, 1.0)])
-def test_a_fast_path_tells_what_the_pair_tells(walker: Framework, divergence: str, temperature: float, kd_weight: float, monkeypatch):
+@pytest.mark.parametrize(
+    "divergence, temperature, kd_weight",
+    [("forward_kl", 1.0, 0.4), ("reverse_kl", 2.0, 0.4), ("reverse_kl", 1.0, 1.0)],
+)
+def test_a_fast_path_tells_what_the_pair_tells(
+    walker: Framework, divergence: str, temperature: float, kd_weight: float, monkeypatch
+):
     """The walk that serves any pair of f and g, given those that it is spared in use."""
     monkeypatch.setattr(walker.loss, FAST[walker.name], {})
     objective, case = Objective(divergence, 0.3, kd_weight, temperature), make_case(3, rows=19)
@@ -252,9 +361,21 @@ def test_a_fast_path_tells_what_the_pair_tells(walker: Framework, divergence: st
 
 
 def tied_logits() -> tuple[np.ndarray, np.ndarray]:
-    """Logits [N, 203] of student and teacher in which two ids share the first place, or one of them has it alone."""
+    """Logits [N, 203] of student and teacher in which two ids share the first place, or one of them
+    has it alone.
+    """
     edges = [(0, 202), (99, 100), (19, 20), (9, 150)]
-    ties = [pair for a, b in edges for pair in (((a, b), (a, b)), ((a, b), (a,)), ((a, b), (b,)), ((b,), (a, b)), ((a,), (a, b)))]
+    ties = [
+        pair
+        for a, b in edges
+        for pair in (
+            ((a, b), (a, b)),
+            ((a, b), (a,)),
+            ((a, b), (b,)),
+            ((b,), (a, b)),
+            ((a,), (a, b)),
+        )
+    ]
     student, teacher = np.zeros((2, len(ties), 203), np.float32)
     for row, (of_student, of_teacher) in enumerate(ties):
         student[row, list(of_student)] = teacher[row, list(of_teacher)] = 2
@@ -262,13 +383,21 @@ def tied_logits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_of_equally_likely_ids_the_lowest_is_the_choice(walker: Framework, temperature: float, monkeypatch: pytest.MonkeyPatch):
-    """Also where the two lie in different blocks. The mutant that takes any of the student's for its choice failed here."""
+def test_of_equally_likely_ids_the_lowest_is_the_choice(
+    walker: Framework, temperature: float, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the two lie in different blocks. The mutant that takes any of the student's for
+    its choice failed here.
+    """
     monkeypatch.setattr(FRAMEWORKS["torch"].loss, "ARGMAX_IDS", 20)
     student, teacher = tied_logits()
-    rows = np.eye(len(student), dtype=np.float32)  # hidden states that pick a column of the head: logits without rounding
+    rows = np.eye(
+        len(student), dtype=np.float32
+    )  # hidden states that pick a column of the head: logits without rounding
     ones = np.ones(len(student), np.float32)
-    case = Case(rows, student.T.copy(), rows, teacher.T.copy(), np.zeros(len(student), np.int32), ones)
+    case = Case(
+        rows, student.T.copy(), rows, teacher.T.copy(), np.zeros(len(student), np.int32), ones
+    )
     same = definition.same_choice(student, teacher)
     assert 0 < same.sum() < len(same)
     assert (answer(walker, case, Objective(temperature=temperature))["agree"] == same).all()
@@ -276,16 +405,31 @@ def test_of_equally_likely_ids_the_lowest_is_the_choice(walker: Framework, tempe
 
 def test_a_frozen_head_has_no_gradient_and_the_hidden_states_the_same(walker: Framework):
     case = make_case(4)
-    trained, frozen = answer(walker, case, Objective()), answer(walker, case, Objective(), train_head=False)
+    trained, frozen = (
+        answer(walker, case, Objective()),
+        answer(walker, case, Objective(), train_head=False),
+    )
     assert trained["weight_grad"].any() and not frozen["weight_grad"].any()
     assert np.array_equal(trained["hidden_grad"], frozen["hidden_grad"])
 
 
 def test_a_frozen_bfloat16_head_is_exact_in_float32(walker: Framework):
     case = make_case(5)
-    half, teacher_half = (walker.array(matrix, "bfloat16") for matrix in (case.matrix, case.teacher_matrix))
-    want = exact(replace(case, matrix=walker.numpy(half), teacher_matrix=walker.numpy(teacher_half)), Objective())
-    got = answer(walker, case, Objective(), head=walker.loss.MatrixHead(teacher_half), matrix=half, train_head=False)
+    half, teacher_half = (
+        walker.array(matrix, "bfloat16") for matrix in (case.matrix, case.teacher_matrix)
+    )
+    want = exact(
+        replace(case, matrix=walker.numpy(half), teacher_matrix=walker.numpy(teacher_half)),
+        Objective(),
+    )
+    got = answer(
+        walker,
+        case,
+        Objective(),
+        head=walker.loss.MatrixHead(teacher_half),
+        matrix=half,
+        train_head=False,
+    )
     assert got["kd"] == pytest.approx(want["kd"], rel=1e-5, abs=1e-6)
     assert got["hidden_grad"] == pytest.approx(want["hidden_grad"], rel=1e-5, abs=1e-6)
 
@@ -293,14 +437,25 @@ def test_a_frozen_bfloat16_head_is_exact_in_float32(walker: Framework):
 def test_gradients_come_in_the_dtype_of_what_they_are_gradients_of(framework: Framework):
     case = make_case(6)
     hidden, matrix = (framework.array(x, "bfloat16") for x in (case.hidden, case.matrix))
-    rest = framework.array(case.targets), framework.array(case.weight), Objective(kd_weight=0.0), 31.0, 8, True
-    outputs, gradients = framework.differentiate(lambda h, w: tuple(framework.loss.kd_loss(h, w, None, None, *rest)), hidden, matrix)
+    rest = (
+        framework.array(case.targets),
+        framework.array(case.weight),
+        Objective(kd_weight=0.0),
+        31.0,
+        8,
+        True,
+    )
+    outputs, gradients = framework.differentiate(
+        lambda h, w: tuple(framework.loss.kd_loss(h, w, None, None, *rest)), hidden, matrix
+    )
     assert dtype_name(outputs[0]) == "float32"
     assert [dtype_name(gradient) for gradient in gradients] == ["bfloat16", "bfloat16"]
     rounded = replace(case, hidden=framework.numpy(hidden), matrix=framework.numpy(matrix))
     want = exact(rounded, Objective(kd_weight=0.0))
     for gradient, name in zip(gradients, ("hidden_grad", "weight_grad"), strict=True):
-        assert framework.numpy(gradient) == pytest.approx(want[name], rel=2**-8, abs=1e-6)  # rounded once, at the end
+        assert framework.numpy(gradient) == pytest.approx(
+            want[name], rel=2**-8, abs=1e-6
+        )  # rounded once, at the end
 
 
 @pytest.mark.parametrize("form", ["matrix", "function"])
@@ -325,7 +480,9 @@ def test_a_head_with_bias_and_soft_cap(walker: Framework, form: str):
 def test_padded_heads_are_cut_and_their_padding_gets_no_gradient(walker: Framework):
     case = make_case(9)
     padded = np.concatenate([case.matrix, np.full((13, 24), 9, np.float32)])
-    head = walker.loss.MatrixHead(walker.array(np.concatenate([case.teacher_matrix, np.full((5, 16), 9, np.float32)])))
+    head = walker.loss.MatrixHead(
+        walker.array(np.concatenate([case.teacher_matrix, np.full((5, 16), 9, np.float32)]))
+    )
     got = answer(walker, case, Objective(), head=head, matrix=walker.array(padded), vocab=203)
     want = exact(case, Objective())
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
@@ -373,9 +530,13 @@ def test_scores_are_the_rows_of_the_loss(walker: Framework, divergence: str):
     case = make_case(13)
     objective = Objective(divergence, 0.3, 0.4, 2.0)
     got = answer(walker, case, objective)
-    hidden, matrix, teacher_hidden, teacher_matrix, targets, weight = map(walker.array, case.__dict__.values())
+    hidden, matrix, teacher_hidden, teacher_matrix, targets, weight = map(
+        walker.array, case.__dict__.values()
+    )
     head = walker.loss.MatrixHead(teacher_matrix)
-    scores = walker.loss.score_rows(hidden, matrix, teacher_hidden, head, targets, weight, objective, 8)
+    scores = walker.loss.score_rows(
+        hidden, matrix, teacher_hidden, head, targets, weight, objective, 8
+    )
     for name in ("kd", "ce", "agree"):
         assert np.array_equal(got[name], walker.numpy(getattr(scores, name))), name
     assert scores.loss.item() == pytest.approx(got["loss"] * 31, rel=1e-5)

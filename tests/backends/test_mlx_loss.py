@@ -1,4 +1,6 @@
-"""What only MLX's chunked loss has: quantised heads, an exponential of its own, and an order that keeps a lazy graph's memory flat."""
+"""What only MLX's chunked loss has: quantised heads, an exponential of its own, and an order that
+keeps a lazy graph's memory flat.
+"""
 
 from dataclasses import replace
 
@@ -15,17 +17,26 @@ from mlx_distill.objective import Objective
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("block_elements", [300, 2**20])
-def test_a_quantised_teacher_head_is_its_dequantised_matrix(bits: int, block_elements: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(subject, "BLOCK_ELEMENTS", dict.fromkeys(subject.BLOCK_ELEMENTS, block_elements))
+def test_a_quantised_teacher_head_is_its_dequantised_matrix(
+    bits: int, block_elements: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        subject, "BLOCK_ELEMENTS", dict.fromkeys(subject.BLOCK_ELEMENTS, block_elements)
+    )
     case = make_case(7)
     wide = np.random.default_rng(7).normal(size=(203, 64)).astype(np.float32) * 0.2
     packed = mx.quantize(mx.array(wide).astype(mx.bfloat16), group_size=32, bits=bits)
-    unrounded = (packed[0], *(x.astype(mx.float32) for x in packed[1:]))  # dequantize rounds to its scales' dtype
+    unrounded = (
+        packed[0],
+        *(x.astype(mx.float32) for x in packed[1:]),
+    )  # dequantize rounds to its scales' dtype
     plain = np.array(mx.dequantize(*unrounded, group_size=32, bits=bits))
     teacher_hidden = np.random.default_rng(8).normal(size=(31, 64)).astype(np.float32)
     case = replace(case, teacher_hidden=teacher_hidden, teacher_matrix=plain)
     want = exact(case, Objective())
-    got = answer(FRAMEWORKS["mlx"], case, Objective(), head=QuantizedHead(*packed, group_size=32, bits=bits))
+    got = answer(
+        FRAMEWORKS["mlx"], case, Objective(), head=QuantizedHead(*packed, group_size=32, bits=bits)
+    )
     assert got["kd"] == pytest.approx(want["kd"], rel=1e-4, abs=1e-4)
     assert got["hidden_grad"] == pytest.approx(want["hidden_grad"], rel=1e-4, abs=1e-5)
 
@@ -43,13 +54,18 @@ def test_peak_memory_does_not_grow_with_positions():
 
     def peak(rows: int) -> int:
         case = make_case(0, rows=rows, vocab=16_001, masked=False)
-        arrays = [mx.array(x) for x in (case.hidden, case.matrix, case.teacher_hidden, case.targets, case.weight)]
+        arrays = [
+            mx.array(x)
+            for x in (case.hidden, case.matrix, case.teacher_hidden, case.targets, case.weight)
+        ]
         head = MatrixHead(mx.array(case.teacher_matrix))
         mx.eval(arrays, head.weight)
         hidden, matrix, teacher_hidden, *rest = arrays
 
         def total(hidden: mx.array) -> mx.array:
-            return kd_loss(hidden, matrix, teacher_hidden, head, *rest, Objective(), 1.0, 64, False).loss
+            return kd_loss(
+                hidden, matrix, teacher_hidden, head, *rest, Objective(), 1.0, 64, False
+            ).loss
 
         before = mx.get_active_memory()
         mx.reset_peak_memory()

@@ -1,4 +1,6 @@
-"""What only models of mlx-lm have: quantised heads of every kind, heads that are functions, and what mlx-lm does on load."""
+"""What only models of mlx-lm have: quantised heads of every kind, heads that are functions, and
+what mlx-lm does on load.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +13,17 @@ import pytest
 from frameworks import FRAMEWORKS, relative_error
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
-from test_model import FAMILIES, NO_TRUNK, NOT_SPLIT, OWN, ROWS, assert_refused, decoder, edit, large_hidden
+from test_model import (
+    FAMILIES,
+    NO_TRUNK,
+    NOT_SPLIT,
+    OWN,
+    ROWS,
+    assert_refused,
+    decoder,
+    edit,
+    large_hidden,
+)
 from tiny import family_folder, llama_config
 
 from mlx_distill.backends.mlx import model as models
@@ -31,8 +43,13 @@ def test_quantised_heads_are_walked_block_by_block(name: str, bits: int, tmp_pat
     head, hidden = split.loss_head(), large_hidden(MLX, split)
     blocks = [head.logits(hidden, start, stop) for start, stop in ((0, 1), (1, 40), (40, ROWS))]
     assert all(block.dtype == mx.float32 for block in blocks)
-    assert relative_error(np.array(mx.concatenate(blocks, axis=1)), MLX.numpy(split.head(hidden))) < 1e-5
-    assert isinstance(head, QuantizedHead) and split.head_matrix() is None  # a callable head would be copied whole to float32
+    assert (
+        relative_error(np.array(mx.concatenate(blocks, axis=1)), MLX.numpy(split.head(hidden)))
+        < 1e-5
+    )
+    assert (
+        isinstance(head, QuantizedHead) and split.head_matrix() is None
+    )  # a callable head would be copied whole to float32
 
 
 def test_head_path_under_a_language_model():
@@ -64,7 +81,9 @@ class AddsInputs(Stub):
 
 class EmbedsInputs(Stub):
     def __call__(self, inputs, cache=None):
-        return super().__call__(inputs, cache) + 10 * self.model.embed_tokens(inputs).sum(axis=-1, keepdims=True)
+        return super().__call__(inputs, cache) + 10 * self.model.embed_tokens(inputs).sum(
+            axis=-1, keepdims=True
+        )
 
 
 class AddsByToken(Stub):
@@ -81,7 +100,12 @@ def test_a_head_that_is_not_blockwise_is_called_whole():
     split = models.SplitModel(AddsByToken(), "m")
     head, hidden = split.loss_head(), large_hidden(MLX, split)
     assert isinstance(head, CallableHead) and split.head_matrix() is None
-    assert relative_error(np.array(head.logits(hidden, 10, 30)), np.array(split.head(hidden)[:, 10:30])) < 1e-6
+    assert (
+        relative_error(
+            np.array(head.logits(hidden, 10, 30)), np.array(split.head(hidden)[:, 10:30])
+        )
+        < 1e-6
+    )
 
 
 def test_a_model_without_a_trunk_is_refused():
@@ -100,18 +124,25 @@ def test_quantised_on_load(tmp_path: Path):
         split = models.load_teacher(folder, "m", bits)
         assert split.trunk.layers[0].mlp.up_proj.bits == bits == split.model.lm_head.bits
         assert not tree_flatten(split.model.trainable_parameters())
-        assert models.parameter_count(split.model) == pytest.approx(models.parameter_count(exact.model), rel=0.01)
+        assert models.parameter_count(split.model) == pytest.approx(
+            models.parameter_count(exact.model), rel=0.01
+        )
         errors.append(relative_error(MLX.logits(split), logits))
     assert 0 < errors[0] < errors[1] < errors[2] < 0.7
 
 
 def test_quantising_the_narrow_is_refused(tmp_path: Path):
     narrow = family_folder(tmp_path, llama_config(width=32) | {"intermediate_size": 32})
-    assert_refused(lambda: MLX.load_teacher(narrow, 4), "no layer is as wide as a multiple of 64.*: set quantize_bits = 0")
+    assert_refused(
+        lambda: MLX.load_teacher(narrow, 4),
+        "no layer is as wide as a multiple of 64.*: set quantize_bits = 0",
+    )
 
 
 def test_a_stored_quantised_head_stays_quantised(tmp_path: Path):
-    model, config = mlx_lm.utils.load_model(family_folder(tmp_path / "wide", FAMILIES["llama tied"]))
+    model, config = mlx_lm.utils.load_model(
+        family_folder(tmp_path / "wide", FAMILIES["llama tied"])
+    )
     model, config = mlx_lm.utils.quantize_model(model, config, 64, 8)
     mlx_lm.utils.save_model(tmp_path / "stored", model)
     mlx_lm.utils.save_config(config, tmp_path / "stored" / "config.json")
@@ -134,9 +165,16 @@ def test_a_head_that_mlx_lm_would_drop_is_refused(tmp_path: Path):
     folder = family_folder(tmp_path, FAMILIES["llama untied"])
     wanted = MLX.logits(MLX.load_teacher(folder))
     change_config(folder, lambda config: config.update(tie_word_embeddings=True))
-    np.testing.assert_array_equal(MLX.logits(MLX.load_teacher(folder)), wanted)  # as transformers reads it
-    assert_refused(lambda: MLX.load_student(folder), r"tensor lm_head\.weight is changed by mlx-lm on load")
-    edit(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    np.testing.assert_array_equal(
+        MLX.logits(MLX.load_teacher(folder)), wanted
+    )  # as transformers reads it
+    assert_refused(
+        lambda: MLX.load_student(folder), r"tensor lm_head\.weight is changed by mlx-lm on load"
+    )
+    edit(
+        folder,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}),
+    )
     MLX.load_student(folder)  # a tied head stored twice is no obstacle
 
 

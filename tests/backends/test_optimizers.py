@@ -1,4 +1,6 @@
-"""The optimizers that a recipe gets in each framework, against rules written once in float64, over steps with changing rates."""
+"""The optimizers that a recipe gets in each framework, against rules written once in float64, over
+steps with changing rates.
+"""
 
 from collections.abc import Callable
 
@@ -21,13 +23,19 @@ Rule = Callable[[np.ndarray, list[np.ndarray], dict], np.ndarray]
 
 
 def adamw(weight: np.ndarray, gradients: list[np.ndarray], table: dict) -> np.ndarray:
-    """Loshchilov & Hutter 2019, algorithm 2, with the decay multiplied by the learning rate as torch does."""
+    """Loshchilov & Hutter 2019, algorithm 2, with the decay multiplied by the learning rate as
+    torch does.
+    """
     m = v = np.zeros_like(weight)
     for t, (g, rate) in enumerate(zip(gradients, RATES, strict=True), 1):
         m = table["beta1"] * m + (1 - table["beta1"]) * g
         v = table["beta2"] * v + (1 - table["beta2"]) * g**2
         m_hat, v_hat = m / (1 - table["beta1"] ** t), v / (1 - table["beta2"] ** t)
-        weight = weight - rate * table["weight_decay"] * weight - rate * m_hat / (np.sqrt(v_hat) + table["eps"])
+        weight = (
+            weight
+            - rate * table["weight_decay"] * weight
+            - rate * m_hat / (np.sqrt(v_hat) + table["eps"])
+        )
     return weight
 
 
@@ -42,7 +50,9 @@ def lion(weight: np.ndarray, gradients: list[np.ndarray], table: dict) -> np.nda
 
 
 def adafactor(weight: np.ndarray, gradients: list[np.ndarray], table: dict) -> np.ndarray:
-    """Shazeer & Stern 2018, algorithms 4 and 5: no momentum, updates clipped at RMS 1, the rate scaled by the weight's RMS."""
+    """Shazeer & Stern 2018, algorithms 4 and 5: no momentum, updates clipped at RMS 1, the rate
+    scaled by the weight's RMS.
+    """
     row = column = full = 0.0
     for t, (g, rate) in enumerate(zip(gradients, RATES, strict=True), 1):
         beta, square = 1 - t**-0.8, g**2 + 1e-30
@@ -71,7 +81,13 @@ def drawn(seed: int) -> tuple[Tree, list[Tree]]:
     random = np.random.default_rng(seed)
     sizes = [1.0, 0.1, 3.0, 0.01, 1.0]
     weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
-    return weights, [{name: (size * random.normal(size=shape)).astype(np.float32) for name, shape in SHAPES.items()} for size in sizes]
+    return weights, [
+        {
+            name: (size * random.normal(size=shape)).astype(np.float32)
+            for name, shape in SHAPES.items()
+        }
+        for size in sizes
+    ]
 
 
 def recipe(**optim) -> Recipe:
@@ -82,10 +98,14 @@ def largest_error(framework: Framework, optimizer: str, weight_decay: float, see
     rule, fields = RULES[optimizer]
     fields = fields | {"weight_decay": weight_decay}
     weights, gradients = drawn(seed)
-    found = framework.optimize(recipe(optimizer=optimizer, learning_rate=0.5, **fields), weights, gradients, RATES)
+    found = framework.optimize(
+        recipe(optimizer=optimizer, learning_rate=0.5, **fields), weights, gradients, RATES
+    )
     errors = []
     for name, weight in weights.items():
-        expected = rule(weight.astype(np.float64), [g[name].astype(np.float64) for g in gradients], fields)
+        expected = rule(
+            weight.astype(np.float64), [g[name].astype(np.float64) for g in gradients], fields
+        )
         assert np.abs(expected - weight).max() > 1e-2  # there was something to see
         errors.append(np.abs(found[name] - expected).max())
     return max(errors)
@@ -107,22 +127,49 @@ def test_the_default_table_is_adamw_with_torchs_defaults():
     assert (made.betas, made.eps, made.weight_decay) == ([0.9, 0.999], 1e-8, 0.0)
     made = torch_backend.make_optimizer(recipe(), [torch.zeros(2)])
     assert type(made) is torch.optim.AdamW
-    assert [made.defaults[name] for name in ("betas", "eps", "weight_decay")] == [(0.9, 0.999), 1e-8, 0.0]
+    assert [made.defaults[name] for name in ("betas", "eps", "weight_decay")] == [
+        (0.9, 0.999),
+        1e-8,
+        0.0,
+    ]
     assert not made.defaults["amsgrad"] and not made.defaults["maximize"]
 
 
 def test_torch_has_no_lion():
-    with pytest.raises(ModelError, match=r'^optim.optimizer = "lion" asked, but torch has none: choose "adamw", or --backend mlx$'):
+    with pytest.raises(
+        ModelError,
+        match=r'^optim.optimizer = "lion" asked, but torch has none: choose "adamw", or --backend mlx$',
+    ):
         torch_backend.make_optimizer(recipe(optimizer="lion"), [torch.zeros(2)])
 
 
-MUTANTS = {  # no bias correction, swapped betas, a rate that is ignored; decay in the gradient, a rate that no weight scales
-    ("mlx", "adamw"): (mlx.optimizers, "AdamW", lambda real, *args, **fields: real(*args, **fields | {"bias_correction": False})),
-    ("mlx", "lion"): (mlx.optimizers, "Lion", lambda real, *args, **fields: real(*args, **fields | {"betas": fields["betas"][::-1]})),
-    ("mlx", "adafactor"): (mlx.optimizers, "Adafactor", lambda real, *args, **fields: real(*args, **fields | {"relative_step": True})),
-    ("torch", "adamw"): (torch.optim, "AdamW", lambda real, *args, **fields: torch.optim.Adam(*args, **fields)),
+# no bias correction, swapped betas, a rate that is ignored; decay in the gradient, a rate that no
+# weight scales
+MUTANTS = {
+    ("mlx", "adamw"): (
+        mlx.optimizers,
+        "AdamW",
+        lambda real, *args, **fields: real(*args, **fields | {"bias_correction": False}),
+    ),
+    ("mlx", "lion"): (
+        mlx.optimizers,
+        "Lion",
+        lambda real, *args, **fields: real(*args, **fields | {"betas": fields["betas"][::-1]}),
+    ),
+    ("mlx", "adafactor"): (
+        mlx.optimizers,
+        "Adafactor",
+        lambda real, *args, **fields: real(*args, **fields | {"relative_step": True}),
+    ),
+    ("torch", "adamw"): (
+        torch.optim,
+        "AdamW",
+        lambda real, *args, **fields: torch.optim.Adam(*args, **fields),
+    ),
     ("torch", "adafactor"): (
-        torch_backend.transformers, "Adafactor", lambda real, *args, **fields: real(*args, **fields, scale_parameter=False)
+        torch_backend.transformers,
+        "Adafactor",
+        lambda real, *args, **fields: real(*args, **fields, scale_parameter=False),
     ),
 }
 

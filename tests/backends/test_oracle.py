@@ -1,4 +1,6 @@
-"""The backends' self-check: right losses pass to the last place, wrong ones are far off, and a NaN is the worst of all."""
+"""The backends' self-check: right losses pass to the last place, wrong ones are far off, and a NaN
+is the worst of all.
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +29,10 @@ WRONG = {
     "a sum for a mean": lambda value, gradient: (value * oracle.ROWS, gradient),
     "the gradient of a sum": lambda value, gradient: (value, gradient * oracle.ROWS),
     "a flipped sign": lambda value, gradient: (value, -gradient),
-    "one wrong row": lambda value, gradient: (value, gradient * (np.arange(oracle.ROWS) != 3)[:, None]),
+    "one wrong row": lambda value, gradient: (
+        value,
+        gradient * (np.arange(oracle.ROWS) != 3)[:, None],
+    ),
     "half a per cent": lambda value, gradient: (value * 1.005, gradient),
 }
 
@@ -37,7 +42,13 @@ def test_what_is_wrong_is_far_off(wrong: str):
     assert oracle.loss_error(lambda *case: WRONG[wrong](*exact(*case))) > 4e-3
 
 
-@pytest.mark.parametrize("wrong", [lambda value, gradient: (np.nan, gradient), lambda value, gradient: (value, gradient * np.nan)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda value, gradient: (np.nan, gradient),
+        lambda value, gradient: (value, gradient * np.nan),
+    ],
+)
 def test_nan_wins(wrong):
     assert np.isnan(oracle.loss_error(lambda *case: wrong(*exact(*case))))
 

@@ -1,7 +1,9 @@
-"""The same recipe on MLX and on torch, both in float32 on a CPU: two independent texts that must tell the same numbers.
+"""The same recipe on MLX and on torch, both in float32 on a CPU: two independent texts that must
+tell the same numbers.
 
-Logits 1e-4 apart, loss terms 1e-5 relative, gradients 1e-4 relative, the losses of 50 training steps 1e-3 relative to the end, greedy
-generations token for token where the best token leads by more than 1e-3. Gradients are looked at as in `test_contract.py`.
+Logits 1e-4 apart, loss terms 1e-5 relative, gradients 1e-4 relative, the losses of 50 training
+steps 1e-3 relative to the end, greedy generations token for token where the best token leads by
+more than 1e-3. Gradients are looked at as in `test_contract.py`.
 """
 
 import dataclasses
@@ -93,8 +95,12 @@ def students(backends: list[Backend], root: Path, *args, **settings) -> list[Stu
 
 def assert_same_sums(found: LossSums, expected: LossSums) -> None:
     for name in ("kd", "ce"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-9, err_msg=name)
-    assert np.array_equal(found.agree, expected.agree) and np.array_equal(found.tokens, expected.tokens)
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), rtol=1e-5, atol=1e-9, err_msg=name
+        )
+    assert np.array_equal(found.agree, expected.agree) and np.array_equal(
+        found.tokens, expected.tokens
+    )
 
 
 # One pass
@@ -114,7 +120,11 @@ def test_losses_and_gradients(backends: list[Backend], root: Path, tuning: str):
     assert_losses_and_gradients(backends, root, tuning, Objective(kd_weight=0.5))
 
 
-@pytest.mark.parametrize("objective", [*OBJECTIVES, Objective("skew_kl", temperature=2.0), Objective("skew_reverse_kl")], ids=lambda o: f"{o.divergence} {o.kd_weight}")
+@pytest.mark.parametrize(
+    "objective",
+    [*OBJECTIVES, Objective("skew_kl", temperature=2.0), Objective("skew_reverse_kl")],
+    ids=lambda o: f"{o.divergence} {o.kd_weight}",
+)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_divergences(backends: list[Backend], llamas: Path, tuning: str, objective: Objective):
     assert_losses_and_gradients(backends, llamas, tuning, objective)
@@ -125,7 +135,9 @@ def test_without_a_teacher(backends: list[Backend], llamas: Path, tuning: str):
     assert_losses_and_gradients(backends, llamas, tuning, Objective(kd_weight=0.0), taught=False)
 
 
-def assert_losses_and_gradients(backends: list[Backend], root: Path, tuning: str, objective: Objective, taught: bool = True) -> None:
+def assert_losses_and_gradients(
+    backends: list[Backend], root: Path, tuning: str, objective: Objective, taught: bool = True
+) -> None:
     teach = teachers(backends, root) if taught else [None, None]
     sums = [
         student.score(batch(), teacher.targets(batch()) if teacher else None, objective)
@@ -144,19 +156,36 @@ def assert_losses_and_gradients(backends: list[Backend], root: Path, tuning: str
 
 def long_sequences(table: TruncationTable) -> list:
     """Forty of 20 to 44 tokens, after the cut."""
-    whole = [sequence(length, seed) for seed, length in enumerate(np.random.default_rng(0).integers(20, 45, 40).tolist())]
+    whole = [
+        sequence(length, seed)
+        for seed, length in enumerate(np.random.default_rng(0).integers(20, 45, 40).tolist())
+    ]
     return [thin(truncate(one, table), table.token_share, ("cot", "answer"), 0) for one in whole]
 
 
 def trajectory(
-    backend: Backend, root: Path, tuning: str, optim: dict, objective: Objective, truncation: dict, steps: int = 50
+    backend: Backend,
+    root: Path,
+    tuning: str,
+    optim: dict,
+    objective: Objective,
+    truncation: dict,
+    steps: int = 50,
 ) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
     """The loss terms of every step, and the weights at the end."""
-    teacher, student = backend.load_teacher(root / "teacher", "teacher"), load_student(backend, root, tuning, optim)
+    teacher, student = (
+        backend.load_teacher(root / "teacher", "teacher"),
+        load_student(backend, root, tuning, optim),
+    )
     table = BatchTable(micro_batch_size=2, global_batch_size=4, pad_multiple=8)
     rows = []
-    for step in Steps(long_sequences(TruncationTable(**truncation)), ("cot", "answer"), table, seed=3, steps=steps):
-        sums = [student.accumulate(part, teacher.targets(part), objective, step.loss_tokens) for part in step.batches]
+    for step in Steps(
+        long_sequences(TruncationTable(**truncation)), ("cot", "answer"), table, seed=3, steps=steps
+    ):
+        sums = [
+            student.accumulate(part, teacher.targets(part), objective, step.loss_tokens)
+            for part in step.batches
+        ]
         rows.append(loss_terms(sum(sums[1:], sums[0]), objective))
         student.apply(optim["learning_rate"])
     return rows, weights(student)
@@ -173,8 +202,12 @@ def assert_same_trajectory(
     optim = optim or {"learning_rate": 3e-3, "weight_decay": 0.1}
     settings = tuning, optim, objective or Objective(), {"fraction": 0.7}, steps
     (ours, weight), (theirs, other) = (trajectory(backend, root, *settings) for backend in backends)
-    start, end = (np.mean([row["loss"] for row in ours[place]]) for place in (slice(5), slice(-5, None)))
-    assert len(ours) == steps and end < 0.95 * start  # there was something to learn, and it was learned
+    start, end = (
+        np.mean([row["loss"] for row in ours[place]]) for place in (slice(5), slice(-5, None))
+    )
+    assert (
+        len(ours) == steps and end < 0.95 * start
+    )  # there was something to learn, and it was learned
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.keys() == b.keys()
         for name, value in a.items():
@@ -202,10 +235,17 @@ def test_steps_of_each_divergence(backends: list[Backend], llamas: Path, objecti
 
 @pytest.mark.parametrize("name", TRUNCATIONS)
 def test_a_step_of_each_truncation(backends: list[Backend], llamas: Path, name: str):
-    """Cuts are made before a backend sees them: what is compared is each kind of batch that comes out."""
-    table, optim = TruncationTable(**TRUNCATIONS[name]), {"learning_rate": 3e-3, "weight_decay": 0.1}
+    """Cuts are made before a backend sees them: what is compared is each kind of batch that comes
+    out.
+    """
+    table, optim = (
+        TruncationTable(**TRUNCATIONS[name]),
+        {"learning_rate": 3e-3, "weight_decay": 0.1},
+    )
     whole, cut = long_sequences(TruncationTable()), long_sequences(table)
-    learned = [sum(one.supervised(("cot", "answer")).sum() for one in side) for side in (whole, cut)]
+    learned = [
+        sum(one.supervised(("cot", "answer")).sum() for one in side) for side in (whole, cut)
+    ]
     assert 0 < learned[1] < learned[0]
     settings = "full", optim, Objective(), TRUNCATIONS[name], 3
     (ours, weight), (theirs, other) = (trajectory(one, llamas, *settings) for one in backends)
@@ -222,7 +262,10 @@ PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1], [40, 41], [5, 6, 7, 8]]
 def test_greedy_generations_agree(backends: list[Backend], root: Path):
     """Token for token, as far as the best token leads the second by more than 1e-3."""
     ours, theirs = teachers(backends, root)
-    texts = [model.generate(PROMPTS, 24, 0.0, 1.0, 0, 2, frozenset(), lambda n: None) for model in (ours, theirs)]
+    texts = [
+        model.generate(PROMPTS, 24, 0.0, 1.0, 0, 2, frozenset(), lambda n: None)
+        for model in (ours, theirs)
+    ]
     compared = 0
     for prompt, one, other in zip(PROMPTS, *texts, strict=True):
         logits = np.sort(LOGITS["mlx"](ours, prompt + one), axis=-1)[len(prompt) - 1 : -1]
@@ -240,12 +283,23 @@ def test_greedy_generations_agree(backends: list[Backend], root: Path):
 @pytest.mark.parametrize("tuning", TUNINGS)
 @pytest.mark.parametrize("first, second", [BOTH, BOTH[::-1]])
 def test_one_continues_what_the_other_began(
-    backends: list[Backend], llamas: Path, tmp_path: Path, tuning: str, optimizer: str, first: str, second: str
+    backends: list[Backend],
+    llamas: Path,
+    tmp_path: Path,
+    tuning: str,
+    optimizer: str,
+    first: str,
+    second: str,
 ):
     """Weights to the bit, and with the optimizer's state the next steps too."""
     optim = {"optimizer": optimizer, "learning_rate": 1e-2, "weight_decay": 0.1}
-    named, taught = dict(zip(BOTH, backends, strict=True)), dict(zip(BOTH, teachers(backends, llamas), strict=True))
-    begun, continued = (load_student(named[name], llamas, tuning, optim) for name in (first, second))
+    named, taught = (
+        dict(zip(BOTH, backends, strict=True)),
+        dict(zip(BOTH, teachers(backends, llamas), strict=True)),
+    )
+    begun, continued = (
+        load_student(named[name], llamas, tuning, optim) for name in (first, second)
+    )
     for part in (SEQUENCES[:2], SEQUENCES[2:]):
         accumulate(begun, taught[first], [batch(part)])
         begun.apply(1e-2)
@@ -271,36 +325,54 @@ def flipped(monkeypatch):
 def skewed_the_other_way(monkeypatch):
     """The teacher lends all but a share α."""
     right = torch_loss._skew_kl
-    monkeypatch.setitem(torch_loss._DIVERGENCES, "skew_kl", lambda u, v, s, t, alpha: right(u, v, s, t, 1 - alpha))
+    monkeypatch.setitem(
+        torch_loss._DIVERGENCES, "skew_kl", lambda u, v, s, t, alpha: right(u, v, s, t, 1 - alpha)
+    )
 
 
 def shifted(monkeypatch):
     """Positions one token late."""
     gather = torch_backend.TorchModel.gather
     monkeypatch.setattr(
-        torch_backend.TorchModel, "gather", lambda self, tokens, positions: gather(self, tokens, (positions + 1) % tokens.size)
+        torch_backend.TorchModel,
+        "gather",
+        lambda self, tokens, positions: gather(self, tokens, (positions + 1) % tokens.size),
     )
 
 
 def half_scaled(monkeypatch):
     """Gradients of the head left out by a half."""
     added = torch_loss._add_product
-    monkeypatch.setattr(torch_loss, "_add_product", lambda total, left, right, first: added(total, left, 0.5 * right, first))
+    monkeypatch.setattr(
+        torch_loss,
+        "_add_product",
+        lambda total, left, right, first: added(total, left, 0.5 * right, first),
+    )
 
 
 def unscaled(monkeypatch):
     """The temperature's square in the value but not in the gradient."""
     right = torch_loss._forward_kl_in_place
     monkeypatch.setitem(
-        torch_loss._FUSED, "forward_kl", lambda u, v, spare, weight, ce, wants: right(u, v, spare, weight / 4, ce, wants)
+        torch_loss._FUSED,
+        "forward_kl",
+        lambda u, v, spare, weight, ce, wants: right(u, v, spare, weight / 4, ce, wants),
     )
 
 
-@pytest.mark.parametrize("mutant, objective", [
-    (flipped, Objective()), (shifted, Objective()), (half_scaled, Objective()), (unscaled, Objective(temperature=2.0)),
-    (skewed_the_other_way, Objective("skew_kl")),
-])
-def test_a_mutant_of_the_loss_is_seen(backends: list[Backend], llamas: Path, monkeypatch, mutant, objective: Objective):
+@pytest.mark.parametrize(
+    "mutant, objective",
+    [
+        (flipped, Objective()),
+        (shifted, Objective()),
+        (half_scaled, Objective()),
+        (unscaled, Objective(temperature=2.0)),
+        (skewed_the_other_way, Objective("skew_kl")),
+    ],
+)
+def test_a_mutant_of_the_loss_is_seen(
+    backends: list[Backend], llamas: Path, monkeypatch, mutant, objective: Objective
+):
     assert_losses_and_gradients(backends, llamas, "full", objective)
     mutant(monkeypatch)
     with pytest.raises(AssertionError):
@@ -327,7 +399,9 @@ def test_a_mutant_of_a_head_is_seen(backends: list[Backend], llamas: Path, monke
     teacher = backends[1].load_teacher(llamas / "teacher", "teacher")
     teacher._head = dataclasses.replace(teacher._head, finish=lambda logits: 1.01 * logits)
     student, objective = load_student(backends[1], llamas), Objective()
-    expected = load_student(backends[0], llamas).score(batch(), teachers(backends, llamas)[0].targets(batch()), objective)
+    expected = load_student(backends[0], llamas).score(
+        batch(), teachers(backends, llamas)[0].targets(batch()), objective
+    )
     with pytest.raises(AssertionError):
         assert_same_sums(student.score(batch(), teacher.targets(batch()), objective), expected)
     assert mlx_loss.FLOOR == torch_loss.FLOOR and SGD["eps"] > 1

@@ -1,4 +1,6 @@
-"""What only models of transformers have: quantising on CUDA alone, folders that mean something else, dropout, checkpointed blocks."""
+"""What only models of transformers have: quantising on CUDA alone, folders that mean something
+else, dropout, checkpointed blocks.
+"""
 
 import sys
 from pathlib import Path
@@ -49,7 +51,9 @@ class Stub(LlamaForCausalLM):
         super().__init__(LlamaConfig(**decoder("llama", initializer_range=0.1)))
 
     def forward(self, input_ids, **kwargs):
-        return CausalLMOutput(logits=super().forward(input_ids, **kwargs).logits + self.extra(input_ids))
+        return CausalLMOutput(
+            logits=super().forward(input_ids, **kwargs).logits + self.extra(input_ids)
+        )
 
 
 class AddsInputs(Stub):
@@ -85,7 +89,12 @@ def test_a_head_that_cannot_be_cut_is_called_whole():
     split = models.SplitModel(AddsByToken(), "m")
     head, hidden = split.loss_head(), large_hidden(TORCH, split)
     assert isinstance(head, CallableHead) and split.head_matrix() is None
-    assert relative_error(TORCH.numpy(head.logits(hidden, 30)), TORCH.numpy(split.head(hidden)[:, :30])) < 1e-6
+    assert (
+        relative_error(
+            TORCH.numpy(head.logits(hidden, 30)), TORCH.numpy(split.head(hidden)[:, :30])
+        )
+        < 1e-6
+    )
 
 
 def test_a_head_is_cut_to_the_ids_that_are_asked_for(tmp_path: Path):
@@ -93,18 +102,33 @@ def test_a_head_is_cut_to_the_ids_that_are_asked_for(tmp_path: Path):
         split = TORCH.load_teacher(family_folder(tmp_path / str(number), FAMILIES[name]))
         head, hidden = split.loss_head(), large_hidden(TORCH, split)
         assert isinstance(head, MatrixHead)
-        assert relative_error(TORCH.numpy(head.logits(hidden, 30)), TORCH.numpy(split.head(hidden)[:, :30])) < 1e-6
+        assert (
+            relative_error(
+                TORCH.numpy(head.logits(hidden, 30)), TORCH.numpy(split.head(hidden)[:, :30])
+            )
+            < 1e-6
+        )
 
 
 def test_attention_is_the_fastest_that_the_family_has(folder: Path, tmp_path: Path):
     capped = family_folder(tmp_path / "capped", FAMILIES["gemma2, capped"])
-    kinds = [TORCH.load_teacher(path).model.config._attn_implementation for path in (folder, capped)]
+    kinds = [
+        TORCH.load_teacher(path).model.config._attn_implementation for path in (folder, capped)
+    ]
     assert kinds == ["sdpa", "eager"]  # sdpa has no cap
 
 
-@pytest.mark.parametrize("config", [FAMILIES["llama tied"] | {"attention_dropout": 0.5}, OWN["torch"]["gpt2, transformer"]])
+@pytest.mark.parametrize(
+    "config",
+    [FAMILIES["llama tied"] | {"attention_dropout": 0.5}, OWN["torch"]["gpt2, transformer"]],
+)
 def test_nothing_is_dropped_out(config: dict, tmp_path: Path):
-    split = models.SplitModel(transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config)).train(), "m")
+    split = models.SplitModel(
+        transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model(**config)
+        ).train(),
+        "m",
+    )
     first, second = TORCH.hidden(split), TORCH.hidden(split)
     assert first.requires_grad and torch.equal(first, second)
 
@@ -114,14 +138,19 @@ def test_nothing_is_dropped_out(config: dict, tmp_path: Path):
 
 def test_quantising_needs_cuda(folder: Path):
     assert_refused(
-        lambda: TORCH.load_teacher(folder, 4), "quantize_bits = 4 asked, but torch quantises on CUDA alone and this is a cpu: set 0$"
+        lambda: TORCH.load_teacher(folder, 4),
+        "quantize_bits = 4 asked, but torch quantises on CUDA alone and this is a cpu: set 0$",
     )
 
 
-def test_quantising_on_cuda_needs_a_width_and_a_library_that_exist(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_quantising_on_cuda_needs_a_width_and_a_library_that_exist(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     """What is refused before the GPU is touched."""
     cuda = torch.device("cuda")
-    expected = r"quantize_bits = 6 asked, but on CUDA there are 4 and 8 \(bitsandbytes\): choose one$"
+    expected = (
+        r"quantize_bits = 6 asked, but on CUDA there are 4 and 8 \(bitsandbytes\): choose one$"
+    )
     assert_refused(lambda: models.load_teacher(folder, "m", 6, cuda, None), expected)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     expected = r'quantize_bits = 4 asked, but bitsandbytes is not installed: pip install "mlx-distill\[torch\]", or set 0$'
@@ -130,7 +159,10 @@ def test_quantising_on_cuda_needs_a_width_and_a_library_that_exist(folder: Path,
 
 def test_a_teacher_quantised_by_others_is_not_quantised_again(folder: Path):
     configure(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert_refused(lambda: TORCH.load_teacher(folder, 8), "quantize_bits = 8 asked, but it is already stored in 4 bits: set 0$")
+    assert_refused(
+        lambda: TORCH.load_teacher(folder, 8),
+        "quantize_bits = 8 asked, but it is already stored in 4 bits: set 0$",
+    )
 
 
 def test_a_teacher_quantised_by_mlx_is_refused(folder: Path, tmp_path: Path):
@@ -149,10 +181,14 @@ def test_pickled_weights_are_no_weights(folder: Path):
     assert_refused(lambda: TORCH.load_teacher(folder), "no weights to load in ")
 
 
-def test_loading_is_silent_and_leaves_transformers_as_talkative_as_it_was(folder: Path, capfd: pytest.CaptureFixture):
+def test_loading_is_silent_and_leaves_transformers_as_talkative_as_it_was(
+    folder: Path, capfd: pytest.CaptureFixture
+):
     edit(folder, lambda tensors: tensors.pop("model.norm.weight"))
     before = transformers.utils.logging.get_verbosity()
-    assert_refused(lambda: TORCH.load_teacher(folder), ".*1 tensors are missing, model.norm.weight among them$")
+    assert_refused(
+        lambda: TORCH.load_teacher(folder), ".*1 tensors are missing, model.norm.weight among them$"
+    )
     assert transformers.utils.logging.get_verbosity() == before
     assert capfd.readouterr() == ("", "")
 
@@ -160,31 +196,47 @@ def test_loading_is_silent_and_leaves_transformers_as_talkative_as_it_was(folder
 def test_gpt2_teaches_and_does_not_learn(tmp_path: Path):
     folder = saved_by_transformers(tmp_path, OWN["torch"]["gpt2, transformer"])
     assert TORCH.load_teacher(folder).head_matrix() is not None
-    table = StudentTable(tuning="lora", lora_targets=["c_attn"])  # its layers are Conv1D, transposed
-    assert_refused(lambda: TORCH.load_student(folder, table), "lora_targets c_attn not found in its blocks; it has ")
+    table = StudentTable(
+        tuning="lora", lora_targets=["c_attn"]
+    )  # its layers are Conv1D, transposed
+    assert_refused(
+        lambda: TORCH.load_student(folder, table),
+        "lora_targets c_attn not found in its blocks; it has ",
+    )
 
 
 # Students
 
 
 @pytest.mark.parametrize("tuning", ["lora", "dora"])
-def test_what_is_frozen_is_in_the_compute_dtype_and_what_trains_in_float32(folder: Path, tuning: str):
+def test_what_is_frozen_is_in_the_compute_dtype_and_what_trains_in_float32(
+    folder: Path, tuning: str
+):
     split = models.load_student(folder, "m", StudentTable(tuning=tuning), 0, CPU, torch.bfloat16)
-    dtypes = {trains: {p.dtype for p in split.model.parameters() if p.requires_grad == trains} for trains in (True, False)}
+    dtypes = {
+        trains: {p.dtype for p in split.model.parameters() if p.requires_grad == trains}
+        for trains in (True, False)
+    }
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     assert split.stored_dtype == torch.float32
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "dora"])
 @pytest.mark.parametrize("name", ["llama tied", "llama untied"])
-def test_adapters_are_not_counted_and_a_tied_head_is_counted_once(tuning: str, name: str, tmp_path: Path):
+def test_adapters_are_not_counted_and_a_tied_head_is_counted_once(
+    tuning: str, name: str, tmp_path: Path
+):
     path = family_folder(tmp_path, FAMILIES[name])
     split = TORCH.load_student(path, StudentTable(tuning=tuning))
-    assert models.parameter_count(split.model) == sum(tensor.numel() for tensor in models.stored_weights(path).values())
+    assert models.parameter_count(split.model) == sum(
+        tensor.numel() for tensor in models.stored_weights(path).values()
+    )
 
 
 @pytest.mark.parametrize("part, rows", [("float32", 0.0), ("bfloat16", 1e-2)])
-def test_an_untrained_dora_student_is_its_base_in_either_dtype(part: str, rows: float, tmp_path: Path):
+def test_an_untrained_dora_student_is_its_base_in_either_dtype(
+    part: str, rows: float, tmp_path: Path
+):
     """Its magnitudes are the norms of the weights, not a rounding of them."""
     path = family_folder(tmp_path, FAMILIES["qwen2"] | {"torch_dtype": part}, dtype=part)
     split = TORCH.load_student(path, StudentTable(tuning="dora"))
@@ -194,14 +246,20 @@ def test_an_untrained_dora_student_is_its_base_in_either_dtype(part: str, rows: 
 
 
 def test_a_mixed_folder_keeps_each_type(folder: Path, tmp_path: Path):
-    """Norms in float32 among matrices in bfloat16, whatever config.json says: nothing is rounded on the way in."""
+    """Norms in float32 among matrices in bfloat16, whatever config.json says: nothing is rounded on
+    the way in.
+    """
     tensors = models.stored_weights(folder)
-    mixed = {key: tensor if tensor.ndim == 1 else tensor.bfloat16() for key, tensor in tensors.items()}
+    mixed = {
+        key: tensor if tensor.ndim == 1 else tensor.bfloat16() for key, tensor in tensors.items()
+    }
     models.save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
     configure(folder, torch_dtype="bfloat16")
     split = TORCH.load_student(folder)
     for key, parameter in split.model.named_parameters():
-        assert parameter.dtype == torch.float32 and torch.equal(parameter.detach(), mixed[key].float()), key
+        assert parameter.dtype == torch.float32 and torch.equal(
+            parameter.detach(), mixed[key].float()
+        ), key
 
 
 # Gradient checkpointing
@@ -225,6 +283,8 @@ def test_checkpointed_generation_computes_a_token_once(folder: Path):
     """With its cache: a block sees the prompt, then a token at a time."""
     student = student_of(TORCH, folder, gradient_checkpointing=True)
     widths = []
-    student.split.layers[0].mlp.register_forward_hook(lambda module, inputs, output: widths.append(inputs[0].shape[1]))
+    student.split.layers[0].mlp.register_forward_hook(
+        lambda module, inputs, output: widths.append(inputs[0].shape[1])
+    )
     student.generate([TOKENS[0].tolist()], 4, 0.0, 1.0, 0, 1, frozenset(), lambda n: None)
     assert widths == [8, 1, 1, 1]

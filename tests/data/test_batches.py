@@ -11,7 +11,15 @@ from mlx_distill.errors import DataError
 from mlx_distill.recipe import BatchTable
 
 ALL = ("prompt", "cot", "answer")
-SETS = [("prompt",), ("cot",), ("answer",), ("prompt", "cot"), ("cot", "answer"), ("prompt", "answer"), ALL]
+SETS = [
+    ("prompt",),
+    ("cot",),
+    ("answer",),
+    ("prompt", "cot"),
+    ("cot", "answer"),
+    ("prompt", "answer"),
+    ALL,
+]
 
 
 def sequence(number, prompt, cot, answer):
@@ -46,7 +54,9 @@ def test_every_target_follows_its_position(segments, multiple):
     width = batch.tokens.shape[1]
     real = batch.weight > 0
     found = []
-    for position, target, kind in zip(batch.positions[real], batch.targets[real], batch.segment[real], strict=True):
+    for position, target, kind in zip(
+        batch.positions[real], batch.targets[real], batch.segment[real], strict=True
+    ):
         row, place = divmod(int(position), width)
         assert place + 1 < batch.lengths[row]
         assert batch.tokens[row, place + 1] == target
@@ -54,7 +64,9 @@ def test_every_target_follows_its_position(segments, multiple):
     expected = [
         (int(token), int(kind))
         for sequence in sequences
-        for place, (token, kind) in enumerate(zip(sequence.tokens, sequence.segments(), strict=True))
+        for place, (token, kind) in enumerate(
+            zip(sequence.tokens, sequence.segments(), strict=True)
+        )
         if place > 0 and ALL[kind] in segments
     ]
     assert found == expected
@@ -65,7 +77,10 @@ def test_padding(multiple, count, seed):
     sequences = corpus(count, seed)
     batch = make_batch(sequences, ("cot",), multiple)
     longest = max(map(len, sequences))
-    assert batch.tokens.shape[1] % multiple == 0 and longest <= batch.tokens.shape[1] < longest + multiple
+    assert (
+        batch.tokens.shape[1] % multiple == 0
+        and longest <= batch.tokens.shape[1] < longest + multiple
+    )
     assert len(batch.positions) == len(batch.targets) == len(batch.segment) == len(batch.weight)
     assert len(batch.positions) % multiple == 0
     for row, sequence in enumerate(sequences):
@@ -88,7 +103,14 @@ def test_dtypes():
     batch = make_batch(corpus(3), ALL, 4)
     assert [
         array.dtype
-        for array in (batch.tokens, batch.positions, batch.targets, batch.segment, batch.weight, batch.lengths)
+        for array in (
+            batch.tokens,
+            batch.positions,
+            batch.targets,
+            batch.segment,
+            batch.weight,
+            batch.lengths,
+        )
     ] == [np.int32, np.int32, np.int32, np.int8, np.float32, np.int32]
 
 
@@ -111,7 +133,9 @@ def ids_of(step):
     return [name for batch in step.batches for name in batch.ids]
 
 
-@pytest.mark.parametrize(("micro", "total"), [(1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (2, 5), (10, 10)])
+@pytest.mark.parametrize(
+    ("micro", "total"), [(1, 4), (2, 4), (3, 4), (4, 4), (8, 4), (2, 5), (10, 10)]
+)
 def test_global_batch_size_is_exact(micro, total):
     steps = Steps(corpus(10), ("cot",), table(micro, total), seed=1, epochs=3)
     for step in steps:
@@ -146,7 +170,10 @@ def test_a_step_is_a_function_of_its_number():
     first, second = (Steps(sequences, ("cot",), table(), seed=5, epochs=4) for _ in range(2))
     later = second[17]  # without having made the ones before
     assert ids_of(list(first)[17]) == ids_of(later)
-    assert all(a.tokens.tolist() == b.tokens.tolist() for a, b in zip(first[17].batches, later.batches, strict=True))
+    assert all(
+        a.tokens.tolist() == b.tokens.tolist()
+        for a, b in zip(first[17].batches, later.batches, strict=True)
+    )
 
 
 def test_seed_and_epoch_change_the_order():
@@ -170,13 +197,17 @@ def test_loss_tokens_do_not_depend_on_micro_batching(segments):
     for micro, multiple in [(1, 1), (2, 8), (3, 32), (6, 5)]:
         for step in Steps(sequences, segments, table(micro, 6, multiple), seed=3, epochs=2):
             members = [sequences[int(name[1:])] for name in ids_of(step)]
-            assert step.loss_tokens == sum(int(member.supervised(segments).sum()) for member in members)
+            assert step.loss_tokens == sum(
+                int(member.supervised(segments).sum()) for member in members
+            )
             assert step.loss_tokens == sum(batch.weight.sum() for batch in step.batches)
             assert step.tokens == sum(map(len, members))
 
 
 def test_too_few_examples_for_one_step():
-    with pytest.raises(DataError, match=r"batch\.global_batch_size is 4, but only 3 training examples carry loss"):
+    with pytest.raises(
+        DataError, match=r"batch\.global_batch_size is 4, but only 3 training examples carry loss"
+    ):
         Steps(corpus(3), ("cot",), table(), seed=0)
 
 
@@ -186,7 +217,9 @@ def test_too_few_examples_for_one_step():
 def test_validation_batches_hold_each_whole_sequence_once():
     sequences = corpus(7)
     batches = validation_batches(sequences, table(3, 3, 8))
-    assert sorted(name for batch in batches for name in batch.ids) == sorted(s.id for s in sequences)
+    assert sorted(name for batch in batches for name in batch.ids) == sorted(
+        s.id for s in sequences
+    )
     assert (np.diff(np.concatenate([batch.lengths for batch in batches])) >= 0).all()
     assert sum(batch.weight.sum() for batch in batches) == sum(len(s) - 1 for s in sequences)
     assert {int(kind) for batch in batches for kind in batch.segment[batch.weight > 0]} == {0, 1, 2}
@@ -200,10 +233,15 @@ def test_ranks_share_every_micro_batch_once_and_run_equally_many(count, size):
     assert len({len(share) for share in shares}) == 1
     working = [batch for share in shares for batch in share if batch.weight.any()]
     assert sorted(id(batch) for batch in working) == sorted(map(id, batches))
-    assert {batch.tokens.tobytes() for share in shares for batch in share} == {batch.tokens.tobytes() for batch in batches}
+    assert {batch.tokens.tobytes() for share in shares for batch in share} == {
+        batch.tokens.tobytes() for batch in batches
+    }
 
 
 def test_a_batch_with_more_positions_than_32_bits_count_is_one_line():
     whole = sequence(0, 1, 1, 1)
-    with pytest.raises(DataError, match=r"a micro-batch of 2 × 2,000,000,000 tokens .*; lower batch\.micro_batch_size"):
+    with pytest.raises(
+        DataError,
+        match=r"a micro-batch of 2 × 2,000,000,000 tokens .*; lower batch\.micro_batch_size",
+    ):
         make_batch([whole, whole], ("cot",), 2_000_000_000)

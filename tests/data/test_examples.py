@@ -16,22 +16,35 @@ from mlx_distill.errors import DataError, NotFound
 from mlx_distill.recipe import DataTable
 
 BESPOKE = (
-    "<|begin_of_thought|>\n\nTwo and three.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n5\n\n<|end_of_solution|>"
+    "<|begin_of_thought|>\n\nTwo and "
+    "three.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n5\n\n<|end_of_solution|>"
 )
 
 INSTRUCTION = (  # the system text of Sky-T1, Bespoke-Stratos and OpenThoughts
-    "Your role as an assistant involves thoroughly exploring questions through a systematic long thinking process "
-    "before providing the final precise and accurate solutions. This requires engaging in a comprehensive cycle of "
-    "analysis, summarizing, exploration, reassessment, reflection, backtracing, and iteration to develop "
-    "well-considered thinking process. Please structure your response into two main sections: Thought and Solution. In "
-    "the Thought section, detail your reasoning process using the specified format: <|begin_of_thought|> {thought with "
-    "steps separated with '\\n\\n'} <|end_of_thought|> Each step should include detailed considerations such as "
-    "analisying questions, summarizing relevant findings, brainstorming new ideas, verifying the accuracy of the "
-    "current steps, refining any errors, and revisiting previous steps. In the Solution section, based on various "
-    "attempts, explorations, and reflections from the Thought section, systematically present the final solution that "
-    "you deem correct. The solution should remain a logical, accurate, concise expression style and detail necessary "
-    "step needed to reach the conclusion, formatted as follows: <|begin_of_solution|> {final formatted, precise, and "
-    "clear solution} <|end_of_solution|> Now, try to solve the following question through the above guidelines:"
+    "Your role as an assistant involves thoroughly exploring questions through a systematic long "
+    "thinking process "
+    "before providing the final precise and accurate solutions. This requires engaging in a "
+    "comprehensive cycle of "
+    "analysis, summarizing, exploration, reassessment, reflection, backtracing, and iteration to "
+    "develop "
+    "well-considered thinking process. Please structure your response into two main sections: "
+    "Thought and Solution. In "
+    "the Thought section, detail your reasoning process using the specified format: "
+    "<|begin_of_thought|> {thought with "
+    "steps separated with '\\n\\n'} <|end_of_thought|> Each step should include detailed "
+    "considerations such as "
+    "analisying questions, summarizing relevant findings, brainstorming new ideas, verifying the "
+    "accuracy of the "
+    "current steps, refining any errors, and revisiting previous steps. In the Solution section, "
+    "based on various "
+    "attempts, explorations, and reflections from the Thought section, systematically present the "
+    "final solution that "
+    "you deem correct. The solution should remain a logical, accurate, concise expression style "
+    "and detail necessary "
+    "step needed to reach the conclusion, formatted as follows: <|begin_of_solution|> {final "
+    "formatted, precise, and "
+    "clear solution} <|end_of_solution|> Now, try to solve the following question through the "
+    "above guidelines:"
 )
 
 
@@ -70,13 +83,21 @@ LAYOUTS = {
     ),
     "messages": ({"messages": [USER, REPLY]}, {"format": "messages"}),
     "messages, reasoning_content": (
-        {"chat": [USER, {"role": "assistant", "content": "5", "reasoning_content": "Two and three."}]},
+        {
+            "chat": [
+                USER,
+                {"role": "assistant", "content": "5", "reasoning_content": "Two and three."},
+            ]
+        },
         {"format": "messages", "messages_column": "chat"},
     ),
     "messages, content in parts": (
         {
             "messages": [
-                {"role": "user", "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}],
+                },
                 REPLY,
             ]
         },
@@ -98,14 +119,26 @@ LAYOUTS = {
         {"conversations": [{"from": "human", "value": "2+3?"}, {"from": "gpt", "value": BESPOKE}]},
         {"format": "conversations"},
     ),
-    "gsm8k": ({"question": "2+3?", "answer": "Two<<2=2>> and<<1+1=2>> three.\n#### 5"}, {"format": "gsm8k"}),
+    "gsm8k": (
+        {"question": "2+3?", "answer": "Two<<2=2>> and<<1+1=2>> three.\n#### 5"},
+        {"format": "gsm8k"},
+    ),
     "SYNTHETIC-1": (
         {"prompt": "2+3?", "llm_response": REPLY["content"], "task_type": "verifiable_math"},
-        {"format": "response", "response_column": "llm_response", "where": {"task_type": "verifiable_math"}},
+        {
+            "format": "response",
+            "response_column": "llm_response",
+            "where": {"task_type": "verifiable_math"},
+        },
     ),
     "Llama-Nemotron": (
         {"input": [USER], "output": REPLY["content"], "reasoning": "on"},
-        {"format": "response", "prompt_column": "input", "response_column": "output", "where": {"reasoning": "on"}},
+        {
+            "format": "response",
+            "prompt_column": "input",
+            "response_column": "output",
+            "where": {"reasoning": "on"},
+        },
     ),
 }
 
@@ -152,9 +185,14 @@ def test_layout_on_real_tokenizers(layout, name, tmp_path, request):
 
 
 def test_history_is_kept_and_loses_its_reasoning(tmp_path):
-    system, second = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "And 4+4?"}
+    system, second = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "And 4+4?"},
+    )
     last = {"role": "assistant", "content": "<think>Four twice.</think>8"}
-    (example,), _ = read(tmp_path, [{"messages": [system, USER, REPLY, second, last, USER]}], format="messages")
+    (example,), _ = read(
+        tmp_path, [{"messages": [system, USER, REPLY, second, last, USER]}], format="messages"
+    )
     assert parts(example) == (
         "And 4+4?",
         "Four twice.",
@@ -176,7 +214,8 @@ def test_real_gsm8k_rows(gsm8k_folder):
     examples = list(read_examples(data, skipped=skipped))
     assert len(examples) == 7473 and not skipped
     assert examples[0].cot == (
-        "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
+        "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April "
+        "and May."
     )
     assert examples[0].answer == "72"
     assert not any("<<" in example.cot or "####" in example.cot for example in examples)
@@ -193,24 +232,43 @@ def test_real_gsm8k_rows(gsm8k_folder):
         ({"prompt": "q", "cot": "c", "answer": " "}, {}, "no answer"),
         ({"prompt": "", "cot": "c", "answer": "a"}, {}, "no prompt"),
         ({"prompt": "q", "response": "5"}, {"format": "response"}, "no reasoning"),
-        ({"prompt": "q", "response": "<think>\n\n</think>5"}, {"format": "response"}, "no reasoning"),
-        ({"prompt": "q", "response": "<think>so 5"}, {"format": "response"}, "reasoning never closed"),
+        (
+            {"prompt": "q", "response": "<think>\n\n</think>5"},
+            {"format": "response"},
+            "no reasoning",
+        ),
+        (
+            {"prompt": "q", "response": "<think>so 5"},
+            {"format": "response"},
+            "reasoning never closed",
+        ),
         ({"messages": [USER]}, {"format": "messages"}, "no assistant turn"),
         ({"messages": []}, {"format": "messages"}, "no assistant turn"),
-        ({"messages": [REPLY]}, {"format": "messages"}, "no user turn before the last assistant turn"),
+        (
+            {"messages": [REPLY]},
+            {"format": "messages"},
+            "no user turn before the last assistant turn",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]},
             {"format": "messages"},
             "content that is not text",
         ),
         ({"question": "q", "answer": "5"}, {"format": "gsm8k"}, "no #### before the answer"),
-        ({"prompt": "q", "cot": "c", "answer": "a", "kind": "x"}, {"where": {"kind": "y"}}, "not chosen by data.where"),
+        (
+            {"prompt": "q", "cot": "c", "answer": "a", "kind": "x"},
+            {"where": {"kind": "y"}},
+            "not chosen by data.where",
+        ),
     ],
 )
 def test_skipped_rows_are_counted_and_nothing_left_is_an_error(row, settings, reason, tmp_path):
     with pytest.raises(DataError) as error:
         read(tmp_path, [row, row], **settings)
-    assert f"no usable example with format = {settings.get('format', 'columns')!r}: 2 × {reason};" in str(error.value)
+    assert (
+        f"no usable example with format = {settings.get('format', 'columns')!r}: 2 × {reason};"
+        in str(error.value)
+    )
     assert "\n" not in str(error.value)
 
 
@@ -234,7 +292,10 @@ def test_ids_depend_on_content_alone():
     digest = hashlib.sha256(b'["p", "c", "a", []]').hexdigest()[:16]
     assert example_id("p", "c", "a") == make_example("p", " c", "a ").id == digest
     texts = [("pc", "", "a"), ("p", "ca", ""), ("p", "c", "a")]
-    assert len({example_id(*text) for text in texts} | {example_id("p", "c", "a", (("user", "x"),))}) == 4
+    assert (
+        len({example_id(*text) for text in texts} | {example_id("p", "c", "a", (("user", "x"),))})
+        == 4
+    )
 
 
 # --- refused rows ---
@@ -262,7 +323,9 @@ def test_list_where_text_was_expected(tmp_path):
 
 @pytest.mark.parametrize("value", ["hello", [1], [{"from": "user"}], 3, None])
 def test_messages_that_are_none(value, tmp_path):
-    with pytest.raises(DataError, match="line 1: column 'messages' is no list of objects with 'role' and 'content'"):
+    with pytest.raises(
+        DataError, match="line 1: column 'messages' is no list of objects with 'role' and 'content'"
+    ):
         read(tmp_path, [{"messages": value}], format="messages")
 
 
@@ -283,7 +346,10 @@ def test_unreadable_line(line, found, tmp_path):
 
 # --- sources ---
 
-ROWS = [{"prompt": "q, 1", "cot": 'say "c"\nthen', "answer": "a"}, {"prompt": "é", "cot": "漢", "answer": "b"}]
+ROWS = [
+    {"prompt": "q, 1", "cot": 'say "c"\nthen', "answer": "a"},
+    {"prompt": "é", "cot": "漢", "answer": "b"},
+]
 
 
 def write_csv(path, separator=","):
@@ -299,10 +365,24 @@ def write_parquet(path):
 @pytest.mark.parametrize(
     ("ending", "save"),
     [
-        (".jsonl", lambda path: path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")),
-        (".NDJSON", lambda path: path.write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)), encoding="utf-8")),
-        (".jsonl.gz", lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode()))),
-        (".csv.GZ", lambda path: (write_csv(path), path.write_bytes(gzip.compress(path.read_bytes())))),
+        (
+            ".jsonl",
+            lambda path: path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8"),
+        ),
+        (
+            ".NDJSON",
+            lambda path: path.write_text(
+                "\ufeff" + "\n".join(map(json.dumps, ROWS)), encoding="utf-8"
+            ),
+        ),
+        (
+            ".jsonl.gz",
+            lambda path: path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode())),
+        ),
+        (
+            ".csv.GZ",
+            lambda path: (write_csv(path), path.write_bytes(gzip.compress(path.read_bytes()))),
+        ),
         (".tsv", lambda path: write_csv(path, "\t")),
         (".CSV", lambda path: write_csv(path, ";")),
         ("-bar.csv", lambda path: write_csv(path, "|")),
@@ -319,7 +399,9 @@ def test_file_sources_agree(ending, save, tmp_path):
 
 
 def test_what_a_column_format_fills_in_is_nothing(tmp_path):
-    """Arrow gives each object the keys of all others, and a column of numbers has NaN where there is none."""
+    """Arrow gives each object the keys of all others, and a column of numbers has NaN where there
+    is none.
+    """
     pyarrow = pytest.importorskip("pyarrow")
     call = {"function": {"name": "look", "arguments": {"city": "Rome"}}}
     other = {"function": {"name": "go", "arguments": {"miles": 3}}}
@@ -332,7 +414,10 @@ def test_what_a_column_format_fills_in_is_nothing(tmp_path):
     pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
     unused = Counter()
     examples = list(read_examples(DataTable(source=str(path), format="messages"), unused=unused))
-    calls = [json.loads(example.after[0][2])["tool_calls"][0]["function"]["arguments"] for example in examples]
+    calls = [
+        json.loads(example.after[0][2])["tool_calls"][0]["function"]["arguments"]
+        for example in examples
+    ]
     assert calls == [{"city": "Rome"}, {"miles": 3}]
     assert unused == {"column score": 1}
 
@@ -346,17 +431,41 @@ def test_what_a_column_format_fills_in_is_nothing(tmp_path):
         ("a.json", b"[1]", "row 1: a JSON int, expected an object"),
         ("a.csv", b"prompt,cot\nq\n", "a.csv, line 2: not readable as CSV"),
         ("a.csv", b"prompt,cot\nq,c,a\n", "a.csv, line 2: not readable as CSV"),
-        ("a.csv", b'prompt,cot\n"q,c\nq,c\n', "line 2: not readable as CSV .a quote .* is never closed"),
+        (
+            "a.csv",
+            b'prompt,cot\n"q,c\nq,c\n',
+            "line 2: not readable as CSV .a quote .* is never closed",
+        ),
         ("a.csv", b'prompt,cot\n"q"x,c\n', "line 2: not readable as CSV"),
-        ("a.csv", b"sep=;\nprompt;cot\nq;c\n", "its first line 'sep=;' is for Excel alone; delete it"),
-        ("a.csv", b"prompt:cot\nq:c\n", "separated by something else than a comma, semicolon, tab or bar"),
-        ("a.jsonl", b'[{"prompt": "q"}]', "a JSON list, .*; is it one list over many lines. Then name it .json"),
-        ("a.jsonl", b'[\n{"prompt": "q"}]', "not valid JSON.*is it one list over many lines. Then name it .json"),
+        (
+            "a.csv",
+            b"sep=;\nprompt;cot\nq;c\n",
+            "its first line 'sep=;' is for Excel alone; delete it",
+        ),
+        (
+            "a.csv",
+            b"prompt:cot\nq:c\n",
+            "separated by something else than a comma, semicolon, tab or bar",
+        ),
+        (
+            "a.jsonl",
+            b'[{"prompt": "q"}]',
+            "a JSON list, .*; is it one list over many lines. Then name it .json",
+        ),
+        (
+            "a.jsonl",
+            b'[\n{"prompt": "q"}]',
+            "not valid JSON.*is it one list over many lines. Then name it .json",
+        ),
         ("a.parquet.gz", b"", "not read from .gz; unpack it"),
         ("a.csv", b"prompt,cot\nq,\xff\n", "line 2: byte 0xff is not UTF-8"),
         ("a.csv", b"prompt,cot,cot\nq,c,d\n", "two columns are called 'cot'; rename one"),
         ("a.parquet", b"PAR1 not at all", "not readable as Parquet"),
-        ("a.txt", b"hello", "ends in '.txt'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        (
+            "a.txt",
+            b"hello",
+            "ends in '.txt'; known are .jsonl, .ndjson, .json, .csv, .tsv, .parquet",
+        ),
     ],
 )
 def test_unreadable_files(name, content, message, tmp_path):
@@ -381,7 +490,9 @@ def test_config_of_a_file_is_refused(tmp_path):
 
 def test_hub_dataset_is_asked_for_config_and_split(monkeypatch):
     asked = []
-    fake = types.SimpleNamespace(load_dataset=lambda *names, **options: asked.append((names, options)) or ROWS)
+    fake = types.SimpleNamespace(
+        load_dataset=lambda *names, **options: asked.append((names, options)) or ROWS
+    )
     monkeypatch.setitem(sys.modules, "datasets", fake)
     data = DataTable(source="org/name", config="SFT", split="math")
     assert [example.prompt for example in read_examples(data)] == ["q, 1", "é"]
@@ -396,14 +507,17 @@ def test_hub_failure_is_one_line(monkeypatch):
     with pytest.raises(NotFound) as error:
         list(read_examples(DataTable(source="org/name")))
     assert "\n" not in str(error.value)
-    assert "org/name, split 'train' is no file here and could not be loaded from the hub: Couldn't reach" in str(
-        error.value
+    assert (
+        "org/name, split 'train' is no file here and could not be loaded from the hub: Couldn't "
+        "reach" in str(error.value)
     )
     assert "HF_HUB_OFFLINE" in str(error.value)
 
 
 def test_hub_offline_is_one_line(monkeypatch, tmp_path):
-    """The real package, told to stay offline (its flags are read at import, hence set on the modules)."""
+    """The real package, told to stay offline (its flags are read at import, hence set on the
+    modules).
+    """
     datasets = pytest.importorskip("datasets")
     import huggingface_hub.constants
 
@@ -416,7 +530,9 @@ def test_hub_offline_is_one_line(monkeypatch, tmp_path):
 
 def test_without_the_datasets_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"need the datasets package; pip install 'mlx-distill\[data\]'"):
+    with pytest.raises(
+        DataError, match=r"need the datasets package; pip install 'mlx-distill\[data\]'"
+    ):
         list(read_examples(DataTable(source="org/name")))
 
 
@@ -427,7 +543,11 @@ def test_embedded_source(monkeypatch):
         asked.append((partition, count, seed))
         return [make_example(f"{seed}+{i}?", "c", str(i)) for i in range(count)]
 
-    monkeypatch.setitem(sys.modules, "mlx_distill.embedded", types.SimpleNamespace(EMBEDDED={"sums": generate}, PARTITIONS=("train",)))
+    monkeypatch.setitem(
+        sys.modules,
+        "mlx_distill.embedded",
+        types.SimpleNamespace(EMBEDDED={"sums": generate}, PARTITIONS=("train",)),
+    )
     data = DataTable(source="embedded:sums", train_examples=5, validation_examples=2)
     assert [example.answer for example in read_examples(data, seed=3)] == list("0123456")
     assert asked == [("train", 7, 3)]
@@ -458,7 +578,8 @@ def test_split_is_seeded_and_complete():
 def test_held_out_rows_do_not_depend_on_the_number_of_training_rows():
     examples = numbered(50)
     splits = [
-        split_examples(examples, DataTable(source="x", validation_examples=10, train_examples=n), 7) for n in (5, 30)
+        split_examples(examples, DataTable(source="x", validation_examples=10, train_examples=n), 7)
+        for n in (5, 30)
     ]
     assert splits[0][1] == splits[1][1]
     assert splits[0][0] == splits[1][0][:5]
@@ -468,7 +589,9 @@ def test_held_out_rows_do_not_depend_on_the_number_of_training_rows():
 def test_no_prompt_is_on_both_sides(seed):
     skipped = Counter()
     examples = numbered(60, prompts=12)
-    train, validation = split_examples(examples, DataTable(source="x", validation_examples=6), seed, skipped=skipped)
+    train, validation = split_examples(
+        examples, DataTable(source="x", validation_examples=6), seed, skipped=skipped
+    )
     assert not {e.prompt for e in train} & {e.prompt for e in validation}
     assert len(train) + len(validation) + skipped["its prompt is in the validation set"] == 60
     assert skipped["its prompt is in the validation set"] > 0
@@ -476,7 +599,9 @@ def test_no_prompt_is_on_both_sides(seed):
 
 def test_unusable_examples_are_replaced():
     data = DataTable(source="x", validation_examples=5, train_examples=10)
-    train, validation = split_examples(numbered(50), data, 1, usable=lambda e: int(e.cot[1:]) % 2 == 0)
+    train, validation = split_examples(
+        numbered(50), data, 1, usable=lambda e: int(e.cot[1:]) % 2 == 0
+    )
     assert (len(train), len(validation)) == (10, 5)
     assert all(int(e.cot[1:]) % 2 == 0 for e in train + validation)
 

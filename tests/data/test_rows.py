@@ -1,4 +1,6 @@
-"""Rows as people have them: each file of fixtures/rows, what is skipped, what is counted, and what a template drops."""
+"""Rows as people have them: each file of fixtures/rows, what is skipped, what is counted, and what
+a template drops.
+"""
 
 import json
 from collections import Counter
@@ -18,15 +20,27 @@ from mlx_distill.errors import DataError
 from mlx_distill.recipe import DataTable
 
 ROWS = Path(__file__).parents[1] / "fixtures" / "rows"
-USER, REPLY = {"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>c</think>a"}
-CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"city": "Rome"}'}}
+USER, REPLY = (
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "<think>c</think>a"},
+)
+CALL = {
+    "id": "1",
+    "type": "function",
+    "function": {"name": "look", "arguments": '{"city": "Rome"}'},
+}
 RESULT = {"role": "tool", "tool_call_id": "1", "content": "rain"}
-TOOL = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {"properties": {"city": {}}}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "d", "parameters": {"properties": {"city": {}}}},
+}
 
 
 def read_file(name, format_):
     skipped, unused = Counter(), Counter()
-    found = list(read_examples(DataTable(source=str(ROWS / name), format=format_), 0, skipped, unused))
+    found = list(
+        read_examples(DataTable(source=str(ROWS / name), format=format_), 0, skipped, unused)
+    )
     return found, skipped, unused
 
 
@@ -55,29 +69,47 @@ WEATHER = "<|im_start|>assistant\n[get_weather {}]<|im_end|>\n"
 PROMPTS = {
     ("alpaca.jsonl", "alpaca"): QUESTION.replace("to 0.", "to the number.\n0") + LEARNED,
     ("caps.jsonl", "messages"): QUESTION + LEARNED,
-    ("developer.jsonl", "messages"): "<|im_start|>system\nALWAYSPIRATE: answer like a pirate.<|im_end|>\n"
+    (
+        "developer.jsonl",
+        "messages",
+    ): "<|im_start|>system\nALWAYSPIRATE: answer like a pirate.<|im_end|>\n"
     + QUESTION
     + LEARNED_LONG,
-    ("multiturn_think.jsonl", "messages"): "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+    (
+        "multiturn_think.jsonl",
+        "messages",
+    ): "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
     + QUESTION
     + LEARNED,
-    ("observation.jsonl", "messages"): "<|im_start|>user\nweather?<|im_end|>\n<|im_start|>assistant\n[get_weather {}]"
-    "<|im_end|>\n<|im_start|>tool\nOBSERVED: rain<|im_end|>\n<|im_start|>assistant\nIt rains.<|im_end|>\n"
-    + QUESTION
-    + LEARNED_LONG,
+    (
+        "observation.jsonl",
+        "messages",
+    ): "<|im_start|>user\nweather?<|im_end|>\n<|im_start|>assistant\n[get_weather {}]"
+    "<|im_end|>\n<|im_start|>tool\nOBSERVED: rain<|im_end|>\n<|im_start|>assistant\nIt "
+    "rains.<|im_end|>\n" + QUESTION + LEARNED_LONG,
     ("parts_thinking.jsonl", "messages"): QUESTION + LEARNED,
     ("reasoning_field.jsonl", "messages"): QUESTION + LEARNED,
-    ("sharegpt_system.jsonl", "conversations"): "<|im_start|>system\nKEEPME: you are a pirate.<|im_end|>\n"
+    (
+        "sharegpt_system.jsonl",
+        "conversations",
+    ): "<|im_start|>system\nKEEPME: you are a pirate.<|im_end|>\n" + QUESTION + LEARNED,
+    ("system_column.jsonl", "conversations"): "<|im_start|>system\nKEEPME pirate<|im_end|>\n"
     + QUESTION
     + LEARNED,
-    ("system_column.jsonl", "conversations"): "<|im_start|>system\nKEEPME pirate<|im_end|>\n" + QUESTION + LEARNED,
     ("tag_channel.jsonl", "messages"): QUESTION + LEARNED,
     ("tag_reasoning.jsonl", "messages"): QUESTION + LEARNED,
-    ("toolhist.jsonl", "messages"): '<|im_start|>tools\n[{"type": "function", "function": {"name": "get_weather", '
-    '"description": "weather of a city", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]'
+    (
+        "toolhist.jsonl",
+        "messages",
+    ): '<|im_start|>tools\n[{"type": "function", "function": {"name": "get_weather", '
+    '"description": "weather of a city", "parameters": {"type": "object", "properties": {"city": '
+    '{"type": "string"}}}}}]'
     "<|im_end|>\n<|im_start|>user\nweather in Rome?<|im_end|>\n"
-    '<|im_start|>assistant\n[get_weather {"city": "Rome"}]<|im_end|>\n<|im_start|>tool\nrain<|im_end|>\n'
-    "<|im_start|>assistant\nIt rains.<|im_end|>\n" + QUESTION + LEARNED.replace("to 0\n", "up to 0.\n"),
+    '<|im_start|>assistant\n[get_weather {"city": '
+    '"Rome"}]<|im_end|>\n<|im_start|>tool\nrain<|im_end|>\n'
+    "<|im_start|>assistant\nIt rains.<|im_end|>\n"
+    + QUESTION
+    + LEARNED.replace("to 0\n", "up to 0.\n"),
 }
 
 
@@ -88,7 +120,10 @@ def test_each_file_is_rendered_whole(name, format_, bytes_tokenizer):
     sequence = render(first, tokenizer, unused=unused)
     assert tokenizer.decode(sequence.tokens) == PROMPTS[name, format_]
     assert not skipped
-    also = {"multiturn_think.jsonl": {"reasoning of earlier turns": 2}, "toolhist.jsonl": {"key tool_call_id": 1}}
+    also = {
+        "multiturn_think.jsonl": {"reasoning of earlier turns": 2},
+        "toolhist.jsonl": {"key tool_call_id": 1},
+    }
     assert dict(unused) == also.get(name, {})
 
 
@@ -112,7 +147,9 @@ def test_files_without_an_answer_to_learn(name, reason):
     ],
 )
 def test_turns_that_a_template_drops_skip_the_row(name, reason, bytes_tokenizer):
-    """The mutant that renders without asking `_lost` writes "weather?" and "It rains." with nothing between them."""
+    """The mutant that renders without asking `_lost` writes "weather?" and "It rains." with nothing
+    between them.
+    """
     for example in read_file(name, "messages")[0]:
         with pytest.raises(Skip, match=reason):
             render(example, bytes_tokenizer("no_tools"))
@@ -138,7 +175,11 @@ def test_qwen3_renders_tools_as_its_template_says(qwen3_tokenizer):
 @pytest.mark.parametrize(("name", "format_"), PROMPTS)
 def test_each_file_on_real_tokenizers(name, format_, qwen3_tokenizer, smollm2_tokenizer):
     (first, _), _, _ = read_file(name, format_)
-    marks = {"developer.jsonl": "ALWAYSPIRATE", "sharegpt_system.jsonl": "KEEPME", "system_column.jsonl": "KEEPME pirate"}
+    marks = {
+        "developer.jsonl": "ALWAYSPIRATE",
+        "sharegpt_system.jsonl": "KEEPME",
+        "system_column.jsonl": "KEEPME pirate",
+    }
     marks |= {"observation.jsonl": "OBSERVED: rain", "toolhist.jsonl": "<tool_response>\nrain\n"}
     text = qwen3_tokenizer.decode(render(first, qwen3_tokenizer).tokens)
     assert marks.get(name, "Count to") in text and "first secret" not in text
@@ -172,8 +213,22 @@ def test_an_answer_after_tools_is_learned_with_all_that_led_to_it(reading, bytes
     [
         ({"tools": [TOOL]}, "tools"),
         ({"messages": [USER, {"role": "critic", "content": "no"}, USER, REPLY]}, "critic turn"),
-        ({"messages": [USER, {**REPLY, "content": "a"}, {"role": "system", "content": "s"}, USER, REPLY]}, "system turn"),
-        ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, RESULT, REPLY]}, "tool calls"),
+        (
+            {
+                "messages": [
+                    USER,
+                    {**REPLY, "content": "a"},
+                    {"role": "system", "content": "s"},
+                    USER,
+                    REPLY,
+                ]
+            },
+            "system turn",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, RESULT, REPLY]},
+            "tool calls",
+        ),
         ({"messages": [USER, {"role": "tool", "content": "r"}, REPLY]}, "tool turn"),
     ],
 )
@@ -185,10 +240,14 @@ def test_what_a_template_drops_is_named(changes, reason, reading, bytes_tokenize
 
 def test_arguments_are_given_in_the_form_that_a_template_writes_as_json(reading, bytes_tokenizer):
     call = {"function": {"name": "look", "arguments": {"city": "Rome"}}}
-    example, _ = reading({"messages": [USER, {"role": "assistant", "tool_calls": [call]}, RESULT, REPLY]})
+    example, _ = reading(
+        {"messages": [USER, {"role": "assistant", "tool_calls": [call]}, RESULT, REPLY]}
+    )
     tokenizer = bytes_tokenizer("tools")
     as_object = tokenizer.decode(render(example, tokenizer).tokens)
-    tokenizer.chat_template = tokenizer.chat_template.replace("(call.function.arguments | tojson)", "call.function.arguments")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "(call.function.arguments | tojson)", "call.function.arguments"
+    )
     assert tokenizer.decode(render(example, tokenizer).tokens) == as_object
 
 
@@ -211,7 +270,10 @@ def test_names_of_a_result(role, reading):
     ]
     example, unused = reading({"conversations": row}, "conversations")
     (call, result) = example.after
-    assert json.loads(call[2])["tool_calls"][0]["function"] == {"name": "look", "arguments": {"city": "Rome"}}
+    assert json.loads(call[2])["tool_calls"][0]["function"] == {
+        "name": "look",
+        "arguments": {"city": "Rome"},
+    }
     assert result == ("tool", "rain") and unused == {}
 
 
@@ -220,7 +282,8 @@ def test_names_of_a_result(role, reading):
     [
         ({"tool_calls": [CALL], "content": None}, "its answer is a tool call"),
         ({"function_call": {"name": "look", "arguments": "{}"}}, "its answer is a tool call"),
-        ({"content": '<think>c</think>\n<tool_call>\n{"name": "look"}\n</tool_call>'}, "its answer is a tool call"),
+        ({"content": '<think>c</think>\n<tool_call>\n{"name": '
+                     '"look"}\n</tool_call>'}, "its answer is a tool call"),
         ({"content": [{"type": "tool_use", "id": "1", "name": "look", "input": {}}]}, "its answer is a tool call"),
         (
             {"content": "<|channel|>analysis<|message|>c<|end|><|start|>assistant<|channel|>commentary to=functions.look "
@@ -234,10 +297,12 @@ def test_names_of_a_result(role, reading):
         ({"loss": False}, "its answer is not to be learned (loss = false)"),
         ({"content": None, "refusal": "I cannot."}, "its answer is a refusal"),
         ({"content": None, "audio": {"id": "x"}}, "content that is not text"),
-        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content that is not text"),
+        ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content that is not "
+                                                                          "text"),
         ({"content": "<reasoning>never closed"}, "reasoning never closed"),
         ({"content": "<|channel|>analysis<|message|>only this"}, "reasoning never closed"),
-        ({"content": "a \ud83d", "reasoning": "c"}, "half of a character (a lone surrogate) in its text"),
+        ({"content": "a \ud83d", "reasoning": "c"}, "half of a character (a lone surrogate) in "
+                                                    "its text"),
     ],
 )  # fmt: skip
 def test_answers_that_are_not_learned(last, reason, reading):
@@ -250,15 +315,27 @@ def test_answers_that_are_not_learned(last, reason, reading):
         {"reasoning": "c", "content": "a"},
         {"thinking": "c", "content": "a"},
         {"reasoning_content": "c", "reasoning": "c", "content": "<think>c</think>a"},
-        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "c"}]}, {"type": "text", "text": "a"}]},
+        {
+            "content": [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "c"}]},
+                {"type": "text", "text": "a"},
+            ]
+        },
         {"content": [{"type": "reasoning", "text": "c"}, {"type": "output_text", "text": "a"}]},
-        {"content": [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "c"}]}, "a"]},
+        {
+            "content": [
+                {"type": "reasoning", "summary": [{"type": "summary_text", "text": "c"}]},
+                "a",
+            ]
+        },
         {"content": "<thinking>c</thinking>a"},
         {"content": "<thought>\nc</thought>\na"},
         {"content": "<reasoning>c</reasoning>\n<answer>\na\n</answer>"},
         {"content": "[THINK]c[/THINK]a"},
         {"content": "<|START_THINKING|>c<|END_THINKING|><|START_RESPONSE|>a<|END_RESPONSE|>"},
-        {"content": "<|start|>assistant<|channel|>analysis<|message|>c<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>"},
+        {
+            "content": "<|start|>assistant<|channel|>analysis<|message|>c<|end|><|start|>assistant<|channel|>final<|message|>a<|return|>"
+        },
         {"content": "analysisc assistantfinala"},
     ],
 )
@@ -269,17 +346,31 @@ def test_marks_of_reasoning(last, reading):
 
 def test_channels_as_messages_of_their_own(reading):
     said = [("analysis", "c"), ("analysis", "d"), ("final", "a")]
-    row = [USER, *({"role": "assistant", "channel": channel, "content": text} for channel, text in said)]
+    row = [
+        USER,
+        *({"role": "assistant", "channel": channel, "content": text} for channel, text in said),
+    ]
     example, unused = reading({"messages": row})
     assert (example.cot, example.answer, example.history, unused) == ("c\n\nd", "a", (), {})
 
 
 def test_anthropic_calls_and_results(reading):
     used = {"type": "tool_use", "id": "1", "name": "look", "input": {"city": "Rome"}}
-    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "rain"}]}
-    row = [USER, {"role": "assistant", "content": [used]}, {"role": "user", "content": [result]}, REPLY]
+    result = {
+        "type": "tool_result",
+        "tool_use_id": "1",
+        "content": [{"type": "text", "text": "rain"}],
+    }
+    row = [
+        USER,
+        {"role": "assistant", "content": [used]},
+        {"role": "user", "content": [result]},
+        REPLY,
+    ]
     example, unused = reading({"messages": row})
-    assert json.loads(example.after[0][2])["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+    assert json.loads(example.after[0][2])["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Rome"
+    }
     assert example.after[1] == ("tool", "rain", '{"tool_call_id": "1"}') and unused == {}
 
 
@@ -343,7 +434,10 @@ def test_alpaca_with_history(reading):
 
 def test_rows_of_another_format_are_told_theirs(tmp_path):
     for format_ in ("columns", "response", "messages"):
-        with pytest.raises(DataError, match=r'found instruction, input, output; these are the columns of format "alpaca"'):
+        with pytest.raises(
+            DataError,
+            match=r'found instruction, input, output; these are the columns of format "alpaca"',
+        ):
             read(tmp_path, [{"instruction": "i", "input": "x", "output": "o"}], format=format_)
 
 
@@ -355,8 +449,14 @@ def test_an_unused_column_is_named_where_nothing_is_usable(tmp_path):
 # --- every unused thing of any row is counted ---
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.just(float("nan")) | st.sampled_from(["", " ", "x", "[]"]),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.just(float("nan"))
+    | st.sampled_from(["", " ", "x", "[]"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("ab"), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 names = st.sampled_from(["source", "id", "Tools", "x\x1b[31m", "role2", "système"])
@@ -374,27 +474,57 @@ def _inside(leaf):
     return leaf.values() if isinstance(leaf, dict) else leaf if isinstance(leaf, list) else [leaf]
 
 
-@given(st.dictionaries(names, values), st.lists(st.dictionaries(names, values), min_size=2, max_size=2), st.booleans())
+@given(
+    st.dictionaries(names, values),
+    st.lists(st.dictionaries(names, values), min_size=2, max_size=2),
+    st.booleans(),
+)
 def test_whatever_has_content_and_is_not_read_is_counted(tmp_path_factory, columns, keys, broken):
     last = REPLY | ({"content": "no reasoning"} if broken else {})
     row = {**columns, "messages": [{**keys[0], **USER}, {**keys[1], **last}]}
     folder = tmp_path_factory.mktemp("row")
     unused = Counter()
     try:
-        list(read_examples(DataTable(source=write(folder, [row]), format="messages"), unused=unused))
+        list(
+            read_examples(DataTable(source=write(folder, [row]), format="messages"), unused=unused)
+        )
     except DataError:
         assert broken
     expected = Counter(f"column {name}" for name, value in columns.items() if says(value))
-    expected += Counter(f"key {name}" for found in keys for name, value in found.items() if says(value))
-    assert Counter({name.replace("\\x1b", "\x1b"): count for name, count in unused.items()}) == expected
+    expected += Counter(
+        f"key {name}" for found in keys for name, value in found.items() if says(value)
+    )
+    assert (
+        Counter({name.replace("\\x1b", "\x1b"): count for name, count in unused.items()})
+        == expected
+    )
     assert all(name.isprintable() for name in unused)
 
 
-ODD = [None, True, 0, 3.5, "", "x", "[]", "{}", [], [None], ["a"], {}, {"type": "text"}, {"function": None}, "\ud83d", "\x1b[31m"]
+ODD = [
+    None,
+    True,
+    0,
+    3.5,
+    "",
+    "x",
+    "[]",
+    "{}",
+    [],
+    [None],
+    ["a"],
+    {},
+    {"type": "text"},
+    {"function": None},
+    "\ud83d",
+    "\x1b[31m",
+]
 
 
 def test_a_damaged_row_is_an_example_or_a_line(tmp_path, bytes_tokenizer):
-    """Values of the fixtures' rows replaced, deleted or added at random: nothing but `DataError` and `Skip` comes of it."""
+    """Values of the fixtures' rows replaced, deleted or added at random: nothing but `DataError`
+    and `Skip` comes of it.
+    """
     random, tokenizer = Random(9), bytes_tokenizer("tools")
     rows = [json.loads(path.read_text().splitlines()[0]) for path in sorted(ROWS.glob("*.jsonl"))]
     outcomes = Counter()
@@ -438,7 +568,11 @@ TURN = [{"role": "user", "content": "q"}]
 @pytest.mark.parametrize(
     ("row", "format_", "settings"),
     [
-        ({"prompt": TURN, "completion": [REPLY]}, "response", {"response_column": "completion"}),  # TRL
+        (
+            {"prompt": TURN, "completion": [REPLY]},
+            "response",
+            {"response_column": "completion"},
+        ),  # TRL
         ({"prompt": "q", "completion": [REPLY]}, "response", {"response_column": "completion"}),
         ({"instruction": "q", "output": REPLY["content"], "history": "[]"}, "alpaca", {}),
     ],
@@ -457,11 +591,11 @@ def test_a_system_column_of_text_parts_and_a_history_in_json(reading):
 
 def test_a_taken_column_is_not_proposed(tmp_path):
     row = {"instruction": "q", "input": "", "chosen": "x", "rejected": "y"}
-    with pytest.raises(DataError, match="no column 'output'.*; set data.response_column"):
+    with pytest.raises(DataError, match=r"no column 'output'.*; set data.response_column"):
         list(read_examples(DataTable(source=write(tmp_path, [row]), format="alpaca")))
 
 
 def test_a_role_that_would_be_a_control_token_is_refused(reading, bytes_tokenizer):
     example, _ = reading({"messages": [{"role": "critic<|im_end|>", "content": "x"}, USER, REPLY]})
-    with pytest.raises(Skip, match="literal <.im_end.> in its prompt"):
+    with pytest.raises(Skip, match=r"literal <.im_end.> in its prompt"):
         render(example, bytes_tokenizer())

@@ -1,4 +1,6 @@
-"""Rendered examples against token ids and segment ends written down by hand, for each template family."""
+"""Rendered examples against token ids and segment ends written down by hand, for each template
+family.
+"""
 
 from itertools import pairwise
 
@@ -11,7 +13,10 @@ from mlx_distill.data.sequences import end_of_turn, generation_ids, render, stop
 from mlx_distill.errors import ModelError
 
 EXAMPLE = make_example("2+3?", "2+3=5.", "5", (("system", "Be brief."),))
-CHATML = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n"
+CHATML = (
+    "<|im_start|>system\nBe "
+    "brief.<|im_end|>\n<|im_start|>user\n2+3?<|im_end|>\n<|im_start|>assistant\n"
+)
 DEEPSEEK = "<｜begin▁of▁sentence｜>Be brief.<｜User｜>2+3?<｜Assistant｜>"
 COT = "<think>\n2+3=5.\n</think>\n\n"
 
@@ -71,7 +76,29 @@ def test_qwen3_keeps_what_its_template_would_alter(qwen3_tokenizer):
 @pytest.mark.network
 def test_smollm2_tags_of_three_tokens(smollm2_tokenizer):
     sequence = render(EXAMPLE, smollm2_tokenizer)
-    prompt = [1, 9690, 198, 6077, 5453, 30, 2, 198, 1, 4093, 198, 34, 27, 35, 47, 2, 198, 1, 520, 9531, 198]
+    prompt = [
+        1,
+        9690,
+        198,
+        6077,
+        5453,
+        30,
+        2,
+        198,
+        1,
+        4093,
+        198,
+        34,
+        27,
+        35,
+        47,
+        2,
+        198,
+        1,
+        520,
+        9531,
+        198,
+    ]
     cot = [44, 17400, 46, 198, 34, 27, 35, 45, 37, 30, 198, 9617, 17400, 46, 1116]
     assert sequence.tokens.tolist() == [*prompt, *cot, 37, 2]
     assert (sequence.prompt_end, sequence.cot_end) == (21, 36)
@@ -95,7 +122,10 @@ FAMILIES = {
     "qwen2_5": (CHATML, "<|im_end|>"),  # passes text through
     "qwen3_5": (CHATML, "<|im_end|>"),  # its generation prompt ends in <think>\n
     "qwen3_8": (CHATML, "<|im_end|>"),  # the same, and inline tags mean nothing to it
-    "deepseek_r1_distill": (DEEPSEEK, "<｜end▁of▁sentence｜>"),  # strips the reasoning of every turn
+    "deepseek_r1_distill": (
+        DEEPSEEK,
+        "<｜end▁of▁sentence｜>",
+    ),  # strips the reasoning of every turn
 }
 
 
@@ -106,11 +136,16 @@ def test_family_ids_and_ends(family, think_tokens, bytes_tokenizer, bytes_ids):
     sequence = render(EXAMPLE, bytes_tokenizer(family, think_tokens))
     expected = [bytes_ids(text, think_tokens) for text in (prompt, COT, f"5{end}")]
     assert sequence.tokens.tolist() == [token for part in expected for token in part]
-    assert (sequence.prompt_end, sequence.cot_end) == (len(expected[0]), len(expected[0]) + len(expected[1]))
+    assert (sequence.prompt_end, sequence.cot_end) == (
+        len(expected[0]),
+        len(expected[0]) + len(expected[1]),
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_8", "deepseek_r1_distill"])
-def test_generation_prompt_that_opens_think_is_a_prefix_of_training(family, bytes_tokenizer, bytes_ids):
+def test_generation_prompt_that_opens_think_is_a_prefix_of_training(
+    family, bytes_tokenizer, bytes_ids
+):
     tokenizer = bytes_tokenizer(family)
     ids = generation_ids("2+3?", tokenizer, EXAMPLE.history)
     assert ids == bytes_ids(FAMILIES[family][0] + "<think>\n")
@@ -134,9 +169,9 @@ def test_generation_prompt_endings(ending, cot_start, bytes_tokenizer):
 
 def test_template_that_thinks_only_when_told(bytes_tokenizer):
     tokenizer = bytes_tokenizer("qwen3_5")
-    tokenizer.chat_template = tokenizer.chat_template.replace("enable_thinking is false", "true").replace(
-        "enable_thinking is defined and true", "not enable_thinking"
-    )
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "enable_thinking is false", "true"
+    ).replace("enable_thinking is defined and true", "not enable_thinking")
     ids = generation_ids("q", tokenizer)
     assert tokenizer.decode(ids).endswith("assistant\n<think>\n")
 
@@ -157,13 +192,19 @@ def test_trimmed_offsets_do_not_move_a_boundary(bytes_tokenizer):
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     begin = tokenizer("a <", return_offsets_mapping=True)["offset_mapping"][1][0]
     assert begin == 2  # the space is trimmed from " <"
-    assert pieces(render(make_example("q", "2", "5"), tokenizer), tokenizer)[:2] == ["q: <", "think>\n2\n</think>\n\n"]
+    assert pieces(render(make_example("q", "2", "5"), tokenizer), tokenizer)[:2] == [
+        "q: <",
+        "think>\n2\n</think>\n\n",
+    ]
 
 
 def test_bytes_of_one_character_stay_together(bytes_tokenizer):
     tokenizer = bytes_tokenizer("", think_tokens=False)
     tokenizer.chat_template = "{{ messages[-1].content }}漢"
-    assert pieces(render(make_example("é", "2", "5"), tokenizer), tokenizer)[:2] == ["é漢", "<think>\n2\n</think>\n\n"]
+    assert pieces(render(make_example("é", "2", "5"), tokenizer), tokenizer)[:2] == [
+        "é漢",
+        "<think>\n2\n</think>\n\n",
+    ]
 
 
 def test_the_tokenizer_adds_nothing_to_what_the_template_wrote(bytes_tokenizer, bytes_ids):
@@ -173,7 +214,9 @@ def test_the_tokenizer_adds_nothing_to_what_the_template_wrote(bytes_tokenizer, 
         single=f"{begin} $A", special_tokens=[(begin, 3)]
     )
     assert tokenizer("a")["input_ids"][0] == 3
-    assert render(EXAMPLE, tokenizer).tokens.tolist() == bytes_ids(DEEPSEEK + COT + "5<｜end▁of▁sentence｜>")
+    assert render(EXAMPLE, tokenizer).tokens.tolist() == bytes_ids(
+        DEEPSEEK + COT + "5<｜end▁of▁sentence｜>"
+    )
     assert generation_ids("2+3?", tokenizer, EXAMPLE.history) == bytes_ids(DEEPSEEK + "<think>\n")
 
 
@@ -225,15 +268,19 @@ def test_control_text_in_a_row_is_skipped(parts, reason, think_tokens, bytes_tok
 
 def test_tags_in_a_prompt_are_only_text(bytes_tokenizer):
     tokenizer = bytes_tokenizer("qwen3_5")
-    prompt, cot, _ = pieces(render(make_example("what is <think>?</think>", "a", "b"), tokenizer), tokenizer)
-    assert prompt.endswith("what is <think>?</think><|im_end|>\n<|im_start|>assistant\n") and cot.startswith(
-        "<think>\na"
+    prompt, cot, _ = pieces(
+        render(make_example("what is <think>?</think>", "a", "b"), tokenizer), tokenizer
     )
+    assert prompt.endswith(
+        "what is <think>?</think><|im_end|>\n<|im_start|>assistant\n"
+    ) and cot.startswith("<think>\na")
 
 
 def test_template_that_refuses_a_role_skips_the_row(bytes_tokenizer):
     tokenizer = bytes_tokenizer()
-    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
+    )
     with pytest.raises(Skip, match=r"the chat template refuses it \(no system role\)"):
         render(EXAMPLE, tokenizer)
 

@@ -18,7 +18,10 @@ from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable,
 from mlx_distill.terminal.show import show
 
 OR_SPAN = ', or set truncation.span = "cot", which keeps prompts whole'
-ROWS = [{"prompt": f"{i}+1?", "cot": f"One more than {i}.\nSo {i + 1}.", "answer": str(i + 1)} for i in range(20)]
+ROWS = [
+    {"prompt": f"{i}+1?", "cot": f"One more than {i}.\nSo {i + 1}.", "answer": str(i + 1)}
+    for i in range(20)
+]
 
 
 @pytest.fixture
@@ -30,14 +33,18 @@ def recipe(tmp_path, bytes_tokenizer):
     (student / "config.json").write_text('{"model_type": "llama"}')
     data = DataTable(source=str(tmp_path / "rows.jsonl"), validation_examples=4)
     return Recipe(
-        student=StudentTable(model=str(student)), data=data, truncation=TruncationTable(span="cot", fraction=0.5)
+        student=StudentTable(model=str(student)),
+        data=data,
+        truncation=TruncationTable(span="cot", fraction=0.5),
     )
 
 
 def changed(recipe, **tables):
     """The recipe with fields of its tables replaced: `changed(recipe, data={...})`."""
     return recipe.model_copy(
-        update={name: getattr(recipe, name).model_copy(update=fields) for name, fields in tables.items()}
+        update={
+            name: getattr(recipe, name).model_copy(update=fields) for name, fields in tables.items()
+        }
     )
 
 
@@ -45,7 +52,12 @@ def printed(recipe, colour=False, example=1):
     file = io.StringIO()
     show(
         recipe,
-        Console(file=file, width=120, force_terminal=colour, color_system="truecolor" if colour else None),
+        Console(
+            file=file,
+            width=120,
+            force_terminal=colour,
+            color_system="truecolor" if colour else None,
+        ),
         example,
     )
     return file.getvalue()
@@ -65,23 +77,35 @@ def test_prepare_accounts_for_every_row(recipe, bytes_tokenizer):
 
 
 def test_rows_are_the_same_at_every_fraction(recipe, bytes_tokenizer):
-    found = [prepare(changed(recipe, truncation={"fraction": f}), bytes_tokenizer("qwen2_5")) for f in (0.25, 0.5, 1.0)]
+    found = [
+        prepare(changed(recipe, truncation={"fraction": f}), bytes_tokenizer("qwen2_5"))
+        for f in (0.25, 0.5, 1.0)
+    ]
     assert len({tuple(s.id for s in prepared.train) for prepared in found}) == 1
     assert len({tuple(tuple(s.tokens) for s in prepared.validation) for prepared in found}) == 1
 
 
 def test_examples_without_a_supervised_token_are_dropped_and_counted(recipe, bytes_tokenizer):
-    """62 tokens hold a prompt of one digit and one token more, or a prompt of two digits and nothing else."""
+    """62 tokens hold a prompt of one digit and one token more, or a prompt of two digits and
+    nothing else.
+    """
     cut = changed(recipe, truncation={"span": "sequence", "fraction": 1.0, "max_tokens": 62})
     prepared = prepare(cut, bytes_tokenizer("qwen2_5"))
     dropped = {s.id for s in prepared.train_whole} - {s.id for s in prepared.train}
-    assert dropped == {s.id for s in prepared.train_whole if len(prepared.examples[s.id].prompt) == len("10+1?")}
-    assert prepared.skipped == {"its prompt alone outlasts the cut": len(dropped)} and len(dropped) == 7
+    assert dropped == {
+        s.id for s in prepared.train_whole if len(prepared.examples[s.id].prompt) == len("10+1?")
+    }
+    assert (
+        prepared.skipped == {"its prompt alone outlasts the cut": len(dropped)}
+        and len(dropped) == 7
+    )
     assert all(s.supervised(("cot",)).sum() == 1 for s in prepared.train)
 
 
 def test_nothing_supervised_is_an_error(recipe, bytes_tokenizer):
-    with pytest.raises(DataError, match="none of 16 training examples has a token of answer left after the cut"):
+    with pytest.raises(
+        DataError, match="none of 16 training examples has a token of answer left after the cut"
+    ):
         prepare(changed(recipe, objective={"segments": ("answer",)}), bytes_tokenizer("qwen2_5"))
 
 
@@ -90,12 +114,15 @@ def test_nothing_supervised_is_an_error(recipe, bytes_tokenizer):
     [
         ({"max_tokens": 20}, ("cot",), "16 × its prompt alone outlasts the cut", f"raise truncation.max_tokens{OR_SPAN}"),
         ({"fraction": 0.1}, ("cot",), "16 × its prompt alone outlasts the cut", f"raise truncation.fraction{OR_SPAN}"),
-        ({"token_share": 0.001}, ("cot",), "16 × its share of tokens rounds to none", "raise truncation.token_share"),
+        ({"token_share": 0.001}, ("cot",), "16 × its share of tokens rounds to "
+                                           "none", "raise truncation.token_share"),
         ({"keep": "cot"}, ("answer",), "16 × no supervised token left after the cut",
          'choose another truncation.keep than "cot", or supervise other segments'),
     ],
 )  # fmt: skip
-def test_the_remedy_is_that_of_the_cause(truncation, segments, cause, advice, recipe, bytes_tokenizer):
+def test_the_remedy_is_that_of_the_cause(
+    truncation, segments, cause, advice, recipe, bytes_tokenizer
+):
     cut = recipe.model_copy(update={"truncation": TruncationTable(**truncation)})
     with pytest.raises(DataError) as error:
         prepare(changed(cut, objective={"segments": segments}), bytes_tokenizer("qwen2_5"))
@@ -103,7 +130,9 @@ def test_the_remedy_is_that_of_the_cause(truncation, segments, cause, advice, re
 
 
 def test_too_few_examples_name_what_kept_them_out(recipe, bytes_tokenizer):
-    with pytest.raises(DataError, match=r"20 × longer than data.longest_tokens = 20; raise data.longest_tokens$"):
+    with pytest.raises(
+        DataError, match=r"20 × longer than data.longest_tokens = 20; raise data.longest_tokens$"
+    ):
         prepare(changed(recipe, data={"longest_tokens": 20}), bytes_tokenizer("qwen2_5"))
 
 
@@ -111,7 +140,10 @@ def test_what_rows_carry_besides_is_shown(recipe, tmp_path):
     rows = [row | {"source": "x", "\x1b[31mid": number} for number, row in enumerate(ROWS)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     page = printed(recipe)
-    assert "not used: column source in 20 rows\n" in page and "not used: column \\x1b[31mid in 20 rows\n" in page
+    assert (
+        "not used: column source in 20 rows\n" in page
+        and "not used: column \\x1b[31mid in 20 rows\n" in page
+    )
 
 
 def test_the_day_is_shown(recipe, bytes_tokenizer):
@@ -180,7 +212,9 @@ def test_runs_tile_the_sequence_and_agree_with_training(truncation, recipe, byte
     for cut, whole in zip(prepared.train, prepared.train_whole, strict=True):
         runs = list(token_runs(whole, recipe))
         assert np.concatenate([run.tokens for run in runs]).tolist() == whole.tokens.tolist()
-        assert np.concatenate([run.tokens for run in runs if run.kept]).tolist() == cut.tokens.tolist()
+        assert (
+            np.concatenate([run.tokens for run in runs if run.kept]).tolist() == cut.tokens.tolist()
+        )
         learned = np.concatenate([run.tokens[run.learned] for run in runs])
         assert learned.tolist() == cut.tokens[cut.supervised(("cot",))].tolist()
         assert not any(run.learned.any() for run in runs if not run.kept)
@@ -203,7 +237,9 @@ def test_page_without_colour(recipe):
         "not used: none",
     ):
         assert line in page
-    assert "│ cot *    │   463 │ 28.9 │   231 │ 14.4 │   49.9 │     231 │ 14.4 │      49.9 │" in page
+    assert (
+        "│ cot *    │   463 │ 28.9 │   231 │ 14.4 │   49.9 │     231 │ 14.4 │      49.9 │" in page
+    )
 
 
 def test_page_in_colour(recipe):
@@ -227,8 +263,14 @@ def test_reasons_and_dropped_examples_are_shown(recipe):
 
 @pytest.mark.network
 def test_the_mac_recipe_shows_on_local_rows(tmp_path, qwen3_tokenizer):
-    """Its rows come from a file and its tokenizer from a folder without weights; all else is as written."""
-    begin, middle, end = "<|begin_of_thought|>", "<|end_of_thought|>\n\n<|begin_of_solution|>", "<|end_of_solution|>"
+    """Its rows come from a file and its tokenizer from a folder without weights; all else is as
+    written.
+    """
+    begin, middle, end = (
+        "<|begin_of_thought|>",
+        "<|end_of_thought|>\n\n<|begin_of_solution|>",
+        "<|end_of_solution|>",
+    )
     rows = [
         {
             "system": INSTRUCTION,
@@ -255,8 +297,14 @@ def test_the_mac_recipe_shows_on_local_rows(tmp_path, qwen3_tokenizer):
     example, _, counted = page.partition("not used:")
     assert "begin_of" not in example and "Your role as" not in example
     assert counted.startswith(" system text that asks for <|begin_of_thought|> in 120 turns")
-    assert "example 1 of 20" in page and "<|im_start|>user\nWhat is " in page and "validation: 100 whole" in page
-    assert "▌cot · 57 tokens · kept, learned\n<think>\nLet me see." in page  # 16 of the prompt + 57 = int(147 / 2)
+    assert (
+        "example 1 of 20" in page
+        and "<|im_start|>user\nWhat is " in page
+        and "validation: 100 whole" in page
+    )
+    assert (
+        "▌cot · 57 tokens · kept, learned\n<think>\nLet me see." in page
+    )  # 16 of the prompt + 57 = int(147 / 2)
     assert "▌cot · 67 tokens · CUT" in page and "▌answer · 7 tokens · CUT" in page
 
 
@@ -267,5 +315,8 @@ def test_no_such_example(number, recipe):
 
 
 def test_show_loads_no_framework():
-    code = "import sys, mlx_distill.terminal.show; sys.exit(any(name in sys.modules for name in ('mlx', 'mlx.core', 'torch')))"
+    code = (
+        "import sys, mlx_distill.terminal.show; sys.exit(any(name in sys.modules for name in "
+        "('mlx', 'mlx.core', 'torch')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,7 +13,9 @@ from mlx_distill.recipe import TruncationTable
 def sequence(prompt=4, cot=10, answer=2, name="x"):
     """Tokens that are their own places: 0 … T-1."""
     total = prompt + cot + answer
-    return TokenSequence(name, np.arange(total, dtype=np.int32), prompt, prompt + cot, np.ones(total, bool))
+    return TokenSequence(
+        name, np.arange(total, dtype=np.int32), prompt, prompt + cot, np.ones(total, bool)
+    )
 
 
 def kept(cut):
@@ -76,12 +78,16 @@ def test_kept_context_is_read_and_carries_no_loss(settings, tokens, allowed):
 @given(length=st.integers(1, 5000), fraction=st.floats(0.001, 1))
 def test_lead_span_proportion_is_the_papers(length, fraction):
     whole = sequence(0, length, 0)
-    assert len(truncate(whole, TruncationTable(fraction=fraction))) == max(1, int(fraction * length))
+    assert len(truncate(whole, TruncationTable(fraction=fraction))) == max(
+        1, int(fraction * length)
+    )
 
 
 # --- any segments × any truncation ---
 
-SEGMENTS = st.lists(st.sampled_from(["prompt", "cot", "answer"]), min_size=1, max_size=3, unique=True).map(tuple)
+SEGMENTS = st.lists(
+    st.sampled_from(["prompt", "cot", "answer"]), min_size=1, max_size=3, unique=True
+).map(tuple)
 TABLES = st.builds(
     TruncationTable,
     keep=st.sampled_from([keep for keep in WINDOWS if keep != "cot"]),
@@ -106,12 +112,18 @@ def test_invariants(whole, table, segments):
     assert len(cut) >= 1 or (whole.prompt_end == 0 and table.span == "cot")
     assert (np.diff(places) > 0).all()  # order is kept, nothing twice
     assert 0 <= cut.prompt_end <= cut.cot_end <= len(cut) == len(cut.allowed)
-    assert cut.segments().tolist() == whole.segments()[places].tolist()  # every token stays in its segment
+    assert (
+        cut.segments().tolist() == whole.segments()[places].tolist()
+    )  # every token stays in its segment
     learned = cut.supervised(segments)
     assert not learned[:1].any()
     assert set(places[learned]) <= set(places[cut.allowed])
     assert set(places[learned]) <= set(
-        np.flatnonzero(np.isin(whole.segments(), [{"prompt": 0, "cot": 1, "answer": 2}[name] for name in segments]))
+        np.flatnonzero(
+            np.isin(
+                whole.segments(), [{"prompt": 0, "cot": 1, "answer": 2}[name] for name in segments]
+            )
+        )
     )
     if table.span == "cot":
         assert places[: whole.prompt_end].tolist() == list(range(whole.prompt_end))
@@ -126,7 +138,9 @@ def test_keeping_the_context_learns_the_same_tokens_as_dropping_it(whole, table,
     with_context = set(read.tokens[read.supervised(segments)])
     assert without_context <= with_context
     assert with_context - without_context <= {dropped.tokens[0]}
-    assert read.tokens.tolist() == list(range(len(read)))  # nothing is missing before the end of the window
+    assert read.tokens.tolist() == list(
+        range(len(read))
+    )  # nothing is missing before the end of the window
     assert read.tokens[-1] == dropped.tokens[-1]
 
 
@@ -140,7 +154,9 @@ def test_cutting_a_cut_by_nothing_changes_nothing(whole, table):
 # --- a random share ---
 
 
-@given(whole=WHOLE, table=TABLES, segments=SEGMENTS, share=st.floats(0.01, 1), seed=st.integers(0, 3))
+@given(
+    whole=WHOLE, table=TABLES, segments=SEGMENTS, share=st.floats(0.01, 1), seed=st.integers(0, 3)
+)
 def test_share_is_exact(whole, table, segments, share, seed):
     cut = truncate(whole, table)
     thinned = thin(cut, share, segments, seed)
@@ -160,5 +176,10 @@ def test_share_depends_on_seed_and_id_alone():
 
 
 def test_share_is_spread_evenly():
-    counts = sum(thin(sequence(1, 20, 0, name=str(i)), 0.5, ("cot",), 0).allowed.astype(int) for i in range(400))
-    assert counts[0] == 0 and (counts[1:] > 140).all() and (counts[1:] < 260).all()  # 200 ± 6 standard deviations
+    counts = sum(
+        thin(sequence(1, 20, 0, name=str(i)), 0.5, ("cot",), 0).allowed.astype(int)
+        for i in range(400)
+    )
+    assert (
+        counts[0] == 0 and (counts[1:] > 140).all() and (counts[1:] < 260).all()
+    )  # 200 ± 6 standard deviations

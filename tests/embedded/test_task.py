@@ -1,4 +1,6 @@
-"""The dial task: the same problems for the same seed, partitions apart, every step of a trace re-derived from the rules."""
+"""The dial task: the same problems for the same seed, partitions apart, every step of a trace
+re-derived from the rules.
+"""
 
 import re
 from collections import Counter
@@ -13,7 +15,8 @@ STEP = re.compile(r"([a-d])([A-Z])(\d)(\d)(\d)(\d)")
 
 
 def replay(example):
-    """(wrong turns, all turns) of a trace whose levers and counters must all be right and whose answer must follow.
+    """(wrong turns, all turns) of a trace whose levers and counters must all be right and whose
+    answer must follow.
 
     A wrong turn is (lever, letter before, how many letters too far).
     """
@@ -46,7 +49,9 @@ def test_the_same_seed_gives_the_same_examples_and_another_seed_others():
 
 
 def test_a_problem_is_what_it_was():
-    """Shipped weights were trained and scored on these: a change of the generator must not go unnoticed."""
+    """Shipped weights were trained and scored on these: a change of the generator must not go
+    unnoticed.
+    """
     example = task.generate("held_out", 1, 0)[0]
     assert (example.prompt, example.cot.split("\n")[:2], example.answer) == FIRST_HELD_OUT
 
@@ -57,7 +62,9 @@ FIRST_HELD_OUT = ("Z8108", ["dK8107", "aL7107"], "W")
 @pytest.mark.parametrize("partition", task.SHARES)
 def test_problems_are_as_long_as_documented(partition):
     shortest, longest = task.PULLS[partition]
-    assert {len(example.cot.split("\n")) for example in task.generate(partition, 1000, 0)} == set(range(shortest, longest + 1))
+    assert {len(example.cot.split("\n")) for example in task.generate(partition, 1000, 0)} == set(
+        range(shortest, longest + 1)
+    )
 
 
 @pytest.mark.parametrize("partition", task.SHARES)
@@ -68,7 +75,9 @@ def test_no_prompt_twice(partition):
 
 def test_partitions_share_no_prompt_whatever_the_seed():
     prompts = {
-        partition: {example.prompt for seed in (0, 1) for example in task.generate(partition, 2000, seed)}
+        partition: {
+            example.prompt for seed in (0, 1) for example in task.generate(partition, 2000, seed)
+        }
         for partition in task.SHARES
     }
     for partition, own in prompts.items():
@@ -86,14 +95,23 @@ def test_every_clean_step_follows_from_the_one_before(partition):
 def test_a_clean_answer_does_not_depend_on_the_order():
     for example in task.generate("held_out", 200, 2):
         dial, *counters = example.prompt
-        total = ord(dial) - 65 + sum(TURN[lever] * int(pulls) for lever, pulls in zip("abcd", counters, strict=True))
+        total = (
+            ord(dial)
+            - 65
+            + sum(TURN[lever] * int(pulls) for lever, pulls in zip("abcd", counters, strict=True))
+        )
         assert example.answer == chr(65 + total % 26)
 
 
 def test_a_writer_slips_as_often_as_documented_and_to_any_letter():
     replays = [replay(example) for example in task.generate("train", 3000, 0)]
-    wrong, turns = [slip for slips, _ in replays for slip in slips], sum(count for _, count in replays)
-    assert len(wrong) / turns == pytest.approx(task.SLIP_RATE["train"], abs=0.01)  # 54,000 turns: ± 0.002
+    wrong, turns = (
+        [slip for slips, _ in replays for slip in slips],
+        sum(count for _, count in replays),
+    )
+    assert len(wrong) / turns == pytest.approx(
+        task.SLIP_RATE["train"], abs=0.01
+    )  # 54,000 turns: ± 0.002
     seen = Counter(off for _, _, off in wrong)
     assert set(seen) == set(range(1, 26)) and max(seen.values()) < 1.5 * min(seen.values())
 

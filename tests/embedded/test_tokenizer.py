@@ -1,4 +1,6 @@
-"""The byte tokenizer: exact both ways, one token per character, Qwen's layout, opened by transformers and mlx-lm."""
+"""The byte tokenizer: exact both ways, one token per character, Qwen's layout, opened by
+transformers and mlx-lm.
+"""
 
 import pytest
 from transformers import AutoTokenizer
@@ -6,8 +8,17 @@ from transformers import AutoTokenizer
 from mlx_distill.embedded.tokenizer import MARKERS, ROLES, THINK_TAGS, write_tokenizer
 
 TEXTS = [
-    "K3705", "aL2705\nbQ2605", "", "\n", "\n\n  two  spaces \t", " leading", "users and assistants", "system user assistant",
-    "naïve 你好 🙂", "<think>\naB0001\n</think>\n\nB<|im_end|>", "don 't , it 's .",
+    "K3705",
+    "aL2705\nbQ2605",
+    "",
+    "\n",
+    "\n\n  two  spaces \t",
+    " leading",
+    "users and assistants",
+    "system user assistant",
+    "naïve 你好 🙂",
+    "<think>\naB0001\n</think>\n\nB<|im_end|>",
+    "don 't , it 's .",
 ]
 
 
@@ -43,7 +54,9 @@ def test_mlx_lm_reads_the_same_tokens(folder, tokenizer, text):
 
 
 def test_the_files_are_there(folder):
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {path.name for path in folder.iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {
+        path.name for path in folder.iterdir()
+    }
 
 
 def test_markers_tags_and_roles_are_one_token_each(tokenizer):
@@ -68,10 +81,14 @@ def test_the_layout_is_qwens(tokenizer):
         {"role": "user", "content": "B1000"},
     ]
     assert tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nA0010<|im_end|>\n<|im_start|>assistant\nL<|im_end|>\n"
+        "<|im_start|>system\nBe "
+        "brief.<|im_end|>\n<|im_start|>user\nA0010<|im_end|>\n<|im_start|>assistant\nL<|im_end|>\n"
         "<|im_start|>user\nB1000<|im_end|>\n<|im_start|>assistant\n"
     )
-    worked = [{"role": "user", "content": "A1000"}, {"role": "assistant", "content": "B", "reasoning_content": "aB0000"}]
+    worked = [
+        {"role": "user", "content": "A1000"},
+        {"role": "assistant", "content": "B", "reasoning_content": "aB0000"},
+    ]
     assert tokenizer.apply_chat_template(worked, tokenize=False).endswith(
         "<|im_start|>assistant\n<think>\naB0000\n</think>\n\nB<|im_end|>\n"
     )

@@ -1,4 +1,6 @@
-"""Which files are a model: exactly those that its index names, whole, finite, and on both backends the same."""
+"""Which files are a model: exactly those that its index names, whole, finite, and on both backends
+the same.
+"""
 
 import json
 import random
@@ -85,14 +87,23 @@ def hub_snapshot(folder: Path) -> Path:
 
 
 def beside_others(folder: Path) -> Path:
-    """With what downloads and trainers leave: other formats, other folders, a left-over adapter config."""
+    """With what downloads and trainers leave: other formats, other folders, a left-over adapter
+    config.
+    """
     single(folder)
-    for name in ("consolidated.safetensors", "pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+    for name in (
+        "consolidated.safetensors",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+    ):
         (folder / name).write_bytes(b"not ours to read")
     for name in ("original", "adapters", "onnx"):
         (folder / name).mkdir()
         (folder / name / "model.safetensors").write_bytes(b"nor this")
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/other", "peft_type": "LORA"}))
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "org/other", "peft_type": "LORA"})
+    )
     (folder / "generation_config.json").write_text("[]")
     return folder
 
@@ -132,7 +143,15 @@ def index_without_metadata(folder: Path) -> Path:
 
 
 GOOD = [
-    single, sharded, hub_snapshot, beside_others, index_of_one, without_index, counted_from_zero, linked_folder, in_brackets,
+    single,
+    sharded,
+    hub_snapshot,
+    beside_others,
+    index_of_one,
+    without_index,
+    counted_from_zero,
+    linked_folder,
+    in_brackets,
     index_without_metadata,
 ]
 
@@ -146,9 +165,16 @@ def test_good_folders_are_one_model(make: Callable[[Path], Path], load, truth, t
 
 
 def test_fingerprints_are_those_of_before(tmp_path: Path):
-    """The digests that the version before this one wrote for these folders: caches and runs depend on them."""
-    assert model_fingerprint(single(tmp_path / "1")) == model_fingerprint(beside_others(tmp_path / "2"))
-    expected = hashlib_of(single(tmp_path / "1"), ["model.safetensors"]), hashlib_of(sharded(tmp_path / "3"), SHARDS)
+    """The digests that the version before this one wrote for these folders: caches and runs depend
+    on them.
+    """
+    assert model_fingerprint(single(tmp_path / "1")) == model_fingerprint(
+        beside_others(tmp_path / "2")
+    )
+    expected = (
+        hashlib_of(single(tmp_path / "1"), ["model.safetensors"]),
+        hashlib_of(sharded(tmp_path / "3"), SHARDS),
+    )
     assert (model_fingerprint(tmp_path / "1"), model_fingerprint(tmp_path / "3")) == expected
 
 
@@ -167,7 +193,11 @@ def hashlib_of(folder: Path, names: list[str]) -> str:
 
 def outside(folder: Path) -> None:
     (folder / SHARDS[1]).rename(folder.parent / "secret.safetensors")
-    write_index(folder, places() | {key: "../secret.safetensors" for key, place in places().items() if place == SHARDS[1]})
+    write_index(
+        folder,
+        places()
+        | {key: "../secret.safetensors" for key, place in places().items() if place == SHARDS[1]},
+    )
 
 
 def absolute(folder: Path) -> None:
@@ -232,7 +262,10 @@ def garbage(folder: Path) -> None:
 
 def tensor_twice(folder: Path) -> None:
     second = load_file(folder / SHARDS[1])
-    save_file(second | {"model.embed_tokens.weight": TENSORS["model.embed_tokens.weight"]}, folder / SHARDS[1])
+    save_file(
+        second | {"model.embed_tokens.weight": TENSORS["model.embed_tokens.weight"]},
+        folder / SHARDS[1],
+    )
 
 
 def tensor_elsewhere(folder: Path) -> None:
@@ -292,21 +325,48 @@ def adapter_alone(folder: Path) -> None:
 BAD = {
     "outside": (outside, r"index\.json names '\.\./secret\.safetensors', which lies not beside it"),
     "absolute": (absolute, r"which lies not beside it"),
-    "link outside": (link_outside, r"00002-of-00003\.safetensors is a link out of the folder, to .*secret"),
+    "link outside": (
+        link_outside,
+        r"00002-of-00003\.safetensors is a link out of the folder, to .*secret",
+    ),
     "link to nothing": (link_to_nothing, r"00002-of-00003\.safetensors is not a file"),
-    "left-over single": (left_over_single, r"names .*00001-of-00003.*00003-of-00003.*beside it lies model\.safetensors"),
-    "left-over shards": (left_over_shards, r"names model\.safetensors, and beside it lies .*00001-of-00003"),
-    "left-over, no index": (left_over_without_index, r"there is model\.safetensors, and beside it lies .*00001-of-00003"),
+    "left-over single": (
+        left_over_single,
+        r"names .*00001-of-00003.*00003-of-00003.*beside it lies model\.safetensors",
+    ),
+    "left-over shards": (
+        left_over_shards,
+        r"names model\.safetensors, and beside it lies .*00001-of-00003",
+    ),
+    "left-over, no index": (
+        left_over_without_index,
+        r"there is model\.safetensors, and beside it lies .*00001-of-00003",
+    ),
     "two counts": (two_counts, r"there is .*00001-of-00002.*beside it lies .*00001-of-00003"),
     "shard missing": (shard_missing, r"00002-of-00003\.safetensors is missing"),
-    "shard missing, no index": (shard_missing_without_index, r"00002-of-00003\.safetensors is missing"),
-    "empty": (empty, r"00002-of-00003\.safetensors is not a whole safetensors file \(it is empty\)"),
+    "shard missing, no index": (
+        shard_missing_without_index,
+        r"00002-of-00003\.safetensors is missing",
+    ),
+    "empty": (
+        empty,
+        r"00002-of-00003\.safetensors is not a whole safetensors file \(it is empty\)",
+    ),
     "cut short": (cut_short, r"00002-of-00003\.safetensors is not a whole safetensors file"),
-    "header too long": (header_beyond_the_file, r"00002-of-00003\.safetensors is not a whole safetensors file"),
+    "header too long": (
+        header_beyond_the_file,
+        r"00002-of-00003\.safetensors is not a whole safetensors file",
+    ),
     "garbage": (garbage, r"00002-of-00003\.safetensors is not a whole safetensors file"),
     "tensor twice": (tensor_twice, r"tensor model\.embed_tokens\.weight lies in two files"),
-    "tensor elsewhere": (tensor_elsewhere, r"00002-of-00003\.safetensors lacks tensor model\.embed_tokens\.weight"),
-    "tensor missing": (tensor_missing, r"00002-of-00003\.safetensors lacks tensor model\.more\.weight"),
+    "tensor elsewhere": (
+        tensor_elsewhere,
+        r"00002-of-00003\.safetensors lacks tensor model\.embed_tokens\.weight",
+    ),
+    "tensor missing": (
+        tensor_missing,
+        r"00002-of-00003\.safetensors lacks tensor model\.more\.weight",
+    ),
     "index of text": (index_of_text, r"index\.json.*not valid JSON"),
     "index of nothing": (index_of_nothing, r"index\.json has no weight_map"),
     "config empty": (config_of(""), r"config\.json"),
@@ -314,15 +374,33 @@ BAD = {
     "config a list": (config_of("[]"), r"config\.json is not a JSON object but list"),
     "config of no family": (config_of("{}"), r"config\.json has no model_type"),
     "config of another kind": (configured(model_type=3), r"config\.json has model_type 3"),
-    "config names weights": (configured(transformers_weights="x.safetensors"), r"transformers_weights 'x\.safetensors'"),
-    "adapter beside": (adapter_beside, r"holds a model \(.*\) and an adapter \(adapter_model\.safetensors\)"),
-    "adapter alone": (adapter_alone, r"holds an adapter \(adapter_model\.safetensors\), not a model; fuse it"),
+    "config names weights": (
+        configured(transformers_weights="x.safetensors"),
+        r"transformers_weights 'x\.safetensors'",
+    ),
+    "adapter beside": (
+        adapter_beside,
+        r"holds a model \(.*\) and an adapter \(adapter_model\.safetensors\)",
+    ),
+    "adapter alone": (
+        adapter_alone,
+        r"holds an adapter \(adapter_model\.safetensors\), not a model; fuse it",
+    ),
 }
 BAD_WHEN_LOADED = {
-    "NaN": (not_finite, r"tensor \S+ in \S+00002-of-00003\.safetensors holds values that are not finite"),
-    "infinite": (infinite, r"tensor \S+ in \S+00002-of-00003\.safetensors holds values that are not finite"),
+    "NaN": (
+        not_finite,
+        r"tensor \S+ in \S+00002-of-00003\.safetensors holds values that are not finite",
+    ),
+    "infinite": (
+        infinite,
+        r"tensor \S+ in \S+00002-of-00003\.safetensors holds values that are not finite",
+    ),
     "integers": (integers, r"tensor \S+ in \S+00002-of-00003\.safetensors is stored as I32"),
-    "layers": (configured(num_hidden_layers=2**31), r"num_hidden_layers 2147483648, but its weights have 20 tensors"),
+    "layers": (
+        configured(num_hidden_layers=2**31),
+        r"num_hidden_layers 2147483648, but its weights have 20 tensors",
+    ),
     "width": (configured(hidden_size=2**40), r"hidden_size 1099511627776"),
     "family": (configured(model_type="no_such"), r"cannot load .*no_such"),
 }
@@ -335,7 +413,9 @@ def test_a_bad_folder_is_refused_where_it_is_named(case: str, tmp_path: Path):
     spoil(folder)
     with pytest.raises(ModelError, match=expected) as caught:
         model_folder(str(folder))
-    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"model {str(folder)!r}: ")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(
+        f"model {str(folder)!r}: "
+    )
 
 
 @both
@@ -357,7 +437,9 @@ def load_student(load, folder: Path) -> None:
     if load is mlx_logits:
         mlx_models.load_student(folder, "m", StudentTable(), 0)
     else:
-        torch_models.load_student(folder, "m", StudentTable(), 0, torch.device("cpu"), torch.float32)
+        torch_models.load_student(
+            folder, "m", StudentTable(), 0, torch.device("cpu"), torch.float32
+        )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -390,9 +472,13 @@ def damaged(folder: Path, chance: random.Random) -> None:
     """One to five bytes flipped, cut out or put in, mostly where the header is."""
     file = chance.choice(sorted(folder.iterdir()))
     content = bytearray(file.read_bytes())
-    header = int.from_bytes(content[:8], "little") + 8 if file.suffix == ".safetensors" else len(content)
+    header = (
+        int.from_bytes(content[:8], "little") + 8 if file.suffix == ".safetensors" else len(content)
+    )
     for _ in range(chance.choice((1, 1, 2, 5))):
-        place = chance.randrange(min(chance.choice((8, header, header, len(content))), len(content)))
+        place = chance.randrange(
+            min(chance.choice((8, header, header, len(content))), len(content))
+        )
         match chance.randrange(4):
             case 0:
                 content[place] ^= 1 << chance.randrange(8)

@@ -1,4 +1,6 @@
-r"""What a careful grader says: for each gold answer how it is compared, which answers state it and which do not."""
+r"""What a careful grader says: for each gold answer how it is compared, which answers state it and
+which do not.
+"""
 
 MATHEMATICS, TEXT = "mathematics", "text"
 
@@ -1104,9 +1106,19 @@ PAIRS += [  # phrasings of answers, as models write them, and what sounds like a
     (
         "42",
         MATHEMATICS,
-        ["The total is 42!", "The answer is 42!", "So there are 42! I hope this helps.", "She pays $42!"],
+        [
+            "The total is 42!",
+            "The answer is 42!",
+            "So there are 42! I hope this helps.",
+            "She pays $42!",
+        ],
         ["42!", "The answer is 43!", r"\boxed{42!}", "It is 41! + 1"],
     ),
     ("5", MATHEMATICS, ["There are 5 of them!"], ["The answer is 5!", "It is 5!"]),
-    ("30!", MATHEMATICS, ["30!", "The number of orders is 30!"], ["30", "The number of orders is 30."]),
+    (
+        "30!",
+        MATHEMATICS,
+        ["30!", "The number of orders is 30!"],
+        ["30", "The number of orders is 30."],
+    ),
 ]

@@ -1,4 +1,6 @@
-"""Answers that were not written to be read: they end, they are wrong, nothing is printed, and the next one is judged."""
+"""Answers that were not written to be read: they end, they are wrong, nothing is printed, and the
+next one is judged.
+"""
 
 import json
 import os

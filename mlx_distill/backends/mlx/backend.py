@@ -1,7 +1,8 @@
-"""MLX's teacher and student: the verbs of `backends/protocol.py` in mlx-lm's models, mlx's optimizers and our loss.
+"""MLX's teacher and student: the verbs of `backends/protocol.py` in mlx-lm's models, mlx's
+optimizers and our loss.
 
-numpy comes in and goes out; MLX arrays stay here. Decided here: number formats by device, when lazy work is evaluated, and
-what a checkpoint of the student holds.
+numpy comes in and goes out; MLX arrays stay here. Decided here: number formats by device, when lazy
+work is evaluated, and what a checkpoint of the student holds.
 """
 
 import math
@@ -20,8 +21,23 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 from mlx_distill.backends import oracle, refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.mlx import model as models
-from mlx_distill.backends.mlx.loss import FLOOR, Head, MatrixHead, QuantizedHead, SparseHead, kd_loss, score_rows
-from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, SparseTargets, check_indices
+from mlx_distill.backends.mlx.loss import (
+    FLOOR,
+    Head,
+    MatrixHead,
+    QuantizedHead,
+    SparseHead,
+    kd_loss,
+    score_rows,
+)
+from mlx_distill.backends.protocol import (
+    DeviceInfo,
+    LossSums,
+    Memory,
+    Ranks,
+    SparseTargets,
+    check_indices,
+)
 from mlx_distill.blas import load_blas
 from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective, chunk_tokens
@@ -43,11 +59,20 @@ class MlxBackend:
         if mx.default_device().type == mx.DeviceType.gpu:
             kind = "Metal" if mx.metal.is_available() else "CUDA"
             info = mx.device_info()
-            return DeviceInfo(self.name, f"{kind} ({info.get('device_name', 'GPU')}{ranks})", "bfloat16", f"MLX sees a {kind} GPU", "")
+            return DeviceInfo(
+                self.name,
+                f"{kind} ({info.get('device_name', 'GPU')}{ranks})",
+                "bfloat16",
+                f"MLX sees a {kind} GPU",
+                "",
+            )
         blas = load_blas()
         return DeviceInfo(
-            self.name, f"CPU ({platform.machine()}{ranks}, BLAS: {blas.name})", "float32",
-            "MLX sees no GPU; half precision is slow on a CPU", blas.advice,
+            self.name,
+            f"CPU ({platform.machine()}{ranks}, BLAS: {blas.name})",
+            "float32",
+            "MLX sees no GPU; half precision is slow on a CPU",
+            blas.advice,
         )
 
     def dtype(self, asked: str) -> mx.Dtype:
@@ -71,12 +96,16 @@ class MlxBackend:
         return _of_bits(states), head
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
-        """The sum of `values` over all ranks, on each; counts are exact, sums of losses are rounded to float32 twice."""
+        """The sum of `values` over all ranks, on each; counts are exact, sums of losses are rounded
+        to float32 twice.
+        """
         if self.ranks.size == 1:
             return values
         high = np.asarray(values, np.float64).astype(np.float32)
         low = (values - high).astype(np.float32)  # MLX sums no float64 on a GPU
-        return np.sum(np.array(mx.distributed.all_sum(mx.array(np.stack([high, low]))), np.float64), axis=0)
+        return np.sum(
+            np.array(mx.distributed.all_sum(mx.array(np.stack([high, low]))), np.float64), axis=0
+        )
 
     def part(self) -> None:
         """Nothing here is spread over ranks but gradients."""
@@ -120,24 +149,38 @@ class MlxModel:
         return self.split.head_rows()
 
     def gather(self, tokens: np.ndarray, positions: np.ndarray) -> mx.array:
-        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are checked, MLX does not."""
+        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are
+        checked, MLX does not.
+        """
         check_indices("tokens", tokens, self.vocabulary_rows)
         check_indices("loss positions", positions, tokens.size)
         hidden = self.split.hidden(mx.array(tokens))
         return hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int,
-        batch_size: int, stop_ids: frozenset[int], progress: Callable[[int], None],
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        batch_size: int,
+        stop_ids: frozenset[int],
+        progress: Callable[[int], None],
     ) -> list[list[int]]:
-        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as n more are finished."""
+        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as
+        n more are finished.
+        """
         from mlx_lm.generate import BatchGenerator
 
         mx.random.seed(seed)
         generator = BatchGenerator(
-            self.split.model, max_tokens=max_new_tokens, stop_tokens=[[i] for i in sorted(stop_ids)],
+            self.split.model,
+            max_tokens=max_new_tokens,
+            stop_tokens=[[i] for i in sorted(stop_ids)],
             sampler=_sampler(temperature, top_p),
-            completion_batch_size=batch_size, prefill_batch_size=batch_size,
+            completion_batch_size=batch_size,
+            prefill_batch_size=batch_size,
         )
         try:
             ids = generator.insert([list(prompt) for prompt in prompts])
@@ -164,7 +207,9 @@ class MlxTeacher(MlxModel):
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._by_chunk(batch, rows, partial(_top_k, k=k))
 
-    def draw(self, batch: Batch, uniform: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(
+        self, batch: Batch, uniform: np.ndarray, rows: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._by_chunk(batch, rows, _draw, mx.array(uniform))
 
     def states(self, batch: Batch) -> np.ndarray:
@@ -173,33 +218,50 @@ class MlxTeacher(MlxModel):
 
     def head_matrix(self) -> np.ndarray | None:
         head = self._head
-        if not isinstance(head, MatrixHead | QuantizedHead) or head.bias is not None or head.finish is not None:
+        if (
+            not isinstance(head, MatrixHead | QuantizedHead)
+            or head.bias is not None
+            or head.finish is not None
+        ):
             return None
         if isinstance(head, MatrixHead):
             return _bits(head.weight)
         sizes = {"group_size": head.group_size, "bits": head.bits, "mode": head.mode}
         return _bits(mx.dequantize(head.weight, head.scales, head.biases, **sizes))
 
-    def _by_chunk(self, batch: Batch, rows: int, answer: Callable, *inputs: mx.array) -> tuple[np.ndarray, ...]:
-        """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of them."""
+    def _by_chunk(
+        self, batch: Batch, rows: int, answer: Callable, *inputs: mx.array
+    ) -> tuple[np.ndarray, ...]:
+        """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of
+        them.
+        """
         hidden, head = self.targets(batch)
         columns = []
         for start in range(0, len(hidden), TEACHER_CHUNK):
             place = slice(start, start + TEACHER_CHUNK)
             logits = head.logits(hidden[place].astype(mx.float32), 0, rows)
-            below = logits - logits.max(axis=1, keepdims=True)  # so that a log-probability near 0 keeps its digits
-            found = answer(below - mx.logsumexp(below, axis=1, keepdims=True), *(array[place] for array in inputs))
+            below = logits - logits.max(
+                axis=1, keepdims=True
+            )  # so that a log-probability near 0 keeps its digits
+            found = answer(
+                below - mx.logsumexp(below, axis=1, keepdims=True),
+                *(array[place] for array in inputs),
+            )
             columns.append([np.array(column) for column in found])
         return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
 
 class MlxStudent(MlxModel):
-    """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of the step under way."""
+    """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of
+    the step under way.
+    """
 
     def __init__(self, split: models.SplitModel, base: Path, recipe: Recipe, dtype: mx.Dtype):
         super().__init__(split)
         self.base, self.table, self.dtype = base, recipe.student, dtype
-        self.chunk_tokens = chunk_tokens(recipe.objective.chunk_tokens, "mlx", mx.default_device().type.name)
+        self.chunk_tokens = chunk_tokens(
+            recipe.objective.chunk_tokens, "mlx", mx.default_device().type.name
+        )
         self.max_grad_norm = recipe.optim.max_grad_norm
         if recipe.student.tuning != "full":
             models.cast_frozen(split.model, dtype)
@@ -217,10 +279,16 @@ class MlxStudent(MlxModel):
     def trainable(self) -> int:
         return sum(array.size for _, array in tree_flatten(self.weights))
 
-    def accumulate(self, batch: Batch, targets, objective: Objective, loss_tokens: float) -> LossSums:
-        """Add the gradients of the batch's share of the step's loss; returns its sums. Evaluates everything before it returns."""
+    def accumulate(
+        self, batch: Batch, targets, objective: Objective, loss_tokens: float
+    ) -> LossSums:
+        """Add the gradients of the batch's share of the step's loss; returns its sums. Evaluates
+        everything before it returns.
+        """
         try:
-            (_, rows), gradients = self._value_and_grad(self.weights, batch, targets, objective, loss_tokens)
+            (_, rows), gradients = self._value_and_grad(
+                self.weights, batch, targets, objective, loss_tokens
+            )
         finally:
             self.split.model.update(self.weights)  # the traced arrays must not stay
         if self.gradients is not None:
@@ -237,16 +305,31 @@ class MlxStudent(MlxModel):
             self.split.model.update(self.weights)
         teacher_hidden, teacher_head = self._teacher(targets, objective)
         _, *rows = score_rows(
-            hidden, head, teacher_hidden, teacher_head, mx.array(batch.targets), mx.array(batch.weight), objective,
-            self.chunk_tokens, self.vocabulary,
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            mx.array(batch.targets),
+            mx.array(batch.weight),
+            objective,
+            self.chunk_tokens,
+            self.vocabulary,
         )
         mx.eval(rows)
         return LossSums.of(batch, *map(np.array, rows))
 
     def apply(self, learning_rate: float) -> float:
-        """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not finite nothing changes."""
+        """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not
+        finite nothing changes.
+        """
         gradients, self.gradients = _over_all_ranks(self.gradients), None
-        norm = mx.sqrt(tree_reduce(lambda total, g: total + mx.sum(mx.sum(g.reshape(g.shape[0], -1) ** 2, -1)), gradients, mx.array(0.0)))
+        norm = mx.sqrt(
+            tree_reduce(
+                lambda total, g: total + mx.sum(mx.sum(g.reshape(g.shape[0], -1) ** 2, -1)),
+                gradients,
+                mx.array(0.0),
+            )
+        )
         value = norm.item()
         if not np.isfinite(value):
             return value
@@ -260,23 +343,33 @@ class MlxStudent(MlxModel):
         return value
 
     def save_state(self, folder: Path | None) -> None:
-        """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`; every rank holds all of them."""
+        """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`; every
+        rank holds all of them.
+        """
         if folder is None:
             return
         mx.save_safetensors(str(folder / "weights.safetensors"), dict(tree_flatten(self.weights)))
-        mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state)))
+        mx.save_safetensors(
+            str(folder / "optimizer.safetensors"), dict(tree_flatten(self.optimizer.state))
+        )
 
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
-        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises `ModelError` on other arrays."""
+        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises
+        `ModelError` on other arrays.
+        """
         weights = mx.load(str(folder / "weights.safetensors"))
         expected = {key: array.shape for key, array in tree_flatten(self.weights)}
         if {key: array.shape for key, array in weights.items()} != expected:
             raise refusals.other_state(folder)
-        self.weights = tree_unflatten([(key, weights[key]) for key in expected])  # in the model's order, in which norms are summed
+        self.weights = tree_unflatten(
+            [(key, weights[key]) for key in expected]
+        )  # in the model's order, in which norms are summed
         self.split.model.update(self.weights)
         self.gradients = None
         if optimizer:
-            self.optimizer.state = tree_unflatten(list(mx.load(str(folder / "optimizer.safetensors")).items()))
+            self.optimizer.state = tree_unflatten(
+                list(mx.load(str(folder / "optimizer.safetensors")).items())
+            )
         mx.eval(self.weights, self.optimizer.state)
 
     def state_bytes(self) -> int:
@@ -284,41 +377,77 @@ class MlxStudent(MlxModel):
         return sum(array.nbytes for _, array in tree_flatten([self.weights, self.optimizer.state]))
 
     def export_bytes(self) -> int:
-        """Bytes of the exported weights, and of the float32 adapters beside them (in two layouts), at most."""
-        return self.parameters * self._save_dtype.size + (8 * self.trainable if self.table.tuning != "full" else 0)
+        """Bytes of the exported weights, and of the float32 adapters beside them (in two layouts),
+        at most.
+        """
+        return self.parameters * self._save_dtype.size + (
+            8 * self.trainable if self.table.tuning != "full" else 0
+        )
 
     def export(self, folder: Path | None, stop_ids: list[int]) -> None:
-        """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and `adapters-peft` in it."""
+        """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and
+        `adapters-peft` in it.
+        """
         if folder is None:
             return
-        models.save_folder(models.fused_weights(self.split.model, self.base), self.base, folder, self._save_dtype, stop_ids)
+        models.save_folder(
+            models.fused_weights(self.split.model, self.base),
+            self.base,
+            folder,
+            self._save_dtype,
+            stop_ids,
+        )
         if self.table.tuning != "full":
             adapters = {key: np.array(array) for key, array in tree_flatten(self.weights)}
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
 
     @property
     def _save_dtype(self) -> mx.Dtype:
-        return self.split.stored_dtype if self.table.save_dtype == "base" else getattr(mx, self.table.save_dtype)
+        return (
+            self.split.stored_dtype
+            if self.table.save_dtype == "base"
+            else getattr(mx, self.table.save_dtype)
+        )
 
     def _loss(self, weights: dict, batch: Batch, targets, objective: Objective, loss_tokens: float):
         hidden, head = self._hidden(weights, batch), self._head_matrix(weights)
         teacher_hidden, teacher_head = self._teacher(targets, objective)
         loss, *rows = kd_loss(
-            hidden, head, teacher_hidden, teacher_head, mx.array(batch.targets), mx.array(batch.weight), objective,
-            loss_tokens, self.chunk_tokens, self.table.tuning == "full", self.vocabulary,
+            hidden,
+            head,
+            teacher_hidden,
+            teacher_head,
+            mx.array(batch.targets),
+            mx.array(batch.weight),
+            objective,
+            loss_tokens,
+            self.chunk_tokens,
+            self.table.tuning == "full",
+            self.vocabulary,
         )
         return loss, rows
 
-    def _teacher(self, targets, objective: Objective) -> tuple[mx.array | None, Head | SparseHead | None]:
-        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or (None, None)."""
+    def _teacher(
+        self, targets, objective: Objective
+    ) -> tuple[mx.array | None, Head | SparseHead | None]:
+        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or
+        (None, None).
+        """
         if not isinstance(targets, SparseTargets):
             return targets or (None, None)
         targets.check(objective, self.vocabulary or self.vocabulary_rows)
-        return None, SparseHead(*map(mx.array, (targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top)))
+        return None, SparseHead(
+            *map(
+                mx.array,
+                (targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top),
+            )
+        )
 
     def _hidden(self, weights: dict, batch: Batch) -> mx.array:
         check_indices("targets", batch.targets, self.vocabulary or self.vocabulary_rows)
-        self.split.model.update(models.cast(weights, self.dtype) if self.table.tuning == "full" else weights)
+        self.split.model.update(
+            models.cast(weights, self.dtype) if self.table.tuning == "full" else weights
+        )
         return self.gather(batch.tokens, batch.positions)
 
     def _head_matrix(self, weights: dict) -> mx.array:
@@ -349,16 +478,26 @@ def _over_all_ranks(gradients: dict) -> dict:
 
 
 def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:
-    """The recipe's optimizer: AdamW with bias correction (MLX's default has none), Lion, Adafactor (its rate
-    is `learning_rate` times each weight's RMS, 1e-3 at least: MLX's and transformers' default)."""
+    """The recipe's optimizer: AdamW with bias correction (MLX's default has none), Lion, Adafactor
+    (its rate is `learning_rate` times each weight's RMS, 1e-3 at least: MLX's and transformers'
+    default).
+    """
     table = recipe.optim
     if table.optimizer == "adamw":
         return optimizers.AdamW(
-            table.learning_rate, betas=[table.beta1, table.beta2], eps=table.eps, weight_decay=table.weight_decay, bias_correction=True
+            table.learning_rate,
+            betas=[table.beta1, table.beta2],
+            eps=table.eps,
+            weight_decay=table.weight_decay,
+            bias_correction=True,
         )
     if table.optimizer == "lion":
-        return optimizers.Lion(table.learning_rate, betas=[table.beta1, table.beta2], weight_decay=table.weight_decay)
-    return optimizers.Adafactor(table.learning_rate, weight_decay=table.weight_decay, relative_step=False)
+        return optimizers.Lion(
+            table.learning_rate, betas=[table.beta1, table.beta2], weight_decay=table.weight_decay
+        )
+    return optimizers.Adafactor(
+        table.learning_rate, weight_decay=table.weight_decay, relative_step=False
+    )
 
 
 def _top_k(log_probs: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -379,25 +518,38 @@ def _top_k(log_probs: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
 
 
 def _draw(log_probs: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Ids [C, S] whose cumulated probability first exceeds `uniform` [C, S], entropy [C] in nats, most likely id [C]."""
+    """Ids [C, S] whose cumulated probability first exceeds `uniform` [C, S], entropy [C] in nats,
+    most likely id [C].
+    """
     probs, (count, vocab) = mx.exp(log_probs), log_probs.shape
-    size = math.isqrt(vocab) + 1  # sums of sums: a GPU has no float64, and a float32 running sum over a vocabulary loses digits
+    size = (
+        math.isqrt(vocab) + 1
+        # sums of sums: a GPU has no float64, and a float32 running sum over a vocabulary loses
+        # digits
+    )
     blocks = mx.pad(probs, [(0, 0), (0, -vocab % size)]).reshape(count, -1, size)
     sums = mx.cumsum(blocks.sum(axis=2), axis=1)
-    cumulated = (mx.cumsum(blocks, axis=2) + (sums - blocks.sum(axis=2))[..., None]).reshape(count, -1)
+    cumulated = (mx.cumsum(blocks, axis=2) + (sums - blocks.sum(axis=2))[..., None]).reshape(
+        count, -1
+    )
     wanted = uniform * sums[:, -1:]
     low, high = mx.zeros(uniform.shape, mx.int32), mx.full(uniform.shape, vocab - 1)
     for _ in range(vocab.bit_length()):
         middle = (low + high) // 2
         before = mx.take_along_axis(cumulated, middle, axis=1) <= wanted
-        low, high = mx.where(before, mx.minimum(middle + 1, high), low), mx.where(before, high, middle)
+        low, high = (
+            mx.where(before, mx.minimum(middle + 1, high), low),
+            mx.where(before, high, middle),
+        )
     entropy = -(probs * mx.maximum(log_probs, FLOOR)).sum(axis=1)
     return low, entropy, mx.argmax(log_probs, axis=1).astype(mx.int32)
 
 
 def _bits(array: mx.array) -> np.ndarray:
     """bfloat16 as uint16 bits, anything else as float32."""
-    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array.astype(mx.float32))
+    return np.array(
+        array.view(mx.uint16) if array.dtype == mx.bfloat16 else array.astype(mx.float32)
+    )
 
 
 def _of_bits(array: np.ndarray) -> mx.array:
@@ -406,7 +558,11 @@ def _of_bits(array: np.ndarray) -> mx.array:
 
 
 def _mean_loss(
-    student: np.ndarray, teacher: np.ndarray, matrix: np.ndarray, targets: np.ndarray, objective: Objective
+    student: np.ndarray,
+    teacher: np.ndarray,
+    matrix: np.ndarray,
+    targets: np.ndarray,
+    objective: Objective,
 ) -> tuple[float, np.ndarray]:
     head, rows = mx.array(matrix), len(targets)
 
@@ -419,7 +575,9 @@ def _mean_loss(
 
 
 def _sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
-    """Log-probabilities → token. The temperature comes before the cut to `top_p`, as in transformers (mlx-lm has it after)."""
+    """Log-probabilities → token. The temperature comes before the cut to `top_p`, as in
+    transformers (mlx-lm has it after).
+    """
     from mlx_lm.sample_utils import make_sampler
 
     if not temperature:

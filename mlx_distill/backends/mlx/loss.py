@@ -1,21 +1,23 @@
 """The distillation loss on MLX, walked over chunks of positions so that [N, V] exists nowhere.
 
-In: hidden states of student and teacher at the N loss positions, the student's head, the teacher's `Head`, targets and
-weights. Out: the scalar loss, and per position the divergence, the cross-entropy and whether both name the same token.
-Decided here: how the walk is cut and in which order it runs. The naive equivalent, in float32, is
+In: hidden states of student and teacher at the N loss positions, the student's head, the teacher's
+`Head`, targets and weights. Out: the scalar loss, and per position the divergence, the
+cross-entropy and whether both name the same token. Decided here: how the walk is cut and in which
+order it runs. The naive equivalent, in float32, is
 
     z = student_hidden @ student_weight.T            u = log_softmax(z / T)      # [N, V]
     t = teacher_head(teacher_hidden)                 v = log_softmax(t / T)      # [N, V]
     kd = scale * divergence(u, v)                    ce = -log_softmax(z)[target]
     loss = sum(weight * (kd_weight * kd + (1 - kd_weight) * ce)) / loss_tokens
 
-A chunk of positions passes over the vocabulary in blocks twice. The first pass computes the logits of a block, keeps
-their exponentials (shifted by the block's own maximum) and the sums a row needs; after it the normalisers are known and
-the second pass turns what was kept into the gradient with respect to the logits, and that into those of the hidden states
-and of the head. So the gradient multiplies with no head twice and each exponential is taken once. A divergence that is not
-linear in the logits takes a pass of its own in between, over what was kept. A head in bfloat16 is promoted to float32
-block by block. Chunks and blocks are ordered by `mx.depends`: a lazy graph would otherwise hold all of them.
-Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
+A chunk of positions passes over the vocabulary in blocks twice. The first pass computes the logits
+of a block, keeps their exponentials (shifted by the block's own maximum) and the sums a row needs;
+after it the normalisers are known and the second pass turns what was kept into the gradient with
+respect to the logits, and that into those of the hidden states and of the head. So the gradient
+multiplies with no head twice and each exponential is taken once. A divergence that is not linear in
+the logits takes a pass of its own in between, over what was kept. A head in bfloat16 is promoted to
+float32 block by block. Chunks and blocks are ordered by `mx.depends`: a lazy graph would otherwise
+hold all of them. Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
 from collections.abc import Callable
@@ -29,25 +31,37 @@ import mlx.core as mx
 from mlx_distill.objective import Objective
 
 BLOCK_ELEMENTS = {mx.DeviceType.cpu: 2**20, mx.DeviceType.gpu: 2**23}  # logits: 4 MB stay in cache
-WIDEST_BLOCK = 2**14  # ids, on a CPU: BLAS may add one after the other, and a longer float32 sum of small numbers loses them
-FLOOR = -1e9  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+WIDEST_BLOCK = (
+    2**14
+    # ids, on a CPU: BLAS may add one after the other, and a longer float32 sum of small numbers
+    # loses them
+)
+FLOOR = (
+    -1e9
+)  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
 TINY = 1.1754944e-38  # smallest normal float32
 
 Finish = Callable[[mx.array], mx.array]
 
 
 class Head(Protocol):
-    """A frozen projection to the vocabulary. `splits`: whether a range of ids costs only its share of the whole."""
+    """A frozen projection to the vocabulary. `splits`: whether a range of ids costs only its share
+    of the whole.
+    """
 
     splits: bool
 
     def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
-        """float32 logits [C, stop - start] of the ids `start:stop` from float32 hidden states [C, D]."""
+        """float32 logits [C, stop - start] of the ids `start:stop` from float32 hidden states [C,
+        D].
+        """
 
 
 @dataclass(frozen=True)
 class MatrixHead:
-    """`finish(hidden @ weight.T + bias)`, weight [V, D] in any float type; finish is elementwise (cap, scale)."""
+    """`finish(hidden @ weight.T + bias)`, weight [V, D] in any float type; finish is elementwise
+    (cap, scale).
+    """
 
     weight: mx.array
     bias: mx.array | None = None
@@ -75,16 +89,23 @@ class QuantizedHead:
 
     def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
         logits = mx.quantized_matmul(
-            hidden, self.weight[start:stop], self.scales[start:stop],
+            hidden,
+            self.weight[start:stop],
+            self.scales[start:stop],
             None if self.biases is None else self.biases[start:stop],
-            transpose=True, group_size=self.group_size, bits=self.bits, mode=self.mode,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
         )
         return _finish(logits, self.bias, self.finish, start, stop)
 
 
 @dataclass(frozen=True)
 class CallableHead:
-    """Any function from hidden states [C, D] to logits [C, V or more]; the vocabulary is not cut into blocks."""
+    """Any function from hidden states [C, D] to logits [C, V or more]; the vocabulary is not cut
+    into blocks.
+    """
 
     function: Callable[[mx.array], mx.array]
     splits: bool = False
@@ -93,13 +114,17 @@ class CallableHead:
         return self.function(hidden)[:, start:stop].astype(mx.float32)
 
 
-def _finish(logits: mx.array, bias: mx.array | None, finish: Finish | None, start: int, stop: int) -> mx.array:
+def _finish(
+    logits: mx.array, bias: mx.array | None, finish: Finish | None, start: int, stop: int
+) -> mx.array:
     logits = logits if bias is None else logits + bias[start:stop].astype(mx.float32)
     return (logits if finish is None else finish(logits)).astype(mx.float32)
 
 
 class SparseHead(NamedTuple):
-    """`SparseTargets` as arrays: what takes the place of the teacher's head where only K of its answers [N, K] are known."""
+    """`SparseTargets` as arrays: what takes the place of the teacher's head where only K of its
+    answers [N, K] are known.
+    """
 
     ids: mx.array
     log_probs: mx.array
@@ -109,7 +134,9 @@ class SparseHead(NamedTuple):
 
 
 class LossRows(NamedTuple):
-    """The scalar loss, which alone carries gradients, and float32[N] rows: nats, nats, 0 or 1; 0 where weight is 0."""
+    """The scalar loss, which alone carries gradients, and float32[N] rows: nats, nats, 0 or 1; 0
+    where weight is 0.
+    """
 
     loss: mx.array
     kd: mx.array
@@ -118,35 +145,78 @@ class LossRows(NamedTuple):
 
 
 def kd_loss(
-    student_hidden: mx.array, student_weight: mx.array, teacher_hidden: mx.array | None, teacher_head: Head | SparseHead | None,
-    targets: mx.array, weight: mx.array, objective: Objective, loss_tokens: float, chunk_tokens: int,
-    train_head: bool, vocab: int = 0,
+    student_hidden: mx.array,
+    student_weight: mx.array,
+    teacher_hidden: mx.array | None,
+    teacher_head: Head | SparseHead | None,
+    targets: mx.array,
+    weight: mx.array,
+    objective: Objective,
+    loss_tokens: float,
+    chunk_tokens: int,
+    train_head: bool,
+    vocab: int = 0,
 ) -> LossRows:
-    """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's formula says.
+    """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's
+    formula says.
 
-    Differentiable in student_hidden, and in student_weight [V, D] where `train_head` (it is a constant otherwise). Both
-    heads are cut to their first `vocab` ids (0: all of the student's). With a `SparseHead` there are no
-    teacher_hidden. Without a teacher kd and agree are 0, and the objective's kd_weight must be 0.
-    Targets must be below `vocab`: MLX does not check indices.
+    Differentiable in student_hidden, and in student_weight [V, D] where `train_head` (it is a
+    constant otherwise). Both heads are cut to their first `vocab` ids (0: all of the student's).
+    With a `SparseHead` there are no teacher_hidden. Without a teacher kd and agree are 0, and the
+    objective's kd_weight must be 0. Targets must be below `vocab`: MLX does not check indices.
     """
     divisor = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
-    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, divisor, chunk_tokens, train_head, vocab)
+    walk = _Walk(
+        teacher_hidden,
+        teacher_head,
+        targets,
+        weight,
+        objective,
+        divisor,
+        chunk_tokens,
+        train_head,
+        vocab,
+    )
     if train_head:
         return LossRows(*_with_saved_gradients(walk)(student_hidden, student_weight)[:4])
-    return LossRows(*_with_saved_gradients(lambda hidden: walk(hidden, student_weight))(student_hidden)[:4])
+    return LossRows(
+        *_with_saved_gradients(lambda hidden: walk(hidden, student_weight))(student_hidden)[:4]
+    )
 
 
 def score_rows(
-    student_hidden: mx.array, student_weight: mx.array, teacher_hidden: mx.array | None, teacher_head: Head | SparseHead | None,
-    targets: mx.array, weight: mx.array, objective: Objective, chunk_tokens: int, vocab: int = 0,
+    student_hidden: mx.array,
+    student_weight: mx.array,
+    teacher_hidden: mx.array | None,
+    teacher_head: Head | SparseHead | None,
+    targets: mx.array,
+    weight: mx.array,
+    objective: Objective,
+    chunk_tokens: int,
+    vocab: int = 0,
 ) -> LossRows:
     """The same rows with no gradient work; `loss` is the weighted sum, divided by nothing."""
-    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, 1.0, chunk_tokens, False, vocab, False)
+    walk = _Walk(
+        teacher_hidden,
+        teacher_head,
+        targets,
+        weight,
+        objective,
+        1.0,
+        chunk_tokens,
+        False,
+        vocab,
+        False,
+    )
     return LossRows(*walk(student_hidden, student_weight))
 
 
-def _with_saved_gradients(walk: Callable[..., tuple[mx.array, ...]]) -> Callable[..., tuple[mx.array, ...]]:
-    """`walk` returns (loss, kd, ce, agree, *gradients of its arguments); its vjp only scales the gradients."""
+def _with_saved_gradients(
+    walk: Callable[..., tuple[mx.array, ...]],
+) -> Callable[..., tuple[mx.array, ...]]:
+    """`walk` returns (loss, kd, ce, agree, *gradients of its arguments); its vjp only scales the
+    gradients.
+    """
     function = mx.custom_function(walk)
 
     @function.vjp
@@ -185,7 +255,9 @@ class _Walk:
             rows.append(self._rows(chunk, weight))
             done = list(rows[-1])
             if self.gradients:
-                hidden_grad, head_grads = self._second_pass(chunk, head_weight, bounds, weight / self.loss_tokens, head_grads)
+                hidden_grad, head_grads = self._second_pass(
+                    chunk, head_weight, bounds, weight / self.loss_tokens, head_grads
+                )
                 hidden_grads.append(hidden_grad.astype(hidden.dtype))
                 done = [hidden_grads[-1], *rows[-1], *head_grads]
         loss, *columns = [mx.concatenate(column) for column in zip(*rows, strict=True)]
@@ -193,13 +265,20 @@ class _Walk:
         if self.gradients:
             outputs = (*outputs, mx.concatenate(hidden_grads))
         if self.gradients and self.train_head:
-            cut_off = mx.zeros((head_weight.shape[0] - vocab, head_weight.shape[1]), dtype=head_weight.dtype)
+            cut_off = mx.zeros(
+                (head_weight.shape[0] - vocab, head_weight.shape[1]), dtype=head_weight.dtype
+            )
             blocks = [block.astype(head_weight.dtype) for block in head_grads]
             outputs = (*outputs, mx.concatenate([*blocks, cut_off]))
         return outputs
 
     def _first_pass(
-        self, hidden: mx.array, head_weight: mx.array, bounds: list[tuple[int, int]], place: slice, weight: mx.array
+        self,
+        hidden: mx.array,
+        head_weight: mx.array,
+        bounds: list[tuple[int, int]],
+        place: slice,
+        weight: mx.array,
     ) -> "_FirstPass":
         """What C positions are told by their logits; rows of weight 0 may hold anything, even NaN."""
         supervised, targets = weight != 0, self.targets[place, None].astype(mx.int32)
@@ -230,10 +309,16 @@ class _Walk:
         return tuple(mx.where(weight != 0, column, 0)[:, 0] for column in columns)
 
     def _second_pass(
-        self, chunk: "_FirstPass", head_weight: mx.array, bounds: list[tuple[int, int]], share: mx.array,
+        self,
+        chunk: "_FirstPass",
+        head_weight: mx.array,
+        bounds: list[tuple[int, int]],
+        share: mx.array,
         head_grads: list[mx.array],
     ) -> tuple[mx.array, list[mx.array]]:
-        """d loss / d hidden [C, D], and `head_grads` (a block each; empty at first) with this chunk's part added."""
+        """d loss / d hidden [C, D], and `head_grads` (a block each; empty at first) with this
+        chunk's part added.
+        """
         hidden_grad, new_head_grads = mx.zeros_like(chunk.inputs), []
         done: list[mx.array] = []
         for block, (start, stop) in enumerate(bounds):
@@ -246,15 +331,19 @@ class _Walk:
             done = [hidden_grad]
             if self.train_head:
                 product = (gradient.T, chunk.inputs)
-                new_head_grads.append(mx.addmm(head_grads[block], *product) if head_grads else mx.matmul(*product))
+                new_head_grads.append(
+                    mx.addmm(head_grads[block], *product) if head_grads else mx.matmul(*product)
+                )
                 done.append(new_head_grads[-1])
         return hidden_grad, new_head_grads
 
 
 class _FirstPass(NamedTuple):
-    """What the first pass over the vocabulary leaves of C positions: columns [C, 1], and the way to the gradient.
+    """What the first pass over the vocabulary leaves of C positions: columns [C, 1], and the way to
+    the gradient.
 
-    `gradient(block, share)` is d loss / d logits of a block, `share` [C, 1] times, all but what the targets take from it.
+    `gradient(block, share)` is d loss / d logits of a block, `share` [C, 1] times, all but what the
+    targets take from it.
     """
 
     inputs: mx.array
@@ -266,7 +355,9 @@ class _FirstPass(NamedTuple):
 
 
 Logits = Callable[[int, int, list[mx.array]], mx.array]  # of a block, computed after some arrays
-Found = tuple[mx.array, mx.array, mx.array, Callable[[int, mx.array], mx.array]]  # kd, ce, agree, gradient
+Found = tuple[
+    mx.array, mx.array, mx.array, Callable[[int, mx.array], mx.array]
+]  # kd, ce, agree, gradient
 
 
 def _against_nothing(
@@ -287,9 +378,15 @@ def _against_nothing(
 
 
 def _against_logits(
-    student_logits: Logits, teacher_logits: Logits, targets: mx.array, bounds: list[tuple[int, int]], objective: Objective
+    student_logits: Logits,
+    teacher_logits: Logits,
+    targets: mx.array,
+    bounds: list[tuple[int, int]],
+    objective: Objective,
 ) -> Found:
-    """Against all of the teacher's logits: the divergence at the objective's temperature, the cross-entropy at 1."""
+    """Against all of the teacher's logits: the divergence at the objective's temperature, the
+    cross-entropy at 1.
+    """
     temperature, shared = objective.temperature, objective.temperature == 1
     plain, teacher = _Softmax(), _Softmax()
     student = plain if shared else _Softmax()  # one softmax serves both terms
@@ -302,7 +399,12 @@ def _against_logits(
         top, teacher_top = choice.add(z, start), teacher_choice.add(t, start)
         done = [*target_logit.add(z, start), *plain.add(z, top), *choice.best, *teacher_choice.best]
         if not shared:
-            z, top, t, teacher_top = z / temperature, top / temperature, t / temperature, teacher_top / temperature
+            z, top, t, teacher_top = (
+                z / temperature,
+                top / temperature,
+                t / temperature,
+                teacher_top / temperature,
+            )
             done += student.add(z, top)
         done += teacher.add(t, teacher_top)
         done += divergence.add(student.kept[-1], teacher.kept[-1], z, t)
@@ -315,7 +417,9 @@ def _against_logits(
         ce_share = (1 - objective.kd_weight) * share
         found = None
         if objective.needs_teacher:
-            found = divergence.gradient(block, weight * share, ce_share if shared else mx.zeros_like(share))
+            found = divergence.gradient(
+                block, weight * share, ce_share if shared else mx.zeros_like(share)
+            )
         if objective.needs_targets and not (shared and objective.needs_teacher):
             of_ce = plain.kept[block] * (ce_share * plain.scales[block])
             found = of_ce if found is None else found + of_ce
@@ -326,14 +430,24 @@ def _against_logits(
 
 
 def _against_some_ids(
-    student_logits: Logits, teacher: SparseHead, targets: mx.array, bounds: list[tuple[int, int]], objective: Objective
+    student_logits: Logits,
+    teacher: SparseHead,
+    targets: mx.array,
+    bounds: list[tuple[int, int]],
+    objective: Objective,
 ) -> Found:
-    """Against K of the teacher's ids and the log of the rest: both models are compared over K + 1 outcomes.
+    """Against K of the teacher's ids and the log of the rest: both models are compared over K + 1
+    outcomes.
 
-    The last outcome's logit is the log-sum-exp of all other ids, so its gradient is shared among them by their softmax. With
-    the student's K logits it also gives the cross-entropy.
+    The last outcome's logit is the log-sum-exp of all other ids, so its gradient is shared among
+    them by their softmax. With the student's K logits it also gives the cross-entropy.
     """
-    others, target_logit, known, choice = _Softmax(), _Picked(targets), _Picked(teacher.ids), _MostLikely()
+    others, target_logit, known, choice = (
+        _Softmax(),
+        _Picked(targets),
+        _Picked(teacher.ids),
+        _MostLikely(),
+    )
     done: list[mx.array] = []
     for start, stop in bounds:
         z = student_logits(start, stop, done)
@@ -352,7 +466,9 @@ def _against_some_ids(
     kd = divergence.close(of_student, of_teacher) + teacher.offset[:, None]
 
     def gradient(block: int, share: mx.array) -> mx.array:
-        of_outcomes = divergence.gradient(0, objective.kd_weight * share, (1 - objective.kd_weight) * share)
+        of_outcomes = divergence.gradient(
+            0, objective.kd_weight * share, (1 - objective.kd_weight) * share
+        )
         found = others.kept[block] * (of_outcomes[:, -1:] * others.scales[block])
         return _add_at(found, teacher.ids, bounds[block][0], of_outcomes[:, :-1])
 
@@ -361,7 +477,9 @@ def _against_some_ids(
 
 
 class _Softmax:
-    """One softmax of a chunk, met block by block: `kept` exponentials are shifted by their block's own maximum."""
+    """One softmax of a chunk, met block by block: `kept` exponentials are shifted by their block's
+    own maximum.
+    """
 
     def __init__(self) -> None:
         self.kept: list[mx.array] = []  # [C, block] each
@@ -375,7 +493,9 @@ class _Softmax:
         return [self.kept[-1], self.sums[-1]]
 
     def close(self) -> None:
-        """Set `top` and `log_sum` [C, 1] (log Z is their sum) and `scales`, which make `kept` probabilities."""
+        """Set `top` and `log_sum` [C, 1] (log Z is their sum) and `scales`, which make `kept`
+        probabilities.
+        """
         tops, sums = mx.concatenate(self.tops, axis=1), mx.concatenate(self.sums, axis=1)
         self.top = tops.max(axis=1, keepdims=True)
         shifts = mx.exp(tops - self.top)
@@ -385,7 +505,9 @@ class _Softmax:
 
     def mean(self, partial_sums: list[mx.array]) -> mx.array:
         """Σ probability * x [C, 1] from each block's Σ kept * x."""
-        return sum(scale * partial for scale, partial in zip(self.scales, partial_sums, strict=True))
+        return sum(
+            scale * partial for scale, partial in zip(self.scales, partial_sums, strict=True)
+        )
 
     def log_ratio(self, other: "_Softmax") -> mx.array:
         """log Z / log Z of the other, [C, 1]."""
@@ -419,7 +541,11 @@ class _MostLikely:
         place = mx.argmax(logits, axis=1, keepdims=True)
         found = [mx.take_along_axis(logits, place, axis=1), place.astype(mx.int32) + start]
         better = found[0] > self.best[0] if self.best else None
-        self.best = [mx.where(better, new, old) for new, old in zip(found, self.best, strict=True)] if self.best else found
+        self.best = (
+            [mx.where(better, new, old) for new, old in zip(found, self.best, strict=True)]
+            if self.best
+            else found
+        )
         return found[0]
 
     @property
@@ -427,13 +553,16 @@ class _MostLikely:
         return self.best[1]
 
 
-# A divergence is met block by block: `add` takes what both softmaxes keep of a block and its (scaled) logits and returns what must
-# be computed before the next; `close` gives the divergence [C, 1]; `gradient(block, weight, ce_weight)` is weight [C, 1] times its
-# gradient with respect to the block's logits plus ce_weight times the student's probabilities.
+# A divergence is met block by block: `add` takes what both softmaxes keep of a block and its
+# (scaled) logits and returns what must be computed before the next; `close` gives the divergence
+# [C, 1]; `gradient(block, weight, ce_weight)` is weight [C, 1] times its gradient with respect to
+# the block's logits plus ce_weight times the student's probabilities.
 
 
 class _ForwardKL:
-    """Σ t (log t - log s) = Σ t (v - u) + log Z_s - log Z_t for scaled logits u, v; gradient s - t. Linear: one pass is enough."""
+    """Σ t (log t - log s) = Σ t (v - u) + log Z_s - log Z_t for scaled logits u, v; gradient s - t.
+    Linear: one pass is enough.
+    """
 
     def __init__(self) -> None:
         self.kept: list[tuple[mx.array, mx.array]] = []
@@ -474,7 +603,9 @@ class _ReverseKL:
     def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
         student, difference = self.kept[block]
         scale = self.student_scales[block]
-        return _advantage(student, difference, self.mean_difference, weight * scale, ce_weight * scale)
+        return _advantage(
+            student, difference, self.mean_difference, weight * scale, ce_weight * scale
+        )
 
 
 class _Pointwise:
@@ -512,46 +643,65 @@ class _Pointwise:
 
 @cache
 def _terms_of(pair: Callable) -> Callable:
-    """`pair` of scaled logits and probabilities, compiled. Log-probabilities that a pair does not look at are never computed."""
+    """`pair` of scaled logits and probabilities, compiled. Log-probabilities that a pair does not
+    look at are never computed.
+    """
 
     @mx.compile
-    def terms(u, v, s, t, top, log_sum, teacher_top, teacher_log_sum, parameter) -> tuple[mx.array, mx.array]:
+    def terms(
+        u, v, s, t, top, log_sum, teacher_top, teacher_log_sum, parameter
+    ) -> tuple[mx.array, mx.array]:
         return pair((u - top) - log_sum, (v - teacher_top) - teacher_log_sum, s, t, parameter)
 
     return terms
 
 
-# `objective.py`'s pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their exponentials s and t. What is a
-# multiple of s may be left out of g: g - s Σ g is the same without it.
+# `objective.py`'s pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their
+# exponentials s and t. What is a multiple of s may be left out of g: g - s Σ g is the same without
+# it.
 
 
-def _forward_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array) -> tuple[mx.array, mx.array]:
+def _forward_kl(
+    u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array
+) -> tuple[mx.array, mx.array]:
     return t * (v - u), -t
 
 
-def _reverse_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array) -> tuple[mx.array, mx.array]:
+def _reverse_kl(
+    u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array
+) -> tuple[mx.array, mx.array]:
     return s * (u - v), s * (u - v)
 
 
-def _jsd(u: mx.array, v: mx.array, s: mx.array, t: mx.array, beta: mx.array) -> tuple[mx.array, mx.array]:
+def _jsd(
+    u: mx.array, v: mx.array, s: mx.array, t: mx.array, beta: mx.array
+) -> tuple[mx.array, mx.array]:
     of_student, of_teacher = (1 - beta) * s, beta * t
     m = mx.maximum(of_student + of_teacher, TINY)
     student = of_student * mx.log(mx.maximum(s, TINY) / m)
     return student + of_teacher * mx.log(mx.maximum(t, TINY) / m), student
 
 
-def _skew_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: mx.array) -> tuple[mx.array, mx.array]:
+def _skew_kl(
+    u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: mx.array
+) -> tuple[mx.array, mx.array]:
     ratio = mx.maximum(t, TINY) / mx.maximum((1 - alpha) * s + alpha * t, TINY)
     return t * mx.log(ratio), (alpha - 1) * s * ratio
 
 
-def _skew_reverse_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: mx.array) -> tuple[mx.array, mx.array]:
+def _skew_reverse_kl(
+    u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: mx.array
+) -> tuple[mx.array, mx.array]:
     ratio = mx.maximum(s, TINY) / mx.maximum((1 - alpha) * t + alpha * s, TINY)
     return s * mx.log(ratio), s * (mx.log(ratio) - alpha * ratio)
 
 
 _DIVERGENCES = {
-    "forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl, "skew_reverse_kl": _skew_reverse_kl,
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
 }
 _LINEAR = {"forward_kl": _ForwardKL, "reverse_kl": _ReverseKL}
 
@@ -568,7 +718,9 @@ def _blend(x: mx.array, a: mx.array, y: mx.array, b: mx.array) -> mx.array:
 
 
 @mx.compile
-def _advantage(s: mx.array, difference: mx.array, mean: mx.array, a: mx.array, b: mx.array) -> mx.array:
+def _advantage(
+    s: mx.array, difference: mx.array, mean: mx.array, a: mx.array, b: mx.array
+) -> mx.array:
     return s * ((difference - mean) * a + b)
 
 
@@ -593,15 +745,21 @@ def _floor(logits: mx.array) -> mx.array:
 
 def _exp_below(x: mx.array, top: mx.array) -> mx.array:
     """exp(x - top) for x <= top."""
-    return _polynomial_exp(x, top) if mx.default_device().type == mx.DeviceType.cpu else mx.exp(x - top)
+    return (
+        _polynomial_exp(x, top)
+        if mx.default_device().type == mx.DeviceType.cpu
+        else mx.exp(x - top)
+    )
 
 
 @mx.compile
 def _polynomial_exp(x: mx.array, top: mx.array) -> mx.array:
-    """exp(x - top) for x <= top, at least 1e-38, to one unit in the last place: 2^n exp(r), |r| <= log(2) / 2.
+    """exp(x - top) for x <= top, at least 1e-38, to one unit in the last place: 2^n exp(r), |r| <=
+    log(2) / 2.
 
-    MLX's own exp is scalar on x86 (12 ns an element; this one takes 1.5 compiled, 4 otherwise) and off by up to
-    14 units. The constants that split log(2) are Cephes' (expf); r is short enough for its Taylor polynomial.
+    MLX's own exp is scalar on x86 (12 ns an element; this one takes 1.5 compiled, 4 otherwise) and
+    off by up to 14 units. The constants that split log(2) are Cephes' (expf); r is short enough for
+    its Taylor polynomial.
     """
     x = mx.maximum(x - top, -87.0)
     n = (x * 1.4426950408889634 - 0.5).astype(mx.int32)  # truncates toward zero, hence rounds

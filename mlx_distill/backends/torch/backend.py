@@ -1,8 +1,9 @@
-"""torch's teacher and student: the verbs of `backends/protocol.py` in transformers' models, torch's optimizers and our loss.
+"""torch's teacher and student: the verbs of `backends/protocol.py` in transformers' models, torch's
+optimizers and our loss.
 
-numpy comes in and goes out; torch tensors stay here. Decided here: number formats by device, how ranks share the work, and
-what a checkpoint of the student holds (MLX's names and shapes, so that either backend continues what the other began).
-Mirrors `backends/mlx/backend.py`.
+numpy comes in and goes out; torch tensors stay here. Decided here: number formats by device, how
+ranks share the work, and what a checkpoint of the student holds (MLX's names and shapes, so that
+either backend continues what the other began). Mirrors `backends/mlx/backend.py`.
 """
 
 import gc
@@ -22,7 +23,14 @@ from torch import Tensor
 
 from mlx_distill.backends import oracle, refusals
 from mlx_distill.backends.adapters import write_adapters
-from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, SparseTargets, check_indices
+from mlx_distill.backends.protocol import (
+    DeviceInfo,
+    LossSums,
+    Memory,
+    Ranks,
+    SparseTargets,
+    check_indices,
+)
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch import ranks as together
 from mlx_distill.backends.torch import resident
@@ -41,17 +49,26 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self) -> None:
-        self._device = torch.device("cuda", together.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+        self._device = (
+            torch.device("cuda", together.local_rank())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
         self.ranks: Ranks = together.join(self._device)
 
     def device(self) -> DeviceInfo:
         ranks = f" x {self.ranks.size}" if self.ranks.size > 1 else ""
         if self._device.type == "cuda":
             gpu = torch.cuda.get_device_name(self._device)
-            return DeviceInfo(self.name, f"CUDA ({gpu}{ranks})", "bfloat16", "torch sees a CUDA GPU", "")
+            return DeviceInfo(
+                self.name, f"CUDA ({gpu}{ranks})", "bfloat16", "torch sees a CUDA GPU", ""
+            )
         return DeviceInfo(
-            self.name, f"CPU ({platform.machine()}{ranks}, torch {torch.__version__})", "float32",
-            "torch sees no CUDA GPU; half precision is for GPUs", "",
+            self.name,
+            f"CPU ({platform.machine()}{ranks}, torch {torch.__version__})",
+            "float32",
+            "torch sees no CUDA GPU; half precision is for GPUs",
+            "",
         )
 
     def dtype(self, asked: str) -> torch.dtype:
@@ -60,12 +77,16 @@ class TorchBackend:
     def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> "TorchTeacher":
         with _explained(f"loading {name}"):
             dtype = torch.float32 if self._device.type == "cpu" else None
-            return TorchTeacher(models.load_teacher(folder, name, quantize_bits, self._device, dtype))
+            return TorchTeacher(
+                models.load_teacher(folder, name, quantize_bits, self._device, dtype)
+            )
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> "TorchStudent":
         with _explained(f"loading {name}"):
             dtype = self.dtype(recipe.student.compute_dtype)
-            split = models.load_student(folder, name, recipe.student, recipe.run.seed, self._device, dtype)
+            split = models.load_student(
+                folder, name, recipe.student, recipe.run.seed, self._device, dtype
+            )
             return TorchStudent(split, folder, recipe, dtype)
 
     def cached_head(self, matrix: np.ndarray) -> Head:
@@ -76,7 +97,9 @@ class TorchBackend:
 
     def _of_bits(self, array: np.ndarray) -> Tensor:
         """float32 as it is; uint16 holds the bits of bfloat16."""
-        tensor = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(self._device)
+        tensor = torch.from_numpy(array.view(np.int16) if array.dtype == np.uint16 else array).to(
+            self._device
+        )
         return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
@@ -91,7 +114,11 @@ class TorchBackend:
         if self._device.type == "cpu":
             return resident.memory()
         active = torch.cuda.memory_allocated(self._device)
-        return Memory(active, torch.cuda.memory_reserved(self._device) - active, torch.cuda.max_memory_allocated(self._device))
+        return Memory(
+            active,
+            torch.cuda.memory_reserved(self._device) - active,
+            torch.cuda.max_memory_allocated(self._device),
+        )
 
     def reset_peak_memory(self) -> None:
         if self._device.type == "cpu":
@@ -104,7 +131,9 @@ class TorchBackend:
         return oracle.loss_error(lambda *case: _mean_loss(*case, device=self._device))
 
     def matmul_rate(self, size: int = 0, repeats: int = 8) -> float:
-        """Measured operations a second of `size`³ products in the dtype that "auto" trains in; by default large enough to keep it busy."""
+        """Measured operations a second of `size`³ products in the dtype that "auto" trains in; by
+        default large enough to keep it busy.
+        """
         size = size or (8192 if self._device.type == "cuda" else 1024)
         left = torch.ones((size, size), dtype=self.dtype("auto"), device=self._device)
         (left @ left).sum().item()  # which waits for a GPU
@@ -115,7 +144,9 @@ class TorchBackend:
         return repeats * 2 * size**3 / (time.perf_counter() - started)
 
     def release(self) -> None:
-        """Give back the allocator's cache, after a model has gone; checkpointed and sharded blocks refer to themselves."""
+        """Give back the allocator's cache, after a model has gone; checkpointed and sharded blocks
+        refer to themselves.
+        """
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -125,13 +156,18 @@ class TorchModel:
     """What teacher and student share: hidden states, generation, size."""
 
     def __init__(self, split: models.SplitModel):
-        self.split, self.notes = split, ()  # transformers' own reading of the folder is the right one
+        self.split, self.notes = (
+            split,
+            (),
+        )  # transformers' own reading of the folder is the right one
         self.device = split.device
         self.parameters = models.parameter_count(split.model)
         self.vocabulary_rows = split.head_rows()
 
     def gather(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
-        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are checked, CUDA's checks kill the process."""
+        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are
+        checked, CUDA's checks kill the process.
+        """
         check_indices("tokens", tokens, self.vocabulary_rows)
         check_indices("loss positions", positions, tokens.size)
         hidden = self.split.hidden(self.tensor(tokens).long())
@@ -146,27 +182,51 @@ class TorchModel:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_p: float, seed: int,
-        batch_size: int, stop_ids: frozenset[int], progress: Callable[[int], None],
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        batch_size: int,
+        stop_ids: frozenset[int],
+        progress: Callable[[int], None],
     ) -> list[list[int]]:
-        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as n more are finished."""
+        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as
+        n more are finished.
+        """
         torch.manual_seed(seed)
-        self.split.model.generation_config = _generation(max_new_tokens, temperature, top_p, stop_ids)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: they need the most memory
+        self.split.model.generation_config = _generation(
+            max_new_tokens, temperature, top_p, stop_ids
+        )
+        order = sorted(
+            range(len(prompts)), key=lambda i: -len(prompts[i])
+        )  # the longest first: they need the most memory
         found: dict[int, list[int]] = {}
-        for group in (order[start : start + batch_size] for start in range(0, len(order), batch_size)):
+        for group in (
+            order[start : start + batch_size] for start in range(0, len(order), batch_size)
+        ):
             with self.precision(), _explained("generating"):
-                found |= zip(group, self._generate([prompts[i] for i in group], stop_ids), strict=True)
+                found |= zip(
+                    group, self._generate([prompts[i] for i in group], stop_ids), strict=True
+                )
             progress(len(group))
         return [found[i] for i in range(len(prompts))]
 
     def _generate(self, prompts: list[Sequence[int]], stop_ids: frozenset[int]) -> list[list[int]]:
         """One batch, padded at the left."""
         width = max(map(len, prompts))
-        tokens = self.tensor(np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]))
-        mask = self.tensor(np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]))
+        tokens = self.tensor(
+            np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        )
+        mask = self.tensor(
+            np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        )
         texts = self.split.model.generate(tokens, attention_mask=mask)[:, width:].tolist()
-        return [text[: next((i + 1 for i, token in enumerate(text) if token in stop_ids), None)] for text in texts]
+        return [
+            text[: next((i + 1 for i, token in enumerate(text) if token in stop_ids), None)]
+            for text in texts
+        ]
 
 
 class TorchTeacher(TorchModel):
@@ -187,7 +247,9 @@ class TorchTeacher(TorchModel):
         return self._by_chunk(batch, rows, partial(_top_k, k=k))
 
     @torch.no_grad()
-    def draw(self, batch: Batch, uniform: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(
+        self, batch: Batch, uniform: np.ndarray, rows: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._by_chunk(batch, rows, _draw, self.tensor(uniform))
 
     @torch.no_grad()
@@ -196,23 +258,35 @@ class TorchTeacher(TorchModel):
         return _bits(hidden)
 
     def head_matrix(self) -> np.ndarray | None:
-        plain = isinstance(self._head, MatrixHead) and self._head.bias is None and self._head.finish is None
+        plain = (
+            isinstance(self._head, MatrixHead)
+            and self._head.bias is None
+            and self._head.finish is None
+        )
         return _bits(self._head.weight) if plain else None
 
-    def _by_chunk(self, batch: Batch, rows: int, answer: Callable, *inputs: Tensor) -> tuple[np.ndarray, ...]:
-        """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of them."""
+    def _by_chunk(
+        self, batch: Batch, rows: int, answer: Callable, *inputs: Tensor
+    ) -> tuple[np.ndarray, ...]:
+        """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of
+        them.
+        """
         hidden, head = self.targets(batch)
         columns = []
         for start in range(0, len(hidden), TEACHER_CHUNK):
             place = slice(start, start + TEACHER_CHUNK)
             part = hidden[place] if hidden.is_cuda else hidden[place].float()
-            found = answer(head.logits(part, rows).log_softmax(1), *(array[place] for array in inputs))
+            found = answer(
+                head.logits(part, rows).log_softmax(1), *(array[place] for array in inputs)
+            )
             columns.append([column.cpu().numpy() for column in found])
         return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
 
 class TorchStudent(TorchModel):
-    """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of the step under way."""
+    """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of
+    the step under way.
+    """
 
     def __init__(self, split: models.SplitModel, base: Path, recipe: Recipe, dtype: torch.dtype):
         super().__init__(split)
@@ -224,10 +298,14 @@ class TorchStudent(TorchModel):
             if self.device.type == "cpu":
                 resident.return_freed_blocks()
         self.head_path = split.head_path
-        together.shard(split, trains=True, dtype=dtype if recipe.student.tuning == "full" else torch.float32)
+        together.shard(
+            split, trains=True, dtype=dtype if recipe.student.tuning == "full" else torch.float32
+        )
         named = dict(split.model.named_parameters())
         self.head = named[self.head_path]
-        self.weights = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        self.weights = {
+            name: parameter for name, parameter in named.items() if parameter.requires_grad
+        }
         self.optimizer = make_optimizer(recipe, list(self.weights.values()), self.ranked)
         self.vocabulary = 0  # ids the loss compares; 0 = all of the head's rows
 
@@ -240,15 +318,26 @@ class TorchStudent(TorchModel):
         return sum(parameter.numel() for parameter in self.weights.values())
 
     def precision(self) -> AbstractContextManager:
-        """Full tuning computes in `dtype` over float32 weights; with adapters the frozen weights are of that type themselves."""
+        """Full tuning computes in `dtype` over float32 weights; with adapters the frozen weights
+        are of that type themselves.
+        """
         half = self.table.tuning == "full" and self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype, enabled=half)
 
-    def accumulate(self, batch: Batch, targets, objective: Objective, loss_tokens: float) -> LossSums:
+    def accumulate(
+        self, batch: Batch, targets, objective: Objective, loss_tokens: float
+    ) -> LossSums:
         """Add the gradients of the batch's share of the step's loss; returns its sums."""
         with _explained("a training step"):
             arguments = self._arguments(batch, targets, objective)
-            rows = kd_loss(*arguments, loss_tokens, self.chunk_tokens, self.table.tuning == "full", self.vocabulary, self.dtype)
+            rows = kd_loss(
+                *arguments,
+                loss_tokens,
+                self.chunk_tokens,
+                self.table.tuning == "full",
+                self.vocabulary,
+                self.dtype,
+            )
             rows.loss.backward()
             return _sums(batch, rows[1:])
 
@@ -256,7 +345,12 @@ class TorchStudent(TorchModel):
     def score(self, batch: Batch, targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
         with _explained("validation"):
-            rows = score_rows(*self._arguments(batch, targets, objective), self.chunk_tokens, self.vocabulary, self.dtype)
+            rows = score_rows(
+                *self._arguments(batch, targets, objective),
+                self.chunk_tokens,
+                self.vocabulary,
+                self.dtype,
+            )
             return _sums(batch, rows[1:])
 
     def _arguments(self, batch: Batch, targets, objective: Objective) -> tuple:
@@ -264,17 +358,35 @@ class TorchStudent(TorchModel):
         with self.precision():
             hidden = self.gather(batch.tokens, batch.positions)
         head = together.whole_with_gradient(self.head)
-        return hidden, head, *self._teacher(targets, objective), self.tensor(batch.targets), self.tensor(batch.weight), objective
+        return (
+            hidden,
+            head,
+            *self._teacher(targets, objective),
+            self.tensor(batch.targets),
+            self.tensor(batch.weight),
+            objective,
+        )
 
-    def _teacher(self, targets, objective: Objective) -> tuple[Tensor | None, Head | SparseHead | None]:
-        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or (None, None)."""
+    def _teacher(
+        self, targets, objective: Objective
+    ) -> tuple[Tensor | None, Head | SparseHead | None]:
+        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or
+        (None, None).
+        """
         if not isinstance(targets, SparseTargets):
             return targets or (None, None)
         targets.check(objective, self.vocabulary or self.vocabulary_rows)
-        return None, SparseHead(*map(self.tensor, (targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top)))
+        return None, SparseHead(
+            *map(
+                self.tensor,
+                (targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top),
+            )
+        )
 
     def apply(self, learning_rate: float) -> float:
-        """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not finite nothing changes."""
+        """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not
+        finite nothing changes.
+        """
         with _explained("an optimizer step"):
             parameters = list(self.weights.values())
             together.sum_replicated(parameters)
@@ -293,7 +405,9 @@ class TorchStudent(TorchModel):
     # state
 
     def save_state(self, folder: Path | None) -> None:
-        """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`; other ranks than the first help with None."""
+        """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`; other
+        ranks than the first help with None.
+        """
         with _explained("gathering a checkpoint"):
             weights = _gathered(self._weight_arrays(), folder is not None)
             optimizer = _gathered(self._optimizer_arrays(), folder is not None)
@@ -302,7 +416,10 @@ class TorchStudent(TorchModel):
             save_file(optimizer, folder / "optimizer.safetensors")
 
     def _weight_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        return ((models.canonical(name), _kept(name, parameter)) for name, parameter in self.weights.items())
+        return (
+            (models.canonical(name), _kept(name, parameter))
+            for name, parameter in self.weights.items()
+        )
 
     def _optimizer_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         yield "learning_rate", np.array(self.optimizer.param_groups[0]["lr"], np.float32)
@@ -316,9 +433,14 @@ class TorchStudent(TorchModel):
 
     @torch.no_grad()
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
-        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises `ModelError` on other arrays."""
+        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises
+        `ModelError` on other arrays.
+        """
         kept = load_file(folder / "weights.safetensors")
-        shapes = {models.canonical(name): _kept_shape(name, parameter) for name, parameter in self.weights.items()}
+        shapes = {
+            models.canonical(name): _kept_shape(name, parameter)
+            for name, parameter in self.weights.items()
+        }
         if {key: array.shape for key, array in kept.items()} != shapes:
             raise refusals.other_state(folder)
         for name, parameter in self.weights.items():
@@ -334,43 +456,77 @@ class TorchStudent(TorchModel):
 
     def state_bytes(self) -> int:
         """Bytes of one checkpoint."""
-        moments = (tensor for parameter in self.weights.values() for key, tensor in self.optimizer.state[parameter].items()
-                   if key not in ("step", "RMS"))
+        moments = (
+            tensor
+            for parameter in self.weights.values()
+            for key, tensor in self.optimizer.state[parameter].items()
+            if key not in ("step", "RMS")
+        )
         return 4 * (self.trainable + sum(tensor.numel() for tensor in moments))
 
     def export_bytes(self) -> int:
-        """Bytes of the exported weights, and of the float32 adapters beside them (in two layouts), at most."""
-        return self.parameters * self._save_dtype.itemsize + (8 * self.trainable if self.table.tuning != "full" else 0)
+        """Bytes of the exported weights, and of the float32 adapters beside them (in two layouts),
+        at most.
+        """
+        return self.parameters * self._save_dtype.itemsize + (
+            8 * self.trainable if self.table.tuning != "full" else 0
+        )
 
     def export(self, folder: Path | None, stop_ids: list[int]) -> None:
-        """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and `adapters-peft` in it."""
+        """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and
+        `adapters-peft` in it.
+        """
         if self.table.tuning == "full":
             with _explained("gathering the student"):
-                fused = _gathered(((name, _whole(parameter)) for name, parameter in self.weights.items()), folder is not None)
+                fused = _gathered(
+                    ((name, _whole(parameter)) for name, parameter in self.weights.items()),
+                    folder is not None,
+                )
         if folder is None:
             return
         if self.table.tuning != "full":
-            fused, adapters = models.fused_weights(self.split, self.base), dict(self._weight_arrays())
+            fused, adapters = (
+                models.fused_weights(self.split, self.base),
+                dict(self._weight_arrays()),
+            )
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
         models.save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
 
     @property
     def _save_dtype(self) -> torch.dtype:
-        return self.split.stored_dtype if self.table.save_dtype == "base" else getattr(torch, self.table.save_dtype)
+        return (
+            self.split.stored_dtype
+            if self.table.save_dtype == "base"
+            else getattr(torch, self.table.save_dtype)
+        )
 
 
-def make_optimizer(recipe: Recipe, parameters: list[Tensor], ranked: bool = False) -> torch.optim.Optimizer:
-    """The recipe's optimizer with its state made: torch's AdamW, or transformers' Adafactor, whose rule is MLX's (torch's own is not)."""
+def make_optimizer(
+    recipe: Recipe, parameters: list[Tensor], ranked: bool = False
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer with its state made: torch's AdamW, or transformers' Adafactor, whose
+    rule is MLX's (torch's own is not).
+    """
     table = recipe.optim
     if table.optimizer == "adamw":
         made = torch.optim.AdamW(
-            parameters, table.learning_rate, (table.beta1, table.beta2), table.eps, table.weight_decay, fused=True,
+            parameters,
+            table.learning_rate,
+            (table.beta1, table.beta2),
+            table.eps,
+            table.weight_decay,
+            fused=True,
         )
     elif table.optimizer == "adafactor" and not ranked:
-        made = transformers.Adafactor(parameters, table.learning_rate, weight_decay=table.weight_decay, relative_step=False)
+        made = transformers.Adafactor(
+            parameters, table.learning_rate, weight_decay=table.weight_decay, relative_step=False
+        )
     else:
         where = "torch on several ranks" if table.optimizer == "adafactor" else "torch"
-        raise ModelError(f'optim.optimizer = "{table.optimizer}" asked, but {where} has none: choose "adamw", or --backend mlx')
+        raise ModelError(
+            f'optim.optimizer = "{table.optimizer}" asked, but {where} has none: choose "adamw", '
+            "or --backend mlx"
+        )
     for parameter in parameters:
         made.state[parameter] = _moments(parameter, table.optimizer)
     return made
@@ -380,10 +536,17 @@ def _moments(parameter: Tensor, optimizer: str) -> dict[str, Tensor | int]:
     """The state before the first step, zero: what the optimizer itself would make in it."""
     if optimizer == "adamw":
         step = torch.zeros((), device=parameter.device)
-        return {"step": step, "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        return {
+            "step": step,
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
     if parameter.ndim < 2:
         return {"step": 0, "exp_avg_sq": torch.zeros_like(parameter), "RMS": 0}
-    rows, columns = parameter.new_zeros(parameter.shape[:-1]), parameter.new_zeros(parameter.shape[:-2] + parameter.shape[-1:])
+    rows, columns = (
+        parameter.new_zeros(parameter.shape[:-1]),
+        parameter.new_zeros(parameter.shape[:-2] + parameter.shape[-1:]),
+    )
     return {"step": 0, "exp_avg_sq_row": rows, "exp_avg_sq_col": columns, "RMS": 0}
 
 
@@ -397,7 +560,11 @@ def _state_names(name: str, state: dict) -> dict[str, str]:
     if "exp_avg_sq" in state:
         return {"exp_avg_sq": "exp_avg_sq"}
     rows, columns = "exp_avg_sq_row", "exp_avg_sq_col"
-    return {rows: columns, columns: rows} if models.is_transposed(name) else {rows: rows, columns: columns}
+    return (
+        {rows: columns, columns: rows}
+        if models.is_transposed(name)
+        else {rows: rows, columns: columns}
+    )
 
 
 def _gathered(arrays: Iterable[tuple[str, Any]], keep: bool) -> dict[str, Any]:
@@ -406,7 +573,9 @@ def _gathered(arrays: Iterable[tuple[str, Any]], keep: bool) -> dict[str, Any]:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    """The trained values; on the CPU if their shards had to be gathered, since a GPU may not hold all of them at once."""
+    """The trained values; on the CPU if their shards had to be gathered, since a GPU may not hold
+    all of them at once.
+    """
     whole = together.whole(parameter.detach())
     return whole.cpu() if together.size() > 1 else whole
 
@@ -430,21 +599,49 @@ def _like(old: Tensor | int, value: int) -> Tensor | int:
     return torch.full_like(old, value) if isinstance(old, Tensor) else value
 
 
-def _generation(max_new_tokens: int, temperature: float, top_p: float, stop_ids: frozenset[int]) -> transformers.GenerationConfig:
+def _generation(
+    max_new_tokens: int, temperature: float, top_p: float, stop_ids: frozenset[int]
+) -> transformers.GenerationConfig:
     """Greedy or sampled, and nothing of what the model's own `generation_config.json` asks for."""
-    chosen = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {"do_sample": False}
+    chosen = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if temperature
+        else {"do_sample": False}
+    )
     return transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(stop_ids) or None, pad_token_id=0, use_cache=True, **chosen
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=0,
+        use_cache=True,
+        **chosen,
     )
 
 
 def _mean_loss(
-    student: np.ndarray, teacher: np.ndarray, matrix: np.ndarray, targets: np.ndarray, objective: Objective, device: torch.device
+    student: np.ndarray,
+    teacher: np.ndarray,
+    matrix: np.ndarray,
+    targets: np.ndarray,
+    objective: Objective,
+    device: torch.device,
 ) -> tuple[float, np.ndarray]:
-    hidden, teacher_hidden, head, ids = (torch.from_numpy(array).to(device) for array in (student, teacher, matrix, targets))
+    hidden, teacher_hidden, head, ids = (
+        torch.from_numpy(array).to(device) for array in (student, teacher, matrix, targets)
+    )
     rows = len(targets)
     weight = torch.ones(rows, device=device)
-    loss = kd_loss(hidden.requires_grad_(), head, teacher_hidden, MatrixHead(head), ids, weight, objective, rows, 4, False).loss
+    loss = kd_loss(
+        hidden.requires_grad_(),
+        head,
+        teacher_hidden,
+        MatrixHead(head),
+        ids,
+        weight,
+        objective,
+        rows,
+        4,
+        False,
+    ).loss
     loss.backward()
     return loss.item(), hidden.grad.cpu().numpy()
 
@@ -454,12 +651,16 @@ def _top_k(log_probs: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     values, ids = log_probs.topk(k, dim=1)
     # `topk` may leave any of equally likely ids in front, and the first one out
     top = log_probs.argmax(1, keepdim=True)
-    ids = torch.where(torch.arange(k, device=ids.device) == 0, top, torch.where(ids == top, ids[:, :1], ids))
+    ids = torch.where(
+        torch.arange(k, device=ids.device) == 0, top, torch.where(ids == top, ids[:, :1], ids)
+    )
     return ids.int(), values, log_probs.scatter(1, ids, -torch.inf).logsumexp(1)
 
 
 def _draw(log_probs: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [C, S] whose cumulated probability first exceeds `uniform` [C, S], entropy [C] in nats, most likely id [C]."""
+    """Ids [C, S] whose cumulated probability first exceeds `uniform` [C, S], entropy [C] in nats,
+    most likely id [C].
+    """
     cumulated = log_probs.double().exp().cumsum(1)
     drawn = torch.searchsorted(cumulated, uniform.double() * cumulated[:, -1:], right=True)
     entropy = -(log_probs.exp() * log_probs.clamp(min=FLOOR)).sum(1)

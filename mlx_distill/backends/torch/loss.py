@@ -1,21 +1,23 @@
 """The distillation loss on torch, walked over chunks of positions so that [N, V] exists nowhere.
 
-In: hidden states of student and teacher at the N loss positions, the student's head, the teacher's `Head`, targets and
-weights. Out: the scalar loss, and per position the divergence, the cross-entropy and whether both name the same token.
-Decided here: how the walk is cut and what it keeps. The naive equivalent, in float32, is
+In: hidden states of student and teacher at the N loss positions, the student's head, the teacher's
+`Head`, targets and weights. Out: the scalar loss, and per position the divergence, the
+cross-entropy and whether both name the same token. Decided here: how the walk is cut and what it
+keeps. The naive equivalent, in float32, is
 
     z = student_hidden @ student_weight.T            u = log_softmax(z / T)      # [N, V]
     t = teacher_head(teacher_hidden)                 v = log_softmax(t / T)      # [N, V]
     kd = scale * divergence(u, v)                    ce = -log_softmax(z)[target]
     loss = sum(weight * (kd_weight * kd + (1 - kd_weight) * ce)) / loss_tokens
 
-A chunk makes its logits, its rows and the gradients of the hidden states and of the head in one visit; `backward` only
-scales what was made. On a CPU fresh pages cost more than the arithmetic: a buffer [C, V] for each model's logits serves all
-chunks, the elementwise part is written with `out=` and in place, and it goes over a few rows at a time, which stay in the
-cache from one pass to the next. On CUDA it is compiled over the chunk into a few kernels, which write its results alone.
-Torch runs eagerly, so chunks need no ordering (MLX's do). A bfloat16 head is promoted to float32 block by block on a CPU; on
-CUDA the products take bfloat16 and sum in float32 where the student computes in bfloat16.
-Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
+A chunk makes its logits, its rows and the gradients of the hidden states and of the head in one
+visit; `backward` only scales what was made. On a CPU fresh pages cost more than the arithmetic: a
+buffer [C, V] for each model's logits serves all chunks, the elementwise part is written with `out=`
+and in place, and it goes over a few rows at a time, which stay in the cache from one pass to the
+next. On CUDA it is compiled over the chunk into a few kernels, which write its results alone. Torch
+runs eagerly, so chunks need no ordering (MLX's do). A bfloat16 head is promoted to float32 block by
+block on a CPU; on CUDA the products take bfloat16 and sum in float32 where the student computes in
+bfloat16. Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
 from collections.abc import Callable
@@ -30,9 +32,13 @@ from mlx_distill.objective import Objective, even_chunk
 
 ROWS_AT_ONCE = 16  # positions that the elementwise part works on at once on a CPU
 BLOCK_ROWS = 8192  # of a half-precision head that are promoted at once on a CPU
-FEW_ROWS = 8  # as in a last chunk: BLAS loses a decimal of their sums over a vocabulary (MKL: of one to three rows)
+# as in a last chunk: BLAS loses a decimal of their sums over a vocabulary (MKL: of one to three
+# rows)
+FEW_ROWS = 8
 ARGMAX_IDS = 512  # of a vocabulary that are searched at once on a CPU
-FLOOR = -1e9  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+FLOOR = (
+    -1e9
+)  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
 TINY = 1.1754944e-38  # smallest normal float32
 
 Finish = Callable[[Tensor], Tensor]
@@ -42,12 +48,16 @@ class Head(Protocol):
     """A frozen projection to the vocabulary."""
 
     def logits(self, hidden: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
-        """float32 logits [C, rows] of the first `rows` ids from hidden states [C, D], in `out` if that suits."""
+        """float32 logits [C, rows] of the first `rows` ids from hidden states [C, D], in `out` if
+        that suits.
+        """
 
 
 @dataclass(frozen=True)
 class MatrixHead:
-    """`finish(hidden @ weight.T + bias)`, weight [V, D] in any float type; finish is elementwise (cap, scale)."""
+    """`finish(hidden @ weight.T + bias)`, weight [V, D] in any float type; finish is elementwise
+    (cap, scale).
+    """
 
     weight: Tensor
     bias: Tensor | None = None
@@ -71,7 +81,9 @@ class CallableHead:
 
 
 class SparseHead(NamedTuple):
-    """`SparseTargets` as tensors: what takes the place of the teacher's head where only K of its answers [N, K] are known."""
+    """`SparseTargets` as tensors: what takes the place of the teacher's head where only K of its
+    answers [N, K] are known.
+    """
 
     ids: Tensor
     log_probs: Tensor
@@ -87,7 +99,9 @@ TeacherOutputs = Tensor | SparseHead | None  # the teacher's logits [C, V], or w
 
 
 class Work(NamedTuple):
-    """Buffers that chunks share on a CPU: logits [C, V] of student and teacher, and [ROWS_AT_ONCE, V]."""
+    """Buffers that chunks share on a CPU: logits [C, V] of student and teacher, and [ROWS_AT_ONCE,
+    V].
+    """
 
     student: Tensor
     teacher: Tensor
@@ -95,7 +109,9 @@ class Work(NamedTuple):
 
 
 class LossRows(NamedTuple):
-    """The scalar loss, which alone carries gradients, and float32[N] rows: nats, nats, 0 or 1; 0 where weight is 0."""
+    """The scalar loss, which alone carries gradients, and float32[N] rows: nats, nats, 0 or 1; 0
+    where weight is 0.
+    """
 
     loss: Tensor
     kd: Tensor
@@ -104,29 +120,64 @@ class LossRows(NamedTuple):
 
 
 def kd_loss(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | SparseHead | None,
-    targets: Tensor, weight: Tensor, objective: Objective, loss_tokens: float, chunk_tokens: int,
-    train_head: bool, vocab: int = 0, dtype: torch.dtype = torch.float32,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | SparseHead | None,
+    targets: Tensor,
+    weight: Tensor,
+    objective: Objective,
+    loss_tokens: float,
+    chunk_tokens: int,
+    train_head: bool,
+    vocab: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> LossRows:
-    """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's formula says.
+    """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's
+    formula says.
 
-    Differentiable in student_hidden, and in student_weight [V, D] where `train_head`; backward may run once. Both heads are
-    cut to their first `vocab` ids (0: all of the student's). With a `SparseHead` there are no
-    teacher_hidden. Without a teacher kd and agree are 0, and the objective's
-    kd_weight must be 0. `dtype` is what products take on CUDA; sums and logits are float32 everywhere.
+    Differentiable in student_hidden, and in student_weight [V, D] where `train_head`; backward may
+    run once. Both heads are cut to their first `vocab` ids (0: all of the student's). With a
+    `SparseHead` there are no teacher_hidden. Without a teacher kd and agree are 0, and the
+    objective's kd_weight must be 0. `dtype` is what products take on CUDA; sums and logits are
+    float32 everywhere.
     """
     divisor = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
-    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, divisor, chunk_tokens, vocab, dtype)
-    return LossRows(*_SavedGradients.apply(walk, student_hidden, student_weight if train_head else student_weight.detach()))
+    walk = _Walk(
+        teacher_hidden,
+        teacher_head,
+        targets,
+        weight,
+        objective,
+        divisor,
+        chunk_tokens,
+        vocab,
+        dtype,
+    )
+    return LossRows(
+        *_SavedGradients.apply(
+            walk, student_hidden, student_weight if train_head else student_weight.detach()
+        )
+    )
 
 
 @torch.no_grad()
 def score_rows(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor | None, teacher_head: Head | SparseHead | None,
-    targets: Tensor, weight: Tensor, objective: Objective, chunk_tokens: int, vocab: int = 0, dtype: torch.dtype = torch.float32,
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | SparseHead | None,
+    targets: Tensor,
+    weight: Tensor,
+    objective: Objective,
+    chunk_tokens: int,
+    vocab: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> LossRows:
     """The same rows with no gradient work; `loss` is the weighted sum, divided by nothing."""
-    walk = _Walk(teacher_hidden, teacher_head, targets, weight, objective, 1.0, chunk_tokens, vocab, dtype)
+    walk = _Walk(
+        teacher_hidden, teacher_head, targets, weight, objective, 1.0, chunk_tokens, vocab, dtype
+    )
     rows, _, _ = walk(student_hidden, student_weight, False, False)
     return rows
 
@@ -136,7 +187,9 @@ class _SavedGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, walk: "_Walk", hidden: Tensor, head_weight: Tensor) -> LossRows:
-        rows, *gradients = walk(hidden, head_weight, ctx.needs_input_grad[1], ctx.needs_input_grad[2])
+        rows, *gradients = walk(
+            hidden, head_weight, ctx.needs_input_grad[1], ctx.needs_input_grad[2]
+        )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(*rows[1:])
         ctx.set_materialize_grads(False)
@@ -145,12 +198,16 @@ class _SavedGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_loss: Tensor, *_) -> tuple[Tensor | None, ...]:
-        return None, *(None if gradient is None else gradient.mul_(of_loss) for gradient in ctx.saved_tensors)
+        return None, *(
+            None if gradient is None else gradient.mul_(of_loss) for gradient in ctx.saved_tensors
+        )
 
 
 @dataclass(frozen=True)
 class _Walk:
-    """The walk over chunks; called with the two arrays that may carry gradients and whether they do."""
+    """The walk over chunks; called with the two arrays that may carry gradients and whether they
+    do.
+    """
 
     teacher_hidden: Tensor | None
     teacher_head: Head | SparseHead | None
@@ -163,20 +220,30 @@ class _Walk:
     dtype: torch.dtype
 
     @torch.no_grad()
-    def __call__(self, hidden: Tensor, head_weight: Tensor, train_hidden: bool, train_head: bool) -> tuple:
-        """(rows, gradient of the hidden states, gradient of the head); a gradient that is not asked for is None."""
+    def __call__(
+        self, hidden: Tensor, head_weight: Tensor, train_hidden: bool, train_head: bool
+    ) -> tuple:
+        """(rows, gradient of the hidden states, gradient of the head); a gradient that is not asked
+        for is None.
+        """
         matrix = head_weight[: self.vocab or len(head_weight)]
         matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
         count = len(hidden)
         size = even_chunk(count, self.chunk_tokens)  # a small last one costs nearly as much
         heights = (size, size if self.teacher_hidden is not None else 0, min(size, ROWS_AT_ONCE))
-        work = None if matrix.is_cuda else Work(*(torch.empty((height, len(matrix))) for height in heights))
+        work = (
+            None
+            if matrix.is_cuda
+            else Work(*(torch.empty((height, len(matrix))) for height in heights))
+        )
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
         head_grad = torch.empty(head_weight.shape, device=hidden.device) if train_head else None
         columns = []
         for start in range(0, count, size):
             place = slice(start, start + size)
-            inputs, gradient, rows = self._chunk(hidden, matrix, place, work, train_hidden or train_head)
+            inputs, gradient, rows = self._chunk(
+                hidden, matrix, place, work, train_hidden or train_head
+            )
             columns.append(rows)
             if train_hidden:
                 hidden_grad[place] = _product(gradient, matrix)
@@ -188,8 +255,12 @@ class _Walk:
             head_grad = head_grad.to(head_weight.dtype)
         return LossRows(loss.sum(), kd, ce, agree), hidden_grad, head_grad
 
-    def _chunk(self, hidden: Tensor, matrix: Tensor, place: slice, work: Work | None, wants_gradient: bool) -> tuple:
-        """(inputs [C, D], d loss / d logits [C, V], (weighted loss, kd, ce, agree) [C] each); the gradient may lie in `work`."""
+    def _chunk(
+        self, hidden: Tensor, matrix: Tensor, place: slice, work: Work | None, wants_gradient: bool
+    ) -> tuple:
+        """(inputs [C, D], d loss / d logits [C, V], (weighted loss, kd, ce, agree) [C] each); the
+        gradient may lie in `work`.
+        """
         weight = self.weight[place, None].float()
         supervised = weight != 0
         inputs = torch.where(supervised, hidden[place], 0)  # a row of weight 0 may hold NaN
@@ -198,7 +269,9 @@ class _Walk:
         if self.teacher_hidden is not None:
             teacher_hidden = torch.where(supervised, self.teacher_hidden[place], 0)
             teacher_hidden = teacher_hidden.float() if work else teacher_hidden
-            teacher = self.teacher_head.logits(teacher_hidden, len(matrix), work and work.teacher[: len(inputs)])
+            teacher = self.teacher_head.logits(
+                teacher_hidden, len(matrix), work and work.teacher[: len(inputs)]
+            )
         elif self.teacher_head is not None:
             teacher = self.teacher_head.rows(place)
         targets, share = self.targets[place, None].long(), weight / self.loss_tokens
@@ -210,19 +283,32 @@ class _Walk:
             gradient, kd, ce, agree = at_once(logits, teacher, *arguments, self.dtype)
         loss = (self.objective.kd_weight * kd + (1 - self.objective.kd_weight) * ce) * share
         columns = (loss, kd, ce, agree)
-        return inputs, gradient, tuple(torch.where(supervised, column, 0)[:, 0] for column in columns)
+        return (
+            inputs,
+            gradient,
+            tuple(torch.where(supervised, column, 0)[:, 0] for column in columns),
+        )
 
 
 def _by_rows(
-    logits: Tensor, teacher: TeacherOutputs, spare: Tensor, targets: Tensor, share: Tensor, objective: Objective,
+    logits: Tensor,
+    teacher: TeacherOutputs,
+    spare: Tensor,
+    targets: Tensor,
+    share: Tensor,
+    objective: Objective,
     wants_gradient: bool,
 ) -> tuple[Tensor, ...]:
-    """(`share` of the gradient, which replaces the logits, kd, ce, agree): as many rows at once as `spare` has."""
+    """(`share` of the gradient, which replaces the logits, kd, ce, agree): as many rows at once as
+    `spare` has.
+    """
     columns = []
     for start in range(0, len(logits), len(spare)):
         rows = slice(start, start + len(spare))
         z = logits[rows]
-        gradient, *column = _logit_gradient(z, _rows_of(teacher, rows), spare[: len(z)], targets[rows], objective, wants_gradient)
+        gradient, *column = _logit_gradient(
+            z, _rows_of(teacher, rows), spare[: len(z)], targets[rows], objective, wants_gradient
+        )
         columns.append(column)
         if wants_gradient:
             torch.mul(gradient, share[rows], out=z)
@@ -236,21 +322,36 @@ def _rows_of(teacher: TeacherOutputs, rows: slice) -> TeacherOutputs:
 
 
 def _at_once(
-    logits: Tensor, teacher: TeacherOutputs, targets: Tensor, share: Tensor, objective: Objective, wants_gradient: bool,
+    logits: Tensor,
+    teacher: TeacherOutputs,
+    targets: Tensor,
+    share: Tensor,
+    objective: Objective,
+    wants_gradient: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """The same over all rows, the gradient in `dtype`. What is overwritten are copies: compiled, they are never made."""
+    """The same over all rows, the gradient in `dtype`. What is overwritten are copies: compiled,
+    they are never made.
+    """
     teacher = teacher.clone() if isinstance(teacher, Tensor) else teacher
-    gradient, *column = _logit_gradient(logits.clone(), teacher, torch.empty_like(logits), targets, objective, wants_gradient)
+    gradient, *column = _logit_gradient(
+        logits.clone(), teacher, torch.empty_like(logits), targets, objective, wants_gradient
+    )
     return gradient.mul(share).to(dtype) if wants_gradient else None, *column
 
 
 def _logit_gradient(
-    z: Tensor, teacher: TeacherOutputs, spare: Tensor, targets: Tensor, objective: Objective, wants_gradient: bool
+    z: Tensor,
+    teacher: TeacherOutputs,
+    spare: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    wants_gradient: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """(d loss / d z, kd, ce, agree) of the student's logits z [C, V].
 
-    Logits of student and teacher and the spare buffer are overwritten; the gradient lies in one of them.
+    Logits of student and teacher and the spare buffer are overwritten; the gradient lies in one of
+    them.
     """
     z.clamp_(min=FLOOR)
     if teacher is None:
@@ -260,8 +361,12 @@ def _logit_gradient(
     return _against_logits(z, teacher, spare, targets, objective, wants_gradient)
 
 
-def _against_nothing(z: Tensor, spare: Tensor, targets: Tensor, ce_weight: float, wants_gradient: bool) -> tuple:
-    """Cross-entropy alone; its gradient is `ce_weight` times the student's probabilities less one at the target."""
+def _against_nothing(
+    z: Tensor, spare: Tensor, targets: Tensor, ce_weight: float, wants_gradient: bool
+) -> tuple:
+    """Cross-entropy alone; its gradient is `ce_weight` times the student's probabilities less one
+    at the target.
+    """
     nothing = z.new_zeros((len(z), 1))
     u = _log_softmax(z, spare)
     ce = -u.gather(1, targets)
@@ -272,8 +377,12 @@ def _against_nothing(z: Tensor, spare: Tensor, targets: Tensor, ce_weight: float
     return gradient, nothing, ce, nothing
 
 
-def _against_logits(z: Tensor, t: Tensor, spare: Tensor, targets: Tensor, objective: Objective, wants_gradient: bool) -> tuple:
-    """Against the teacher's logits t [C, V]: the divergence at the objective's temperature, the cross-entropy at 1."""
+def _against_logits(
+    z: Tensor, t: Tensor, spare: Tensor, targets: Tensor, objective: Objective, wants_gradient: bool
+) -> tuple:
+    """Against the teacher's logits t [C, V]: the divergence at the objective's temperature, the
+    cross-entropy at 1.
+    """
     t.clamp_(min=FLOOR)
     agree = (_most_likely(z) == _most_likely(t)).float()
     temperature, ce_weight = objective.temperature, 1 - objective.kd_weight
@@ -287,7 +396,9 @@ def _against_logits(z: Tensor, t: Tensor, spare: Tensor, targets: Tensor, object
         ce = -u.gather(1, targets)
     v = _log_softmax(t, z)
     weight = objective.kd_weight * objective.divergence_scale / temperature
-    kd, gradient = _divergence(u, v, t, objective, weight, ce_weight if shared else 0.0, wants_gradient)
+    kd, gradient = _divergence(
+        u, v, t, objective, weight, ce_weight if shared else 0.0, wants_gradient
+    )
     kd = kd * objective.divergence_scale
     if not wants_gradient:
         return None, kd, ce, agree
@@ -299,11 +410,17 @@ def _against_logits(z: Tensor, t: Tensor, spare: Tensor, targets: Tensor, object
 
 
 def _against_some_ids(
-    z: Tensor, teacher: SparseHead, spare: Tensor, targets: Tensor, objective: Objective, wants_gradient: bool
+    z: Tensor,
+    teacher: SparseHead,
+    spare: Tensor,
+    targets: Tensor,
+    objective: Objective,
+    wants_gradient: bool,
 ) -> tuple:
     """Against K ids and the log of the rest: student and teacher are compared over K + 1 outcomes.
 
-    The last outcome's logit is the log-sum-exp of all other ids, so its gradient is shared among them by their softmax.
+    The last outcome's logit is the log-sum-exp of all other ids, so its gradient is shared among
+    them by their softmax.
     """
     known, ids = teacher.ids >= 0, teacher.ids.clamp(min=0).long()
     agree = (_most_likely(z) == teacher.top[:, None]).float()
@@ -317,7 +434,9 @@ def _against_some_ids(
     u = outcomes.log_softmax(1)
     v = torch.cat([teacher.log_probs, teacher.tail[:, None]], 1).clamp_(min=FLOOR).log_softmax(1)
     kd_weight, ce_weight = objective.kd_weight, 1 - objective.kd_weight
-    kd, gradient = _divergence(u, v, torch.empty_like(u), objective, kd_weight, ce_weight, wants_gradient)
+    kd, gradient = _divergence(
+        u, v, torch.empty_like(u), objective, kd_weight, ce_weight, wants_gradient
+    )
     kd = kd + teacher.offset[:, None]
     if not wants_gradient:
         return None, kd, ce, agree
@@ -328,12 +447,19 @@ def _against_some_ids(
 
 
 def _divergence(
-    u: Tensor, v: Tensor, spare: Tensor, objective: Objective, weight: float, ce_weight: float, wants_gradient: bool
+    u: Tensor,
+    v: Tensor,
+    spare: Tensor,
+    objective: Objective,
+    weight: float,
+    ce_weight: float,
+    wants_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The divergence [C, 1] of log-probabilities u and v, and `weight` of its gradient plus `ce_weight` of the student's
-    probabilities, [C, V]. u, v and the spare buffer are overwritten.
+    """The divergence [C, 1] of log-probabilities u and v, and `weight` of its gradient plus
+    `ce_weight` of the student's probabilities, [C, V]. u, v and the spare buffer are overwritten.
 
-    With the sums over the vocabulary, f and g as `objective.py` defines them: Σ f, and weight (g - s Σ g) + ce_weight s.
+    With the sums over the vocabulary, f and g as `objective.py` defines them: Σ f, and weight (g -
+    s Σ g) + ce_weight s.
     """
     if fused := _FUSED.get(objective.divergence):
         return fused(u, v, spare, weight, ce_weight, wants_gradient)
@@ -346,15 +472,20 @@ def _divergence(
     return value, g.mul_(weight).addcmul_(s, of_student)
 
 
-# `objective.py`'s pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their exponentials s and t, which
-# stay as they are. What is a multiple of s may be left out of g: g - s Σ g is the same without it.
+# `objective.py`'s pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their
+# exponentials s and t, which stay as they are. What is a multiple of s may be left out of g: g - s
+# Σ g is the same without it.
 
 
-def _forward_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
+def _forward_kl(
+    u: Tensor, v: Tensor, s: Tensor, t: Tensor, parameter: float
+) -> tuple[Tensor, Tensor]:
     return t * (v - u), -t
 
 
-def _reverse_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, parameter: float) -> tuple[Tensor, Tensor]:
+def _reverse_kl(
+    u: Tensor, v: Tensor, s: Tensor, t: Tensor, parameter: float
+) -> tuple[Tensor, Tensor]:
     f = s * (u - v)
     return f, f.clone()
 
@@ -370,21 +501,29 @@ def _skew_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, alpha: float) -> tuple[
     return ratio.log().mul_(t), ratio.mul_(s).mul_(alpha - 1)
 
 
-def _skew_reverse_kl(u: Tensor, v: Tensor, s: Tensor, t: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _skew_reverse_kl(
+    u: Tensor, v: Tensor, s: Tensor, t: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
     ratio = s.clamp(min=TINY).div_(torch.lerp(t, s, alpha).clamp_(min=TINY))
     f = ratio.log().mul_(s)
     return f, torch.sub(f, ratio.mul_(s), alpha=alpha)
 
 
 _DIVERGENCES = {
-    "forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "skew_kl": _skew_kl, "skew_reverse_kl": _skew_reverse_kl,
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
 }
 
 
 # The two that are used most, in place: no buffer is made.
 
 
-def _forward_kl_in_place(u: Tensor, v: Tensor, spare: Tensor, weight: float, ce_weight: float, wants_gradient: bool) -> tuple:
+def _forward_kl_in_place(
+    u: Tensor, v: Tensor, spare: Tensor, weight: float, ce_weight: float, wants_gradient: bool
+) -> tuple:
     """Σ t (v - u), and weight (s - t) + ce_weight s."""
     difference = torch.sub(v, u, out=spare)
     teacher = v.exp_()
@@ -392,10 +531,14 @@ def _forward_kl_in_place(u: Tensor, v: Tensor, spare: Tensor, weight: float, ce_
     if not wants_gradient:
         return value, None
     student = u.exp_()
-    return value, (student if weight + ce_weight == 1 else student.mul_(weight + ce_weight)).sub_(teacher, alpha=weight)
+    return value, (student if weight + ce_weight == 1 else student.mul_(weight + ce_weight)).sub_(
+        teacher, alpha=weight
+    )
 
 
-def _reverse_kl_in_place(u: Tensor, v: Tensor, spare: Tensor, weight: float, ce_weight: float, wants_gradient: bool) -> tuple:
+def _reverse_kl_in_place(
+    u: Tensor, v: Tensor, spare: Tensor, weight: float, ce_weight: float, wants_gradient: bool
+) -> tuple:
     """Σ s (u - v), and s (weight (u - v - Σ s (u - v)) + ce_weight)."""
     difference = torch.sub(u, v, out=spare)
     student = u.exp_()
@@ -410,7 +553,9 @@ _FUSED = {"forward_kl": _forward_kl_in_place, "reverse_kl": _reverse_kl_in_place
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    """Fused kernels, where the installed torch can make them; what runs eagerly is the same, more slowly."""
+    """Fused kernels, where the installed torch can make them; what runs eagerly is the same, more
+    slowly.
+    """
     torch._dynamo.config.suppress_errors = True  # no compiler on this machine: run eagerly
     return torch.compile(function)
 
@@ -422,7 +567,8 @@ def _log_softmax(x: Tensor, out: Tensor) -> Tensor:
 def _most_likely(logits: Tensor) -> Tensor:
     """The first most likely id of each row, int64[C, 1].
 
-    A CPU's argmax takes four times as long as its amax: the maxima of ranges of ids say which range to search.
+    A CPU's argmax takes four times as long as its amax: the maxima of ranges of ids say which range
+    to search.
     """
     size = ARGMAX_IDS
     if torch.compiler.is_compiling() or logits.is_cuda or logits.shape[1] < 2 * size:
@@ -442,7 +588,9 @@ def _ranges(logits: Tensor, size: int) -> list[Tensor]:
 
 
 def _subtract_at(x: Tensor, ids: Tensor, amount: float) -> None:
-    """`amount` less at one id of each row; a compiler fuses the comparison, while scattering would have it write [C, V] and read it."""
+    """`amount` less at one id of each row; a compiler fuses the comparison, while scattering would
+    have it write [C, V] and read it.
+    """
     if torch.compiler.is_compiling():
         x.sub_((torch.arange(x.shape[1], device=x.device) == ids).to(x.dtype), alpha=amount)
     else:
@@ -455,7 +603,9 @@ def _row_dot(x: Tensor, y: Tensor, work: Tensor) -> Tensor:
 
 
 def _project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-    """float32 hidden @ weight.T, [C, V]; both in one half-precision type on CUDA are summed in float32."""
+    """float32 hidden @ weight.T, [C, V]; both in one half-precision type on CUDA are summed in
+    float32.
+    """
     if hidden.is_cuda:
         return _product(hidden.to(weight.dtype), weight.T)
     out = torch.empty((len(hidden), len(weight))) if out is None else out
@@ -468,16 +618,21 @@ def _project(hidden: Tensor, weight: Tensor, out: Tensor | None = None) -> Tenso
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """float32 left @ right; where `right` is in half precision on CUDA `left` is rounded to it, and promoted by block on a CPU.
+    """float32 left @ right; where `right` is in half precision on CUDA `left` is rounded to it, and
+    promoted by block on a CPU.
 
-    Few rows are multiplied by block in float32 too: a CPU's BLAS adds a whole vocabulary one after the other for them.
+    Few rows are multiplied by block in float32 too: a CPU's BLAS adds a whole vocabulary one after
+    the other for them.
     """
     if right.dtype == torch.float32 and (left.is_cuda or len(left) > FEW_ROWS):
         return left @ right
     if left.is_cuda:
         return torch.mm(left.to(right.dtype), right, out_dtype=torch.float32)
     size = BLOCK_ROWS if len(left) > FEW_ROWS else max(1, BLOCK_ROWS // 8)
-    return sum(left[:, start : start + size] @ right[start : start + size].float() for start in range(0, len(right), size))
+    return sum(
+        left[:, start : start + size] @ right[start : start + size].float()
+        for start in range(0, len(right), size)
+    )
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, first: bool) -> None:

@@ -1,7 +1,8 @@
 """Several processes that train one student: who this one is, sums over all, and FSDP2's shards.
 
-In: the environment that `torchrun` sets. Each rank reads other micro-batches; parameters and optimizer state are sharded by
-`fully_shard`, adapters are replicated and their gradients summed. With one process everything here does nothing.
+In: the environment that `torchrun` sets. Each rank reads other micro-batches; parameters and
+optimizer state are sharded by `fully_shard`, adapters are replicated and their gradients summed.
+With one process everything here does nothing.
 """
 
 import os
@@ -17,8 +18,17 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from mlx_distill.backends.protocol import Ranks
 from mlx_distill.errors import RankLost
 
-LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "Socket", "Timed out", "remote process exited")
-PATIENCE = timedelta(hours=2)  # the first rank may be writing, or waiting for another run's teacher cache
+LOST = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Socket",
+    "Timed out",
+    "remote process exited",
+)
+PATIENCE = timedelta(
+    hours=2
+)  # the first rank may be writing, or waiting for another run's teacher cache
 
 
 def local_rank() -> int:
@@ -61,14 +71,18 @@ def all_sum(values: np.ndarray, device: torch.device) -> np.ndarray:
 
 
 def shard(split, trains: bool = False, dtype: torch.dtype = torch.float32) -> None:
-    """Spread a split model's frozen and fully trained parameters over the ranks, a block at a time; adapters stay whole on each.
+    """Spread a split model's frozen and fully trained parameters over the ranks, a block at a time;
+    adapters stay whole on each.
 
-    Blocks of float32 are gathered in `dtype`, which autocast would cast each of them to and keep until the backward pass. int8
-    weights stay whole: bitsandbytes keeps their scales on the parameter, which sharding replaces.
+    Blocks of float32 are gathered in `dtype`, which autocast would cast each of them to and keep
+    until the backward pass. int8 weights stay whole: bitsandbytes keeps their scales on the
+    parameter, which sharding replaces.
     """
     if size() == 1 or getattr(split.model, "is_loaded_in_8bit", False):
         return
-    gathered = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    gathered = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     policy = {} if dtype == torch.float32 else {"mp_policy": gathered}
     adapters = {parameter for name, parameter in split.model.named_parameters() if "lora_" in name}
     head, embedding = split.model.get_output_embeddings(), split.model.get_input_embeddings()
@@ -81,7 +95,9 @@ def shard(split, trains: bool = False, dtype: torch.dtype = torch.float32) -> No
         head.weight = embedding.weight  # now its shards; the head lies outside of the trunk
     for module in split.model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # sums: the loss was divided by the tokens of all ranks
+            module.set_gradient_divide_factor(
+                1.0
+            )  # sums: the loss was divided by the tokens of all ranks
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
@@ -92,7 +108,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_with_gradient(tensor: Tensor) -> Tensor:
     """The same, and every rank's gradient of it is summed into the shards."""
-    return tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+    return (
+        tensor.full_tensor(grad_placements=[Partial()]) if isinstance(tensor, DTensor) else tensor
+    )
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
@@ -116,4 +134,7 @@ def is_loss_of_a_rank(error: Exception) -> bool:
 
 def lost(what: str, error: Exception) -> RankLost:
     reason = " ".join(str(error).split())[:160]
-    return RankLost(f"{what} failed because another rank is gone ({reason}); the last checkpoint is intact: start all ranks again")
+    return RankLost(
+        f"{what} failed because another rank is gone ({reason}); the last checkpoint is intact: "
+        "start all ranks again"
+    )
