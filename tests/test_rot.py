@@ -142,7 +142,7 @@ CASES = {
     "eval.seed": ("7", SAMPLED),
     "eval.score_teacher": ("true", SCORED),
     "eval.score_base": ("true", SCORED),
-    "eval.compare": ('["{root}/kept"]', SCORED),
+    "eval.compare": ('["{root}/neighbour"]', SCORED),
     "run.name": ("other", ()),
     "run.folder": ("{out}/other", ()),
     "run.seed": ("7", ()),
@@ -172,12 +172,12 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     (root / "many.jsonl").write_text(
         "".join(json.dumps(_with_more_columns(row, i)) + "\n" for i, row in enumerate(rows))
     )
-    kept = root / "kept"
+    kept = root / "neighbour"
     run(
         load_recipe(
             root / "tiny.toml",
             tuple(
-                s.format(root=root) for s in (*BASE, *SCORED, f"run.folder={root}", "run.name=kept")
+                s.format(root=root) for s in (*BASE, *SCORED, f"run.folder={root}", "run.name=neighbour")
             ),
         )
     )
@@ -282,7 +282,7 @@ def outcome(world: Path, out: Path, settings: tuple[str, ...], calls: set) -> di
         },
         "files": sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*")),
         "folder": str(folder.path),
-        "beside": "kept" in (folder.path / "report.md").read_text().split("## Recipe")[0],
+        "beside": "neighbour" in (folder.path / "report.md").read_text().split("## Recipe")[0],
         "calls": set(calls),
     }
 
