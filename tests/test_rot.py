@@ -177,7 +177,8 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
         load_recipe(
             root / "tiny.toml",
             tuple(
-                s.format(root=root) for s in (*BASE, *SCORED, f"run.folder={root}", "run.name=neighbour")
+                s.format(root=root)
+                for s in (*BASE, *SCORED, f"run.folder={root}", "run.name=neighbour")
             ),
         )
     )

@@ -541,7 +541,7 @@ def test_embedded_source(monkeypatch):
 
     def generate(partition, count, seed):
         asked.append((partition, count, seed))
-        return [make_example(f"{seed}+{i}?", "c", str(i)) for i in range(count)]
+        return [(f"{seed}+{i}?", "c", str(i)) for i in range(count)]
 
     monkeypatch.setitem(
         sys.modules,
