@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import contenders_mlx, contenders_torch, machines, workers
 from benchmarks.tables import append_rows, read_rows, rewrite_section
-from mlx_distill import objective
+from mlx_distill.backends import chunks
 
 WIDTHS = (256, 512)
 FAMILIES = {"mlx": contenders_mlx, "torch": contenders_torch}
@@ -57,7 +57,7 @@ def run(
     """Measure every combination and keep the rows."""
     contenders, chunk = (
         contender or list(FAMILIES[framework].CONTENDERS),
-        objective.chunk_tokens(chunk_tokens, framework, "cpu"),
+        chunks.chunk_tokens(chunk_tokens, framework, "cpu"),
     )
     for v in vocab:
         for h in head:

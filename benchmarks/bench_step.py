@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import agreement, machines, models_torch, steps_table, steps_torch, workers
 from benchmarks import contenders_torch as losses
 from benchmarks.tables import append_rows, read_rows, rewrite_section
-from mlx_distill import objective
+from mlx_distill.backends import chunks
 from mlx_distill.cost.flops import step_flops
 
 FILE, CHECKS = "bench_step", "bench_step_check"
@@ -325,7 +325,7 @@ def make_case(
         tokens,
         prompt,
         kd_weight,
-        objective.chunk_tokens(chunk_tokens, "torch", device),
+        chunks.chunk_tokens(chunk_tokens, "torch", device),
         device,
         dtype,
         gradient_checkpointing,

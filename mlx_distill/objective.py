@@ -9,7 +9,6 @@ forward KL where the student forbids what the teacher gives, reverse KL where th
 what the student gives. Axes: `N` loss positions, `V` vocabulary.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -20,10 +19,6 @@ if TYPE_CHECKING:
     from mlx_distill.recipe import ObjectiveTable
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
-# Measured on CPUs: MLX's walk gains nothing beyond 128, torch's products do up to 512. A GPU that
-# reads a head of V numbers and adds to its gradient computes longer than it moves numbers from
-# about 800 positions on (H200: 206 operations a byte); not measured.
-CHUNK_TOKENS = {("torch", "cpu"): 512, ("torch", "cuda"): 1024}
 
 
 @dataclass(frozen=True)
@@ -77,20 +72,6 @@ class Objective:
         §2.1), else 1.
         """
         return self.temperature**2 if self.temperature_scaling == "hinton" else 1.0
-
-
-def chunk_tokens(asked: int, backend: str, device: str) -> int:
-    """Positions whose logits exist at once; 0 asks for what suits a backend's device (torch: cpu,
-    cuda; MLX: all the same).
-    """
-    return asked or CHUNK_TOKENS.get((backend, device), 128)
-
-
-def even_chunk(positions: int, most: int) -> int:
-    """Positions per chunk where 1 or more are cut into as few chunks of at most `most` as can be,
-    all of one size but for the last.
-    """
-    return math.ceil(positions / math.ceil(positions / most))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

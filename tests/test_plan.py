@@ -25,7 +25,7 @@ from tiny import llama_config, model_folder, random_weights
 
 from mlx_distill import machine as machines
 from mlx_distill import pipeline
-from mlx_distill.backends import BACKENDS
+from mlx_distill.backends import BACKENDS, chunks
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.cli import main
@@ -236,6 +236,20 @@ def test_what_a_llama_block_keeps_for_its_backward_pass():
     last = {"student": {"tuning": "lora", "rank": 5, "lora_layers": 1, "lora_targets": ["q_proj"]}}
     assert memory_of(last)._kept_per_token() == kept - 3 * 64 - 64 - 128 + 5
     assert memory_of(last)._kept_bytes(micro) == 4 * (20 * memory_of(last)._kept_per_token() + 800)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 63, 64, 128, 1024])
+@pytest.mark.parametrize("vocab", [2, 1000, 16_385, 151_936])
+def test_the_plan_counts_the_blocks_that_the_loss_makes(rows: int, vocab: int):
+    """Beside the loss's own edges, and what they are for."""
+    from mlx_distill.backends.mlx import loss
+
+    edges = loss._bounds(vocab, rows, splits=True)
+    limits = memory.MLX.block_elements["cpu"], memory.MLX.widest_block["cpu"]
+    assert chunks.vocabulary_blocks(vocab, rows, *limits) == len(edges)
+    sizes = [stop - start for start, stop in edges]
+    assert sum(sizes) == vocab and min(sizes) > 0 and max(sizes) <= 2**14
+    assert (max(sizes) - 1) * rows <= 2**20
 
 
 def test_moments_by_hand():

@@ -27,15 +27,14 @@ off the sum is). Axes: B sequences, T tokens, N loss positions, V vocabulary, D 
 the MLP, H heads.
 """
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
+from mlx_distill.backends import chunks
 from mlx_distill.cost.flops import Adapters, Shape
 from mlx_distill.errors import ModelError
 from mlx_distill.machine import Machine
-from mlx_distill.objective import chunk_tokens, even_chunk
 from mlx_distill.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -127,6 +126,7 @@ class Calibration:
         # said
     ]
     block_elements: dict[str, int]
+    widest_block: dict[str, int]  # ids; any number where nothing is said
     update: dict[str, Update]
     slack: dict[str, Slack]  # by device; absent where a framework counts its own arrays
 
@@ -153,7 +153,12 @@ MLX = Calibration(
     },  # heated: at a temperature other than 1
     jsd=0.0,  # not measured
     cross_rows={},
-    block_elements={"cpu": 2**20, "metal": 2**23, "cuda": 2**23},  # backends/mlx/loss.py
+    block_elements={
+        "cpu": chunks.MLX_BLOCK_ELEMENTS["cpu"],
+        "metal": chunks.MLX_BLOCK_ELEMENTS["gpu"],
+        "cuda": chunks.MLX_BLOCK_ELEMENTS["gpu"],
+    },
+    widest_block=chunks.MLX_WIDEST_BLOCK,
     update={"adamw": Update(0, 4, 1.5), "lion": Update(1, 4, 1), "adafactor": Update(0, 5.3, 2.1)},
     slack={},
 )
@@ -180,11 +185,12 @@ TORCH = Calibration(
         "plain": (3.0, 0.0),
         "heated": (5.0, 0.0),
     },  # buffers [C, V], whatever C · V
-    cross_rows={"cpu": 16},  # backends/torch/loss.py
+    cross_rows={"cpu": chunks.TORCH_ROWS_AT_ONCE},
     # the distance, the two ratios, the two terms less the one that is the distance, and where one
     # is larger
     jsd=4.25,
     block_elements={"cpu": 2**62, "cuda": 2**62},  # the vocabulary is not cut
+    widest_block={},
     update={
         "adamw": Update(0, 0, 0),
         "lion": Update(0, 0, 0),
@@ -570,14 +576,17 @@ class Memory:
             if alone
             else min(self.student.shape.vocabulary, self.teacher.shape.vocabulary)
         )
-        chunk = chunk_tokens(
+        chunk = chunks.chunk_tokens(
             self.recipe.objective.chunk_tokens, self.machine.backend, self.machine.device
         )
         rows = min(chunk, micro.positions)
         if not self.constants.lazy and rows:
-            rows = even_chunk(micro.positions, chunk)
-        blocks = max(
-            1, math.ceil(vocabulary * rows / self.constants.block_elements[self.machine.device])
+            rows = chunks.even_chunk(micro.positions, chunk)
+        blocks = chunks.vocabulary_blocks(
+            vocabulary,
+            rows,
+            self.constants.block_elements[self.machine.device],
+            self.constants.widest_block.get(self.machine.device, 0),
         )
         fixed, each = self.constants.window[
             "alone" if alone else "plain" if temperature == 1 else "heated"

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
 from mlx_distill.backends import oracle, refusals
 from mlx_distill.backends.adapters import write_adapters
+from mlx_distill.backends.chunks import chunk_tokens
 from mlx_distill.backends.mlx import model as models
 from mlx_distill.backends.mlx.loss import (
     FLOOR,
@@ -40,7 +41,7 @@ from mlx_distill.backends.protocol import (
 )
 from mlx_distill.blas import load_blas
 from mlx_distill.data.batches import Batch
-from mlx_distill.objective import Objective, chunk_tokens
+from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
 
 TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written

@@ -28,17 +28,13 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
+from mlx_distill.backends.chunks import MLX_BLOCK_ELEMENTS as BLOCK_ELEMENTS
+from mlx_distill.backends.chunks import MLX_WIDEST_BLOCK as WIDEST_BLOCK
+from mlx_distill.backends.chunks import vocabulary_blocks
 from mlx_distill.objective import Objective
 
-BLOCK_ELEMENTS = {mx.DeviceType.cpu: 2**20, mx.DeviceType.gpu: 2**23}  # logits: 4 MB stay in cache
-WIDEST_BLOCK = (
-    2**14
-    # ids, on a CPU: BLAS may add one after the other, and a longer float32 sum of small numbers
-    # loses them
-)
-FLOOR = (
-    -1e9
-)  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+# replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+FLOOR = -1e9
 TINY = 1.1754944e-38  # smallest normal float32
 
 Finish = Callable[[mx.array], mx.array]
@@ -785,10 +781,9 @@ def _row_dot(x: mx.array, y: mx.array) -> mx.array:
 
 def _bounds(vocab: int, rows: int, splits: bool) -> list[tuple[int, int]]:
     """The blocks of the vocabulary, as equal as they come."""
-    device = mx.default_device().type
-    count = min(vocab, -(-vocab * rows // BLOCK_ELEMENTS[device])) if splits else 1
-    if splits and device == mx.DeviceType.cpu:
-        count = max(count, -(-vocab // WIDEST_BLOCK))
+    device = "cpu" if mx.default_device().type == mx.DeviceType.cpu else "gpu"
+    limits = BLOCK_ELEMENTS[device], WIDEST_BLOCK.get(device, 0)
+    count = vocabulary_blocks(vocab, rows, *limits) if splits else 1
     edges = [vocab * i // count for i in range(count + 1)]
     return list(pairwise(edges))
 

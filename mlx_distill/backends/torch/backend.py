@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mlx_distill.backends import oracle, refusals
 from mlx_distill.backends.adapters import write_adapters
+from mlx_distill.backends.chunks import chunk_tokens
 from mlx_distill.backends.protocol import (
     DeviceInfo,
     LossSums,
@@ -37,7 +38,7 @@ from mlx_distill.backends.torch import resident
 from mlx_distill.backends.torch.loss import FLOOR, Head, MatrixHead, SparseHead, kd_loss, score_rows
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import ModelError, OutOfMemory
-from mlx_distill.objective import Objective, chunk_tokens
+from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
 
 TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written

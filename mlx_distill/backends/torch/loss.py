@@ -28,9 +28,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from mlx_distill.objective import Objective, even_chunk
+from mlx_distill.backends.chunks import TORCH_ROWS_AT_ONCE as ROWS_AT_ONCE
+from mlx_distill.backends.chunks import even_chunk
+from mlx_distill.objective import Objective
 
-ROWS_AT_ONCE = 16  # positions that the elementwise part works on at once on a CPU
 BLOCK_ROWS = 8192  # of a half-precision head that are promoted at once on a CPU
 # as in a last chunk: BLAS loses a decimal of their sums over a vocabulary (MKL: of one to three
 # rows)
