@@ -72,6 +72,11 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def all_lines(error: BaseException, most: int = ONE_LINE_CHARACTERS) -> str:
+    """All of an error's text on one line, cut after `most` characters; its kind where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def one_line(error: BaseException) -> str:
     """What an error of the system or of a library says, as one printable line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 
 from mlx_distill.errors import ModelError, NotFound
+from mlx_distill.files import sha256_of
 from mlx_distill.models.folder import WEIGHT_FILES, read_config, read_weights, weight_files
 from mlx_distill.models.tokenizer import load_tokenizer
 from mlx_distill.readers import path_of
@@ -66,7 +67,7 @@ def model_fingerprint(folder: Path) -> str:
     whole = sum(file.stat().st_size for file in files) <= WHOLE_HASH_BYTES
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
-        content = _hash_whole(file) if whole else _hash_sampled(file)
+        content = sha256_of(file) if whole else _hash_sampled(file)
         digest.update(f"{file.name} {file.stat().st_size} {content}\n".encode())
     return digest.hexdigest()
 
@@ -236,11 +237,6 @@ def _explained(error: Exception, name: str, revision: str) -> ModelError | NotFo
     return ModelError(
         f"{asked} the download failed ({_first_line(error)}); try again, or give a local folder"
     )
-
-
-def _hash_whole(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash_sampled(file: Path) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.backends.refusals import one_line
 from mlx_distill.errors import ModelError
+from mlx_distill.files import all_lines
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import INDEX, read_generation_config, read_weights
 from mlx_distill.models.tokenizer import make_open_as_file
@@ -102,14 +102,14 @@ def not_for_mlx_lm(folder: Path) -> str:
     try:
         from mlx_lm.utils import load_model
     except (ImportError, OSError) as error:
-        return f"not tried, mlx-lm cannot be imported here ({one_line(error)})"
+        return f"not tried, mlx-lm cannot be imported here ({all_lines(error)})"
     with read_weights(folder, str(folder)).alone() as alone:
         try:
             load_model(alone, lazy=True, model_config=Meaning(folder, str(folder)).portable())
         except (
             Exception
         ) as error:  # a family's code, run on a config it was not written for, fails in any way
-            return one_line(error).replace(str(alone), str(folder))
+            return all_lines(error).replace(str(alone), str(folder))
     return ""
 
 

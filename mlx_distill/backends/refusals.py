@@ -5,13 +5,14 @@ mlx-lm or transformers.
 from pathlib import Path
 
 from mlx_distill.errors import ModelError
+from mlx_distill.files import all_lines
 
 
 def unloadable(
     name: str, folder: Path, library: str, error: Exception, seen: Path | None = None
 ) -> ModelError:
     """`seen` is where the library thought that the folder is."""
-    reason = one_line(error)
+    reason = all_lines(error)
     return ModelError(
         f"{name}: {library} cannot load {folder}: "
         f"{reason.replace(str(seen), str(folder)) if seen else reason}"
@@ -27,7 +28,7 @@ def no_trunk(name: str, kind: type) -> ModelError:
 def not_computed(name: str, error: Exception) -> ModelError:
     return ModelError(
         f"{name}: a text of seven tokens cannot be computed ({type(error).__name__}: "
-        f"{one_line(error)}): its "
+        f"{all_lines(error)}): its "
         "config.json does not fit its weights, or asks for what the family's code lacks; fetch "
         "both again"
     )
@@ -90,7 +91,3 @@ def not_obeyed(name: str, keys: tuple[str, ...]) -> str:
 
 def other_state(folder: Path) -> ModelError:
     return ModelError(f"checkpoint {folder}: its arrays are not those of this student")
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_distill.data.examples import Example, make_example
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.files import one_line
+from mlx_distill.files import all_lines, one_line
 from mlx_distill.readers import path_of, read_json, read_json_lines, read_lines, read_text
 from mlx_distill.recipe import DataTable
 
@@ -204,7 +204,7 @@ def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
         raise NotFound(
             f"data.source: {asked}, split {data.split!r} is no file here and could not be loaded "
             "from the "
-            f"hub: {_line(error)}; {_hub_remedy(str(error))}"
+            f"hub: {all_lines(error, 200)}; {_hub_remedy(str(error))}"
         ) from None
     for number, row in enumerate(dataset, 1):
         yield f"row {number}", _filled(row)
@@ -240,10 +240,6 @@ def _without_absent(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_absent(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # tasks of our own

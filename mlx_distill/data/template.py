@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlx_distill.data.examples import Skip, Turn, Turns
 from mlx_distill.data.turns import printable
 from mlx_distill.errors import DataError, ModelError
+from mlx_distill.files import all_lines
 from mlx_distill.readers import parse_json
 
 if TYPE_CHECKING:
@@ -144,9 +145,7 @@ class Rendering(NamedTuple):
         except Skip:
             raise
         except Exception as error:  # jinja2's own kinds, and what a template raises about roles
-            raise Skip(
-                f"the chat template refuses it ({' '.join(str(error).split())[:120]})"
-            ) from None
+            raise Skip(f"the chat template refuses it ({all_lines(error, 120)})") from None
 
     def _called(self, message: dict[str, Any]) -> dict[str, Any]:
         """The message with its calls' arguments in the template's form."""

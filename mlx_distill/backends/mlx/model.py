@@ -23,6 +23,7 @@ from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.errors import ModelError
+from mlx_distill.files import all_lines
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import Weights, read_config, read_generation_config, read_weights
 from mlx_distill.recipe import StudentTable
@@ -182,7 +183,7 @@ class SplitModel:
         try:
             equal, how = _close(self.head(hidden), self._probe_logits), "differs from"
         except Exception as error:  # as above
-            equal, how = False, f"fails ({' '.join(str(error).split())[:100]}) instead of giving"
+            equal, how = False, f"fails ({all_lines(error, 100)}) instead of giving"
         if not equal:
             raise refusals.not_split(self.name, type(self.model), how)
 

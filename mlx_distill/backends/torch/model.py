@@ -25,6 +25,7 @@ from mlx_distill.backends import export, refusals
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
 from mlx_distill.backends.torch.loss import CallableHead, Finish, Head, MatrixHead
 from mlx_distill.errors import ModelError
+from mlx_distill.files import all_lines
 from mlx_distill.models.folder import read_config, read_generation_config, read_weights
 from mlx_distill.models.ranges import ACTIVATIONS, refuse_impossible
 from mlx_distill.recipe import StudentTable
@@ -171,7 +172,7 @@ class SplitModel:
         try:
             equal, how = _close(self.head(hidden), self._probe_logits), "differs from"
         except Exception as error:  # as above
-            equal, how = False, f"fails ({' '.join(str(error).split())[:100]}) instead of giving"
+            equal, how = False, f"fails ({all_lines(error, 100)}) instead of giving"
         if not equal:
             raise refusals.not_split(self.name, type(self.model), how)
 

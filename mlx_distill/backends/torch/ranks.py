@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from mlx_distill.backends.protocol import Ranks
 from mlx_distill.errors import RankLost
+from mlx_distill.files import all_lines
 
 LOST = (
     "Connection closed by peer",
@@ -133,8 +134,7 @@ def is_loss_of_a_rank(error: Exception) -> bool:
 
 
 def lost(what: str, error: Exception) -> RankLost:
-    reason = " ".join(str(error).split())[:160]
     return RankLost(
-        f"{what} failed because another rank is gone ({reason}); the last checkpoint is intact: "
+        f"{what} failed because another rank is gone ({all_lines(error, 160)}); the last checkpoint is intact: "
         "start all ranks again"
     )
