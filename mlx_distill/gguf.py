@@ -22,7 +22,9 @@ import numpy as np
 
 from mlx_distill.errors import DistillError, ModelError, NotFound
 from mlx_distill.files import made_whole, one_line, remedy
+from mlx_distill.models.folder import INDEX
 from mlx_distill.models.gguf_header import check_header
+from mlx_distill.models.shards import in_shards, index_of, places_in
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -577,25 +579,16 @@ def _write_weights(
     """Safetensors of at most `SHARD_BYTES` each (a larger tensor alone), with an index if several."""
     from safetensors.numpy import save_file
 
-    size = np.dtype(number).itemsize
-    shards = _shards({theirs: int(file.tensors[theirs].n_elements) * size for theirs in names})
-    index: dict[str, str] = {}
-    for position, shard in enumerate(shards, start=1):
-        name = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{position:05}-of-{len(shards):05}.safetensors"
-        )
-        save_file(
-            {names[t]: _stored(file, t, number) for t in shard},
-            folder / name,
-            metadata={"format": "pt"},
-        )
-        index |= {names[theirs]: name for theirs in shard}
+    theirs = {ours: name for name, ours in names.items()}
+    itemsize = np.dtype(number).itemsize
+    sizes = {ours: int(file.tensors[name].n_elements) * itemsize for name, ours in names.items()}
+    shards = in_shards(sizes, SHARD_BYTES)
+    for name, keys in shards.items():
+        arrays = {key: _stored(file, theirs[key], number) for key in keys}
+        save_file(arrays, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
-        total = sum(int(file.tensors[theirs].n_elements) for theirs in names) * size
-        document = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(document, indent=2) + "\n")
+        document = index_of(places_in(shards), sum(sizes.values()))
+        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def _stored(file: GGUFFile, name: str, number: type[np.floating]) -> np.ndarray:
@@ -606,18 +599,6 @@ def _stored(file: GGUFFile, name: str, number: type[np.floating]) -> np.ndarray:
             f"tensor {name} has values that are not finite in {np.dtype(number).name}"
         )
     return values
-
-
-def _shards(sizes: dict[str, int]) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, size in sizes.items():
-        if shards[-1] and held + size > SHARD_BYTES:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += size
-    return shards
 
 
 def _short(value: Any) -> str:

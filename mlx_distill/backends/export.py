@@ -16,6 +16,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.files import all_lines
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import INDEX, read_generation_config, read_weights
+from mlx_distill.models.shards import in_shards, index_of, places_in
 from mlx_distill.models.tokenizer import make_open_as_file
 from mlx_distill.readers import read_json
 
@@ -73,25 +74,12 @@ def save_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(base, folder)
-    shards = _shards(tensors)
-    count = len(shards)
-    names = (
-        [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count > 1
-        else ["model.safetensors"]
-    )
-    for shard, file in zip(shards, names, strict=True):
-        save(shard, folder / file)
-    if count > 1:
-        index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
-            "weight_map": {
-                key: file
-                for shard, file in zip(shards, names, strict=True)
-                for key in sorted(shard)
-            },
-        }
-        _write_json(folder / INDEX, index)
+    sizes = {key: tensor.nbytes for key, tensor in tensors.items()}
+    shards = in_shards(sizes, SHARD_BYTES)
+    for file, keys in shards.items():
+        save({key: tensors[key] for key in keys}, folder / file)
+    if len(shards) > 1:
+        _write_json(folder / INDEX, index_of(places_in(shards), sum(sizes.values())))
     _write_configs(base, folder, dtype, stop_ids)
 
 
@@ -125,19 +113,6 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
     if path.is_file():
         _write_json(path, _without_left_overs(read_json(path, error=ModelError)))
         make_open_as_file(folder)
-
-
-def _shards(tensors: dict[str, Any]) -> list[dict[str, Any]]:
-    """In order, each of at most `SHARD_BYTES` unless one tensor alone is larger."""
-    shards: list[dict[str, Any]] = [{}]
-    filled = 0
-    for key, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][key] = tensor
-        filled += tensor.nbytes
-    return shards
 
 
 def _write_configs(base: Path, folder: Path, dtype: str, stop_ids: list[int]) -> None:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlx_distill.errors import ModelError
 from mlx_distill.files import one_line
+from mlx_distill.models.shards import index_of
 from mlx_distill.readers import parse_json, read_json
 
 WEIGHT_FILES = (
@@ -174,7 +175,7 @@ class Weights:
     def _index(self) -> dict[str, Any]:
         size = sum(tensor.end - tensor.begin for tensor in self.tensors.values())
         places = {key: tensor.file.name for key, tensor in self.tensors.items()}
-        return {"metadata": {"total_size": size}, "weight_map": places}
+        return index_of(places, size)
 
 
 def read_config(folder: Path, name: str = "") -> dict[str, Any]:
