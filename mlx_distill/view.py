@@ -8,7 +8,6 @@ cursor, set a title or turn a line around.
 import codecs
 import re
 import sys
-import time
 import unicodedata
 from collections.abc import Iterable
 
@@ -155,12 +154,7 @@ class View:
         return Counter(self)
 
     def _open(self, label: str, total: int, done: int) -> None:
-        self._label, self._total, self._done, self._started = (
-            label,
-            total,
-            done,
-            time.perf_counter(),
-        )
+        self._label, self._total, self._done = label, total, done
         if self.console.is_terminal:
             columns = (
                 TextColumn("{task.description}"),

@@ -39,7 +39,6 @@ class Run:
 
     folder: Path
     recipe: dict[str, dict[str, Any]]
-    recipe_text: str
     manifest: dict[str, Any]
     metrics: list[dict[str, Any]]
     validation: list[dict[str, Any]]
@@ -89,14 +88,12 @@ def _read_parts(folder: Path) -> Run:
         )
         raise NotFound(f"no run in {folder}: it {what}; name a folder that `mlx-distill run` wrote")
     notes: dict[str, str] = {}
-    text, recipe = _recipe(folder, notes)
     evaluation = _json(folder, "eval.json", dict, notes, "this run was not scored")
     sample = _json(folder, "sample.json", (list, dict), notes, "no example is shown")
     pieces = sample.get("pieces", []) if isinstance(sample, dict) else sample
     return Run(
         folder=folder,
-        recipe=recipe,
-        recipe_text=text,
+        recipe=_recipe(folder, notes),
         manifest=_json(
             folder, "manifest.json", dict, notes, "versions, machine, data and cost are not known"
         ),
@@ -114,18 +111,17 @@ def _read_parts(folder: Path) -> Run:
     )
 
 
-def _recipe(folder: Path, notes: dict[str, str]) -> tuple[str, dict]:
-    path = folder / "recipe.toml"
+def _recipe(folder: Path, notes: dict[str, str]) -> dict[str, dict[str, Any]]:
     try:
-        text = read_text(path, "recipe.toml")
+        text = read_text(folder / "recipe.toml", "recipe.toml")
         tables = parse_toml(text, "recipe.toml")
     except NotFound:
         notes["recipe.toml"] = "No recipe.toml: the recipe is not known."
     except DistillError as error:
         notes["recipe.toml"] = f"{error}: the recipe is not known."
     else:
-        return text, _usable(tables, notes)
-    return "", {}
+        return _usable(tables, notes)
+    return {}
 
 
 def _usable(tables: dict[str, Any], notes: dict[str, str]) -> dict[str, dict[str, Any]]:
