@@ -88,12 +88,13 @@ def _read_parts(folder: Path) -> Run:
         )
         raise NotFound(f"no run in {folder}: it {what}; name a folder that `mlx-distill run` wrote")
     notes: dict[str, str] = {}
+    recipe = _recipe(folder, notes)
     evaluation = _json(folder, "eval.json", dict, notes, "this run was not scored")
     sample = _json(folder, "sample.json", (list, dict), notes, "no example is shown")
     pieces = sample.get("pieces", []) if isinstance(sample, dict) else sample
     return Run(
         folder=folder,
-        recipe=_recipe(folder, notes),
+        recipe=recipe,
         manifest=_json(
             folder, "manifest.json", dict, notes, "versions, machine, data and cost are not known"
         ),

@@ -1,10 +1,14 @@
 """The table of pairs, each held against the verifier."""
 
+import re
+from pathlib import Path
+
 import pytest
 from pairs import PAIRS
 
 from mlx_distill.verify import compared_as, states
 
+ROOT = Path(__file__).parents[2]
 CASES = [
     (gold, answer, right)
     for gold, _, good, bad in PAIRS
@@ -13,8 +17,11 @@ CASES = [
 ]
 
 
-def test_the_table_is_large():
+def test_the_table_is_large_and_as_large_as_is_said():
     assert len(set(CASES)) > 1200
+    for name in ("README.md", "CHANGELOG.md"):
+        said = re.findall(r"([\d,]+) pairs", (ROOT / name).read_text(encoding="utf-8"))
+        assert said == [f"{len(CASES):,}"], name
 
 
 @pytest.mark.parametrize(("gold", "how"), [(gold, how) for gold, how, _, _ in PAIRS])
