@@ -119,7 +119,9 @@ class Pipeline:
         )
         self.tokenizer = load_tokenizer(self.student_folder)
         self.stop_ids = sorted(stop_ids(self.tokenizer))
-        refuse_pair(recipe, self.teacher_folder, self.student_folder, self.tokenizer)
+        self.teacher_tokenizer = refuse_pair(
+            recipe, self.teacher_folder, self.student_folder, self.tokenizer
+        )
         self.day = ""  # what prompts say: see `choose_day`
 
     def run(self, folder: RunFolder) -> None:
@@ -304,7 +306,7 @@ class Pipeline:
         teacher_rows, student_rows = (
             self._head_rows(folder) for folder in (self.teacher_folder, self.student_folder)
         )
-        vocabulary = load_tokenizer(self.teacher_folder).get_vocab()
+        vocabulary = self.teacher_tokenizer.get_vocab()
         rows = common_rows(vocabulary, self.tokenizer.get_vocab(), teacher_rows, student_rows)
         rows = teacher_rows if self.recipe.teacher.cache == "hidden" else rows
         fingerprint, arithmetic = (
@@ -343,7 +345,7 @@ class Pipeline:
             return student, None
         teacher = cached or self._load_teacher()
         student.vocabulary = common_rows(
-            load_tokenizer(self.teacher_folder).get_vocab(),
+            self.teacher_tokenizer.get_vocab(),
             self.tokenizer.get_vocab(),
             teacher.vocabulary_rows,
             student.vocabulary_rows,
@@ -491,7 +493,7 @@ class Pipeline:
         """Where texts of the teacher, the base or the student end; only the teacher has a tokenizer
         of its own.
         """
-        own = [load_tokenizer(path)] if part == "teacher" else []
+        own = [self.teacher_tokenizer] if part == "teacher" else []
         return stops_of(path, self.tokenizer, *own)
 
     def _refuse_changed(self, folder: RunFolder, part: str) -> None:

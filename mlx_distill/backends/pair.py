@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 def refuse_pair(
     recipe: Recipe, teacher: Path | None, student: Path, tokenizer: "PreTrainedTokenizerFast"
-) -> None:
+) -> "PreTrainedTokenizerFast | None":
     """Raise `ModelError` for models that cannot be teacher and student, as their configs and
-    tokenizers say; no weights are read.
+    tokenizers say; no weights are read. Returns the teacher's tokenizer.
     """
     for folder, name in ((student, recipe.student.model), (teacher, recipe.teacher.model)):
         if folder:
@@ -32,7 +32,7 @@ def refuse_pair(
     ):
         raise refusals.quantised_student(recipe.student.model)
     if teacher is None:
-        return
+        return None
     config = read_config(teacher, recipe.teacher.model)
     stored = config.get("quantization") or config.get("quantization_config")
     if stored and recipe.teacher.quantize_bits:
@@ -41,3 +41,4 @@ def refuse_pair(
     theirs = tokenizer if teacher == student else load_tokenizer(teacher)
     rows = [head_rows(folder) or sys.maxsize for folder in (teacher, student)]
     common_rows(theirs.get_vocab(), tokenizer.get_vocab(), *rows)
+    return theirs
