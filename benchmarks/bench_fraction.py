@@ -159,15 +159,13 @@ def render(rows: list[Row]) -> str:
     )
     lines = [
         f"**{last['model']}**, teacher: {last['teacher']}; {last['batch']} × "
-        f"{last['whole_tokens']} tokens when whole, prompts of "
-        f"{last['prompt_tokens']}, {last['contender']}, {last['dtype']}; {place}, torch "
-        f"{last['torch']}, {last['date'][:10]}, commit "
-        f"{last['commit']}. A whole step: median seconds on the clock (least CPU seconds), peak "
-        "over what was held before it (weights, "
-        f"optimizer: {int(last['held_bytes'] or 0) / 1e6:,.0f} MB), operations; × is relative to "
-        "whole sequences. The last columns are "
-        f"computed: operations of a step on one sequence of {PAIR_TOKENS:,} tokens, prompts of "
-        f"{share:.1%}.",
+        f"{last['whole_tokens']} tokens when whole, prompts of {last['prompt_tokens']}, "
+        f"{last['contender']}, {last['dtype']}; {place}, torch {last['torch']}, "
+        f"{last['date'][:10]}, commit {last['commit']}. A whole step: median seconds on the clock "
+        "(least CPU seconds), peak over what was held before it (weights, optimizer: "
+        f"{int(last['held_bytes'] or 0) / 1e6:,.0f} MB), operations; × is relative to whole "
+        "sequences. The last columns are computed: operations of a step on one sequence of "
+        f"{PAIR_TOKENS:,} tokens, prompts of {share:.1%}.",
         "",
         "| fraction | tokens | seconds | × | CPU × | peak | × | held and peak × | TFLOP | × | "
         + " | ".join(f"{teacher} → {student}, TFLOP | ×" for teacher, student in PAIRS)

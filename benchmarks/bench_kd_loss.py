@@ -159,8 +159,8 @@ def render_mlx(rows: list[dict[str, str]]) -> str:
     last = next(row for row in reversed(rows) if row["contender"] == "ours")
     lines = [
         f"{setting(last, newest)}, MLX {last['mlx']} with {last['blas']}, {when(last)}. Median "
-        "seconds on the clock (least CPU "
-        "seconds) and peak MB over the inputs; × is relative to dense in the same rounds.",
+        "seconds on the clock (least CPU seconds) and peak MB over the inputs; × is relative to "
+        "dense in the same rounds.",
         "",
         "| vocabulary | head | positions | dense | chunk loop, autodiff | ours | clock × | CPU × "
         "| peak × |",
@@ -187,10 +187,9 @@ def render_torch(rows: list[dict[str, str]]) -> str:
     last = rows[-1]
     lines = [
         f"{setting(last, newest)}, torch {last['torch']}, TRL {last['trl']}, Liger "
-        f"{last['liger_kernel']}, {when(last)}. Median "
-        "seconds on the clock (least CPU seconds) and peak MB over the inputs; clock × and CPU × "
-        "are relative to the best of the "
-        "others in the same rounds, peak × to the paper's formulation.",
+        f"{last['liger_kernel']}, {when(last)}. Median seconds on the clock (least CPU seconds) "
+        "and peak MB over the inputs; clock × and CPU × are relative to the best of the others in "
+        "the same rounds, peak × to the paper's formulation.",
         "",
         f"| vocabulary | head | positions | {' | '.join(contenders_torch.CONTENDERS)} | clock × | "
         "CPU × | peak × |",
@@ -223,9 +222,8 @@ def setting(last: dict[str, str], newest: Newest) -> str:
     chunk = max(int(row["chunk_tokens"]) for row in newest.values())
     return (
         f"Forward KL + cross-entropy and its gradient; student width {last['width']}, teacher "
-        f"{last['teacher_width']}, "
-        f"{chunk} positions per chunk. {last['cpu']}, {last['cores']} cores shared with other work "
-        f"(load {load_range(newest)}), {threads}"
+        f"{last['teacher_width']}, {chunk} positions per chunk. {last['cpu']}, {last['cores']} "
+        f"cores shared with other work (load {load_range(newest)}), {threads}"
     )
 
 
@@ -295,9 +293,9 @@ def promises(newest: Newest, peers: tuple[str, ...], dense_name: str) -> list[st
         )
         lines.append(
             f"- {vocab:,}, {head} head: the peak grows by {growth:+.1%} from 512 to 4,096 "
-            f"positions and is {' and '.join(shares)}; "
-            f"time at most {clock:.2f} × {dense_name if len(peers) == 1 else 'the best peer'} on "
-            f"the clock, {cpu:.2f} × in CPU seconds."
+            f"positions and is {' and '.join(shares)}; time at most {clock:.2f} × "
+            f"{dense_name if len(peers) == 1 else 'the best peer'} on the clock, {cpu:.2f} × in "
+            "CPU seconds."
         )
     return lines
 

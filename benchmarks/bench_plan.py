@@ -427,12 +427,10 @@ def render(rows: list[dict[str, str]]) -> str:
     last = rows[-1]
     lines = [
         f"{last['cpu']}, {last['cores']} cores shared with other work, MLX "
-        f"{versions(rows, 'mlx')}, "
-        f"torch {versions(rows, 'torch')}, Python {last['python']}, {last['date'][:10]}, "
-        f"commit {last['commit']}. Peaks in MB: planned, measured, and the plan's error. FLOPs of "
-        "the step: "
-        "planned, counted by torch, error. The last column is the step's seconds × the rate of "
-        "large products / FLOPs.",
+        f"{versions(rows, 'mlx')}, torch {versions(rows, 'torch')}, Python {last['python']}, "
+        f"{last['date'][:10]}, commit {last['commit']}. Peaks in MB: planned, measured, and the "
+        "plan's error. FLOPs of the step: planned, counted by torch, error. The last column is "
+        "the step's seconds × the rate of large products / FLOPs.",
         "",
         "| backend | recipe | peak planned | measured | error | moment | GFLOP planned | counted "
         "| error | s × rate / FLOP |",

@@ -158,9 +158,8 @@ def fraction_finding(rows: Rows) -> Finding:
     kept, gained = retention(half, full), gain_retention(half, full, rows.base)
     late, early = difference(full, rows.kd[0.75]), difference(half, rows.kd[0.25])
     measured = (
-        f"at 0.5 {share(kept)} of the accuracy and {share(gained)} of the gain are kept. From "
-        f"0.25 to 0.5 {gap(early)}, "
-        f"from 0.75 to 1.0 {gap(late)}"
+        f"at 0.5 {share(kept)} of the accuracy and {share(gained)} of the gain are kept. From 0.25 "
+        f"to 0.5 {gap(early)}, from 0.75 to 1.0 {gap(late)}"
     )
     where = (
         "holds"
@@ -319,12 +318,10 @@ def page(rows: Rows) -> str:
     return "\n\n".join(
         (
             f"{rows.runs} runs, seeds {', '.join(map(str, seeds))}, {len(one.right)} held-out "
-            f"problems, {one.backend} on "
-            f"{', '.join(devices)}, commit {', '.join(commits)}. Before training: "
-            f"{share(rows.base.accuracy)}; teacher: "
-            f"{share(rows.teacher.accuracy)}. Intervals are 95 % over seeds and problems "
-            "(crossed), differences paired by both; costs are of "
-            "the training steps, means over seeds.",
+            f"problems, {one.backend} on {', '.join(devices)}, commit {', '.join(commits)}. Before "
+            f"training: {share(rows.base.accuracy)}; teacher: {share(rows.teacher.accuracy)}. "
+            "Intervals are 95 % over seeds and problems (crossed), differences paired by both; "
+            "costs are of the training steps, means over seeds.",
             "## Segments (whole sequences)",
             accuracy_table(rows.segments, rows.segments["prompt + cot + answer"], rows.base),
             "## Fraction, with the teacher and without",

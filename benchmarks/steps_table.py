@@ -15,15 +15,12 @@ GROUP = (
     "threads",
 )
 FORMULA = (
-    "Operations, as mlx_distill/cost/flops.py counts them, with N supervised positions, T tokens "
-    "a sequence, D and Dt the widths, V the "
-    "vocabulary, W and Wt the weights of the trunks' matrices: head and loss 2NV(Dt + 3D); the "
-    "step adds, summed over sequences, "
-    "2T(Wt + 3W) and attention's 2T²·layers·heads·head_dim, once for the teacher and three times "
-    "for the student. What a contender "
-    "computes beside that (the head at prompt positions, projections made again) earns it "
-    "nothing. Shares are of the fastest square "
-    "product measured in the same rounds."
+    "Operations, as mlx_distill/cost/flops.py counts them, with N supervised positions, T tokens a "
+    "sequence, D and Dt the widths, V the vocabulary, W and Wt the weights of the trunks' "
+    "matrices: head and loss 2NV(Dt + 3D); the step adds, summed over sequences, 2T(Wt + 3W) and "
+    "attention's 2T²·layers·heads·head_dim, once for the teacher and three times for the student. "
+    "What a contender computes beside that (the head at prompt positions, projections made again) "
+    "earns it nothing. Shares are of the fastest square product measured in the same rounds."
 )
 NAMES = {
     "paper": "paper: dense, softmax then log",
@@ -83,12 +80,11 @@ def heading(row: Row) -> str:
     checkpointing = ", gradient checkpointing" if row["gradient_checkpointing"] == "True" else ""
     return (
         f"**{row['model']}**, teacher: {row['teacher']}; {row['batch']} × {row['tokens']} tokens, "
-        f"{int(row['positions']):,} of them "
-        f"supervised, kd_weight {row['kd_weight']}, {row['dtype']}{checkpointing}. {place}; torch "
-        f"{row['torch']}, transformers "
+        f"{int(row['positions']):,} of them supervised, kd_weight {row['kd_weight']}, "
+        f"{row['dtype']}{checkpointing}. {place}; torch {row['torch']}, transformers "
         f"{row['transformers']}, TRL {row['trl']}, Liger {row['liger_kernel']}, "
-        f"{row['date'][:10]}, commit {row['commit']}. Median seconds "
-        "on the clock (least CPU seconds); peak over what was held before."
+        f"{row['date'][:10]}, commit {row['commit']}. Median seconds on the clock (least CPU "
+        "seconds); peak over what was held before."
     )
 
 

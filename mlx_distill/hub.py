@@ -230,9 +230,8 @@ def _explained(error: Exception, name: str, revision: str) -> ModelError | NotFo
     if isinstance(error, LocalEntryNotFoundError):
         return NotFound(
             f"{asked} it cannot be fetched: the hub is not reachable (or HF_HUB_OFFLINE is set) "
-            "and its files at"
-            f" revision {revision!r} are not all in the local cache; go online once, or give a "
-            "local folder"
+            f"and its files at revision {revision!r} are not all in the local cache; go online "
+            "once, or give a local folder"
         )
     return ModelError(
         f"{asked} the download failed ({_first_line(error)}); try again, or give a local folder"

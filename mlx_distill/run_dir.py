@@ -169,8 +169,7 @@ class RunFolder(SmallFiles):
             changes = "; ".join(kept.differences(recipe))
             raise RunError(
                 f"{self.path} holds a run of another recipe ({changes}): give this one a name of "
-                "its own "
-                "(--set run.name=NAME) or start over with --fresh"
+                "its own (--set run.name=NAME) or start over with --fresh"
             )
 
     def _known_digest(self) -> str:
@@ -195,8 +194,7 @@ class RunFolder(SmallFiles):
         except RecipeError as error:
             raise RunError(
                 f"{self.path} was started by another version of mlx-distill or its recipe.toml is "
-                f"damaged ({error}): "
-                "put back a copy; use --fresh to start over"
+                f"damaged ({error}): put back a copy; use --fresh to start over"
             ) from None
 
     @contextmanager
@@ -331,8 +329,8 @@ class RunFolder(SmallFiles):
             good = self.saved.what_is_saved() or "there is no earlier checkpoint"
             raise RunError(
                 f"{self.checkpoint(state.step)}: the checkpoint could not be written "
-                f"({files.first_line(error)}; "
-                f"{shutil.disk_usage(self.path).free / 1e9:.2f} GB free); {good}; {remedy(error)}"
+                f"({files.first_line(error)}; {shutil.disk_usage(self.path).free / 1e9:.2f} GB "
+                f"free); {good}; {remedy(error)}"
             ) from error
         with told_as(RunError, self.checkpoints, INTACT):
             self._prune(state, keep)

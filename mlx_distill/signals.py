@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-POLITE = (
-    signal.SIGTERM
-)  # what a child is asked to stop with: a script's `&` does not make it deaf to it
+# what a child is asked to stop with: a script's `&` does not make it deaf to it
+POLITE = signal.SIGTERM
 
 
 @contextmanager

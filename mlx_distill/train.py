@@ -171,8 +171,8 @@ class Training:
     def _diverged(self, index: int, what: str, value: float, ids: Sequence[str]) -> DivergedError:
         return DivergedError(
             f"step {index + 1}: {what} is {value} on examples {', '.join(ids)}; the weights were "
-            "not touched and "
-            f"{self.run.what_is_saved()}; look at these examples, or lower optim.learning_rate"
+            f"not touched and {self.run.what_is_saved()}; look at these examples, or lower "
+            "optim.learning_rate"
         )
 
     def _diverged_in_validation(self, value: float) -> DivergedError:

@@ -85,10 +85,10 @@ def test_a_library_that_is_there_is_used_and_right():
     assert library, "neither OpenBLAS, MKL nor torch"
     code = (
         "import mlx_distill.backends.mlx; import mlx.core as mx, numpy as np; from "
-        "mlx_distill.blas import load_blas;"
-        "a = np.random.default_rng(0).normal(size=(33, 65)).astype(np.float32);"
-        "error = np.abs(np.array(mx.array(a) @ mx.array(a).T) - a.astype(np.float64) @ a.T).max();"
-        "print(load_blas().name, 'right' if error < 1e-4 else error, sep='|')"
+        "mlx_distill.blas import load_blas;a = np.random.default_rng(0).normal(size=(33, "
+        "65)).astype(np.float32);error = np.abs(np.array(mx.array(a) @ mx.array(a).T) - "
+        "a.astype(np.float64) @ a.T).max();print(load_blas().name, 'right' if error < 1e-4 else "
+        "error, sep='|')"
     )
     assert ask(code, MLX_DISTILL_BLAS=library) == (library, "right")
 

@@ -735,9 +735,9 @@ def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(
 ):
     """torch's own words are shortened, and the plan's numbers say what to lower."""
     words = (
-        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 "
-        "GiB of which 5.00 GiB is free. "
-        "Including non-PyTorch memory, this process has 134.72 GiB memory in use."
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 GiB "
+        "of which 5.00 GiB is free. Including non-PyTorch memory, this process has 134.72 GiB "
+        "memory in use."
     )
     fails_at = {
         "TorchStudent.accumulate": (torch_backend, "kd_loss", 7),

@@ -330,8 +330,7 @@ def test_a_compared_run_is_named_by_what_sets_it_apart(runs):
         (
             356,
             "No clear difference between new and old (same recipe with kd_weight = 0.0): 0.0 "
-            "points, "
-            "95 % interval −0.6 to +0.6, which includes zero",
+            "points, 95 % interval −0.6 to +0.6, which includes zero",
         ),
         (380, "new is better than old"),
     ],

@@ -243,8 +243,7 @@ def test_the_headline_is_the_cheapest_that_keeps_most():
     kept = retention(cheap, full)
     assert headline(swept) == (
         f"{cheap.name} keeps {percent(kept.mean)} of the accuracy of fraction 1.0, kd_weight 0.5 "
-        "(95\u00a0% interval "
-        f"{percent(kept.low)} to {percent(kept.high)}) at "
+        f"(95\u00a0% interval {percent(kept.low)} to {percent(kept.high)}) at "
         f"{100 * cheap.cost('flops') / full.cost('flops'):.0f}\u00a0% of its arithmetic."
     )
 

@@ -47,9 +47,8 @@ def root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("models")
     family_folder(root / "teacher", llama_config(layers=3, tied=False, vocabulary=ROWS), seed=1)
     family_folder(root / "student", llama_config(layers=2, vocabulary=ROWS), seed=2)
-    weights = (
-        root / "teacher" / "model.safetensors"
-    )  # random hidden states say little: larger logits make them differ from a student's
+    # random hidden states say little: larger logits make them differ from a student's
+    weights = root / "teacher" / "model.safetensors"
     sharpen(weights)
     return root
 

@@ -28,17 +28,16 @@ def no_trunk(name: str, kind: type) -> ModelError:
 def not_computed(name: str, error: Exception) -> ModelError:
     return ModelError(
         f"{name}: a text of seven tokens cannot be computed ({type(error).__name__}: "
-        f"{all_lines(error)}): its "
-        "config.json does not fit its weights, or asks for what the family's code lacks; fetch "
-        "both again"
+        f"{all_lines(error)}): its config.json does not fit its weights, or asks for what the "
+        "family's code lacks; fetch both again"
     )
 
 
 def not_finite(name: str) -> ModelError:
     return ModelError(
         f"{name}: its logits are not finite, though its weights are: a number in config.json is "
-        "wrong, or the "
-        "weights are too large for their type; fetch both again, or name another model"
+        "wrong, or the weights are too large for their type; fetch both again, or name another "
+        "model"
     )
 
 
@@ -74,18 +73,16 @@ def rewritten(name: str, tensor: str, how: str, library: str) -> ModelError:
     everywhere.
     """
     return ModelError(
-        f"{name}: tensor {tensor} is {how} by {library} on load, so a student of this family "
-        "would not open in transformers; "
-        "choose a Llama, Qwen2 or Qwen3 student"
+        f"{name}: tensor {tensor} is {how} by {library} on load, so a student of this family would "
+        "not open in transformers; choose a Llama, Qwen2 or Qwen3 student"
     )
 
 
 def not_obeyed(name: str, keys: tuple[str, ...]) -> str:
     """Said, not refused: the exported student is right here and in transformers."""
     return (
-        f"{name}: mlx-lm alone does not obey {' and '.join(keys)} of its config.json; the "
-        "exported student is computed as trained "
-        "here and by transformers, and otherwise by mlx-lm"
+        f"{name}: mlx-lm alone does not obey {' and '.join(keys)} of its config.json; the exported "
+        "student is computed as trained here and by transformers, and otherwise by mlx-lm"
     )
 
 

@@ -173,9 +173,8 @@ def _trained_trunk(
     checkpointing: bool,
     adapters: Adapters | None,
 ) -> float:
-    share = (
-        adapters.blocks / shape.layers if adapters else 1.0
-    )  # of the blocks; what lies below sees no gradient
+    # of the blocks; what lies below sees no gradient
+    share = adapters.blocks / shape.layers if adapters else 1.0
     forward, tokens = shape.trunk(lengths), float(sum(lengths))
     low_rank = 2.0 * adapters.weights * tokens if adapters else 0.0
     spared = 0.0 if adapters else 2.0 * shape.layers * shape.width * shape.ffn * tokens

@@ -192,8 +192,8 @@ class Plan:
         """Two lines: what is to be done, and what it needs."""
         return [
             f"plan: {self.steps:,} steps of {self.global_batch_size} examples, "
-            f"{amount(self.tokens_read)} tokens read, "
-            f"{amount(self.loss_tokens)} carry loss, {amount(self.total_flops)}FLOP",
+            f"{amount(self.tokens_read)} tokens read, {amount(self.loss_tokens)} carry loss, "
+            f"{amount(self.total_flops)}FLOP",
             f"plan: {self.verdict()}; disk {amount(self.disk_bytes, 'B')}",
         ]
 
@@ -399,9 +399,8 @@ def _candidates(recipe: Recipe, plan: Plan, machine: Machine) -> Iterator[tuple[
         return lambda recipe, prepared: (with_values(recipe, **{table: values}), prepared)
 
     student, half, shorter = recipe.student, recipe.batch.micro_batch_size // 2, plan.longest // 2
-    quantises = (
-        machine.backend == "mlx" or machine.device == "cuda"
-    )  # torch has no kernels for it on a CPU
+    # torch has no kernels for it on a CPU
+    quantises = machine.backend == "mlx" or machine.device == "cuda"
     if recipe.teacher.model and not recipe.teacher.quantize_bits and quantises:
         yield "teacher.quantize_bits=4", setting("teacher", quantize_bits=4)
     if student.tuning == "full":

@@ -73,8 +73,7 @@ class Steps(Sequence[Step]):
         if batch.global_batch_size > len(sequences):
             raise DataError(
                 f"batch.global_batch_size is {batch.global_batch_size}, but only {len(sequences)} "
-                "training "
-                "examples carry loss; lower it"
+                "training examples carry loss; lower it"
             )
         self._sequences, self._segments, self._batch, self._seed = sequences, segments, batch, seed
         self._count = steps or -(-epochs * len(sequences) // batch.global_batch_size)

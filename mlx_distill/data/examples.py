@@ -125,8 +125,6 @@ def _refuse_too_few(
     fewer = "lower data.validation_examples or data.train_examples, or name a source with more rows"
     raise DataError(
         f"{data.source}: asked for {data.validation_examples} validation and "
-        f"{data.train_examples or 'at least 1'} "
-        f"training examples, found {validation} and {train} usable ones in {rows} "
-        f"examples{reasons}; "
-        f"{remedy(skipped, fewer)}"
+        f"{data.train_examples or 'at least 1'} training examples, found {validation} and {train} "
+        f"usable ones in {rows} examples{reasons}; {remedy(skipped, fewer)}"
     )

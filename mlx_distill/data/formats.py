@@ -166,8 +166,7 @@ class Place:
             return row[column]
         raise DataError(
             f"{self.where}: no column {column!r}, found "
-            f"{', '.join(map(turns.printable, row)) or 'none'}; "
-            f"{self._hint(row, column, setting)}"
+            f"{', '.join(map(turns.printable, row)) or 'none'}; {self._hint(row, column, setting)}"
         )
 
     def _hint(self, row: Row, column: str, setting: str) -> str:
@@ -186,8 +185,7 @@ class Place:
         if len(row) == 1 and column in (only := next(iter(row))):
             return (
                 f"are columns in {turns.printable(only)!r} separated by something else than a "
-                "comma, "
-                "semicolon, tab or bar? Use one of these"
+                "comma, semicolon, tab or bar? Use one of these"
             )
         free = row.keys() - others - {*OPTIONAL[self.data.format]}
         if near := difflib.get_close_matches(column, sorted(free), 1, 0.5):

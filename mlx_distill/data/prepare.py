@@ -132,8 +132,8 @@ def _nothing_is_left(causes: Counter[str], recipe: Recipe) -> str:
     }
     return (
         f"{recipe.data.source}: none of {causes.total()} training examples has a token of "
-        f"{segments} left after the "
-        f"cut ({listed(causes)}); {remedies[causes.most_common(1)[0][0]]}"
+        f"{segments} left after the cut ({listed(causes)}); "
+        f"{remedies[causes.most_common(1)[0][0]]}"
     )
 
 

@@ -191,7 +191,6 @@ def _turn_end(tokenizer: "PreTrainedTokenizerFast", template: str) -> str:
     if not ends and not tokenizer.eos_token:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path}: neither its chat template nor an eos_token says "
-            "how a "
-            "turn ends; set eos_token in tokenizer_config.json"
+            "how a turn ends; set eos_token in tokenizer_config.json"
         )
     return tail[: min(ends)] if ends else tokenizer.eos_token

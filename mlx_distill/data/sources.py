@@ -192,8 +192,7 @@ def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
     except ImportError:
         raise DataError(
             f"data.source: {data.source} is no file here, and hub datasets need the datasets "
-            "package; "
-            "pip install 'mlx-distill[data]', or name a file"
+            "package; pip install 'mlx-distill[data]', or name a file"
         ) from None
     asked = data.source + (f" ({data.config})" if data.config else "")
     try:
@@ -203,8 +202,7 @@ def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
     ) as error:  # datasets, huggingface_hub, fsspec and requests each bring their own kinds
         raise NotFound(
             f"data.source: {asked}, split {data.split!r} is no file here and could not be loaded "
-            "from the "
-            f"hub: {all_lines(error, 200)}; {_hub_remedy(str(error))}"
+            f"from the hub: {all_lines(error, 200)}; {_hub_remedy(str(error))}"
         ) from None
     for number, row in enumerate(dataset, 1):
         yield f"row {number}", _filled(row)

@@ -198,8 +198,7 @@ def _rendering(tokenizer: "PreTrainedTokenizerFast", template: str) -> Rendering
     else:
         raise ModelError(
             f"tokenizer {tokenizer.name_or_path}: its chat template ends each prompt in </think>, "
-            "so no reasoning can "
-            f"follow; {_advice(template)}"
+            f"so no reasoning can follow; {_advice(template)}"
         )
     return (
         rendering

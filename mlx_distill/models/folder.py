@@ -126,8 +126,7 @@ class Weights:
                     )
                     raise ModelError(
                         f"{name}: config.json says {key} {value}, but its weights have {what}; "
-                        "fetch both again from"
-                        " one place"
+                        "fetch both again from one place"
                     )
 
     def _refuse_unusable_numbers(self, config: dict[str, Any], name: str) -> None:
@@ -143,15 +142,13 @@ class Weights:
             if not quantised and key.endswith(".weight") and tensor.dtype not in PLAIN:
                 raise ModelError(
                     f"{name}: tensor {key} in {tensor.file} is stored as {tensor.dtype}, but "
-                    "config.json tells of no"
-                    " quantisation; fetch both again from one place"
+                    "config.json tells of no quantisation; fetch both again from one place"
                 )
             if not is_finite(tensor):
                 raise ModelError(
                     f"{name}: tensor {key} in {tensor.file} holds values that are not finite (NaN "
-                    "or infinity), so the"
-                    " file is damaged or its training diverged; fetch it again, or name another "
-                    "model"
+                    "or infinity), so the file is damaged or its training diverged; fetch it "
+                    "again, or name another model"
                 )
 
     @contextmanager
@@ -196,8 +193,7 @@ def read_config(folder: Path, name: str = "") -> dict[str, Any]:
     if config.get("transformers_weights"):
         raise ModelError(
             f"{begin} has transformers_weights {config['transformers_weights']!r}, which mlx-lm "
-            "does not read: name"
-            f" the file {WHOLE} and remove the key"
+            f"does not read: name the file {WHOLE} and remove the key"
         )
     return config
 
@@ -220,9 +216,8 @@ def read_weights(folder: Path, name: str) -> Weights:
         for key, tensor in _read_header(file, name).items():
             if key in tensors:
                 raise ModelError(
-                    f"{name}: tensor {key} lies in two files, {tensors[key].file} and "
-                    f"{file.name}; which one counts is"
-                    " not said; fetch the folder again"
+                    f"{name}: tensor {key} lies in two files, {tensors[key].file} and {file.name}; "
+                    "which one counts is not said; fetch the folder again"
                 )
             tensors[key] = tensor
     for key, place in _index_of(folder, name).items():
@@ -250,8 +245,7 @@ def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
     if not found and not named:
         raise ModelError(
             f"{name}: no weights to load in {folder} (there is no {WEIGHT_FILES}); a model folder "
-            "holds config.json"
-            f" and {WEIGHT_FILES}"
+            f"holds config.json and {WEIGHT_FILES}"
         )
     chosen = named or _only_set(folder, found, name)
     if missing := [file for file in chosen if file not in found]:
@@ -259,8 +253,7 @@ def weight_files(folder: Path, name: str) -> tuple[Path, ...]:
         asked = f"{INDEX} names {_listed(named)}" if named else f"there is {_listed(found)}"
         raise ModelError(
             f"{name}: {folder / missing[0]} is missing: {asked}{others if named else ''}; fetch "
-            "it, or remove what is"
-            " left over"
+            "it, or remove what is left over"
         )
     if left_over := [file for file in found if file not in chosen]:
         raise _two_sets(folder, chosen, left_over, name, f"{INDEX} names" if named else "there is")
@@ -295,13 +288,12 @@ def _refuse_adapter(folder: Path, adapter: str, found: list[str], name: str) -> 
     if not found:
         raise ModelError(
             f"{name}: {folder} holds an adapter ({adapter}), not a model; fuse it into its base "
-            "model (mlx_lm.fuse, or"
-            " peft's merge_and_unload) and name the folder of the result"
+            "model (mlx_lm.fuse, or peft's merge_and_unload) and name the folder of the result"
         )
     raise ModelError(
         f"{name}: {folder} holds a model ({_listed(found)}) and an adapter ({adapter}): "
-        "transformers would add the"
-        " adapter, mlx-lm would not; move the adapter out of the folder, or fuse it"
+        "transformers would add the adapter, mlx-lm would not; move the adapter out of the folder, "
+        "or fuse it"
     )
 
 
@@ -341,8 +333,7 @@ def _two_sets(
 ) -> ModelError:
     return ModelError(
         f"{name}: two sets of weights in {folder}: {how} {_listed(chosen)}, and beside it lies "
-        f"{_listed(left_over)}"
-        " (mlx-lm would merge them); move away what is left over"
+        f"{_listed(left_over)} (mlx-lm would merge them); move away what is left over"
     )
 
 
@@ -385,8 +376,7 @@ def _refuse_outside(file: Path, folder: Path, name: str) -> None:
     if not in_hub_cache and not target.is_relative_to(folder.resolve()):
         raise ModelError(
             f"{name}: {file} is a link out of the folder, to {target}; only files of the folder "
-            "itself are read: name"
-            " the folder that holds it, or put the file here"
+            "itself are read: name the folder that holds it, or put the file here"
         )
 
 

@@ -58,9 +58,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     if text is not None:
         raise ModelError(
             f"tokenizer in {folder}: transformers gives other ids than tokenizer.json for "
-            f"{text[:60]!r}, as"
-            f" {type(tokenizer).__name__} and as {FILE_CLASS}; take the files of the model that "
-            "it belongs to"
+            f"{text[:60]!r}, as {type(tokenizer).__name__} and as {FILE_CLASS}; take the files of "
+            "the model that it belongs to"
         )
     if kept.get_vocab() != tokenizer.get_vocab():
         token = min(
@@ -68,9 +67,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
         )[0]
         raise ModelError(
             f"tokenizer in {folder}: {type(tokenizer).__name__} gives other ids than "
-            "tokenizer.json, and"
-            f" tokenizer_config.json tells of another id of {token!r}; take the files of the "
-            "model that it belongs to"
+            f"tokenizer.json, and tokenizer_config.json tells of another id of {token!r}; take the "
+            "files of the model that it belongs to"
         )
     return kept
 

@@ -47,10 +47,10 @@ FACTS = {
     "exported_step": "student's step",
 }
 NOTES = [
-    "Intervals are 95\u00a0% and cover the choice of problems and the sampling of answers, "
-    "not the choice of a training seed. "
-    "A generation without a stop token or without its </think> is unfinished and counts as wrong. "
-    "Verdicts come from paired intervals over the problems that both models answered."
+    "Intervals are 95\u00a0% and cover the choice of problems and the sampling of answers, not the "
+    "choice of a training seed. A generation without a stop token or without its </think> is "
+    "unfinished and counts as wrong. Verdicts come from paired intervals over the problems that "
+    "both models answered."
 ]
 
 

@@ -114,9 +114,8 @@ def difference_sentence(a: str, b: str, difference: Difference) -> str:
     """A `Difference` in words, saying whether its interval excludes zero."""
     zero = "includes" if difference.low <= 0 <= difference.high else "excludes"
     facts = (
-        f"{points(difference.mean)} points, "
-        f"95\u00a0% interval {points(difference.low)} to {points(difference.high)}, "
-        f"which {zero} zero ({difference.problems:,} shared problems)."
+        f"{points(difference.mean)} points, 95\u00a0% interval {points(difference.low)} to "
+        f"{points(difference.high)}, which {zero} zero ({difference.problems:,} shared problems)."
     )
     if difference.verdict == "no clear difference":
         return f"No clear difference between {a} and {b}: {facts}"

@@ -117,22 +117,20 @@ def notes(found: Findings) -> list[str]:
     lines = []
     if found.most_seeds == 1:
         lines.append(
-            "Every condition was trained with one seed: intervals are 95\u00a0% "
-            "and cover other problems only. "
-            "How much another seed would change a number, one seed cannot tell."
+            "Every condition was trained with one seed: intervals are 95\u00a0% and cover other "
+            "problems only. How much another seed would change a number, one seed cannot tell."
         )
     elif found.students:
         lines.append(
             "Intervals are 95\u00a0% and cover another training seed and other problems together: "
-            "the students of all seeds answer the same problems, "
-            "so seeds and problems are crossed. "
-            "Conditions are compared over the seeds and problems that both have, "
-            "seed by seed and problem by problem."
+            "the students of all seeds answer the same problems, so seeds and problems are "
+            "crossed. Conditions are compared over the seeds and problems that both have, seed by "
+            "seed and problem by problem."
         )
         if 1 < len({row.seed for condition in found.students for row in condition.rows}) < 4:
             lines.append(
-                "With two or three seeds that differ much, "
-                "an interval covers somewhat less than it says."
+                "With two or three seeds that differ much, an interval covers somewhat less than "
+                "it says."
             )
         if any(len(condition.rows) == 1 for condition in found.students):
             lines.append("Where a condition has one seed, its intervals cover other problems only.")
@@ -155,9 +153,9 @@ def notes(found: Findings) -> list[str]:
             "time is clock time of the training steps."
         )
         lines.append(
-            "KL is to the teacher, in nats per token, "
-            "over held-out tokens of the supervised segments. "
-            "An answer is well formed where it closes its reasoning once and stops by itself."
+            "KL is to the teacher, in nats per token, over held-out tokens of the supervised "
+            "segments. An answer is well formed where it closes its reasoning once and stops by "
+            "itself."
         )
     if found.base and found.full:
         lines.append(
@@ -174,8 +172,8 @@ def teacher_sentence(found: Findings) -> str:
         return ""
     return (
         f"{counted(took['runs'], 'run')} read the teacher's answers from a cache of "
-        f"{took['sequences']:,} sequences, "
-        f"{amount(took['tokens'])} tokens, {amount(took['bytes'], 'B')}."
+        f"{took['sequences']:,} sequences, {amount(took['tokens'])} tokens, "
+        f"{amount(took['bytes'], 'B')}."
     )
 
 

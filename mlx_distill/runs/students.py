@@ -73,9 +73,8 @@ class ExportedStudent:
         """Raises `RunError` if a file is not as this run wrote it."""
         if wrong := self.damage():
             raise RunError(
-                f"{wrong}; put a copy in its place, or delete {self.path} and run the same "
-                "command again: "
-                "the newest checkpoint writes it"
+                f"{wrong}; put a copy in its place, or delete {self.path} and run the same command "
+                "again: the newest checkpoint writes it"
             )
 
     def own(self) -> own_files.Own:

@@ -89,8 +89,7 @@ class Generations:
         if older:
             self.say(
                 f"{self.path.name}: {older:,} generations of {self.model} were made with another "
-                "model, "
-                "task or settings and are replaced"
+                "model, task or settings and are replaced"
             )
         if unreadable:
             self.say(f"{self.path.name}: {unreadable} unreadable or torn lines are dropped")

@@ -261,8 +261,7 @@ def describe(score: Score) -> str:
     """One line for a terminal: accuracy with its interval, what did not finish, tokens."""
     return (
         f"{score.accuracy:.1%} right (95 % interval {score.low:.1%} to {score.high:.1%}, "
-        f"{score.problems} problems"
-        f"{f' × {score.samples} samples' if score.samples > 1 else ''}), "
+        f"{score.problems} problems{f' × {score.samples} samples' if score.samples > 1 else ''}), "
         f"{score.unfinished:.1%} unfinished, {score.mean_tokens:.0f} tokens a generation, "
         f"{score.seconds:.0f} s"
     )

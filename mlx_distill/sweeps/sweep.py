@@ -73,8 +73,7 @@ def sweep(
         path, trouble = next(iter(queue.troubles.items()))
         raise RunError(
             f"{len(queue.troubles)} of {len(points)} runs failed, the others are kept; {path}: "
-            f"{trouble}; "
-            "the same command tries again"
+            f"{trouble}; the same command tries again"
         )
     return reports
 

@@ -378,8 +378,8 @@ class CachedTeacher:
         if record is None:
             raise CacheError(
                 f"{self.cache.path}: example {batch.ids[row]!r}: its {len(tokens)} tokens are not "
-                "the start of a sequence that is kept "
-                "under this id: run `mlx-distill teach` with this recipe"
+                "the start of a sequence that is kept under this id: run `mlx-distill teach` with "
+                "this recipe"
             )
         return record
 
@@ -723,6 +723,5 @@ def _explained(path: Path) -> Iterator[None]:
             raise
         raise CacheError(
             f"{path}: cannot be written ({one_line(error)}); complete parts are intact: "
-            f"{remedy(error)}, or set "
-            "teacher.cache_folder to another one"
+            f"{remedy(error)}, or set teacher.cache_folder to another one"
         ) from error

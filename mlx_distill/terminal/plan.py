@@ -170,16 +170,14 @@ def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Tex
     """The plan at most 80 columns wide."""
     yield Text(
         f"{plan.steps:,} steps of {plan.global_batch_size} examples in micro-batches of "
-        f"{plan.micro_batch_size} × up to "
-        f"{plan.longest:,} tokens:\n{plan.tokens_read:,} tokens are read, {plan.loss_tokens:,} "
-        "carry loss"
+        f"{plan.micro_batch_size} × up to {plan.longest:,} tokens:\n{plan.tokens_read:,} tokens "
+        f"are read, {plan.loss_tokens:,} carry loss"
     )
     yield _flops_table(plan)
     yield _memory_table(plan)
     yield Text(
         f"disk: {plan.checkpoints} checkpoints of {amount(plan.checkpoint_bytes, 'B')} and a "
-        "student of "
-        f"{amount(plan.student_bytes, 'B')}, "
+        f"student of {amount(plan.student_bytes, 'B')}, "
         + (f"a teacher cache of {amount(plan.cache_bytes, 'B')}, " if plan.cache_bytes else "")
         + f"{amount(plan.disk_bytes, 'B')} at most"
     )
@@ -224,6 +222,6 @@ def _memory_table(plan: Plan) -> Table:
 def _time_text(plan: Plan, rate: float, machine: Machine) -> Text:
     return Text(
         f"about {duration(plan.seconds(rate, machine.backend))} of training: an estimate from "
-        f"{rate / 1e9:,.0f} GFLOP/s measured in "
-        f"{machine.dtype}, of which a step reaches 1/{SECONDS_FACTOR[machine.backend]:g}"
+        f"{rate / 1e9:,.0f} GFLOP/s measured in {machine.dtype}, of which a step reaches "
+        f"1/{SECONDS_FACTOR[machine.backend]:g}"
     )

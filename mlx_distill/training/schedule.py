@@ -35,9 +35,8 @@ def _one_cycle(step: int, total_steps: int, peak: float, warmup_fraction: float)
     if total_steps == 1:
         return peak  # OneCycleLR's only rate would be its last one, which is next to nothing
     start, end = peak / START_DIVISOR, peak / START_DIVISOR / END_DIVISOR
-    top = (
-        warmup_fraction * total_steps - 1
-    )  # the step at the peak, below 0 where the warm-up is shorter than a step
+    # the step at the peak, below 0 where the warm-up is shorter than a step
+    top = warmup_fraction * total_steps - 1
     if step <= top and top > 0:
         return _cosine(start, peak, step / top)
     return _cosine(peak, end, (step - top) / (total_steps - 1 - top))

@@ -282,8 +282,7 @@ def test_names_of_a_result(role, reading):
     [
         ({"tool_calls": [CALL], "content": None}, "its answer is a tool call"),
         ({"function_call": {"name": "look", "arguments": "{}"}}, "its answer is a tool call"),
-        ({"content": '<think>c</think>\n<tool_call>\n{"name": '
-                     '"look"}\n</tool_call>'}, "its answer is a tool call"),
+        ({"content": '<think>c</think>\n<tool_call>\n{"name": "look"}\n</tool_call>'}, "its answer is a tool call"),
         ({"content": [{"type": "tool_use", "id": "1", "name": "look", "input": {}}]}, "its answer is a tool call"),
         (
             {"content": "<|channel|>analysis<|message|>c<|end|><|start|>assistant<|channel|>commentary to=functions.look "
@@ -301,8 +300,8 @@ def test_names_of_a_result(role, reading):
                                                                           "text"),
         ({"content": "<reasoning>never closed"}, "reasoning never closed"),
         ({"content": "<|channel|>analysis<|message|>only this"}, "reasoning never closed"),
-        ({"content": "a \ud83d", "reasoning": "c"}, "half of a character (a lone surrogate) in "
-                                                    "its text"),
+        ({"content": "a \ud83d", "reasoning": "c"}, "half of a character (a lone surrogate) in its "
+                                                    "text"),
     ],
 )  # fmt: skip
 def test_answers_that_are_not_learned(last, reason, reading):

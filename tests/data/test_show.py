@@ -114,8 +114,7 @@ def test_nothing_supervised_is_an_error(recipe, bytes_tokenizer):
     [
         ({"max_tokens": 20}, ("cot",), "16 × its prompt alone outlasts the cut", f"raise truncation.max_tokens{OR_SPAN}"),
         ({"fraction": 0.1}, ("cot",), "16 × its prompt alone outlasts the cut", f"raise truncation.fraction{OR_SPAN}"),
-        ({"token_share": 0.001}, ("cot",), "16 × its share of tokens rounds to "
-                                           "none", "raise truncation.token_share"),
+        ({"token_share": 0.001}, ("cot",), "16 × its share of tokens rounds to none", "raise truncation.token_share"),
         ({"keep": "cot"}, ("answer",), "16 × no supervised token left after the cut",
          'choose another truncation.keep than "cot", or supervise other segments'),
     ],

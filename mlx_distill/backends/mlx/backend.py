@@ -523,11 +523,9 @@ def _draw(log_probs: mx.array, uniform: mx.array) -> tuple[mx.array, mx.array, m
     most likely id [C].
     """
     probs, (count, vocab) = mx.exp(log_probs), log_probs.shape
-    size = (
-        math.isqrt(vocab) + 1
-        # sums of sums: a GPU has no float64, and a float32 running sum over a vocabulary loses
-        # digits
-    )
+    # sums of sums: a GPU has no float64, and a float32 running sum over a vocabulary loses
+    # digits
+    size = math.isqrt(vocab) + 1
     blocks = mx.pad(probs, [(0, 0), (0, -vocab % size)]).reshape(count, -1, size)
     sums = mx.cumsum(blocks.sum(axis=2), axis=1)
     cumulated = (mx.cumsum(blocks, axis=2) + (sums - blocks.sum(axis=2))[..., None]).reshape(

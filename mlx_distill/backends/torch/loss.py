@@ -37,9 +37,8 @@ BLOCK_ROWS = 8192  # of a half-precision head that are promoted at once on a CPU
 # rows)
 FEW_ROWS = 8
 ARGMAX_IDS = 512  # of a vocabulary that are searched at once on a CPU
-FLOOR = (
-    -1e9
-)  # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+# replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
+FLOOR = -1e9
 TINY = 1.1754944e-38  # smallest normal float32
 
 Finish = Callable[[Tensor], Tensor]

@@ -52,9 +52,8 @@ class SplitModel:
     """
 
     def __init__(self, model: transformers.PreTrainedModel, name: str):
-        self.model = (
-            model.eval()
-        )  # no dropout: a student moves toward its teacher, not toward noise
+        # no dropout: a student moves toward its teacher, not toward noise
+        self.model = model.eval()
         self.name = name
         self.trunk_name = model.base_model_prefix
         if not isinstance(getattr(model, self.trunk_name, None), nn.Module):
