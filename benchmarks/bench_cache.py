@@ -27,7 +27,7 @@ from mlx_distill import objective as definition
 from mlx_distill.backends import choose_backend
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import Segment, render
-from mlx_distill.hub import load_tokenizer
+from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.objective import Objective, log_softmax
 from mlx_distill.recipe import DataTable
 from mlx_distill.teaching.cache import whole_batch

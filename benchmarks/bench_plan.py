@@ -253,7 +253,7 @@ def write_rows(path: Path, tokens: int, count: int = 18) -> None:
 def load(path: str):
     """(recipe, prepared, {"student", "teacher": folder})."""
     from mlx_distill.data.prepare import prepare
-    from mlx_distill.hub import load_tokenizer
+    from mlx_distill.models.hub import load_tokenizer
     from mlx_distill.recipe import load_recipe
 
     recipe = load_recipe(
@@ -323,7 +323,7 @@ def models(backend, recipe, folders: dict[str, Path]):
 
 
 def train_step(step, student, teacher, recipe) -> Iterator[None]:
-    """One optimizer step as `train.py` runs it; yields after each micro-batch and at the end."""
+    """One optimizer step as `training/loop.py` runs it; yields after each micro-batch and at the end."""
     from mlx_distill.objective import Objective
 
     objective = Objective.from_table(recipe.objective)

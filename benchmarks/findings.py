@@ -17,10 +17,9 @@ from typing import Annotated, NamedTuple
 import typer
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+sys.path.insert(0, str(HERE.parent))
 
-from tables import rewrite_section  # noqa: E402
-
+from benchmarks.tables import rewrite_section  # noqa: E402
 from mlx_distill.reporting.markdown import table  # noqa: E402
 from mlx_distill.reporting.study import (  # noqa: E402
     Condition,

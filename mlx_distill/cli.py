@@ -113,7 +113,7 @@ def run(
 ) -> None:
     """Distil: train, export, score, report. On an unfinished run folder, continue where it stopped."""
     from mlx_distill import pipeline
-    from mlx_distill.train import Interrupted
+    from mlx_distill.training.loop import Interrupted
 
     loaded = load_recipe(recipe, tuple(set_ or ()))
     with _stoppable() as view:

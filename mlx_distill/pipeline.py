@@ -23,15 +23,14 @@ from mlx_distill.data.day import about_day, agreed_day, choose_day, shared_day
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
-from mlx_distill.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.machine import Machine
 from mlx_distill.models.config import reading_of
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import DataTable, Recipe, eval_table
 from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.runs_page import report
-from mlx_distill.run_dir import RunFolder, SilentFolder, TrainState
 from mlx_distill.runs.manifest import (
     identity,
     inputs_digest,
@@ -39,13 +38,14 @@ from mlx_distill.runs.manifest import (
     make_start,
     sample_pieces,
 )
+from mlx_distill.runs.run_folder import RunFolder, SilentFolder, TrainState
 from mlx_distill.scoring import score as evaluate
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.scoring.stops import stops_of
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
 from mlx_distill.terminal.plan import announce, shortage
-from mlx_distill.train import Training, restore
+from mlx_distill.training.loop import Training, restore
 from mlx_distill.verify.tasks import Task, load_task
 from mlx_distill.view import View, silent
 

@@ -27,7 +27,7 @@ from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_distill.hub import load_tokenizer, model_folder
+from mlx_distill.models.hub import load_tokenizer, model_folder
 
 settings.register_profile(
     "steady", deadline=None, derandomize=True, database=None

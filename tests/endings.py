@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from mlx_distill.run_dir import RunFolder
+from mlx_distill.runs.run_folder import RunFolder
 
 STUDENT = "mlx_distill.backends.mlx.backend:MlxStudent"
 TORCH_STUDENT = "mlx_distill.backends.torch.backend:TorchStudent"

@@ -14,7 +14,7 @@ from mlx_distill import pipeline
 from mlx_distill.data import day as days
 from mlx_distill.errors import DataError, RunError
 from mlx_distill.recipe import load_recipe
-from mlx_distill.run_dir import RunFolder
+from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.view import View
 
 SETTINGS = (

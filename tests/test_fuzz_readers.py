@@ -19,7 +19,7 @@ from test_report import PARTS, write_run
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.prepare import prepare
 from mlx_distill.errors import DistillError
-from mlx_distill.hub import load_tokenizer, model_folder
+from mlx_distill.models.hub import load_tokenizer, model_folder
 from mlx_distill.recipe import DataTable, Recipe, eval_table, load_recipe
 from mlx_distill.reporting.kept_run import read_run
 from mlx_distill.reporting.runs_page import report

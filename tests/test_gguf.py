@@ -27,9 +27,9 @@ from mlx_lm.utils import load_model
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
-from mlx_distill import gguf as ours
-from mlx_distill import hub
 from mlx_distill.errors import ModelError, NotFound
+from mlx_distill.models import gguf as ours
+from mlx_distill.models import hub
 
 LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 2, 64, 4, 2, 96
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

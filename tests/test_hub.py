@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
-from mlx_distill import hub
 from mlx_distill.errors import ModelError, NotFound
+from mlx_distill.models import hub
 
 
 def write_model(folder: Path, scale: float = 1.0) -> Path:
@@ -200,7 +200,7 @@ def test_gguf_is_converted_once_and_again_when_it_changes(
         calls.append(path)
         write_model(folder)
 
-    monkeypatch.setattr("mlx_distill.gguf.convert", convert)
+    monkeypatch.setattr("mlx_distill.models.gguf.convert", convert)
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"one")
     first = hub.model_folder(str(file))

@@ -11,6 +11,7 @@ import pytest
 import mlx_distill
 
 PACKAGE = Path(mlx_distill.__file__).parent
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ORDER = [
     "errors",
     "words",
@@ -39,18 +40,11 @@ ORDER = [
     "cli",
     "__main__",
 ]
-TOGETHER = {  # modules that stand outside of their room as yet
-    "hub": "models",
-    "gguf": "models",
-    "run_dir": "runs",
-    "train": "training",
-}
 
 
 def room(module: str) -> str:
     """The room of a dotted name below the package."""
-    first = module.split(".")[0]
-    return TOGETHER.get(first, first)
+    return module.split(".")[0]
 
 
 def imports(path: Path, package: str = "mlx_distill") -> set[str]:
@@ -90,28 +84,47 @@ def test_a_room_imports_only_rooms_above_it(path: Path):
     assert not unknown, f"no place in ORDER for {sorted(unknown)}"
 
 
-def test_no_circle_between_files():
-    """Two files that import each other cannot be read one after the other."""
-    names = {
-        str(path.relative_to(PACKAGE).with_suffix("")).replace("/", "."): path for path in FILES
+def graph(folder: Path) -> dict[str, set[str]]:
+    """Each file's dotted name below the folder's package, and the files of it that it imports."""
+    files = {
+        str(path.relative_to(folder).with_suffix("")).replace("/", "."): path
+        for path in folder.rglob("*.py")
     }
-    graph = {}
-    for name, path in names.items():
-        asked = imports(path)
-        graph[name] = {
-            other
-            for other in names
-            if other != name
-            and (other in asked or any(one.rpartition(".")[0] == other for one in asked))
-        }
+    found = {}
+    for name, path in files.items():
+        asked = imports(path, folder.name)
+        parents = {one.rpartition(".")[0] for one in asked}
+        found[name] = {other for other in files if other in asked | parents} - {name}
+    return found
+
+
+@pytest.mark.parametrize("folder", [PACKAGE, BENCHMARKS], ids=lambda folder: folder.name)
+def test_no_circle_between_files(folder: Path):
+    """Two files that import each other cannot be read one after the other."""
+    arrows = graph(folder)
     done: set[str] = set()
 
     def walk(name: str, way: tuple[str, ...]) -> None:
         assert name not in way, " → ".join((*way[way.index(name) :], name))
         if name not in done:
-            for other in sorted(graph[name]):
+            for other in sorted(arrows[name]):
                 walk(other, (*way, name))
             done.add(name)
 
-    for name in sorted(graph):
+    for name in sorted(arrows):
         walk(name, ())
+
+
+def test_benchmarks_stand_below_the_package():
+    """The package reads no benchmark, and a benchmark names its own package in full."""
+    upward = {path.name for path in FILES if imports(path, "benchmarks")}
+    assert not upward
+    own = {path.stem for path in BENCHMARKS.glob("*.py")}
+    bare = set()
+    for path in BENCHMARKS.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                bare |= {(path.name, one.name) for one in node.names if one.name in own}
+            elif isinstance(node, ast.ImportFrom) and node.module in own:
+                bare.add((path.name, node.module))
+    assert not bare

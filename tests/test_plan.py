@@ -38,9 +38,9 @@ from mlx_distill.data.batches import Steps, make_batch, validation_batches
 from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
-from mlx_distill.hub import load_tokenizer
 from mlx_distill.machine import Machine
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe, TeacherTable, load_recipe
 from mlx_distill.terminal import plan as printing

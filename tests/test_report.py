@@ -97,7 +97,7 @@ def make_sample():
 def write_run(
     folder: Path, kd_weight=0.5, student=356, compare=(), seed=0, steps=500, fraction=0.5, floor=0.2
 ) -> Path:
-    """A run folder as `run_dir.py` lays it out, with curves that look like a real run's."""
+    """A run folder as `runs/run_folder.py` lays it out, with curves that look like a real run's."""
     noise = random.Random(seed)
     folder.mkdir(parents=True)
     (folder / "recipe.toml").write_text(

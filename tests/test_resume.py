@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from endings import STUDENT, TORCH_STUDENT, arguments, assert_same
 
-from mlx_distill.run_dir import RunFolder
+from mlx_distill.runs.run_folder import RunFolder
 
-RUN = "mlx_distill.run_dir:RunFolder"
+RUN = "mlx_distill.runs.run_folder:RunFolder"
 # 6 steps of 2 micro-batches; checkpoints after 2, 3 (validated, improved), 4, 6; validation (2
 # batches) before 1, after 3 and 6
 KILLS = {

@@ -15,7 +15,7 @@ import pytest
 from mlx_distill.errors import RunError
 from mlx_distill.recipe import load_recipe
 from mlx_distill.reporting import study
-from mlx_distill.run_dir import RunFolder
+from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.sweeps.file import load_sweep
 from mlx_distill.sweeps.sweep import (
     _held,

@@ -16,7 +16,7 @@ from mlx_distill import pipeline
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.torch.backend import TorchBackend
 from mlx_distill.recipe import load_recipe
-from mlx_distill.run_dir import RunFolder
+from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.view import View
 
 SHORT = ("eval.task=", "optim.steps=3", "batch.global_batch_size=3")

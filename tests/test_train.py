@@ -15,14 +15,14 @@ from toy_backend import WORDS, ToyBackend, ToyStudent, ToyTeacher, table
 
 from mlx_distill import objective as definition
 from mlx_distill import pipeline
-from mlx_distill import train as loop
 from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DivergedError
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe, load_recipe
-from mlx_distill.run_dir import RunFolder
-from mlx_distill.train import Interrupted, Training
+from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.training import loop
+from mlx_distill.training.loop import Interrupted, Training
 from mlx_distill.view import View
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.backends import refusals
-from mlx_distill.hub import load_tokenizer
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.models.ranges import refuse_impossible
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe import Recipe

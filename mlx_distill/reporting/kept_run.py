@@ -1,6 +1,6 @@
 """A kept run: what a run folder holds, read for the report.
 
-In: a run folder as `run_dir.py` lays it out, finished or not. Out: a `Run` whose absent or
+In: a run folder as `runs/run_folder.py` lays it out, finished or not. Out: a `Run` whose absent or
 unreadable parts are empty, each with a line in `notes` that says so. Decided here: which files
 count as broken, and where a run to compare with is looked for.
 """

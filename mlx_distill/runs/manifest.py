@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from mlx_distill.backends.protocol import DeviceInfo
 from mlx_distill.data.prepare import Prepared, count_tokens, token_runs
 from mlx_distill.data.sequences import Segment
-from mlx_distill.hub import model_fingerprint
 from mlx_distill.machine import git_commit, processor_name, versions
 from mlx_distill.models.config import reading_of
+from mlx_distill.models.hub import model_fingerprint
 from mlx_distill.recipe import Recipe
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ from mlx_distill.recipe import (
 )
 from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.study import MATCHED
-from mlx_distill.run_dir import RunFolder
+from mlx_distill.runs.run_folder import RunFolder
 
 Settings = dict[str, Any]  # "table.field" → value
 LONGEST_NAME = 120  # bytes of a run folder's name, before its digest

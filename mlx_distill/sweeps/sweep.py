@@ -32,8 +32,8 @@ from mlx_distill.reporting.study import BUDGETS, Condition, Row, best_within, co
 from mlx_distill.reporting.sweep_findings import Swept
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path
-from mlx_distill.run_dir import RunFolder
 from mlx_distill.runs.own_files import LOCK
+from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.score import Score
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.sweeps.file import Point, Sweep

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from rich.console import Console
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.hub import model_folder
 from mlx_distill.machine import PACKAGES, git_commit, processor_name, total_memory_bytes
+from mlx_distill.models.hub import model_folder
 from mlx_distill.terminal.compare import compare
 
 OPTIONAL = ("datasets", "pyarrow", "gguf", "math-verify")

@@ -36,7 +36,7 @@ from mlx_distill.data.batches import Steps
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import BatchTable, TruncationTable
-from mlx_distill.train import loss_terms
+from mlx_distill.training.loop import loss_terms
 
 BOTH = ("mlx", "torch")
 FAMILIES = {

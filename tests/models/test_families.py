@@ -11,11 +11,11 @@ import pytest
 import torch
 from families import FAMILIES, TOKENS, Family, transformers_logits
 
-from mlx_distill import hub
 from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.backends.mlx import model as mlx_model
 from mlx_distill.backends.torch import model as torch_model
 from mlx_distill.errors import ModelError
+from mlx_distill.models import hub
 from mlx_distill.models.config import TESTED, Meaning, reading_of
 from mlx_distill.recipe import StudentTable
 

@@ -18,8 +18,8 @@ from tiny import llama_config, random_weights
 from mlx_distill.backends.mlx import model as mlx_models
 from mlx_distill.backends.torch import model as torch_models
 from mlx_distill.errors import ModelError
-from mlx_distill.hub import model_fingerprint, model_folder
 from mlx_distill.models.folder import read_weights
+from mlx_distill.models.hub import model_fingerprint, model_folder
 
 CONFIG = llama_config(width=16, vocabulary=40)
 TENSORS = random_weights(CONFIG, seed=0)

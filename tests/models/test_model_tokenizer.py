@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 
 from mlx_distill.errors import ModelError
-from mlx_distill.hub import load_tokenizer
+from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.models.tokenizer import PROBES, make_open_as_file
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

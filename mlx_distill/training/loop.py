@@ -23,7 +23,7 @@ from mlx_distill.errors import DistillError, DivergedError, OutOfMemory, RunErro
 from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe
-from mlx_distill.run_dir import RunFolder, TrainState
+from mlx_distill.runs.run_folder import RunFolder, TrainState
 from mlx_distill.training.schedule import learning_rate
 from mlx_distill.view import View
 

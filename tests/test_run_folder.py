@@ -19,12 +19,12 @@ from safetensors.numpy import save_file
 from mlx_distill import pipeline
 from mlx_distill.backends import choose_backend
 from mlx_distill.errors import OutOfMemory, RankLost, RunError
-from mlx_distill.hub import load_tokenizer
+from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.recipe import Recipe, load_recipe
-from mlx_distill.run_dir import RunFolder, TrainState
 from mlx_distill.runs.manifest import identity
+from mlx_distill.runs.run_folder import RunFolder, TrainState
 from mlx_distill.scoring.stops import stops_of
-from mlx_distill.train import restore
+from mlx_distill.training.loop import restore
 from mlx_distill.view import View, silent
 
 
