@@ -12,6 +12,7 @@ import os
 import re
 from pathlib import Path
 
+import mlx_distill
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.files import sha256_of
 from mlx_distill.models.folder import WEIGHT_FILES, read_config, read_weights, weight_files
@@ -20,7 +21,7 @@ from mlx_distill.readers import path_of
 
 __all__ = ["cache_folder", "load_tokenizer", "model_fingerprint", "model_folder"]
 
-EMBEDDED_WEIGHTS = Path(__file__).parent / "embedded" / "weights"
+EMBEDDED_WEIGHTS = Path(mlx_distill.__file__).parent / "embedded" / "weights"
 TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WHOLE_HASH_BYTES = 2 * 1024**3
