@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models
 
+import mlx_distill
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.models import hub
 
@@ -88,7 +89,7 @@ def test_folder_of_a_run_names_its_student(tmp_path: Path) -> None:
     "name", ["./nothing", "/nothing/here", "~/nothing", "a/b/c", "no.gguf", "mlx_distill/nothing"]
 )
 def test_path_that_does_not_exist(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(hub.__file__).parent.parent)
+    monkeypatch.chdir(Path(mlx_distill.__file__).parents[1])
     play_hub(monkeypatch, AssertionError("the hub was asked for a path"))
     with pytest.raises(NotFound) as error:
         hub.model_folder(name)
