@@ -188,9 +188,9 @@ def sweep(
     """Run a base recipe along axes and seeds with one teacher pass: one table, one page, the best
     recipe for each budget.
     """
-    from mlx_distill.sweeps.file import load_sweep
-    from mlx_distill.sweeps.sweep import outline
-    from mlx_distill.sweeps.sweep import sweep as run_sweeps
+    from mlx_distill.sweeps.outline import outline
+    from mlx_distill.sweeps.queue import run_sweeps
+    from mlx_distill.sweeps.sweep import load_sweep
 
     loaded = [load_sweep(path, tuple(set_ or ())) for path in sweeps]
     if dry_run:

@@ -24,7 +24,7 @@ import tempfile
 import mlx_distill.backends.mlx.backend  # before anything else of MLX: it loads the BLAS
 import mlx_distill.pipeline
 import mlx_distill.sweeps.jobs
-import mlx_distill.sweeps.sweep
+import mlx_distill.sweeps.queue
 import mlx_distill.verify.tasks
 from mlx_distill.cli import main
 

@@ -23,7 +23,7 @@ from mlx_distill.models.hub import load_tokenizer, model_folder
 from mlx_distill.recipe import DataTable, Recipe, eval_table, load_recipe
 from mlx_distill.reporting.kept_run import read_run
 from mlx_distill.reporting.runs_page import report
-from mlx_distill.sweeps.file import load_sweep
+from mlx_distill.sweeps.sweep import load_sweep
 from mlx_distill.verify.tasks import load_task
 from mlx_distill.view import OBEYED, one_line
 

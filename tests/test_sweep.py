@@ -16,15 +16,11 @@ from mlx_distill.errors import RunError
 from mlx_distill.recipe import load_recipe
 from mlx_distill.reporting import study
 from mlx_distill.runs.run_folder import RunFolder
-from mlx_distill.sweeps.file import load_sweep
-from mlx_distill.sweeps.sweep import (
-    _held,
-    collect,
-    distinct,
-    ended_by_signals,
-    planned,
-    teacher_pass,
-)
+from mlx_distill.signals import ended_by_signals
+from mlx_distill.sweeps.outline import planned
+from mlx_distill.sweeps.queue import _held
+from mlx_distill.sweeps.results import collect, teacher_pass
+from mlx_distill.sweeps.sweep import distinct, load_sweep
 from mlx_distill.words import amount
 
 SWEEP = """
@@ -149,7 +145,7 @@ def test_a_sweep_that_was_stopped_goes_on(write, sweep_line, tmp_path, signals, 
     path = write(FRACTIONS)
     words = (path, "--jobs", "2", "--backend", "mlx")
     stopped = sweep_line(
-        *words, at="mlx_distill.sweeps.sweep:student_row", when="after", signals=signals
+        *words, at="mlx_distill.sweeps.queue:student_row", when="after", signals=signals
     )
     assert stopped.code == code, stopped.err
     if code == 130:

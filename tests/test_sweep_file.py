@@ -8,7 +8,7 @@ import pytest
 
 from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.recipe import load_recipe
-from mlx_distill.sweeps.file import load_sweep
+from mlx_distill.sweeps.sweep import load_sweep
 
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.toml"))

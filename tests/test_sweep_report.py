@@ -33,7 +33,7 @@ from mlx_distill.reporting.sweep_findings import Swept, findings
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path, costs, quality
 from mlx_distill.reporting.sweep_words import headline
-from mlx_distill.sweeps.file import load_sweep
+from mlx_distill.sweeps.sweep import load_sweep
 from mlx_distill.words import amount, percent, points
 
 FRACTION, KD, SEGMENTS = "truncation.fraction", "objective.kd_weight", "objective.segments"

@@ -1,0 +1,50 @@
+"""A sweep before it runs: which runs there are, and what each is planned to cost."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from mlx_distill.cost.plan import Plan
+from mlx_distill.errors import DistillError
+from mlx_distill.machine import this_machine
+from mlx_distill.recipe import Recipe
+from mlx_distill.sweeps.points import Point
+from mlx_distill.sweeps.sweep import Sweep, distinct
+from mlx_distill.terminal.plan import plan_of
+from mlx_distill.words import DASH, amount
+
+
+def planned(point: Point, backend: str) -> Plan | None:
+    """A run's plan; None for a model whose cost cannot be planned, or for data that the run itself
+    will refuse.
+    """
+    try:
+        return plan_of(point.recipe, this_machine(backend), advise=False)[1]
+    except DistillError:
+        return None
+
+
+def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") -> None:
+    """Print which runs there are, what each is planned to cost, and which are done. Runs nothing."""
+    table = Table()
+    for column in ("run", "teacher's answers", "FLOPs", "peak memory", ""):
+        number = column in ("FLOPs", "peak memory")
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    left_flops = 0.0
+    for point in distinct(sweeps).values():
+        plan = planned(point, backend)
+        cost = (amount(plan.total_flops), amount(plan.peak.total, "B")) if plan else (DASH, DASH)
+        if plan and not point.done:
+            left_flops += plan.total_flops
+        done = "done" if point.done else ""
+        table.add_row(point.name, _teacher_answers(point.recipe), *cost, done)
+    console.print(table)
+    left = f"{amount(left_flops, 'FLOP')} of training are left to do"
+    console.print(left, markup=False, highlight=False)
+
+
+def _teacher_answers(recipe: Recipe) -> str:
+    if recipe.objective.kd_weight == 0:
+        return "none"
+    return "live" if recipe.teacher.cache == "off" else "kept"
