@@ -65,11 +65,7 @@ class Ours:
         sums = self.student.accumulate(
             batch, self.teacher.targets(batch), self.objective, self.step.loss_tokens
         )
-        kd_weight = self.objective.kd_weight
-        return (
-            float(kd_weight * sums.kd.sum() + (1 - kd_weight) * sums.ce.sum())
-            / self.step.loss_tokens
-        )
+        return float(self.objective.total(sums.terms).sum()) / self.step.loss_tokens
 
     def apply(self) -> float:
         """The gradients' norm before clipping; the weights have moved and the gradients are gone."""

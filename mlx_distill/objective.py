@@ -9,9 +9,11 @@ forward KL where the student forbids what the teacher gives, reverse KL where th
 what the student gives. Axes: `N` loss positions, `V` vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import reduce
+from operator import add
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from mlx_distill.recipe import ObjectiveTable
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
+Values = TypeVar("Values", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,16 @@ class Objective:
     @property
     def needs_targets(self) -> bool:
         return self.kd_weight < 1
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """What each term of the loss counts, by its name: kd (the divergence) and ce."""
+        ce = {"ce": 1 - self.kd_weight}
+        return {"kd": self.kd_weight, **ce} if self.needs_teacher else ce
+
+    def total(self, terms: Mapping[str, Values]) -> Values:
+        """The loss: the weighted sum of its terms. One that counts nothing may be missing."""
+        return reduce(add, (share * terms[name] for name, share in self.weights.items() if share))
 
     @property
     def parameter(self) -> float:
@@ -249,12 +262,12 @@ def loss(
     """`kd_weight * divergence + (1 - kd_weight) * cross_entropy` of logits [N, V] and targets [N],
     as float64[N].
     """
-    rows = np.zeros(len(student_logits))
+    terms = {}
     if objective.needs_teacher:
-        rows += objective.kd_weight * divergence(student_logits, teacher_logits, objective)
+        terms["kd"] = divergence(student_logits, teacher_logits, objective)
     if objective.needs_targets:
-        rows += (1 - objective.kd_weight) * cross_entropy(student_logits, targets)
-    return rows
+        terms["ce"] = cross_entropy(student_logits, targets)
+    return objective.total(terms)
 
 
 def divergence_grad(

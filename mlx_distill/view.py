@@ -129,9 +129,9 @@ class View:
         """Training begins, `done` of `total` steps are behind it."""
         self._open("training", total, done)
 
-    def step(self, row: dict) -> None:
-        """A row of metrics.jsonl."""
-        names = ("loss",) if self._bar else ("loss", "kd", "ce")  # a live bar has to fit 80 columns
+    def step(self, row: dict, terms: Iterable[str]) -> None:
+        """A row of metrics.jsonl, and the names of the terms that make the loss."""
+        names = ("loss",) if self._bar else ("loss", *terms)  # a live bar has to fit 80 columns
         text = (
             "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
             + f"  {row['tokens_per_second']:,.0f} tok/s"
@@ -141,8 +141,8 @@ class View:
 
     def validation(self, row: dict) -> None:
         """A row of validation.jsonl."""
-        names = ("ce_cot", "kl_cot", "agree_cot", "ce_answer", "kl_answer")
-        terms = "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
+        names = [name for name in row if name.endswith(("_cot", "_answer"))]
+        terms = "  ".join(f"{name} {row[name]:.4f}" for name in names if "tokens" not in name)
         self.say(f"validation after step {row['step']}: loss {row['loss']:.4f}  {terms}")
 
     def count(self, label: str, total: int) -> "Counter":

@@ -15,11 +15,13 @@ from toy_backend import WORDS, ToyBackend, ToyStudent, ToyTeacher, table
 
 from mlx_distill import objective as definition
 from mlx_distill import pipeline
+from mlx_distill.backends.protocol import LossSums
 from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DivergedError
 from mlx_distill.objective import Objective
 from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.reporting.run_charts import charts_of
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.training import loop
 from mlx_distill.training.loop import Interrupted, Training
@@ -164,6 +166,29 @@ def test_every_step_has_one_row_with_all_that_is_promised(training):
     }
     assert all(promised <= row.keys() for row in rows)
     assert made.student.rates == [row["learning_rate"] for row in rows] == [1.0] * 6
+
+
+def test_a_new_term_is_logged_shown_and_drawn_by_its_name(training, monkeypatch):
+    """A student that also learns hidden states, half of whose distance counts."""
+    monkeypatch.setattr(Objective, "weights", property(lambda self: {"ce": 0.5, "hidden": 0.5}))
+    plain = ToyStudent.rows
+
+    def rows(self, batch, targets, objective) -> LossSums:
+        sums = plain(self, batch, targets, objective)
+        return dataclasses.replace(sums, terms=sums.terms | {"hidden": 3.0 * sums.tokens})
+
+    monkeypatch.setattr(ToyStudent, "rows", rows)
+    made = training()
+    made.train()
+    metrics, validated = (made.run.rows(f"{name}.jsonl") for name in ("metrics", "validation"))
+    assert metrics[0]["loss"] == pytest.approx(0.5 * metrics[0]["ce"] + 0.5 * 3)
+    assert [metrics[0][name] for name in ("hidden", "hidden_cot")] == [3, 3]
+    assert [validated[0][name] for name in ("hidden", "hidden_prompt", "hidden_answer")] == [3] * 3
+    said = made.view.console.file.getvalue()
+    assert "hidden 3.0000  " in said and "hidden_cot 3.0000" in said
+    drawn = charts_of(SimpleNamespace(metrics=metrics, validation=validated))
+    assert "hidden" in [series.label for series in drawn[0].series]
+    assert "hidden" in [chart.title for chart in drawn[1:]]
 
 
 def test_plain_fine_tuning_asks_no_teacher_and_logs_no_divergence(training):

@@ -6,6 +6,7 @@ the loop can know every number. A student loaded for a recipe follows AdamW's ru
 instead, lr g / (|g| + eps), clipped: what the contract looks at.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -58,7 +59,7 @@ class ToyStudent(ToyTeacher):
             if targets is not None
             else np.zeros(len(logits))
         )
-        return LossSums.of(batch, kd, ce, agree)
+        return LossSums.of(batch, {"kd": kd, "ce": ce, "agree": agree})
 
     def accumulate(self, batch, targets, objective, loss_tokens) -> LossSums:
         rows = self.rows(batch, targets, objective)
@@ -75,9 +76,9 @@ class ToyStudent(ToyTeacher):
 
     def poisoned(self, sums: LossSums, what: str, batch) -> LossSums:
         value = self.poison(what, batch)
-        return (
-            sums if value is None else LossSums(sums.kd, np.full(3, value), sums.agree, sums.tokens)
-        )
+        if value is None:
+            return sums
+        return dataclasses.replace(sums, terms=sums.terms | {"ce": np.full(3, value)})
 
     def apply(self, learning_rate: float) -> float:
         self.rates.append(learning_rate)

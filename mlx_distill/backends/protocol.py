@@ -6,7 +6,7 @@ opaque to all but the same backend's student. Axes: `B` sequences, `T` tokens, `
 `V` vocabulary, `D` width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,36 +57,36 @@ class LossSums:
     """Sums over the weighted positions of one or more batches, by segment (index `Segment`), as
     float64[3].
 
-    kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats, agree:
-    positions of `objective.same_choice`, tokens: sum of weights.
+    terms by name, kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats,
+    agree: positions of `objective.same_choice`. Those that `Objective.weights` names make the loss.
+    tokens: sum of weights, by which all of them are divided.
     """
 
-    kd: np.ndarray
-    ce: np.ndarray
-    agree: np.ndarray
+    terms: dict[str, np.ndarray]
     tokens: np.ndarray
 
     @classmethod
-    def of(cls, batch: Batch, kd: np.ndarray, ce: np.ndarray, agree: np.ndarray) -> "LossSums":
-        """From rows [N] of any float type; rows of weight 0 do not count."""
+    def of(cls, batch: Batch, rows: Mapping[str, np.ndarray]) -> "LossSums":
+        """From rows [N] of any float type by name; rows of weight 0 do not count."""
         weight = batch.weight.astype(np.float64)
-        kd, ce, agree = (
-            np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3)
-            for row in (kd, ce, agree)
-        )
-        return cls(kd, ce, agree, np.bincount(batch.segment, weight, 3))
+        terms = {
+            name: np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3)
+            for name, row in rows.items()
+        }
+        return cls(terms, np.bincount(batch.segment, weight, 3))
 
     def stacked(self) -> np.ndarray:
-        """kd, ce, agree, tokens as float64[4, 3]."""
-        return np.stack([self.kd, self.ce, self.agree, self.tokens])
+        """The terms in their order, then the tokens: float64[terms + 1, 3]."""
+        return np.stack([*self.terms.values(), self.tokens])
+
+    def over_ranks(self, all_sum: Callable[[np.ndarray], np.ndarray]) -> "LossSums":
+        """The sums over all ranks, which name the same terms, by one `Backend.all_sum`."""
+        *terms, tokens = all_sum(self.stacked())
+        return LossSums(dict(zip(self.terms, terms, strict=True)), tokens)
 
     def __add__(self, other: "LossSums") -> "LossSums":
-        return LossSums(
-            self.kd + other.kd,
-            self.ce + other.ce,
-            self.agree + other.agree,
-            self.tokens + other.tokens,
-        )
+        terms = {name: values + other.terms[name] for name, values in self.terms.items()}
+        return LossSums(terms, self.tokens + other.tokens)
 
 
 def check_indices(name: str, indices: np.ndarray, stop: int) -> None:

@@ -8,12 +8,14 @@ from mlx_distill.reporting.kept_run import SEGMENTS, Run
 SEGMENT_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
 RUN_ROLES = ("run-1", "run-2", "run-3", "run-4", "run-5", "run-6")
 TRAINING = ("Training loss", "nats per supervised token, smoothed")
-TERMS = (("loss", "loss", "accent"), ("kd", "divergence", "cot"), ("ce", "cross-entropy", "prompt"))
-VALIDATION = (
-    ("kl", "KL to the teacher", "nats per token, held out, whole sequences"),
-    ("ce", "Cross-entropy", "nats per token, held out, whole sequences"),
-    ("agree", "Same first choice as the teacher", "share of tokens, held out"),
-)
+# name of a term: its label and colour while training; one that is not here is called by its name
+TERMS = {"kd": ("divergence", "cot"), "ce": ("cross-entropy", "prompt")}
+NATS = "nats per token, held out, whole sequences"
+VALIDATION = {
+    "kl": ("KL to the teacher", NATS),
+    "ce": ("Cross-entropy", NATS),
+    "agree": ("Same first choice as the teacher", "share of tokens, held out"),
+}
 
 
 def run_role(i: int) -> str:
@@ -23,12 +25,26 @@ def run_role(i: int) -> str:
 
 def charts_of(run: Run) -> list[Curves]:
     """Training loss and its terms, then what was measured on held-out sequences, by segment."""
-    terms = [series for name, label, role in TERMS for series in _trained(run, name, label, role)]
+    shown = {"loss": ("loss", "accent"), **TERMS}
+    for name in _terms(run.metrics):
+        shown.setdefault(name, (name, run_role(len(shown))))
+    terms = [series for name, how in shown.items() for series in _trained(run, name, *how)]
     held_out = [
-        line_chart(title, unit, _by_segment(run, name), shares=name == "agree")
-        for name, title, unit in VALIDATION
+        _held_out(name, _by_segment(run, name))
+        for name in dict.fromkeys([*VALIDATION, *_terms(run.validation)])
     ]
     return [chart for chart in (line_chart(*TRAINING, terms), *held_out) if chart]
+
+
+def _terms(rows: Sequence[dict]) -> list[str]:
+    """What rows hold as a whole and by segment: `ce`, where there is a `ce_cot`."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [name for name in names if any(f"{name}_{part}" in names for part in SEGMENTS)]
+
+
+def _held_out(name: str, series: Sequence[Series]) -> Curves | None:
+    title, unit = VALIDATION.get(name, (name, NATS))
+    return line_chart(title, unit, series, shares=name == "agree")
 
 
 def _trained(run: Run, name: str, label: str, role: str) -> list[Series]:
@@ -64,9 +80,9 @@ def overlays(runs: Sequence[Run]) -> list[Curves]:
     training = [
         Series(one.label, one.role, one.x, smoothed(one.y)) for one in each("metrics", "loss")
     ]
+    terms = [name for run in runs for name in _terms(run.validation)]
     held_out = [
-        line_chart(title, unit, each("validation", name), shares=name == "agree")
-        for name, title, unit in VALIDATION
+        _held_out(name, each("validation", name)) for name in dict.fromkeys([*VALIDATION, *terms])
     ]
     return [chart for chart in (line_chart(*TRAINING, training), *held_out) if chart]
 

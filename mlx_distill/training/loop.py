@@ -8,7 +8,7 @@ number, so a resumed run repeats the run it continues.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -33,6 +33,10 @@ NO_ROOM = (
     "attempting to allocate",
     "unable to allocate",
 )  # MLX's and torch's
+
+
+# the divergence of held-out tokens is forward KL at temperature 1, whatever the recipe trains with
+HELD_OUT_NAMES = {"kd": "kl"}
 
 
 class Interrupted(Exception):
@@ -150,19 +154,22 @@ class Training:
                 else None
             )
             parts.append(self.student.accumulate(batch, targets, self.objective, step.loss_tokens))
-            if not math.isfinite(_total(parts[-1])):
-                broken.append((_total(parts[-1]), batch.ids))
-        sums = self._over_all_ranks(reduce(add, parts))
-        if not math.isfinite(_total(sums)):
-            value, ids = broken[0] if broken else (_total(sums), ["of another rank"])
+            if not math.isfinite(value := self._total(parts[-1])):
+                broken.append((value, batch.ids))
+        sums = self._over_all_ranks(parts)
+        if not math.isfinite(value := self._total(sums)):
+            value, ids = broken[0] if broken else (value, ["of another rank"])
             raise self._diverged(step.index, "the loss", value, ids)
         return sums
+
+    def _total(self, sums: LossSums) -> float:
+        return self.objective.total({name: float(term.sum()) for name, term in sums.terms.items()})
 
     def _mine(self, batches: Sequence[Batch]) -> list[Batch]:
         return share_of(batches, self.backend.ranks.rank, self.backend.ranks.size)
 
-    def _over_all_ranks(self, sums: LossSums) -> LossSums:
-        return LossSums(*self.backend.all_sum(sums.stacked()))
+    def _over_all_ranks(self, parts: Iterable[LossSums]) -> LossSums:
+        return reduce(add, parts).over_ranks(self.backend.all_sum)
 
     def _any(self, asked: bool) -> bool:
         """Whether any rank says so; all wait for the answer."""
@@ -209,14 +216,14 @@ class Training:
             **dataclasses.asdict(self.backend.memory()),
         }
         self.run.append("metrics.jsonl", row)
-        self.view.step(row)
+        self.view.step(row, self.objective.weights)
 
     def _validate(self) -> bool:
         """Score the whole held-out sequences; True if the loss of the supervised segments is the
         lowest so far.
         """
         started = time.perf_counter()
-        sums = self._over_all_ranks(reduce(add, map(self._score, self._mine(self.validation))))
+        sums = self._over_all_ranks(map(self._score, self._mine(self.validation)))
         supervised = [Segment[name.upper()] for name in self.recipe.objective.segments]
         row = {
             "step": self.state.step,
@@ -277,47 +284,41 @@ def _added(totals: dict[str, float] | None, flops: dict[str, float]) -> dict[str
     return totals | {part: totals.get(part, 0.0) + value for part, value in flops.items()}
 
 
-def _total(sums: LossSums) -> float:
-    return float((sums.kd + sums.ce).sum())
-
-
 def loss_terms(sums: LossSums, objective: Objective) -> dict[str, float]:
-    """Means over loss tokens: the loss and its terms, and the divergence of each segment that
-    carries loss.
-    """
-    tokens = sums.tokens.sum()
-    kd, ce = sums.kd.sum() / tokens, sums.ce.sum() / tokens
-    terms = {"loss": objective.kd_weight * kd + (1 - objective.kd_weight) * ce, "ce": ce}
-    if objective.needs_teacher:
-        terms["kd"] = kd
-        terms |= {
-            f"kd_{s.name.lower()}": sums.kd[s] / sums.tokens[s] for s in Segment if sums.tokens[s]
-        }
-    return {name: float(value) for name, value in terms.items()}
+    """Means over loss tokens: `loss`, and its terms as a whole and by segment (`kd`, `kd_cot`, …)."""
+    terms = {name: sums.terms[name] for name in objective.weights}
+    means = {name: values.sum() / sums.tokens.sum() for name, values in terms.items()}
+    row = {"loss": objective.total(means), **means, **_by_segment(terms, sums.tokens)}
+    return {name: float(value) for name, value in row.items()}
 
 
 def validation_terms(
     sums: LossSums, objective: Objective, supervised: list[Segment], teacher: bool
 ) -> dict[str, float]:
-    """Per segment of whole held-out sequences: `kl_`, `ce_`, `agree_` (share) and `tokens_`; `loss`
-    over the supervised ones.
+    """Means over whole held-out sequences: all terms as a whole and by segment, beside `tokens_` of
+    each; `loss` over the supervised segments alone.
     """
     chosen = np.array(supervised)
-    tokens = sums.tokens[chosen].sum()
-    kd, ce = sums.kd[chosen].sum() / tokens, sums.ce[chosen].sum() / tokens
-    terms = {
-        "loss": objective.kd_weight * kd + (1 - objective.kd_weight) * ce,
-        "ce": sums.ce.sum() / sums.tokens.sum(),
+    loss = {
+        name: values[chosen].sum() / sums.tokens[chosen].sum()
+        for name, values in sums.terms.items()
     }
-    measures = {"ce": sums.ce} | ({"kl": sums.kd, "agree": sums.agree} if teacher else {})
-    if teacher:
-        terms |= {name: measures[name].sum() / sums.tokens.sum() for name in ("kl", "agree")}
-    for segment in Segment:
-        if sums.tokens[segment]:
-            name = segment.name.lower()
-            terms |= {
-                f"{measure}_{name}": values[segment] / sums.tokens[segment]
-                for measure, values in measures.items()
-            }
-            terms[f"tokens_{name}"] = sums.tokens[segment]
-    return {name: float(value) for name, value in terms.items()}
+    terms = {
+        HELD_OUT_NAMES.get(name, name): values
+        for name, values in sums.terms.items()
+        if teacher or name in objective.weights
+    }
+    means = {name: values.sum() / sums.tokens.sum() for name, values in terms.items()}
+    counts = {f"tokens_{s.name.lower()}": sums.tokens[s] for s in Segment if sums.tokens[s]}
+    row = {"loss": objective.total(loss), **means, **_by_segment(terms, sums.tokens), **counts}
+    return {name: float(value) for name, value in row.items()}
+
+
+def _by_segment(terms: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, float]:
+    """`name_segment`: the mean of each term over the tokens of each segment that has some."""
+    return {
+        f"{name}_{segment.name.lower()}": values[segment] / tokens[segment]
+        for segment in Segment
+        for name, values in terms.items()
+        if tokens[segment]
+    }

@@ -44,7 +44,7 @@ def a_batch() -> Batch:
 
 def cross_entropy(student: Student, batch: Batch, objective: Objective) -> float:
     sums = student.score(batch, None, objective)
-    return float(sums.ce.sum() / sums.tokens.sum())
+    return float(sums.terms["ce"].sum() / sums.tokens.sum())
 
 
 def cross_entropy_of(folder: Path, batch: Batch) -> float:

@@ -25,6 +25,7 @@ from mlx_distill.backends.mlx import model as models
 from mlx_distill.backends.mlx.loss import (
     FLOOR,
     Head,
+    LossRows,
     MatrixHead,
     QuantizedHead,
     SparseHead,
@@ -287,16 +288,16 @@ class MlxStudent(MlxModel):
         everything before it returns.
         """
         try:
-            (_, rows), gradients = self._value_and_grad(
+            (_, terms), gradients = self._value_and_grad(
                 self.weights, batch, targets, objective, loss_tokens
             )
         finally:
             self.split.model.update(self.weights)  # the traced arrays must not stay
         if self.gradients is not None:
             gradients = tree_map(mx.add, self.gradients, gradients)
-        mx.eval(rows, gradients)
+        mx.eval(terms, gradients)
         self.gradients = gradients
-        return LossSums.of(batch, *map(np.array, rows))
+        return _sums(batch, terms)
 
     def score(self, batch: Batch, targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
@@ -305,7 +306,7 @@ class MlxStudent(MlxModel):
         finally:
             self.split.model.update(self.weights)
         teacher_hidden, teacher_head = self._teacher(targets, objective)
-        _, *rows = score_rows(
+        rows = score_rows(
             hidden,
             head,
             teacher_hidden,
@@ -316,8 +317,9 @@ class MlxStudent(MlxModel):
             self.chunk_tokens,
             self.vocabulary,
         )
-        mx.eval(rows)
-        return LossSums.of(batch, *map(np.array, rows))
+        terms = _terms(rows)
+        mx.eval(terms)
+        return _sums(batch, terms)
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not
@@ -413,7 +415,7 @@ class MlxStudent(MlxModel):
     def _loss(self, weights: dict, batch: Batch, targets, objective: Objective, loss_tokens: float):
         hidden, head = self._hidden(weights, batch), self._head_matrix(weights)
         teacher_hidden, teacher_head = self._teacher(targets, objective)
-        loss, *rows = kd_loss(
+        rows = kd_loss(
             hidden,
             head,
             teacher_hidden,
@@ -426,7 +428,7 @@ class MlxStudent(MlxModel):
             self.table.tuning == "full",
             self.vocabulary,
         )
-        return loss, rows
+        return rows.loss, _terms(rows)
 
     def _teacher(
         self, targets, objective: Objective
@@ -554,6 +556,15 @@ def _bits(array: mx.array) -> np.ndarray:
 def _of_bits(array: np.ndarray) -> mx.array:
     """float32 as it is; uint16 holds the bits of bfloat16."""
     return mx.array(array).view(mx.bfloat16) if array.dtype == np.uint16 else mx.array(array)
+
+
+def _terms(rows: LossRows) -> dict[str, mx.array]:
+    """All rows but the loss itself, by name."""
+    return dict(zip(rows._fields[1:], rows[1:], strict=True))
+
+
+def _sums(batch: Batch, terms: dict[str, mx.array]) -> LossSums:
+    return LossSums.of(batch, {name: np.array(row) for name, row in terms.items()})
 
 
 def _mean_loss(

@@ -35,7 +35,15 @@ from mlx_distill.backends.protocol import (
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch import ranks as together
 from mlx_distill.backends.torch import resident
-from mlx_distill.backends.torch.loss import FLOOR, Head, MatrixHead, SparseHead, kd_loss, score_rows
+from mlx_distill.backends.torch.loss import (
+    FLOOR,
+    Head,
+    LossRows,
+    MatrixHead,
+    SparseHead,
+    kd_loss,
+    score_rows,
+)
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.objective import Objective
@@ -340,7 +348,7 @@ class TorchStudent(TorchModel):
                 self.dtype,
             )
             rows.loss.backward()
-            return _sums(batch, rows[1:])
+            return _sums(batch, rows)
 
     @torch.no_grad()
     def score(self, batch: Batch, targets, objective: Objective) -> LossSums:
@@ -352,7 +360,7 @@ class TorchStudent(TorchModel):
                 self.vocabulary,
                 self.dtype,
             )
-            return _sums(batch, rows[1:])
+            return _sums(batch, rows)
 
     def _arguments(self, batch: Batch, targets, objective: Objective) -> tuple:
         check_indices("targets", batch.targets, self.vocabulary or self.vocabulary_rows)
@@ -675,8 +683,10 @@ def _bits(tensor: Tensor) -> np.ndarray:
     return tensor.float().cpu().numpy()
 
 
-def _sums(batch: Batch, rows: Sequence[Tensor]) -> LossSums:
-    return LossSums.of(batch, *torch.stack(list(rows)).cpu().numpy())
+def _sums(batch: Batch, rows: LossRows) -> LossSums:
+    _, *names = rows._fields
+    values = torch.stack(rows[1:]).cpu().numpy()  # which waits for the GPU once
+    return LossSums.of(batch, dict(zip(names, values, strict=True)))
 
 
 @contextmanager
