@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from mlx_distill.backends.protocol import Sampling
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import EvalTable
 from mlx_distill.scoring.intervals import interval, student_t, wilson
@@ -51,12 +52,9 @@ class Scripted:
     def __init__(self, tokenizer, lines):
         self.tokenizer, self.lines, self.asked = tokenizer, lines, None
 
-    def generate(
-        self, prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids, progress
-    ):
-        self.asked = (prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids)
-        progress(len(prompts))
-        return [self.tokenizer.encode(line) for line in self.lines]
+    def generate(self, prompts, sampling):
+        self.asked = prompts, sampling
+        return ((place, self.tokenizer.encode(line)) for place, line in enumerate(self.lines))
 
 
 @pytest.fixture(autouse=True)
@@ -146,10 +144,10 @@ def test_a_score_counts_what_was_generated():
     assert result.well_formed == 2 / 6
     assert result.mean_tokens == (5 + 5 + 4 + 2 + 4 + 0) / 6
     assert (result.problems, result.samples) == (6, 1) and result.seconds >= 0
-    assert seen == [6]
-    prompts, *settings = model.asked
+    assert seen == [1] * 6
+    prompts, sampling = model.asked
     assert prompts[0] == tokenizer.encode("user: q1")
-    assert settings == [9, 0.0, 1.0, 5, 64, frozenset([STOP])]
+    assert sampling == Sampling(9, 0.0, 1.0, 5, 64, frozenset([STOP]))
 
 
 def test_samples_of_a_problem_stand_together():

@@ -30,16 +30,14 @@ class Drawn:
     def __init__(self, tokenizer, dies=None):
         self.tokenizer, self.dies, self.asked = tokenizer, dies, []
 
-    def generate(
-        self, prompts, max_new_tokens, temperature, top_p, seed, batch_size, stop_ids, progress
-    ):
+    def generate(self, prompts, sampling):
         if len(self.asked) == self.dies:
             raise Killed
         self.asked.append(list(map(tuple, prompts)))
-        writer = random.Random(seed)
+        writer = random.Random(sampling.seed)
         said = [f"</think> {writer.choice('12')} {writer.random()} <|end|>" for _ in prompts]
-        progress(len(prompts))
-        return [self.tokenizer.encode(line) for line in said]
+        found = [(place, self.tokenizer.encode(line)) for place, line in enumerate(said)]
+        yield from reversed(found)  # the last one is finished first
 
 
 def first_word(expected, generated):
@@ -181,8 +179,9 @@ def test_other_models_rows_stay(tmp_path):
 
 def test_what_is_written_cannot_hurt_a_terminal(tmp_path):
     class Rude(Drawn):
-        def generate(self, prompts, *settings):
-            return [self.tokenizer.encode("</think> \x1b[2J\u202e\ud83d <|end|>") for _ in prompts]
+        def generate(self, prompts, sampling):
+            rude = self.tokenizer.encode("</think> \x1b[2J\u202e\ud83d <|end|>")
+            return ((place, rude) for place, _ in enumerate(prompts))
 
     tokenizer, path = Words(), tmp_path / "g.jsonl"
     score(Rude(tokenizer), tokenizer, make_task(), EvalTable(), kept=Generations(path, "m", {}))

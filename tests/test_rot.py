@@ -223,8 +223,8 @@ def calls(monkeypatch, world) -> set:
         return accumulate(self, batch, *rest)
 
     def recorded_generate(*args):
-        asked.add(("generated", str(ids := generate_ids(*args))))
-        return ids
+        asked.add(("generated", str(texts := list(generate_ids(*args)))))
+        return iter(texts)
 
     def recorded_generator(*args, **kwargs):
         asked.add(("generator", kwargs["completion_batch_size"]))

@@ -9,6 +9,8 @@ import numpy as np
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
+from mlx_distill.backends.protocol import Model, Sampling
+
 VOCABULARY = 288  # a byte tokenizer's 265 ids and some padding rows
 
 
@@ -168,3 +170,9 @@ def family_folder(
     (folder / "config.json").write_text(json.dumps(config))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "pt"})
     return folder
+
+
+def texts(model: Model, prompts: list[list[int]], count: int, **sampling) -> list[list[int]]:
+    """What a model writes after each prompt, in the prompts' order: at most `count` new ids."""
+    found = dict(model.generate(prompts, Sampling(count, **sampling)))
+    return [found[place] for place in range(len(prompts))]

@@ -6,7 +6,7 @@ opaque to all but the same backend's student. Axes: `B` sequences, `T` tokens, `
 `V` vocabulary, `D` width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -131,6 +131,20 @@ class Ranks:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are generated: `temperature` 0 is greedy; `stop_ids` end a text, and so do
+    `max_new_tokens`; `batch_size` of them are made at once. `seed` is of all of them together.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 1
+    stop_ids: frozenset[int] = frozenset()
+
+
 class Model(Protocol):
     """What teacher and student have in common."""
 
@@ -139,20 +153,10 @@ class Model(Protocol):
     notes: tuple[str, ...]  # what a person should know of how it is computed
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        batch_size: int,
-        stop_ids: frozenset[int],
-        progress: Callable[[int], None],
-    ) -> list[list[int]]:
-        """New token ids for each prompt, in order, the stop token (if one came) included as the
-        last one.
-
-        `progress(n)` is called as n more prompts are finished. temperature 0 is greedy.
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(which prompt, its new token ids) as they finish, in any order; the stop token, if one
+        came, is the last one.
         """
 
 

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mlx_distill import verify
+from mlx_distill.backends.protocol import Model, Sampling
 from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import generation_ids
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
@@ -24,9 +25,6 @@ from mlx_distill.recipe import EvalTable
 from mlx_distill.scoring.generations import Generation, Generations
 from mlx_distill.scoring.intervals import interval, paired
 from mlx_distill.verify.tasks import THINK_END, Problem, Task
-
-if TYPE_CHECKING:
-    from mlx_distill.backends.protocol import Model
 
 KEYED = (
     "max_new_tokens",
@@ -94,7 +92,7 @@ class Retention:
 
 
 def score(
-    model: "Model",
+    model: Model,
     tokenizer: Any,
     task: Task,
     settings: EvalTable,
@@ -135,22 +133,23 @@ def score(
         if all(one in found for one in batch):
             progress(len(batch))
             continue
-        started = time.perf_counter()
-        generated = model.generate(
-            [prompts[problem] for problem, _ in batch],
+        sampling = Sampling(
             settings.max_new_tokens,
             settings.temperature,
             settings.top_p,
             batch_seed(settings.seed, number),
             settings.batch_size,
             stops,
-            progress,
         )
+        started = time.perf_counter()
+        texts = {}
+        for place, ids in model.generate([prompts[problem] for problem, _ in batch], sampling):
+            texts[place] = ids
+            progress(1)
         seconds = (time.perf_counter() - started) / len(batch)
-        answered = zip(batch, generated, strict=True)
         rows = [
-            judge(ids, problems[problem], sample, seconds, task, tokenizer, stops)
-            for (problem, sample), ids in answered
+            judge(texts[place], problems[problem], sample, seconds, task, tokenizer, stops)
+            for place, (problem, sample) in enumerate(batch)
         ]
         found |= {(row.problem, row.sample): row for row in rows}
         if kept:

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tiny import family_folder, llama_config
+from tiny import family_folder, llama_config, texts
 from toy_backend import ToyBackend
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.backends.protocol import Backend, LossSums, Model, Student, Teacher
+from mlx_distill.backends.protocol import Backend, LossSums, Model, Sampling, Student, Teacher
 from mlx_distill.data.batches import Batch, Steps, make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError
@@ -559,7 +559,7 @@ def test_gradient_checkpointing_changes_no_gradient(
 
 
 def generate_greedily(model: Model) -> dict[str, np.ndarray]:
-    [ids] = model.generate([[1, 2, 3]], 8, 0.0, 1.0, 0, 1, frozenset(), lambda n: None)
+    [ids] = texts(model, [[1, 2, 3]], 8)
     return {"ids": np.array(ids)}
 
 
@@ -681,30 +681,34 @@ def test_greedy_generation_is_the_naive_loop(
     if which != "teacher":  # what is generated with are the weights of now
         accumulate(model, teacher, [batch()])
         model.apply(1e-2)
-    seen = []
-    found = model.generate(PROMPTS, 10, 0.0, 1.0, 0, batch_size, frozenset(), seen.append)
+    found = texts(model, PROMPTS, 10, batch_size=batch_size)
     assert found == [naive(backend, model, prompt, 10) for prompt in PROMPTS]
-    assert sum(seen) == len(PROMPTS)
     assert len(set(map(tuple, found))) > 1
 
 
 def test_stop_ids_end_a_generation(backend: Backend, teacher: Teacher):
     free = [naive(backend, teacher, prompt, 10) for prompt in PROMPTS]
     stop_ids = frozenset({free[0][2], free[3][4]})
-    found = teacher.generate(PROMPTS, 10, 0.0, 1.0, 0, 3, stop_ids, lambda n: None)
+    found = texts(teacher, PROMPTS, 10, batch_size=3, stop_ids=stop_ids)
     assert found == [naive(backend, teacher, prompt, 10, stop_ids) for prompt in PROMPTS]
     assert found[0][-1] in stop_ids and len(found[0]) <= 3
     assert {len(ids) for ids in found} != {10}
-    assert teacher.generate(PROMPTS[:1], 1, 0.0, 1.0, 0, 3, frozenset(), lambda n: None) == [
-        free[0][:1]
-    ]
+    assert texts(teacher, PROMPTS[:1], 1, batch_size=3) == [free[0][:1]]
+
+
+def test_a_finished_text_does_not_wait_for_the_others(backend: Backend, teacher: Teacher):
+    """Of one batch where the backend can, of the next batch everywhere."""
+    first = next(teacher.generate(PROMPTS, Sampling(10, batch_size=1)))
+    place, ids = first
+    assert ids == naive(backend, teacher, PROMPTS[place], 10)
+    everything = list(teacher.generate(PROMPTS, Sampling(10, batch_size=1)))
+    assert first == everything[0] and len(everything) == len(PROMPTS)
 
 
 def test_sampling_is_a_function_of_the_seed(backend: Backend, teacher: Teacher):
     def sample(seed: int, temperature: float = 1.0, top_p: float = 1.0) -> list[list[int]]:
-        return teacher.generate(
-            PROMPTS, 12, temperature, top_p, seed, 8, frozenset(), lambda n: None
-        )
+        drawn = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        return texts(teacher, PROMPTS, 12, batch_size=8, **drawn)
 
     assert sample(1) == sample(1) != sample(2)
     greedy = [naive(backend, teacher, prompt, 12) for prompt in PROMPTS]

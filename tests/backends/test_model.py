@@ -12,7 +12,7 @@ import pytest
 import torch
 from frameworks import FRAMEWORKS, TOKENS, Framework, Split, dtype_name, relative_error, student_of
 from safetensors.numpy import load_file, save_file
-from tiny import family_folder, llama_config
+from tiny import family_folder, llama_config, texts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlx_distill.errors import ModelError
@@ -539,8 +539,5 @@ def test_a_checkpointed_student_generates_the_same(framework: Framework, folders
         student_of(framework, folders["qwen3"], gradient_checkpointing=on) for on in (False, True)
     )
     prompts = [[1, 2, 3], [5], [9, 8, 7, 6]]
-    first, second = (
-        model.generate(prompts, 8, 0.0, 1.0, 0, 2, frozenset(), lambda n: None)
-        for model in (plain, frugal)
-    )
+    first, second = (texts(model, prompts, 8, batch_size=2) for model in (plain, frugal))
     assert first == second and len(set(map(tuple, first))) > 1

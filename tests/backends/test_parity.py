@@ -25,7 +25,7 @@ from test_contract import (
     sequence,
     weights,
 )
-from tiny import family_folder, llama_config
+from tiny import family_folder, llama_config, texts
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.mlx import loss as mlx_loss
@@ -261,12 +261,9 @@ PROMPTS = [[5, 6, 7], [1], [9, 8, 7, 6, 5, 4, 3, 2, 1], [40, 41], [5, 6, 7, 8]]
 def test_greedy_generations_agree(backends: list[Backend], root: Path):
     """Token for token, as far as the best token leads the second by more than 1e-3."""
     ours, theirs = teachers(backends, root)
-    texts = [
-        model.generate(PROMPTS, 24, 0.0, 1.0, 0, 2, frozenset(), lambda n: None)
-        for model in (ours, theirs)
-    ]
+    written = [texts(model, PROMPTS, 24, batch_size=2) for model in (ours, theirs)]
     compared = 0
-    for prompt, one, other in zip(PROMPTS, *texts, strict=True):
+    for prompt, one, other in zip(PROMPTS, *written, strict=True):
         logits = np.sort(LOGITS["mlx"](ours, prompt + one), axis=-1)[len(prompt) - 1 : -1]
         sure = np.append(logits[:, -1] - logits[:, -2] > 1e-3, False)
         until = int(sure.argmin())  # the first token that is a toss-up

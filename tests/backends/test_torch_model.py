@@ -23,7 +23,7 @@ from test_model import (
     large_hidden,
     saved_by_transformers,
 )
-from tiny import family_folder
+from tiny import family_folder, texts
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -286,5 +286,5 @@ def test_checkpointed_generation_computes_a_token_once(folder: Path):
     student.split.layers[0].mlp.register_forward_hook(
         lambda module, inputs, output: widths.append(inputs[0].shape[1])
     )
-    student.generate([TOKENS[0].tolist()], 4, 0.0, 1.0, 0, 1, frozenset(), lambda n: None)
+    texts(student, [TOKENS[0].tolist()], 4)
     assert widths == [8, 1, 1, 1]

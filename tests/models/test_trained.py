@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, transformers_logits
+from tiny import texts
 
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.protocol import Student
@@ -86,10 +87,8 @@ def test_generation_is_what_the_whole_text_gives(name: str, tmp_path: Path):
     teacher = MlxBackend().load_teacher(FAMILIES[name].save(tmp_path / name), "t")
     random = np.random.default_rng(3)
     prompts = [random.integers(3, 96, length).tolist() for length in (20, 9)]
-    options = {"max_new_tokens": 8, "temperature": 0.0, "top_p": 1.0, "seed": 0, "batch_size": 2}
-    if name == "llama-dynamic":  # its angles follow the longest text of a batch
-        options["batch_size"] = 1
-    found = teacher.generate(prompts, **options, stop_ids=frozenset(), progress=lambda n: None)
+    # llama-dynamic's angles follow the longest text of a batch
+    found = texts(teacher, prompts, 8, batch_size=1 if name == "llama-dynamic" else 2)
     for prompt, new in zip(prompts, found, strict=True):
         whole = transformers_logits(tmp_path / name, np.array([[*prompt, *new]]))[0]
         assert whole[len(prompt) - 1 : -1].argmax(axis=-1).tolist() == new

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from mlx_distill.backends.protocol import (
     LossSums,
     Memory,
     Ranks,
+    Sampling,
     SparseTargets,
     check_indices,
 )
@@ -160,40 +161,31 @@ class MlxModel:
         return hidden.reshape(-1, hidden.shape[-1])[mx.array(positions)]
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        batch_size: int,
-        stop_ids: frozenset[int],
-        progress: Callable[[int], None],
-    ) -> list[list[int]]:
-        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as
-        n more are finished.
-        """
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(which prompt, its new ids) as they finish, the stop id included where one came."""
         from mlx_lm.generate import BatchGenerator
 
-        mx.random.seed(seed)
+        mx.random.seed(sampling.seed)
         generator = BatchGenerator(
             self.split.model,
-            max_tokens=max_new_tokens,
-            stop_tokens=[[i] for i in sorted(stop_ids)],
-            sampler=_sampler(temperature, top_p),
-            completion_batch_size=batch_size,
-            prefill_batch_size=batch_size,
+            max_tokens=sampling.max_new_tokens,
+            stop_tokens=[[i] for i in sorted(sampling.stop_ids)],
+            sampler=_sampler(sampling.temperature, sampling.top_p),
+            completion_batch_size=sampling.batch_size,
+            prefill_batch_size=sampling.batch_size,
         )
         try:
-            ids = generator.insert([list(prompt) for prompt in prompts])
-            tokens: dict[int, list[int]] = {i: [] for i in ids}
+            names = generator.insert([list(prompt) for prompt in prompts])
+            places = {name: place for place, name in enumerate(names)}
+            tokens: dict[int, list[int]] = {name: [] for name in names}
             while responses := generator.next_generated():
                 for response in responses:
                     tokens[response.uid].append(response.token)
-                progress(sum(response.finish_reason is not None for response in responses))
+                    if response.finish_reason is not None:
+                        yield places[response.uid], tokens.pop(response.uid)
         finally:
             generator.close()
-        return [tokens[i] for i in ids]
 
 
 class MlxTeacher(MlxModel):

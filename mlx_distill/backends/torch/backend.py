@@ -29,6 +29,7 @@ from mlx_distill.backends.protocol import (
     LossSums,
     Memory,
     Ranks,
+    Sampling,
     SparseTargets,
     check_indices,
 )
@@ -191,36 +192,18 @@ class TorchModel:
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        batch_size: int,
-        stop_ids: frozenset[int],
-        progress: Callable[[int], None],
-    ) -> list[list[int]]:
-        """New ids for each prompt, in order, the stop id included where one came; `progress(n)` as
-        n more are finished.
-        """
-        torch.manual_seed(seed)
-        self.split.model.generation_config = _generation(
-            max_new_tokens, temperature, top_p, stop_ids
-        )
-        order = sorted(
-            range(len(prompts)), key=lambda i: -len(prompts[i])
-        )  # the longest first: they need the most memory
-        found: dict[int, list[int]] = {}
-        for group in (
-            order[start : start + batch_size] for start in range(0, len(order), batch_size)
-        ):
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(which prompt, its new ids), a batch at a time, the stop id included where one came."""
+        torch.manual_seed(sampling.seed)
+        self.split.model.generation_config = _generation(sampling)
+        # the longest first: they need the most memory
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), sampling.batch_size):
+            group = order[start : start + sampling.batch_size]
             with self.precision(), _explained("generating"):
-                found |= zip(
-                    group, self._generate([prompts[i] for i in group], stop_ids), strict=True
-                )
-            progress(len(group))
-        return [found[i] for i in range(len(prompts))]
+                texts = self._generate([prompts[i] for i in group], sampling.stop_ids)
+            yield from zip(group, texts, strict=True)
 
     def _generate(self, prompts: list[Sequence[int]], stop_ids: frozenset[int]) -> list[list[int]]:
         """One batch, padded at the left."""
@@ -608,21 +591,16 @@ def _like(old: Tensor | int, value: int) -> Tensor | int:
     return torch.full_like(old, value) if isinstance(old, Tensor) else value
 
 
-def _generation(
-    max_new_tokens: int, temperature: float, top_p: float, stop_ids: frozenset[int]
-) -> transformers.GenerationConfig:
+def _generation(sampling: Sampling) -> transformers.GenerationConfig:
     """Greedy or sampled, and nothing of what the model's own `generation_config.json` asks for."""
-    chosen = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        if temperature
-        else {"do_sample": False}
-    )
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     return transformers.GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids) or None,
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(sampling.stop_ids) or None,
         pad_token_id=0,
         use_cache=True,
-        **chosen,
+        do_sample=sampling.temperature > 0,
+        **(drawn if sampling.temperature else {}),
     )
 
 
