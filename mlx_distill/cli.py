@@ -1,17 +1,13 @@
 """The command line: each command reads its arguments, calls one function and prints.
 
-Decided here: how a command ends. A `DistillError`, a wrong option, a refusal of the operating
-system and Ctrl-C are one line on stderr and an exit code (2, 2, 2, 130); a bug keeps its traceback.
+How a command ends, with an error or without one, is decided in `terminal/ending.py`.
 """
 
-import errno
-import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
@@ -20,30 +16,8 @@ from mlx_distill import __version__
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe import Range, load_recipe
 from mlx_distill.signals import ended_by_signals
-from mlx_distill.view import Screen, View, one_line, show_what_can_be_shown
-
-LONGEST_LINE = 2000  # characters of an error
-(UsageError,) = (
-    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
-)  # typer brings click under two names
-# what the operating system refuses whatever a program does; a file that is missing is not among
-# them
-REFUSALS = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.EIO,
-    errno.ESTALE,
-}
+from mlx_distill.terminal.ending import run_to_its_end, say_last
+from mlx_distill.view import Screen, View
 
 
 class _Commands(TyperGroup):
@@ -52,7 +26,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(context)
         except KeyboardInterrupt:
-            _say_last("stopped")
+            say_last("stopped")
             raise typer.Exit(130) from None
 
 
@@ -312,94 +286,4 @@ def _options(
 
 def main() -> None:
     """The `mlx-distill` command, in a process that ends with it."""
-    show_what_can_be_shown()
-    try:
-        _refuse_deleted_folder()
-        code = app(standalone_mode=False) or 0
-        if sys.stdout:  # which a shell can close
-            sys.stdout.flush()
-    except DistillError as error:
-        code = _say_error(str(error))
-    except UsageError as error:
-        code = _say_usage(error)
-    except BrokenPipeError:  # the reader has seen enough
-        _drop_output()
-        code = 1
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        code = _say_refusal(error)
-    except SystemExit as ending:
-        code = ending.code
-    _end(code)
-
-
-def _refuse_deleted_folder() -> None:
-    try:
-        os.getcwd()
-    except OSError as error:
-        what = f"the working folder cannot be used ({error.strerror})"
-        raise DistillError(f"{what}: it was deleted or moved; change to another one") from None
-
-
-def _say_error(text: str) -> int:
-    rank = os.environ.get("RANK") or os.environ.get("MLX_RANK") or "0"
-    line = one_line(text)
-    _say_last(
-        f"error{f' (rank {rank})' if rank != '0' else ''}: "
-        f"{line if len(line) <= LONGEST_LINE else f'{line[:LONGEST_LINE]}…'}"
-    )
-    return 2
-
-
-def _say_usage(error: Exception) -> int:
-    """A wrong option or argument; without any, the help is what was asked for."""
-    if type(error).__name__ == "NoArgsIsHelpError":
-        error.show()
-        return 2
-    text = error.format_message().rstrip(".")
-    command = error.ctx.command_path if error.ctx else "mlx-distill"
-    return _say_error(f"{text}; `{command} --help` says what there is")
-
-
-def _say_refusal(error: OSError) -> int:
-    """What the operating system said, and of what: of a file, or of the place to which we print."""
-    if error.filename is not None:
-        return _say_error(f"{os.fsdecode(error.filename)}: {error.strerror}")
-    try:
-        os.write(sys.stdout.fileno(), b"\n")
-    except (OSError, ValueError):
-        _drop_output()
-        return _say_error(f"the output cannot be written: {error.strerror}")
-    return _say_error(error.strerror)
-
-
-def _drop_output() -> None:
-    """Let what is still to be printed go nowhere, so that the interpreter does not fail on it at
-    its end.
-    """
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _say_last(line: str) -> None:
-    """The line that a command ends with; where even stderr takes nothing, the exit code has to do."""
-    with suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
-
-
-def _end(code: int) -> NoReturn:
-    """End the process; one of several ranks at once, without taking the interpreter down.
-
-    A thread of torch's group that lets go of a tensor meanwhile would abort it (pytorch issue
-    190489).
-    """
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except (OSError, ValueError):  # told already, or nowhere to tell it
-            _drop_output()
-            code = code or 2
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
-    sys.exit(code)
+    run_to_its_end(lambda: app(standalone_mode=False))

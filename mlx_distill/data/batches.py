@@ -110,7 +110,7 @@ class Steps(Sequence[Step]):
 
 
 def validation_batches(sequences: Sequence[TokenSequence], batch: BatchTable) -> list[Batch]:
-    """Every sequence once, in micro-batches ordered by length, with all three segments supervised."""
+    """Every sequence once, in micro-batches ordered by length, all three segments supervised."""
     return [
         make_batch(group, ALL_SEGMENTS, batch.pad_multiple)
         for group in _groups(_by_length(sequences), batch)

@@ -21,59 +21,34 @@ response_column = "output" |
 | openai/gsm8k (config = "main") or its .jsonl files | gsm8k | – |
 """
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_distill.data import turns
 from mlx_distill.data.account import listed, remedy, unused_lines
+from mlx_distill.data.calls import read_tools
+from mlx_distill.data.columns import COLUMNS, OPTIONAL, Place, column_of
+from mlx_distill.data.content import as_text, count_unused, has_content, printable
 from mlx_distill.data.examples import Example, Skip, make_example
+from mlx_distill.data.messages import Message, read_message
 from mlx_distill.data.reasoning import BEGIN_OF_THOUGHT, calls_a_tool, split_reasoning
 from mlx_distill.data.sources import Row, embedded_examples, rows_of
-from mlx_distill.data.turns import (
-    Message,
-    as_text,
-    before_answer,
-    count_unused,
-    has_content,
-    read_message,
-)
+from mlx_distill.data.turns import before_answer
 from mlx_distill.errors import DataError
 from mlx_distill.readers import parse_json
 from mlx_distill.recipe import DataTable
 
-COLUMNS: dict[str, dict[str, str]] = {
-    "columns": {"prompt": "prompt", "cot": "cot", "answer": "answer"},
-    "response": {"prompt": "prompt", "response": "response"},
-    "alpaca": {"prompt": "instruction", "response": "output"},
-    "messages": {"messages": "messages"},
-    "conversations": {"messages": "conversations"},
-    "gsm8k": {"prompt": "question", "answer": "answer"},
-}
-CHAT_COLUMNS = ("system", "tools", "functions")
-OPTIONAL: dict[str, tuple[str, ...]] = {  # columns that are read where a row has them
-    "columns": CHAT_COLUMNS,
-    "response": CHAT_COLUMNS,
-    "alpaca": ("input", "history", *CHAT_COLUMNS),
-    "messages": CHAT_COLUMNS,
-    "conversations": CHAT_COLUMNS,
-    "gsm8k": (),
-}
-
 # what the Stratos family tells a model about its own marks, which are gone when it is learned
 MARKER_INSTRUCTION = re.compile(
-    r"Your role as an assistant involves thoroughly exploring questions through a systematic (?:long )?thinking process"
-    r"[^|]*<\|begin_of_thought\|>[^|]*<\|end_of_thought\|>[^|]*<\|begin_of_solution\|>[^|]*<\|end_of_solution\|>"
+    r"Your role as an assistant involves thoroughly exploring questions through a systematic "
+    r"(?:long )?thinking process"
+    r"[^|]*<\|begin_of_thought\|>[^|]*<\|end_of_thought\|>"
+    r"[^|]*<\|begin_of_solution\|>[^|]*<\|end_of_solution\|>"
     r"(?:\s*Now, try to solve the following question through the above guidelines:?)?"
 )
 MARKER_NAME = f"system text that asks for {BEGIN_OF_THOUGHT}"
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 def read_examples(
@@ -142,112 +117,6 @@ def _read_rows(data: DataTable, unused: Counter[str]) -> Iterator[Example | str]
             yield str(skip)
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a row was read, for error messages: the source, the line or row, and the recipe's
-    `[data]` table.
-    """
-
-    where: str
-    data: DataTable
-    unused: Counter[str] = field(default_factory=Counter)
-
-    def value(self, row: Row, role: str) -> Any:
-        """The value of the column that plays `role` ("prompt", "cot", …); raises `DataError` where
-        there is none.
-        """
-        return self.cell(row, self.column(role), f"data.{role}_column")
-
-    def column(self, role: str) -> str:
-        return column_of(self.data, role)
-
-    def cell(self, row: Row, column: str, setting: str) -> Any:
-        if column in row:
-            return row[column]
-        raise DataError(
-            f"{self.where}: no column {column!r}, found "
-            f"{', '.join(map(turns.printable, row)) or 'none'}; {self._hint(row, column, setting)}"
-        )
-
-    def _hint(self, row: Row, column: str, setting: str) -> str:
-        if setting == "data.where":
-            near = difflib.get_close_matches(column, row, 1, 0.5)
-            return (
-                f"did you mean {near[0]!r}? Correct data.where"
-                if near
-                else "set data.where to one of these"
-            )
-        fitting = [name for name, columns in COLUMNS.items() if row.keys() >= set(columns.values())]
-        others = {column_of(self.data, role) for role in COLUMNS[self.data.format]} - {column}
-        if fitting and self.data.format not in fitting and not others & row.keys():
-            best = max(fitting, key=lambda name: len(COLUMNS[name]))
-            return f'these are the columns of format "{best}": set data.format = "{best}"'
-        if len(row) == 1 and column in (only := next(iter(row))):
-            return (
-                f"are columns in {turns.printable(only)!r} separated by something else than a "
-                "comma, semicolon, tab or bar? Use one of these"
-            )
-        free = row.keys() - others - {*OPTIONAL[self.data.format]}
-        if near := difflib.get_close_matches(column, sorted(free), 1, 0.5):
-            return f"did you mean {near[0]!r}? Set {setting}"
-        return f"set {setting}" if row else "is the row empty? Delete it"
-
-    def text(self, row: Row, role: str) -> str:
-        """A column's value as text: numbers are written out, null is empty."""
-        value = self.value(row, role)
-        if isinstance(value, list | dict | bytes):
-            kind = type(value).__name__
-            raise DataError(
-                f"{self.where}: column {self.column(role)!r} holds a {kind}, text was expected; "
-                f"{_what_holds(value) or f'set data.{role}_column to another column'}"
-            )
-        return as_text(value)
-
-    def messages(
-        self, row: Row, role: str, who: str = "role", what: str = "content"
-    ) -> list[Message]:
-        """A column that holds a list of messages."""
-        value, column = self.value(row, role), self.column(role)
-        advice = "set data.format to what it holds"
-        if isinstance(value, str):
-            try:
-                value = parse_json(value, self.where)
-            except DataError:
-                advice = (
-                    "a list in a table's cell is to be JSON"
-                    if value.lstrip()[:1] == "["
-                    else advice
-                )
-        if not isinstance(value, list) or not all(
-            isinstance(turn, dict) and who in turn for turn in value
-        ):
-            raise DataError(
-                f"{self.where}: column {column!r} is no list of objects with {who!r} and {what!r}; "
-                f"{_what_holds(value) or advice}"
-            )
-        return turns.join_channels([read_message(turn, who, what, self.unused) for turn in value])
-
-
-def column_of(data: DataTable, role: str) -> str:
-    """The column that plays a role: as the recipe names it, or by the format's usual name."""
-    return getattr(data, f"{role}_column") or COLUMNS[data.format][role]
-
-
-def _what_holds(value: Any) -> str:
-    """Advice for a value that another format reads."""
-    for kind, who in (("messages", "role"), ("conversations", "from")):
-        if (
-            isinstance(value, list)
-            and value
-            and all(isinstance(turn, dict) and who in turn for turn in value)
-        ):
-            return f'its objects have {who!r}: set data.format = "{kind}" and data.messages_column'
-    return ""
-
-
-# ---------------------------------------------------------------------------------------------------------- formats
-
-
 def _columns(row: Row, place: Place) -> Example:
     """Three columns of text: prompt, cot, answer."""
     return _worked(
@@ -312,7 +181,7 @@ def _last_turn(messages: list[Message], row: Row, place: Place) -> Example:
     if last < 0:
         raise Skip("no assistant turn")
     for message in messages[last + 1 :]:
-        place.unused[f"{turns.printable(message.role)} turn after the last answer"] += 1
+        place.unused[f"{printable(message.role)} turn after the last answer"] += 1
     answered = messages[last]
     if answered.calls:
         raise Skip("its answer is a tool call")
@@ -325,7 +194,7 @@ def _last_turn(messages: list[Message], row: Row, place: Place) -> Example:
 
 
 def _worked(messages: list[Message], cot: str, answer: str, row: Row, place: Place) -> Example:
-    """The example of the messages before an answer, the row's own system text and tools among them."""
+    """The example of the messages before an answer, the row's system text and tools among them."""
     if calls_a_tool(answer):
         raise Skip("its answer is a tool call")
     messages = _with_system(messages, row.get("system"), place)
@@ -365,7 +234,7 @@ def _tools(messages: list[Message], row: Row, place: Place) -> str:
     named += [("key tools", message.tools) for message in messages]
     chosen = ""
     for name, value in named:
-        found = turns.read_tools(value)
+        found = read_tools(value)
         if found and chosen and found != chosen:
             place.unused[name] += 1
         chosen = chosen or found

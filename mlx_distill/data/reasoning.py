@@ -34,7 +34,8 @@ UNMARKED_CHANNELS = re.compile(
 )  # its marks were not decoded
 
 MESSAGE = re.compile(
-    r"\s*(?:<\|start\|>assistant)?<\|channel\|>(?P<channel>\w+)(?P<recipient>[^<]*)(?:<\|constrain\|>[^<]*)?<\|message\|>"
+    r"\s*(?:<\|start\|>assistant)?<\|channel\|>(?P<channel>\w+)(?P<recipient>[^<]*)"
+    r"(?:<\|constrain\|>[^<]*)?<\|message\|>"
     r"(?P<text>.*?)(?P<end><\|end\|>|<\|return\|>|<\|call\|>|(?=<\|start\|>)|(?=<\|channel\|>)|\Z)",
     re.DOTALL,
 )

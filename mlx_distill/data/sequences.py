@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlx_distill.data.examples import Example, Skip, Turns
-from mlx_distill.data.template import SENTINEL, chat_template, prompt_text
+from mlx_distill.data.rendering import SENTINEL
+from mlx_distill.data.template import chat_template, prompt_text
 from mlx_distill.errors import ModelError
 
 if TYPE_CHECKING:

@@ -179,8 +179,13 @@ def _parquet(path: Path, name: str) -> Iterator[tuple[str, Row]]:
 
 
 SOURCES: dict[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {
-    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet,
-}  # fmt: skip
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _table,
+    ".tsv": _table,
+    ".parquet": _parquet,
+}
 
 
 # the hub

@@ -26,7 +26,7 @@ def planned(point: Point, backend: str) -> Plan | None:
 
 
 def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") -> None:
-    """Print which runs there are, what each is planned to cost, and which are done. Runs nothing."""
+    """Print which runs there are, what each is planned to cost, and which are done."""
     table = Table()
     for column in ("run", "teacher's answers", "FLOPs", "peak memory", ""):
         number = column in ("FLOPs", "peak memory")

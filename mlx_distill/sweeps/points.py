@@ -51,7 +51,7 @@ CACHE_FIELDS = tuple(name for name in TeacherTable.model_fields if name.startswi
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep: what sets it apart from the base, its seed aside, and its whole recipe."""
+    """One run of a sweep: what sets it apart from the base, its seed aside, and its recipe."""
 
     label: str
     settings: Settings

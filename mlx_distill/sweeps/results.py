@@ -42,7 +42,7 @@ def write_results(one: Sweep, troubles: dict[Path, str]) -> Path:
 
 
 def collect(one: Sweep, troubles: dict[Path, str]) -> list[Row]:
-    """A row for teacher and base, if they were scored, and one for each run that is done or failed."""
+    """A row for teacher and base, if they were scored, and for each run that is done or failed."""
     shared = [_row(run, role, "", {}, point) for role, (run, point) in shared_scores(one).items()]
     students = []
     for point in one.points:
@@ -55,7 +55,7 @@ def collect(one: Sweep, troubles: dict[Path, str]) -> list[Row]:
 
 
 def shared_scores(one: Sweep) -> dict[str, tuple[Run, Point]]:
-    """The first finished run that scored the base, and the teacher, as far as all runs share them."""
+    """The first finished run that scored the base, and the teacher, where all runs share them."""
     found: dict[str, tuple[Run, Point]] = {}
     for point in one.points:
         run = read_run(point.folder.path) if point.done else None

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from mlx_distill.data.examples import example_id, make_example, split_examples
-from mlx_distill.data.formats import read_examples, split_reasoning
+from mlx_distill.data.formats import read_examples
+from mlx_distill.data.reasoning import split_reasoning
 from mlx_distill.data.sequences import render
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.recipe import DataTable
