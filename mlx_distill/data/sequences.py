@@ -21,7 +21,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -107,17 +107,28 @@ def render(
     )
 
 
-def generation_ids(
-    prompt: str, tokenizer: "PreTrainedTokenizerFast", history: Turns = (), day: str = ""
-) -> list[int]:
-    """The ids from which an answer to a prompt is generated: the chat template's own generation
-    prompt.
+class GenerationPrompt(NamedTuple):
+    """The ids from which an answer is generated; the first `end` of them are the prompt, the others
+    a `<think>` that the chat template opens.
+    """
+
+    tokens: list[int]
+    end: int
+
+
+def generation_prompt(
+    turns: Turns, tokenizer: "PreTrainedTokenizerFast", tools: str = "", day: str = ""
+) -> GenerationPrompt:
+    """The chat template's own generation prompt.
 
     Ends in `<think>` only where the template says so; a student learns to write it where it does
     not. `day` as for `prompt_text`. Raises `Skip` for a prompt that the template refuses.
     """
-    text = prompt_text((*history, ("user", prompt)), tokenizer, day=day)
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    text = prompt_text(turns, tokenizer, tools, day)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    begins = _begins(encoded["offset_mapping"])
+    end = np.searchsorted(begins, len(_opened(text)[0]))
+    return GenerationPrompt(list(encoded["input_ids"]), int(end))
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerFast") -> str:

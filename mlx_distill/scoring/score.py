@@ -18,7 +18,7 @@ import numpy as np
 from mlx_distill import verify
 from mlx_distill.backends.protocol import Model, Sampling
 from mlx_distill.data.examples import Skip
-from mlx_distill.data.sequences import generation_ids
+from mlx_distill.data.sequences import generation_prompt
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import EvalTable
@@ -268,7 +268,7 @@ def describe(score: Score) -> str:
 
 def _prompt_ids(problem: Problem, task: Task, tokenizer: Any, day: str) -> list[int]:
     try:
-        return generation_ids(problem.prompt, tokenizer, day=day)
+        return generation_prompt((("user", problem.prompt),), tokenizer, day=day).tokens
     except Skip as skip:
         raise DataError(
             f"task {task.name!r}: problem {problem.prompt[:60]!r} cannot be asked: {skip}; remove it"

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import processors
 
 from mlx_distill.data.examples import Skip, make_example
-from mlx_distill.data.sequences import end_of_turn, generation_ids, render, stop_ids
+from mlx_distill.data.sequences import end_of_turn, generation_prompt, render, stop_ids
 from mlx_distill.errors import ModelError
 
 EXAMPLE = make_example("2+3?", "2+3=5.", "5", (("system", "Be brief."),))
@@ -59,7 +59,7 @@ def test_qwen3_ids_and_ends(qwen3_tokenizer):
     assert sequence.tokens.tolist() == [*prompt, *cot, 20, 151645]
     assert (sequence.prompt_end, sequence.cot_end) == (20, 30)
     assert sequence.tokens.dtype == np.int32 and sequence.allowed.all()
-    assert generation_ids("2+3?", qwen3_tokenizer, EXAMPLE.history) == prompt
+    assert generation_prompt((*EXAMPLE.history, ("user", "2+3?")), qwen3_tokenizer).tokens == prompt
     assert stop_ids(qwen3_tokenizer) == {151645}
 
 
@@ -147,7 +147,7 @@ def test_generation_prompt_that_opens_think_is_a_prefix_of_training(
     family, bytes_tokenizer, bytes_ids
 ):
     tokenizer = bytes_tokenizer(family)
-    ids = generation_ids("2+3?", tokenizer, EXAMPLE.history)
+    ids = generation_prompt((*EXAMPLE.history, ("user", "2+3?")), tokenizer).tokens
     assert ids == bytes_ids(FAMILIES[family][0] + "<think>\n")
     assert render(EXAMPLE, tokenizer).tokens[: len(ids)].tolist() == ids
 
@@ -172,7 +172,7 @@ def test_template_that_thinks_only_when_told(bytes_tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "enable_thinking is false", "true"
     ).replace("enable_thinking is defined and true", "not enable_thinking")
-    ids = generation_ids("q", tokenizer)
+    ids = generation_prompt((("user", "q"),), tokenizer).tokens
     assert tokenizer.decode(ids).endswith("assistant\n<think>\n")
 
 
@@ -217,7 +217,9 @@ def test_the_tokenizer_adds_nothing_to_what_the_template_wrote(bytes_tokenizer, 
     assert render(EXAMPLE, tokenizer).tokens.tolist() == bytes_ids(
         DEEPSEEK + COT + "5<｜end▁of▁sentence｜>"
     )
-    assert generation_ids("2+3?", tokenizer, EXAMPLE.history) == bytes_ids(DEEPSEEK + "<think>\n")
+    assert generation_prompt((*EXAMPLE.history, ("user", "2+3?")), tokenizer).tokens == bytes_ids(
+        DEEPSEEK + "<think>\n"
+    )
 
 
 # --- ends of turns ---

@@ -10,7 +10,7 @@ import pytest
 from mlx_distill.data import day as days
 from mlx_distill.data.day import choose_day
 from mlx_distill.data.examples import Skip, make_example
-from mlx_distill.data.sequences import generation_ids, render, stop_ids
+from mlx_distill.data.sequences import generation_prompt, render, stop_ids
 from mlx_distill.data.template import prompt_text, reads_clock, refuse_unusable
 from mlx_distill.errors import DataError, ModelError
 from mlx_distill.recipe import DataTable
@@ -28,7 +28,7 @@ def test_a_clock_is_stopped_at_a_day(bytes_tokenizer):
     assert prompt_text(QUESTION, tokenizer, day="2024-02-29").startswith(
         "<|im_start|>system\nToday Date: 29 Feb 2024<"
     )
-    ids = generation_ids("q", tokenizer, day="2024-02-29")
+    ids = generation_prompt((("user", "q"),), tokenizer, day="2024-02-29").tokens
     assert (
         render(make_example("q", "c", "a"), tokenizer, "2024-02-29").tokens[: len(ids)].tolist()
         == ids
