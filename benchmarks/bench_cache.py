@@ -29,7 +29,7 @@ from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import Segment, render
 from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.objective import Objective, log_softmax
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 from mlx_distill.teaching.cache import whole_batch
 
 KEPT = (1, 4, 8, 16, 32, 64, 128, 256)

@@ -254,7 +254,7 @@ def load(path: str):
     """(recipe, prepared, {"student", "teacher": folder})."""
     from mlx_distill.data.prepare import prepare
     from mlx_distill.models.hub import load_tokenizer
-    from mlx_distill.recipe import load_recipe
+    from mlx_distill.recipe.load import load_recipe
 
     recipe = load_recipe(
         Path(path), tuple(json.loads((Path(path).parent / "settings.json").read_text()))

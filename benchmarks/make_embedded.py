@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 from mlx_distill import pipeline
 from mlx_distill.embedded import task
 from mlx_distill.embedded.tokenizer import END_OF_TURN, PAD, build_tokenizer, write_tokenizer
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.view import View
 
 WEIGHTS = Path(task.__file__).parent / "weights"

@@ -172,7 +172,8 @@ class Peer:
 
 
 def _recipe(setting: Setting):
-    from mlx_distill.recipe import ObjectiveTable, OptimTable, Recipe, StudentTable
+    from mlx_distill.recipe.recipe import Recipe
+    from mlx_distill.recipe.tables import ObjectiveTable, OptimTable, StudentTable
 
     return Recipe(
         student=StudentTable(

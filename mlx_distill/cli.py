@@ -14,7 +14,8 @@ from typer.core import TyperGroup
 
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError
-from mlx_distill.recipe import Range, load_recipe
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.values import Range
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.terminal.ending import run_to_its_end, say_last
 from mlx_distill.view import Screen, View

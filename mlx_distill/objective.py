@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
-    from mlx_distill.recipe import ObjectiveTable
+    from mlx_distill.recipe.tables import ObjectiveTable
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 Values = TypeVar("Values", float, np.ndarray)

@@ -28,7 +28,9 @@ from mlx_distill.models.config import reading_of
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer, model_fingerprint, model_folder
 from mlx_distill.models.vocabulary import common_rows, head_rows
-from mlx_distill.recipe import DataTable, Recipe, eval_table
+from mlx_distill.recipe.load import eval_table
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import DataTable
 from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.runs.manifest import (

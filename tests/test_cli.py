@@ -381,7 +381,7 @@ def imported(words: str, code: str) -> tuple[str, str]:
 def test_help_and_recipes_import_no_framework(tiny_recipe):
     assert imported("'--help'", MAIN) == ("[]", "[]")
     code = (
-        "from pathlib import Path; from mlx_distill.recipe import load_recipe; "
+        "from pathlib import Path; from mlx_distill.recipe.load import load_recipe; "
         f"load_recipe(Path({str(tiny_recipe)!r}))"
     )
     assert imported("", code) == ("[]", "[]")

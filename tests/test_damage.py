@@ -23,7 +23,9 @@ from mlx_distill import pipeline
 from mlx_distill.data.batches import make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DistillError
-from mlx_distill.recipe import BatchTable, Recipe, TeacherTable, load_recipe
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import BatchTable, TeacherTable
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.teaching import cache as targets
 from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, fill

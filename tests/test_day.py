@@ -13,7 +13,7 @@ from tiny import recipe_file
 from mlx_distill import pipeline
 from mlx_distill.data import day as days
 from mlx_distill.errors import DataError, RunError
-from mlx_distill.recipe import load_recipe
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.view import View
 

@@ -7,7 +7,7 @@ from tiny import llama_config
 from mlx_distill.cost.flops import Adapters, Shape, step_flops, total_flops, training_flops
 from mlx_distill.data.batches import Step, make_batch
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 CONFIG = {
     "hidden_size": 8,

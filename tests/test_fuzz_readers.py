@@ -20,7 +20,9 @@ from mlx_distill.data.formats import read_examples
 from mlx_distill.data.prepare import prepare
 from mlx_distill.errors import DistillError
 from mlx_distill.models.hub import load_tokenizer, model_folder
-from mlx_distill.recipe import DataTable, Recipe, eval_table, load_recipe
+from mlx_distill.recipe.load import eval_table, load_recipe
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import DataTable
 from mlx_distill.reporting.kept_run import read_run
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.sweeps.sweep import load_sweep

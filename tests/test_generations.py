@@ -10,7 +10,7 @@ import random
 import pytest
 from test_evaluate import Words, end_of_turn  # noqa: F401
 
-from mlx_distill.recipe import EvalTable
+from mlx_distill.recipe.tables import EvalTable
 from mlx_distill.scoring.generations import Generations
 from mlx_distill.scoring.score import batch_seed, score
 from mlx_distill.verify.tasks import Problem, Task

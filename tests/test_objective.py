@@ -9,7 +9,7 @@ import pytest
 
 from mlx_distill import objective as definition
 from mlx_distill.objective import DIVERGENCES, Objective
-from mlx_distill.recipe import ObjectiveTable
+from mlx_distill.recipe.tables import ObjectiveTable
 
 ONE_HALF = np.log([[0.5, 0.5]])
 ONE_QUARTER = np.log([[0.25, 0.75]])

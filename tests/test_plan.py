@@ -42,7 +42,9 @@ from mlx_distill.machine import Machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import Recipe, TeacherTable, load_recipe
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import TeacherTable
 from mlx_distill.terminal import plan as printing
 from mlx_distill.terminal.plan import announce
 from mlx_distill.view import silent
@@ -713,7 +715,7 @@ def test_a_plan_imports_no_framework_itself(without_weights):
         "from pathlib import Path",
         "from rich.console import Console",
         "from mlx_distill.terminal.plan import plan",
-        "from mlx_distill.recipe import load_recipe",
+        "from mlx_distill.recipe.load import load_recipe",
         f"plan(load_recipe(Path({str(without_weights)!r})), Console())",
     ]
     found, ours = imported("", "; ".join(lines))

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch import ranks as together
-from mlx_distill.recipe import load_recipe
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
 
 SCRIPTS = Path(sys.executable).parent

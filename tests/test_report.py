@@ -13,7 +13,7 @@ import pytest
 from drawn import Drawn
 
 from mlx_distill.errors import NotFound, RunError
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.kept_run import method_of
 from mlx_distill.reporting.page import TITLE_END
 from mlx_distill.reporting.runs_page import report

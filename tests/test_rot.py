@@ -27,7 +27,7 @@ from test_recipe import FIELDS
 from mlx_distill import pipeline
 from mlx_distill.backends.mlx import backend as mlx_backend
 from mlx_distill.backends.mlx import model as mlx_model
-from mlx_distill.recipe import load_recipe
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.training import loop, schedule
 from mlx_distill.view import View

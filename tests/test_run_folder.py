@@ -20,7 +20,8 @@ from mlx_distill import pipeline
 from mlx_distill.backends import choose_backend
 from mlx_distill.errors import OutOfMemory, RankLost, RunError
 from mlx_distill.models.hub import load_tokenizer
-from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.manifest import identity
 from mlx_distill.runs.run_folder import RunFolder, TrainState
 from mlx_distill.scoring.stops import stops_of

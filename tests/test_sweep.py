@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import RunError
-from mlx_distill.recipe import load_recipe
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.reporting import study
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.signals import ended_by_signals

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_distill.errors import NotFound, RecipeError
-from mlx_distill.recipe import load_recipe
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.sweeps.sweep import load_sweep
 
 ROOT = Path(__file__).parents[1]

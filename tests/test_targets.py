@@ -21,7 +21,8 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import truncate
 from mlx_distill.errors import CacheError
 from mlx_distill.objective import Objective, log_softmax
-from mlx_distill.recipe import BatchTable, Recipe, TeacherTable, TruncationTable, with_values
+from mlx_distill.recipe.recipe import Recipe, with_values
+from mlx_distill.recipe.tables import BatchTable, TeacherTable, TruncationTable
 from mlx_distill.teaching import cache as subject
 from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, fill
 

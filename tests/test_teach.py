@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from mlx_distill import pipeline
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.torch.backend import TorchBackend
-from mlx_distill.recipe import load_recipe
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.view import View
 

@@ -20,7 +20,8 @@ from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DivergedError
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.run_charts import charts_of
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.training import loop

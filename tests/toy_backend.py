@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_distill import objective as definition
 from mlx_distill.backends.protocol import DeviceInfo, LossSums, Memory, Ranks, check_indices
-from mlx_distill.recipe import OptimTable
+from mlx_distill.recipe.tables import OptimTable
 
 WORDS = 7
 

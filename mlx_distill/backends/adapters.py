@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mlx_distill.errors import ModelError
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 Arrays = dict[str, np.ndarray]
 

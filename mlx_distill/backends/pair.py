@@ -11,7 +11,7 @@ from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.models.ranges import refuse_impossible
 from mlx_distill.models.vocabulary import common_rows, head_rows
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

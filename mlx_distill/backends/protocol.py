@@ -15,7 +15,7 @@ import numpy as np
 
 from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 
 Targets = (
     Any  # a live teacher's are opaque outside of the backend that made them; see also SparseTargets

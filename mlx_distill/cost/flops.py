@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlx_distill.data.batches import Step
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 # Elementwise operations a logit in the walk of backends/*/loss.py, an exponential counted as one:
 # floor, maximum, shift, exponential and sum of both models (10), the divergence (3), the slope (3);

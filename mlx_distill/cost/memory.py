@@ -35,7 +35,7 @@ from mlx_distill.backends import chunks
 from mlx_distill.cost.flops import Adapters, Shape
 from mlx_distill.errors import ModelError
 from mlx_distill.machine import Machine
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     pass

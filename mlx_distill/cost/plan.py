@@ -21,7 +21,8 @@ from mlx_distill.data.prepare import Prepared, count_tokens, cut_sequence
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import OutOfMemory
 from mlx_distill.machine import Machine
-from mlx_distill.recipe import Recipe, RunTable, TeacherTable, with_values
+from mlx_distill.recipe.recipe import Recipe, with_values
+from mlx_distill.recipe.tables import RunTable, TeacherTable
 from mlx_distill.words import amount
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import BatchTable
+from mlx_distill.recipe.tables import BatchTable
 
 ALL_SEGMENTS = ("prompt", "cot", "answer")
 

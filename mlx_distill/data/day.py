@@ -15,7 +15,7 @@ from mlx_distill.data.template import reads_clock
 from mlx_distill.errors import DataError, NotFound, RunError
 from mlx_distill.files import locked, told_as, write_text
 from mlx_distill.readers import read_text
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_distill.data.account import listed, remedy
 from mlx_distill.errors import DataError
 from mlx_distill.readers import is_text
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 Turn = tuple[str, str] | tuple[str, str, str]
 Turns = tuple[Turn, ...]

@@ -38,7 +38,7 @@ from mlx_distill.data.sources import Row, embedded_examples, rows_of
 from mlx_distill.data.turns import before_answer
 from mlx_distill.errors import DataError
 from mlx_distill.readers import parse_json
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 # what the Stratos family tells a model about its own marks, which are gone when it is learned
 MARKER_INSTRUCTION = re.compile(

@@ -20,7 +20,8 @@ from mlx_distill.data.sequences import Segment, TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import Recipe, TruncationTable
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import TruncationTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

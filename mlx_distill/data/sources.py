@@ -19,7 +19,7 @@ from mlx_distill.data.examples import Example, make_example
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import all_lines, one_line
 from mlx_distill.readers import path_of, read_json, read_json_lines, read_lines, read_text
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 Row = dict[str, Any]
 SEPARATORS = ",;\t|"

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.recipe import TruncationTable
+from mlx_distill.recipe.tables import TruncationTable
 
 Window = tuple[int, int]  # half-open, in tokens of the whole sequence
 

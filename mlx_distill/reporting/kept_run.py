@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_distill.errors import DataError, DistillError, NotFound, RunError
 from mlx_distill.readers import parse_toml, path_of, read_json, read_text
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs import logs
 from mlx_distill.runs.seals import SEALED, is_broken, unsealed
 from mlx_distill.scoring.score import Difference, Score, compare

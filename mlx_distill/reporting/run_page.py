@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_distill.data.account import unused_lines
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.kept_run import SEGMENTS, Run
 from mlx_distill.reporting.page import (
     Bar,

@@ -17,7 +17,7 @@ from mlx_distill.data.sequences import Segment
 from mlx_distill.machine import git_commit, processor_name, versions
 from mlx_distill.models.config import reading_of
 from mlx_distill.models.hub import model_fingerprint
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

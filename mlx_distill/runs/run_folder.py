@@ -23,7 +23,8 @@ from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
 from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
 from mlx_distill.readers import read_text
-from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs import own_files
 from mlx_distill.runs.checkpoints import UNWRITTEN, Checkpoints, TrainState
 from mlx_distill.runs.small_files import INTACT, LOGS, Say, SmallFiles, quiet

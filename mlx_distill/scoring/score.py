@@ -21,7 +21,7 @@ from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import generation_prompt
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import EvalTable
+from mlx_distill.recipe.tables import EvalTable
 from mlx_distill.scoring.generations import Generation, Generations
 from mlx_distill.scoring.intervals import interval, paired
 from mlx_distill.verify.tasks import THINK_END, Problem, Task

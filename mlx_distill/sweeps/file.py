@@ -11,7 +11,10 @@ from pydantic import Field, ValidationError
 
 from mlx_distill.errors import RecipeError
 from mlx_distill.readers import path_of
-from mlx_distill.recipe import Fraction, Table, describe, found_as, near, read_toml, short
+from mlx_distill.recipe.complaints import describe, found_as, near, short
+from mlx_distill.recipe.load import read_toml
+from mlx_distill.recipe.tables import Table
+from mlx_distill.recipe.values import Fraction
 
 Settings = dict[str, Any]  # "table.field" → value
 Tables = Annotated[dict[str, Any], Field(default_factory=dict)]

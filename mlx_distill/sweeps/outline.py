@@ -8,7 +8,7 @@ from rich.table import Table
 from mlx_distill.cost.plan import Plan
 from mlx_distill.errors import DistillError
 from mlx_distill.machine import this_machine
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.sweeps.points import Point
 from mlx_distill.sweeps.sweep import Sweep, distinct
 from mlx_distill.terminal.plan import plan_of

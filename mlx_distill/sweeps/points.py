@@ -19,15 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import RecipeError
-from mlx_distill.recipe import (
-    OUTSIDE_DIGEST,
-    Recipe,
-    TeacherTable,
-    build_recipe,
-    cache_serves,
-    short,
-    with_values,
-)
+from mlx_distill.recipe.complaints import short
+from mlx_distill.recipe.contradictions import cache_serves
+from mlx_distill.recipe.load import build_recipe
+from mlx_distill.recipe.recipe import OUTSIDE_DIGEST, Recipe, with_values
+from mlx_distill.recipe.tables import TeacherTable
 from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.study import MATCHED
 from mlx_distill.runs.run_folder import RunFolder

@@ -19,7 +19,7 @@ from mlx_distill.data.day import share_day
 from mlx_distill.errors import DistillError, RunError
 from mlx_distill.machine import this_machine
 from mlx_distill.readers import read_text
-from mlx_distill.recipe import with_values
+from mlx_distill.recipe.recipe import with_values
 from mlx_distill.reporting.study import rows_text
 from mlx_distill.runs.own_files import LOCK
 from mlx_distill.runs.run_folder import RunFolder

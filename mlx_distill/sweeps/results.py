@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from mlx_distill.errors import CacheError
-from mlx_distill.recipe import with_values
+from mlx_distill.recipe.recipe import with_values
 from mlx_distill.reporting.kept_run import Run, kl_before_after, read_run
 from mlx_distill.reporting.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
 from mlx_distill.reporting.sweep_findings import Swept

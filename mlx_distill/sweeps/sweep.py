@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_distill.errors import RecipeError, RunError
-from mlx_distill.recipe import Recipe, apply_override, build_recipe, found_as, read_toml, short
+from mlx_distill.recipe.complaints import found_as, short
+from mlx_distill.recipe.load import apply_override, build_recipe, read_toml
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.sweeps.file import (
     Settings,
     SweepFile,

@@ -45,7 +45,7 @@ from mlx_distill.files import (
     write_json,
 )
 from mlx_distill.readers import read_json
-from mlx_distill.recipe import BatchTable, TeacherTable
+from mlx_distill.recipe.tables import BatchTable, TeacherTable
 
 FORMAT = 1
 PART_TOKENS = 2**17  # what a kill can lose

@@ -23,7 +23,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.machine import Machine, this_machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer, model_folder
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.terminal.show import account, count_table
 from mlx_distill.verify.tasks import load_task

@@ -28,7 +28,7 @@ from mlx_distill.data.prepare import (
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.models.hub import load_tokenizer, model_folder
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DistillError, DivergedError, OutOfMemory, RunError
 from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder, TrainState
 from mlx_distill.training.schedule import learning_rate
 from mlx_distill.view import View

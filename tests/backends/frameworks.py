@@ -25,7 +25,8 @@ from mlx_distill.backends.protocol import Student
 from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.backends.torch import model as torch_models
-from mlx_distill.recipe import Recipe, StudentTable
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import StudentTable
 
 Arrays = dict[str, np.ndarray]
 Split = mlx_models.SplitModel | torch_models.SplitModel

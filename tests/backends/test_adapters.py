@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix, write_adapters
 from mlx_distill.errors import ModelError
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 BLOCKS = [
     [f"model.layers.{number}.{name}" for name in ("attn.q_proj", "attn.v_proj", "mlp.up_proj")]

@@ -25,7 +25,8 @@ from mlx_distill.data.batches import Batch, Steps, make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import BatchTable, Recipe, with_values
+from mlx_distill.recipe.recipe import Recipe, with_values
+from mlx_distill.recipe.tables import BatchTable
 
 BACKENDS = ["mlx", "torch"]
 OPTIMIZERS = {"mlx": ["adamw", "lion", "adafactor"], "torch": ["adamw", "adafactor"]}

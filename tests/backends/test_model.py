@@ -16,7 +16,7 @@ from tiny import family_folder, llama_config, texts
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mlx_distill.errors import ModelError
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 ROWS = 96
 

@@ -13,7 +13,7 @@ from frameworks import FRAMEWORKS, Framework
 from mlx_distill.backends.mlx import backend as mlx_backend
 from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.errors import ModelError
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 
 RATES = [1e-2, 3e-2, 5e-2, 2e-2, 1e-3]
 SHAPES = {"matrix": (6, 5), "vector": (7,), "wide": (2, 9)}

@@ -35,7 +35,7 @@ from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.data.batches import Steps
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import BatchTable, TruncationTable
+from mlx_distill.recipe.tables import BatchTable, TruncationTable
 from mlx_distill.training.loop import loss_terms
 
 BOTH = ("mlx", "torch")

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch.loss import CallableHead, MatrixHead
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 TORCH = FRAMEWORKS["torch"]
 

@@ -14,7 +14,7 @@ from mlx_distill.data.formats import read_examples
 from mlx_distill.data.reasoning import split_reasoning
 from mlx_distill.data.sequences import render
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 BESPOKE = (
     "<|begin_of_thought|>\n\nTwo and "

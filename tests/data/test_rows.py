@@ -18,7 +18,7 @@ from mlx_distill.data.formats import MARKER_NAME, read_examples
 from mlx_distill.data.messages import KEYS
 from mlx_distill.data.sequences import render
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 ROWS = Path(__file__).parents[1] / "fixtures" / "rows"
 USER, REPLY = (

@@ -14,7 +14,9 @@ from test_examples import INSTRUCTION
 from mlx_distill.data.prepare import count_tokens, prepare, token_runs
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import DataTable, Recipe, StudentTable, TruncationTable, load_recipe
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import DataTable, StudentTable, TruncationTable
 from mlx_distill.terminal.show import show
 
 OR_SPAN = ', or set truncation.span = "cot", which keeps prompts whole'

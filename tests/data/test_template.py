@@ -13,7 +13,7 @@ from mlx_distill.data.examples import Skip, make_example
 from mlx_distill.data.sequences import generation_prompt, render, stop_ids
 from mlx_distill.data.template import prompt_text, reads_clock, refuse_unusable
 from mlx_distill.errors import DataError, ModelError
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 QUESTION = (("user", "q"),)
 THINKS = "{{ messages[-1].content }}<|im_start|>{% if SWITCH %}<think>{% else %}</think>{% endif %}"

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import WINDOWS, thin, truncate
-from mlx_distill.recipe import TruncationTable
+from mlx_distill.recipe.tables import TruncationTable
 
 
 def sequence(prompt=4, cot=10, answer=2, name="x"):

@@ -17,7 +17,7 @@ from mlx_distill.backends.torch import model as torch_model
 from mlx_distill.errors import ModelError
 from mlx_distill.models import hub
 from mlx_distill.models.config import TESTED, Meaning, reading_of
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 README = Path(__file__).parents[2] / "README.md"
 TOLERANCE = 1e-3  # of the logits' standard deviation

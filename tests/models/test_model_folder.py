@@ -432,7 +432,7 @@ def test_and_by_both_backends(case: str, part: str, load, tmp_path: Path):
 
 
 def load_student(load, folder: Path) -> None:
-    from mlx_distill.recipe import StudentTable
+    from mlx_distill.recipe.tables import StudentTable
 
     if load is mlx_logits:
         mlx_models.load_student(folder, "m", StudentTable(), 0)

@@ -15,7 +15,7 @@ from mlx_distill.backends.torch.backend import TorchBackend
 from mlx_distill.data.batches import Batch, make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 
 STEPS = 3
 RATE = 3e-3

@@ -48,7 +48,7 @@ from mlx_distill.backends.torch.loss import (
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.objective import Objective
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe
 
 TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written
 

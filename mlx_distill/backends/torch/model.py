@@ -28,7 +28,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.files import all_lines
 from mlx_distill.models.folder import read_config, read_generation_config, read_weights
 from mlx_distill.models.ranges import ACTIVATIONS, refuse_impossible
-from mlx_distill.recipe import StudentTable
+from mlx_distill.recipe.tables import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
 PROBE_LOGIT = 100.0  # the largest one when a head is probed: far into any cap

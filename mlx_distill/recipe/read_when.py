@@ -1,0 +1,69 @@
+"""Under which settings a field is read, for the fields that not every recipe reads.
+
+In: a recipe. Out: a line for each field that it sets although nothing would read it. Decided here:
+one condition a field, both as a predicate and as the words that refuse it and that stand in
+`recipes/reference.toml`.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlx_distill.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Condition:
+    """When a field is read; `words` complete "it is read only with …"."""
+
+    holds: Callable[["Recipe"], bool]
+    words: str
+
+
+def choice(table: str, field: str, *values: str) -> Condition:
+    """The condition that another field has one of these values."""
+    named = [f'"{value}"' for value in values]
+    listed = " or ".join(filter(None, (", ".join(named[:-1]), named[-1])))
+    return Condition(
+        lambda recipe: getattr(getattr(recipe, table), field) in values, f"{field} = {listed}"
+    )
+
+
+ADAPTERS = choice("student", "tuning", "lora", "dora")
+MOMENTA = choice("optim", "optimizer", "adamw", "lion")
+
+READ_WHEN = {
+    "teacher.quantize_bits": Condition(lambda recipe: bool(recipe.teacher.model), "a teacher"),
+    "teacher.cache_folder": choice("teacher", "cache", "top_k", "sampled", "hidden"),
+    "teacher.cache_top_k": choice("teacher", "cache", "top_k"),
+    "teacher.cache_samples": choice("teacher", "cache", "sampled"),
+    "student.rank": ADAPTERS,
+    "student.alpha": ADAPTERS,
+    "student.lora_layers": ADAPTERS,
+    "student.lora_targets": ADAPTERS,
+    "data.prompt_column": choice("data", "format", "columns", "response", "alpaca", "gsm8k"),
+    "data.cot_column": choice("data", "format", "columns"),
+    "data.answer_column": choice("data", "format", "columns", "gsm8k"),
+    "data.response_column": choice("data", "format", "response", "alpaca"),
+    "data.messages_column": choice("data", "format", "messages", "conversations"),
+    "objective.jsd_beta": choice("objective", "divergence", "jsd"),
+    "objective.skew_alpha": choice("objective", "divergence", "skew_kl", "skew_reverse_kl"),
+    "optim.beta1": MOMENTA,
+    "optim.beta2": MOMENTA,
+    "optim.eps": choice("optim", "optimizer", "adamw"),
+    "eval.top_p": Condition(lambda recipe: recipe.eval.temperature > 0, "a temperature above 0"),
+}
+
+
+def unread(recipe: "Recipe") -> Iterator[str]:
+    """A line for each field that is set, to something else than its default, and not read."""
+    for path, condition in READ_WHEN.items():
+        table, field = path.split(".")
+        part = getattr(recipe, table)
+        default = type(part).model_fields[field].default
+        if getattr(part, field) != default and not condition.holds(recipe):
+            yield (
+                f"[{table}] {field} is set but nothing reads it here: "
+                f"it is read only with {condition.words}"
+            )

@@ -1,0 +1,300 @@
+"""Every table of a recipe: its fields, each with its type, its default and a sentence about it.
+
+A field is added here and nowhere else: its range and its choices are in its type, the sentence
+under it is its line in `recipes/reference.toml` (`python -m mlx_distill.recipe.reference` writes
+that file), and a mark says whether it belongs to the digest. A field that only some settings read
+also has a line in `read_when`. No default is None: 0 or "" stands for "none", and the sentence says
+so.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mlx_distill.recipe.values import (
+    Cadence,
+    Day,
+    Fraction,
+    Mark,
+    Momentum,
+    Names,
+    Rows,
+    Seed,
+    Segment,
+    Tokens,
+    Weight,
+    within,
+)
+
+
+class Table(BaseModel):
+    """A strict, frozen TOML table: unknown fields and lossy conversions are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        strict=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class TeacherTable(Table):
+    model: str = "embedded:teacher"
+    """Hub id, folder, .gguf file or embedded:NAME; "" = none (needs objective.kd_weight = 0)."""
+
+    revision: str = "main"
+    """Of a hub id: branch, tag or commit."""
+
+    quantize_bits: Literal[0, 4, 6, 8] = 0
+    """Quantise the teacher to so many bits on load; 0 = as stored."""
+
+    cache: Literal["off", "top_k", "sampled", "hidden"] = "off"
+    """Keep its answers on disk: K a token, drawn ones, or hidden states (exact, large)."""
+
+    cache_folder: Annotated[str, Mark.OUTSIDE] = "teacher-cache"
+    """Where they are kept; one folder may serve any number of runs, at once too."""
+
+    cache_top_k: Annotated[int, within(1, 2**20)] = 64
+    """Answers kept a token."""
+
+    cache_samples: Annotated[int, within(1, 65_535)] = 50
+    """Draws a token."""
+
+
+class StudentTable(Table):
+    model: str = "embedded:student"
+    """As teacher.model; a family that mlx-lm loads unchanged: Llama, Qwen2, Qwen3."""
+
+    revision: str = "main"
+    """Of a hub id: branch, tag or commit."""
+
+    tuning: Literal["full", "lora", "dora"] = "full"
+    """Train every weight, or adapters beside them."""
+
+    rank: Annotated[int, within(1, 16_384)] = 8
+    """Rank of the adapters' two matrices."""
+
+    alpha: Annotated[float, within(1e-3, 1e6)] = 16.0
+    """Adapters are scaled by alpha / rank."""
+
+    lora_layers: Annotated[int, within(0, 10_000)] = 0
+    """Adapt the last n blocks; 0 = all."""
+
+    lora_targets: Names = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Layers of a block that get adapters."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, more time."""
+
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """In which the student computes; auto = float32 on a CPU, bfloat16 on a GPU."""
+
+    save_dtype: Literal["base", "float32", "bfloat16"] = "base"
+    """Of the exported student; base = as its base model's."""
+
+
+class DataTable(Table):
+    source: str = "embedded:dial"
+    """A .jsonl, .json, .csv, .tsv or .parquet file (.gz too), hub dataset id, or embedded:NAME."""
+
+    config: str = ""
+    """Of a hub dataset."""
+
+    split: str = "train"
+    """Of a hub or embedded dataset."""
+
+    format: Literal["columns", "response", "alpaca", "messages", "conversations", "gsm8k"] = (
+        "columns"
+    )
+    """What a row holds; README has a table of them."""
+
+    prompt_column: str = ""
+    """Text, or a list of messages; "" = the format's usual name, here and below."""
+
+    cot_column: str = ""
+    """The chain of thought."""
+
+    answer_column: str = ""
+    """The answer."""
+
+    response_column: str = ""
+    """Reasoning and answer in one text: <think>reasoning</think>answer."""
+
+    messages_column: str = ""
+    """The whole conversation."""
+
+    where: dict[str, str] = {}
+    """Keep rows whose column equals a text, for example { domain = "math" }."""
+
+    train_examples: Annotated[int, within(0, 10**9)] = 0
+    """Rows to train on; 0 = all."""
+
+    validation_examples: Rows = 64
+    """Held out of the same source before training rows are taken."""
+
+    longest_tokens: Tokens = 4096
+    """Longer rendered examples are dropped and counted."""
+
+    date: Annotated[Day, Mark.NEWER] = ""
+    """The day ("2026-11-26") that a template says which reads the clock; "" = the run's first."""
+
+
+class TruncationTable(Table):
+    keep: Literal["prefix", "suffix", "middle", "cot"] = "prefix"
+    """Which part of the span stays; cot = everything up to </think>."""
+
+    span: Literal["sequence", "cot"] = "sequence"
+    """What fraction is a fraction of; with cot the prompt is always kept."""
+
+    fraction: Fraction = 1.0
+    """Share of the span's tokens that is kept: the paper's Lead-Span Proportion."""
+
+    max_tokens: Annotated[int, within(0, 2**24)] = 0
+    """Cap on the window; prompt or context that is only read comes on top; 0 = none."""
+
+    context: Literal["drop", "keep"] = "drop"
+    """Tokens before what is kept: removed, or read without loss."""
+
+    token_share: Fraction = 1.0
+    """A seeded random share of the supervised tokens left carries loss."""
+
+
+class ObjectiveTable(Table):
+    segments: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)] = ("cot",)
+    """Which segments are learned."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"] = (
+        "forward_kl"
+    )
+    """How far the student is from the teacher; forward is KL(teacher‖student)."""
+
+    jsd_beta: Annotated[float, within(1e-3, 0.999)] = 0.5
+    """Weight of the teacher in the mixture."""
+
+    skew_alpha: Annotated[float, within(1e-3, 0.999), Mark.NEWER] = 0.1
+    """Share that one of the two is lent of the other."""
+
+    kd_weight: Weight = 0.5
+    """Weight of the divergence; 1 - kd_weight weighs cross-entropy with the text."""
+
+    temperature: Annotated[float, within(0.01, 100.0)] = 1.0
+    """Of both models inside the divergence."""
+
+    temperature_scaling: Literal["none", "hinton"] = "hinton"
+    """Hinton multiplies the divergence by temperature squared."""
+
+    chunk_tokens: Annotated[int, within(0, 2**20)] = 0
+    """Positions whose logits exist at once: less = less memory; 0 = what suits the device."""
+
+
+class BatchTable(Table):
+    micro_batch_size: Annotated[int, within(1, 65_536)] = 4
+    """Sequences in one forward pass."""
+
+    global_batch_size: Annotated[int, within(1, 2**20)] = 8
+    """Sequences in one optimizer step."""
+
+    pad_multiple: Annotated[int, within(1, 65_536)] = 32
+    """Sequences are padded to a multiple of this, to keep shapes few."""
+
+
+class OptimTable(Table):
+    optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
+    """Lion is MLX's alone."""
+
+    learning_rate: Annotated[float, within(1e-10, 1000.0)] = 1e-4
+    """The schedule's peak."""
+
+    schedule: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
+    """How the rate falls after its warmup."""
+
+    warmup_fraction: Annotated[float, within(1e-6, 0.999999, or_zero=True)] = 0.1
+    """Share of the steps in which the rate rises."""
+
+    weight_decay: Annotated[float, within(1e-8, 1000.0, or_zero=True)] = 0.0
+    """Decoupled, as the optimizer has it."""
+
+    beta1: Momentum = 0.9
+    """Decay of the gradient's running mean."""
+
+    beta2: Momentum = 0.999
+    """Decay of its square's running mean; Lion's of its momentum."""
+
+    eps: Annotated[float, within(1e-20, 1.0)] = 1e-8
+    """Added to AdamW's denominator."""
+
+    max_grad_norm: Annotated[float, within(1e-6, 1e9, or_zero=True)] = 1.0
+    """Gradients are clipped to this norm; 0 = never."""
+
+    epochs: Annotated[int, within(1, 10_000)] = 1
+    """Times that each training example is seen."""
+
+    steps: Annotated[int, within(0, 10**6)] = 0
+    """Optimizer steps, instead of epochs; 0 = as many as epochs ask for."""
+
+
+class EvalTable(Table):
+    task: str = ""
+    """embedded:NAME, gsm8k:FILE or jsonl:FILE; "" = no scoring."""
+
+    examples: Rows = 500
+    """Problems that are asked."""
+
+    max_new_tokens: Tokens = 512
+    """An answer that is longer counts as wrong."""
+
+    batch_size: Annotated[int, within(1, 65_536)] = 64
+    """Answers generated at once."""
+
+    temperature: Annotated[float, within(0.01, 100.0, or_zero=True)] = 0.0
+    """At which answers are drawn; 0 = greedy."""
+
+    top_p: Fraction = 1.0
+    """Draw from the likeliest tokens that have this probability together."""
+
+    seed: Seed = 42
+    """Draws the problems and the samples, whatever run.seed is."""
+
+    samples: Annotated[int, within(1, 65_536)] = 1
+    """Answers to each problem; accuracy is their mean."""
+
+    score_teacher: Annotated[bool, Mark.OUTSIDE] = True
+    """Score the teacher too."""
+
+    score_base: Annotated[bool, Mark.OUTSIDE] = True
+    """Score the student as it was before, too."""
+
+    compare: Annotated[Names, Mark.OUTSIDE] = ()
+    """Run folders that the report sets beside this run."""
+
+
+class RunTable(Table):
+    name: Annotated[str, Mark.OUTSIDE] = ""
+    """What the run is called; "" = as the recipe's file."""
+
+    folder: Annotated[str, Mark.OUTSIDE] = "runs"
+    """Where run folders lie."""
+
+    seed: Seed = 42
+    """Of everything random in training."""
+
+    checkpoint_every: Cadence = 100
+    """Steps from one checkpoint to the next; 0 = only at the end."""
+
+    validate_every: Cadence = 100
+    """Steps from one validation to the next; 0 = only at the end."""
+
+    keep_checkpoints: Literal["last_and_best", "last", "all"] = "last_and_best"
+    """Which checkpoints stay."""
+
+    export: Literal["best", "last"] = "best"
+    """Which checkpoint becomes the student; best = lowest validation loss."""
