@@ -279,7 +279,7 @@ def first_step(recipe, prepared):
         recipe.run.seed,
         optim.epochs,
         optim.steps,
-    )[0]
+    ).step(0)
 
 
 @app.command(hidden=True)

@@ -208,7 +208,9 @@ def test_flops_are_those_of_the_steps_and_of_their_padding():
     for batch in (batch for step in steps for batch in step.batches):
         whole = make_batch(sequences([batch.tokens.shape[1]] * len(batch.tokens)), ("cot",))
         whole = replace(whole, weight=np.ones(len(batch.positions), np.float32))
-        padded += sum(step_flops(replace(steps[0], batches=(whole,)), *shapes, full=True).values())
+        padded += sum(
+            step_flops(replace(steps.step(0), batches=(whole,)), *shapes, full=True).values()
+        )
     assert plan.total_flops == pytest.approx(padded)
     assert plan.flops["padding"] > 0
     assert plan_of([9] * 8, batch={"pad_multiple": 1}).flops["padding"] == 0
@@ -335,7 +337,7 @@ def test_the_peak_of_a_real_step_is_planned_within_15_percent(settings, tmp_path
     backend, before = MlxBackend(), mx.get_active_memory()
     student = backend.load_student(folders["student"], "student", asked)
     teacher = backend.load_teacher(folders["teacher"], "teacher")
-    step = Steps(rows.train, ("cot",), asked.batch, 42)[0]
+    step = Steps(rows.train, ("cot",), asked.batch, 42).step(0)
     backend.reset_peak_memory()
     for batch in step.batches:
         student.accumulate(batch, teacher.targets(batch), Objective(), step.loss_tokens)

@@ -120,7 +120,7 @@ def test_loss_terms_are_sums_over_the_step_divided_by_its_loss_tokens(training):
             "temperature": 2.0,
         }
     )
-    step, student = made.steps[0], table(2)
+    step, student = made.source.step(0), table(2)
     segment, before, kd, ce, gradient = zip(
         *direct(student, table(1), step, made.objective), strict=True
     )
@@ -149,7 +149,7 @@ def test_every_step_has_one_row_with_all_that_is_promised(training):
     rows = made.run.rows("metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["tokens_seen"] for row in rows] == list(
-        np.cumsum([step.tokens for step in made.steps])
+        np.cumsum([step.tokens for step in made.source])
     )
     promised = {
         "loss",
@@ -342,11 +342,11 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_leaves_weights_and_che
     made.student.poison = bad_at(8, "accumulate", value)  # the second micro-batch of step 4
     with pytest.raises(DivergedError) as error:
         made.train()
-    ids = made.steps[3].batches[1].ids
+    ids = made.source.step(3).batches[1].ids
     assert str(error.value).startswith(
         f"step 4: the loss is {value} on examples {', '.join(ids)}; the weights were not touched"
     )
-    assert not set(made.steps[3].batches[0].ids) & set(
+    assert not set(made.source.step(3).batches[0].ids) & set(
         str(error.value).replace(",", " ").replace(";", " ").split()
     )
     assert "the checkpoint of step 3 is intact" in str(error.value) and "learning_rate" in str(
@@ -365,7 +365,9 @@ def test_a_gradient_norm_that_is_not_finite_names_all_examples_of_the_step(train
     with pytest.raises(DivergedError) as error:
         made.train()
     assert str(error.value).startswith("step 1: the gradient norm is inf on examples ")
-    assert all(name in str(error.value) for batch in made.steps[0].batches for name in batch.ids)
+    assert all(
+        name in str(error.value) for batch in made.source.step(0).batches for name in batch.ids
+    )
     assert "no checkpoint was written yet" in str(error.value)
     assert np.array_equal(made.student.weights, table(2))
 

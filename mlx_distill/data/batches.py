@@ -51,9 +51,9 @@ class Step:
     tokens: int  # real (unpadded) tokens read
 
 
-class Steps(Sequence[Step]):
-    """The optimizer steps of a run, by number: `steps[i]` is a pure function of what the object was
-    made from and i.
+class Steps:
+    """The optimizer steps of a run over rows that lie there from the start: `step(i)` is a pure
+    function of what the object was made from and i.
 
     Examples come in one endless stream: a seeded permutation of all of them for each epoch, one
     after the other. Step i takes exactly `global_batch_size` of them, from `i * global_batch_size`
@@ -81,7 +81,8 @@ class Steps(Sequence[Step]):
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, index: int) -> Step:
+    def step(self, index: int) -> Step:
+        """Step `index`, counted from 0. Raises `IndexError` for one that there is not."""
         if not 0 <= index < self._count:
             raise IndexError(f"step {index} of {self._count}")
         size = self._batch.global_batch_size
@@ -94,7 +95,7 @@ class Steps(Sequence[Step]):
         return Step(index, batches, loss_tokens, sum(map(len, taken)))
 
     def __iter__(self) -> Iterator[Step]:
-        return (self[index] for index in range(self._count))
+        return (self.step(index) for index in range(self._count))
 
     def rows(self, start: int, count: int) -> list[int]:
         """Places in the stream `[start, start + count)` → rows of `sequences`."""

@@ -1,6 +1,6 @@
 """The training loop: steps, validation, when to save, how to stop and start again.
 
-In: a student, a teacher (or none), steps and validation batches, a run folder. Out: the run
+In: a student, a teacher (or none), a source of steps, validation batches, a run folder. Out: the run
 folder's logs and checkpoints. Everything random was decided before: a step is a function of its
 number, so a resumed run repeats the run it continues.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -43,6 +44,17 @@ class Interrupted(Exception):
     """Ctrl-C was pressed; the run was saved at a step."""
 
 
+class Source(Protocol):
+    """Where the steps of a run come from. A step is the same whenever it is asked for: a run that is
+    continued repeats the one that was stopped.
+    """
+
+    def __len__(self) -> int: ...
+
+    def step(self, index: int) -> Step:
+        """Step `index`, counted from 0; every rank gets all of its batches."""
+
+
 @dataclasses.dataclass
 class Training:
     """Everything one run trains with. `stop_asked` is polled between steps (Ctrl-C)."""
@@ -51,7 +63,7 @@ class Training:
     backend: Backend
     student: Student
     teacher: Teacher | None
-    steps: Sequence[Step]
+    source: Source
     validation: Sequence[Batch]
     run: RunFolder
     view: View
@@ -73,10 +85,10 @@ class Training:
         `Interrupted`.
         """
         self._resume()
-        self.view.start(len(self.steps), self.state.step)
-        while self.state.step < len(self.steps):
-            self._step(self.steps[self.state.step])
-            done = self.state.step == len(self.steps)
+        self.view.start(len(self.source), self.state.step)
+        while self.state.step < len(self.source):
+            self._step(self.source.step(self.state.step))
+            done = self.state.step == len(self.source)
             improved = self._due(self.recipe.run.validate_every, done) and self._validate()
             stop = self._any(self.stop_asked())
             if improved or stop or self._due(self.recipe.run.checkpoint_every, done):
@@ -112,9 +124,9 @@ class Training:
         folder = self.run.checkpoint(last.step)
         if last.recipe_digest != self.state.recipe_digest:
             raise RunError(f"{folder} was written for another recipe; start over with --fresh")
-        if last.step > len(self.steps):
+        if last.step > len(self.source):
             raise RunError(
-                f"{folder} is of a longer run than this one of {len(self.steps)} steps; start "
+                f"{folder} is of a longer run than this one of {len(self.source)} steps; start "
                 "over with --fresh"
             )
         restore(self.student, folder)
@@ -124,7 +136,7 @@ class Training:
         started = time.perf_counter()
         self.backend.reset_peak_memory()
         sums = self._accumulate(step)
-        rate = learning_rate(step.index, len(self.steps), self.recipe.optim)
+        rate = learning_rate(step.index, len(self.source), self.recipe.optim)
         norm = self.student.apply(rate)
         if not math.isfinite(norm):
             raise self._diverged(
