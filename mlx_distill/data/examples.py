@@ -1,21 +1,17 @@
-"""`Example`: one worked problem as plain text, and examples → a training and a validation side.
+"""`Example`: one worked problem as plain text.
 
 Decided here: what an example's id depends on, what makes a row nothing to learn from (`Skip`), and
-which examples are held out.
+the order in which examples are taken.
 """
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_distill.data.account import listed, remedy
-from mlx_distill.errors import DataError
 from mlx_distill.readers import is_text
-from mlx_distill.recipe.tables import DataTable
 
 Turn = tuple[str, str] | tuple[str, str, str]
 Turns = tuple[Turn, ...]
@@ -81,50 +77,8 @@ def make_example(
     return Example(example_id(*content), *content)
 
 
-def split_examples(
-    examples: Iterable[Example],
-    data: DataTable,
-    seed: int,
-    usable: Callable[[Example], bool] = lambda example: True,
-    skipped: Counter[str] | None = None,
-) -> tuple[list[Example], list[Example]]:
-    """(training, validation) examples: a seeded shuffle, the validation side filled first.
-
-    No prompt (with its history) is on both sides: training rows that ask a held-out question are
-    counted in `skipped`. `usable` is asked once for each example that is about to be taken (it
-    renders and checks lengths), so that the numbers asked for are the numbers got. Raises
-    `DataError` where there are too few.
-    """
-    skipped = Counter() if skipped is None else skipped
+def shuffled(examples: Iterable[Example], seed: int) -> list[Example]:
+    """The examples in an order that depends on the seed and on how many there are."""
     pool = list(examples)
     order = np.random.default_rng([seed, 0x5B117]).permutation(len(pool))
-    shuffled = (pool[index] for index in order)
-    validation: list[Example] = []
-    while len(validation) < data.validation_examples and (example := next(shuffled, None)):
-        if usable(example):
-            validation.append(example)
-    held_out = {(example.history, example.prompt.strip()) for example in validation}
-    train: list[Example] = []
-    while (not data.train_examples or len(train) < data.train_examples) and (
-        example := next(shuffled, None)
-    ):
-        if (example.history, example.prompt.strip()) in held_out:
-            skipped["its prompt is in the validation set"] += 1
-        elif usable(example):
-            train.append(example)
-    _refuse_too_few(data, len(pool), len(train), len(validation), skipped)
-    return train, validation
-
-
-def _refuse_too_few(
-    data: DataTable, rows: int, train: int, validation: int, skipped: Counter[str]
-) -> None:
-    if validation == data.validation_examples and train >= max(1, data.train_examples):
-        return
-    reasons = f", {listed(skipped)}" if skipped else ""
-    fewer = "lower data.validation_examples or data.train_examples, or name a source with more rows"
-    raise DataError(
-        f"{data.source}: asked for {data.validation_examples} validation and "
-        f"{data.train_examples or 'at least 1'} training examples, found {validation} and {train} "
-        f"usable ones in {rows} examples{reasons}; {remedy(skipped, fewer)}"
-    )
+    return [pool[index] for index in order]

@@ -1,30 +1,33 @@
 """A recipe and a tokenizer → the sequences a run trains on and is validated on, with an account of
 every row.
 
-The one path from data to sequences, shared by training, `plan` and `show`. Decided here: that
-validation sequences are whole, that rows are chosen before they are cut (so the same ones at every
-fraction), and what counts as dropped.
+The one path from data to sequences, shared by training, `plan` and `show`: shuffle, render, take,
+cut. Decided here: which examples are held out, that validation sequences are whole, that rows are
+chosen before they are cut (so the same ones at every fraction), and what counts as dropped.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_distill.data.account import listed
-from mlx_distill.data.examples import Example, Skip, split_examples
+from mlx_distill.data.account import listed, remedy
+from mlx_distill.data.examples import Example, Skip, Turns, shuffled
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import Segment, TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import TruncationTable
+from mlx_distill.recipe.tables import DataTable, TruncationTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+Usable = tuple[Example, TokenSequence]
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,10 @@ def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "")
     skipped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
     seed, longest = recipe.run.seed, recipe.data.longest_tokens
-    rendered: dict[str, TokenSequence] = {}
-
-    def usable(example: Example) -> bool:
-        try:
-            sequence = render(example, tokenizer, day, unused)
-        except Skip as skip:
-            skipped[str(skip)] += 1
-            return False
-        if len(sequence) > longest:
-            skipped[f"longer than data.longest_tokens = {longest}"] += 1
-            return False
-        rendered[example.id] = sequence
-        return True
-
-    examples = read_examples(recipe.data, seed, skipped, unused)
-    train, validation = split_examples(examples, recipe.data, seed, usable, skipped)
-    whole = tuple(rendered[example.id] for example in train)
+    examples = shuffled(read_examples(recipe.data, seed, skipped, unused), seed)
+    rendered = _rendered(examples, tokenizer, day, longest, skipped, unused)
+    train, validation = take(rendered, recipe.data, skipped, len(examples))
+    whole = tuple(sequence for _, sequence in train)
     cut = tuple(cut_sequence(sequence, recipe) for sequence in whole)
     learning = tuple(
         sequence for sequence in cut if sequence.supervised(recipe.objective.segments).any()
@@ -101,11 +91,84 @@ def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "")
     return Prepared(
         train=learning,
         train_whole=whole,
-        validation=tuple(rendered[example.id] for example in validation),
-        examples={example.id: example for example in (*train, *validation)},
+        validation=tuple(sequence for _, sequence in validation),
+        examples={example.id: example for example, _ in (*train, *validation)},
         skipped=dict(skipped + causes),
         unused=dict(unused),
         day=day,
+    )
+
+
+def _rendered(
+    examples: Iterable[Example],
+    tokenizer: "PreTrainedTokenizerFast",
+    day: str,
+    longest: int,
+    skipped: Counter[str],
+    unused: Counter[str],
+) -> Iterator[Usable]:
+    """Each example that can be rendered in at most `longest` tokens, with its sequence; others are
+    counted by their reason.
+    """
+    for example in examples:
+        try:
+            sequence = render(example, tokenizer, day, unused)
+        except Skip as skip:
+            skipped[str(skip)] += 1
+            continue
+        if len(sequence) > longest:
+            skipped[f"longer than data.longest_tokens = {longest}"] += 1
+        else:
+            yield example, sequence
+
+
+def take(
+    usable: Iterable[Usable],
+    data: DataTable,
+    skipped: Counter[str],
+    rows: int,
+) -> tuple[list[Usable], list[Usable]]:
+    """(training, validation) examples, each with its sequence: the validation side takes
+    the first ones, the training side the next ones whose prompt (with its history) it does not ask;
+    those that it asks are counted in `skipped`. No more are drawn than are needed.
+
+    Raises `DataError` where there are too few among the `rows` that there were.
+    """
+    drawn = iter(usable)
+    validation = list(islice(drawn, data.validation_examples))
+    held_out = {_asked(example) for example, _ in validation}
+    train = list(islice(_not_asked_in(held_out, drawn, skipped), data.train_examples or None))
+    _refuse_too_few(data, rows, len(train), len(validation), skipped)
+    return train, validation
+
+
+def _asked(example: Example) -> tuple[Turns, str]:
+    return example.history, example.prompt.strip()
+
+
+def _not_asked_in(
+    held_out: set[tuple[Turns, str]],
+    usable: Iterator[Usable],
+    skipped: Counter[str],
+) -> Iterator[Usable]:
+    for example, sequence in usable:
+        if _asked(example) in held_out:
+            skipped["its prompt is in the validation set"] += 1
+        else:
+            yield example, sequence
+
+
+def _refuse_too_few(
+    data: DataTable, rows: int, train: int, validation: int, skipped: Counter[str]
+) -> None:
+    if validation == data.validation_examples and train >= max(1, data.train_examples):
+        return
+    reasons = f", {listed(skipped)}" if skipped else ""
+    fewer = "lower data.validation_examples or data.train_examples, or name a source with more rows"
+    raise DataError(
+        f"{data.source}: asked for {data.validation_examples} validation and "
+        f"{data.train_examples or 'at least 1'} training examples, found {validation} and {train} "
+        f"usable ones in {rows} examples{reasons}; {remedy(skipped, fewer)}"
     )
 
 

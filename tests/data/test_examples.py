@@ -9,8 +9,9 @@ from collections import Counter
 
 import pytest
 
-from mlx_distill.data.examples import example_id, make_example, split_examples
+from mlx_distill.data.examples import example_id, make_example, shuffled
 from mlx_distill.data.formats import read_examples
+from mlx_distill.data.prepare import take
 from mlx_distill.data.reasoning import split_reasoning
 from mlx_distill.data.sequences import render
 from mlx_distill.errors import DataError, NotFound
@@ -558,19 +559,26 @@ def numbered(count, prompts=None):
     return [make_example(f"q{i % (prompts or count)}", f"c{i}", "a") for i in range(count)]
 
 
+def split(examples, data, seed, skipped=None):
+    pairs = ((example, example.cot) for example in shuffled(examples, seed))
+    sides = take(pairs, data, Counter() if skipped is None else skipped, len(examples))
+    assert all(rendered == example.cot for side in sides for example, rendered in side)
+    return tuple([example for example, _ in side] for side in sides)
+
+
 def test_split_is_seeded_and_complete():
     examples, data = numbered(50), DataTable(source="x", validation_examples=10)
-    train, validation = split_examples(examples, data, 7)
+    train, validation = split(examples, data, 7)
     assert (len(train), len(validation)) == (40, 10)
     assert {e.id for e in train} | {e.id for e in validation} == {e.id for e in examples}
-    assert split_examples(examples, data, 7) == (train, validation)
-    assert split_examples(examples, data, 8)[1] != validation
+    assert split(examples, data, 7) == (train, validation)
+    assert split(examples, data, 8)[1] != validation
 
 
 def test_held_out_rows_do_not_depend_on_the_number_of_training_rows():
     examples = numbered(50)
     splits = [
-        split_examples(examples, DataTable(source="x", validation_examples=10, train_examples=n), 7)
+        split(examples, DataTable(source="x", validation_examples=10, train_examples=n), 7)
         for n in (5, 30)
     ]
     assert splits[0][1] == splits[1][1]
@@ -581,7 +589,7 @@ def test_held_out_rows_do_not_depend_on_the_number_of_training_rows():
 def test_no_prompt_is_on_both_sides(seed):
     skipped = Counter()
     examples = numbered(60, prompts=12)
-    train, validation = split_examples(
+    train, validation = split(
         examples, DataTable(source="x", validation_examples=6), seed, skipped=skipped
     )
     assert not {e.prompt for e in train} & {e.prompt for e in validation}
@@ -589,13 +597,12 @@ def test_no_prompt_is_on_both_sides(seed):
     assert skipped["its prompt is in the validation set"] > 0
 
 
-def test_unusable_examples_are_replaced():
+def test_no_more_are_drawn_than_needed():
     data = DataTable(source="x", validation_examples=5, train_examples=10)
-    train, validation = split_examples(
-        numbered(50), data, 1, usable=lambda e: int(e.cot[1:]) % 2 == 0
-    )
+    drawn = iter([(example, None) for example in numbered(50)])
+    train, validation = take(drawn, data, Counter(), 50)
     assert (len(train), len(validation)) == (10, 5)
-    assert all(int(e.cot[1:]) % 2 == 0 for e in train + validation)
+    assert len(list(drawn)) == 35
 
 
 @pytest.mark.parametrize(
@@ -604,5 +611,5 @@ def test_unusable_examples_are_replaced():
 def test_too_few_examples(validation, train, found):
     data = DataTable(source="rows.jsonl", validation_examples=validation, train_examples=train)
     with pytest.raises(DataError, match=f"found {found} usable ones in 10 examples") as error:
-        split_examples(numbered(10), data, 0)
+        split(numbered(10), data, 0)
     assert str(error.value).startswith("rows.jsonl: asked for ")
