@@ -16,7 +16,7 @@ from mlx_distill.data.sources import Row
 from mlx_distill.data.turns import join_channels
 from mlx_distill.errors import DataError
 from mlx_distill.readers import parse_json
-from mlx_distill.recipe import DataTable
+from mlx_distill.recipe.tables import DataTable
 
 COLUMNS: dict[str, dict[str, str]] = {
     "columns": {"prompt": "prompt", "cot": "cot", "answer": "answer"},
