@@ -731,7 +731,7 @@ def test_a_plan_imports_no_framework_itself(without_weights):
     "what, where, saved",
     [
         ("a training step", "TorchStudent.accumulate", "the checkpoint of step 3 is intact"),
-        ("loading", "models.load_teacher", "no checkpoint was written yet"),
+        ("loading", "loading.load_teacher", "no checkpoint was written yet"),
     ],
 )
 def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(
@@ -745,7 +745,7 @@ def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(
     )
     fails_at = {
         "TorchStudent.accumulate": (torch_backend, "kd_loss", 7),
-        "models.load_teacher": (torch_backend.models, "load_teacher", 0),
+        "loading.load_teacher": (torch_backend.loading, "load_teacher", 0),
     }
     owner, name, call = fails_at[where]
     function, calls = getattr(owner, name), iter(range(100))

@@ -18,6 +18,7 @@ from endings import TORCH_STUDENT, arguments
 from safetensors.numpy import load_file
 from torch.distributed.tensor import DTensor
 
+from mlx_distill.backends.torch import loading
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch import ranks as together
 from mlx_distill.recipe.load import load_recipe
@@ -202,7 +203,7 @@ def pretended_ranks(monkeypatch):
 
 def student(tiny_recipe: Path) -> models.SplitModel:
     table = load_recipe(tiny_recipe).student
-    return models.load_student(
+    return loading.load_student(
         Path(table.model), "student", table, 0, torch.device("cpu"), torch.bfloat16
     )
 

@@ -103,11 +103,12 @@ def _mlx_logits(folder: Path, name: str, tokens: np.ndarray) -> np.ndarray:
     try:
         import mlx.core as mx
 
-        from mlx_distill.backends.mlx import model as models
+        from mlx_distill.backends.mlx.loading import load_teacher
+        from mlx_distill.backends.mlx.weights import cast
     except ImportError as error:
         raise DistillError(f"{name}: MLX cannot be imported ({one_line(error)})") from None
-    split = models.load_teacher(folder, name, 0)
-    split.model.update(models.cast(split.model.parameters(), mx.float32))
+    split = load_teacher(folder, name, 0)
+    split.model.update(cast(split.model.parameters(), mx.float32))
     return np.array(split.head(split.hidden(mx.array(tokens[None])))[0].astype(mx.float32))
 
 

@@ -19,10 +19,14 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.mlx import backend as mlx_backend
+from mlx_distill.backends.mlx import loading as mlx_loading
 from mlx_distill.backends.mlx import loss as mlx_loss
 from mlx_distill.backends.mlx import model as mlx_models
+from mlx_distill.backends.mlx import weights as mlx_weights
 from mlx_distill.backends.protocol import Student
+from mlx_distill.backends.torch import adapters as torch_adapters
 from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.backends.torch import loading as torch_loading
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.backends.torch import model as torch_models
 from mlx_distill.recipe.recipe import Recipe
@@ -55,12 +59,12 @@ class Mlx:
     # models
 
     def load_teacher(self, folder: Path, bits: int = 0) -> mlx_models.SplitModel:
-        return mlx_models.load_teacher(folder, "m", bits)
+        return mlx_loading.load_teacher(folder, "m", bits)
 
     def load_student(
         self, folder: Path, table: StudentTable | None = None, seed: int = 0
     ) -> mlx_models.SplitModel:
-        return mlx_models.load_student(folder, "m", table or StudentTable(), seed)
+        return mlx_loading.load_student(folder, "m", table or StudentTable(), seed)
 
     def logits(self, split: Split, tokens: np.ndarray = TOKENS) -> np.ndarray:
         """By the plain model."""
@@ -84,7 +88,7 @@ class Mlx:
         )
 
     def set_dtype(self, split: Split, dtype: str) -> None:
-        split.model.update(mlx_models.cast(split.model.parameters(), getattr(mx, dtype)))
+        split.model.update(mlx_weights.cast(split.model.parameters(), getattr(mx, dtype)))
 
     # optimizers
 
@@ -129,12 +133,12 @@ class Torch:
     # models
 
     def load_teacher(self, folder: Path, bits: int = 0) -> torch_models.SplitModel:
-        return torch_models.load_teacher(folder, "m", bits, CPU, None)
+        return torch_loading.load_teacher(folder, "m", bits, CPU, None)
 
     def load_student(
         self, folder: Path, table: StudentTable | None = None, seed: int = 0
     ) -> torch_models.SplitModel:
-        return torch_models.load_student(
+        return torch_loading.load_student(
             folder, "m", table or StudentTable(), seed, CPU, torch.float32
         )
 
@@ -155,9 +159,9 @@ class Torch:
         kept = {}
         for name, parameter in split.model.named_parameters():
             if parameter.requires_grad or not trained:
-                kept[torch_models.canonical(name)] = (
+                kept[torch_adapters.canonical(name)] = (
                     parameter.T
-                    if parameter.ndim == 2 and torch_models.is_transposed(name)
+                    if parameter.ndim == 2 and torch_adapters.is_transposed(name)
                     else parameter
                 )
         return kept

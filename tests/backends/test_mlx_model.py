@@ -26,8 +26,10 @@ from test_model import (
 )
 from tiny import family_folder, llama_config
 
+from mlx_distill.backends.mlx import loading
 from mlx_distill.backends.mlx import model as models
 from mlx_distill.backends.mlx.loss import CallableHead, QuantizedHead
+from mlx_distill.backends.mlx.weights import parameter_count
 
 MLX = FRAMEWORKS["mlx"]
 EVERY = FAMILIES | OWN["mlx"]
@@ -117,16 +119,14 @@ def test_a_model_without_a_trunk_is_refused():
 
 def test_quantised_on_load(tmp_path: Path):
     folder = family_folder(tmp_path, FAMILIES["qwen3"])
-    exact = models.load_teacher(folder, "m", 0)
+    exact = loading.load_teacher(folder, "m", 0)
     logits = MLX.logits(exact)
     errors = []
     for bits in (8, 6, 4):
-        split = models.load_teacher(folder, "m", bits)
+        split = loading.load_teacher(folder, "m", bits)
         assert split.trunk.layers[0].mlp.up_proj.bits == bits == split.model.lm_head.bits
         assert not tree_flatten(split.model.trainable_parameters())
-        assert models.parameter_count(split.model) == pytest.approx(
-            models.parameter_count(exact.model), rel=0.01
-        )
+        assert parameter_count(split.model) == pytest.approx(parameter_count(exact.model), rel=0.01)
         errors.append(relative_error(MLX.logits(split), logits))
     assert 0 < errors[0] < errors[1] < errors[2] < 0.7
 
@@ -146,7 +146,7 @@ def test_a_stored_quantised_head_stays_quantised(tmp_path: Path):
     model, config = mlx_lm.utils.quantize_model(model, config, 64, 8)
     mlx_lm.utils.save_model(tmp_path / "stored", model)
     mlx_lm.utils.save_config(config, tmp_path / "stored" / "config.json")
-    assert isinstance(models.load_teacher(tmp_path / "stored", "m", 0).loss_head(), QuantizedHead)
+    assert isinstance(loading.load_teacher(tmp_path / "stored", "m", 0).loss_head(), QuantizedHead)
 
 
 # Students

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from frameworks import CPU, FRAMEWORKS, TOKENS, relative_error, student_of
+from safetensors.torch import save_file
 from test_model import (
     FAMILIES,
     NO_TRUNK,
@@ -27,8 +28,11 @@ from tiny import family_folder, texts
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
+from mlx_distill.backends.torch import loading
 from mlx_distill.backends.torch import model as models
+from mlx_distill.backends.torch.adapters import fused_weights, parameter_count
 from mlx_distill.backends.torch.loss import CallableHead, MatrixHead
+from mlx_distill.backends.torch.weights import stored_weights
 from mlx_distill.recipe.tables import StudentTable
 
 TORCH = FRAMEWORKS["torch"]
@@ -151,10 +155,10 @@ def test_quantising_on_cuda_needs_a_width_and_a_library_that_exist(
     expected = (
         r"quantize_bits = 6 asked, but on CUDA there are 4 and 8 \(bitsandbytes\): choose one$"
     )
-    assert_refused(lambda: models.load_teacher(folder, "m", 6, cuda, None), expected)
+    assert_refused(lambda: loading.load_teacher(folder, "m", 6, cuda, None), expected)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     expected = r'quantize_bits = 4 asked, but bitsandbytes is not installed: pip install "mlx-distill\[torch\]", or set 0$'
-    assert_refused(lambda: models.load_teacher(folder, "m", 4, cuda, None), expected)
+    assert_refused(lambda: loading.load_teacher(folder, "m", 4, cuda, None), expected)
 
 
 def test_a_teacher_quantised_by_others_is_not_quantised_again(folder: Path):
@@ -212,7 +216,7 @@ def test_gpt2_teaches_and_does_not_learn(tmp_path: Path):
 def test_what_is_frozen_is_in_the_compute_dtype_and_what_trains_in_float32(
     folder: Path, tuning: str
 ):
-    split = models.load_student(folder, "m", StudentTable(tuning=tuning), 0, CPU, torch.bfloat16)
+    split = loading.load_student(folder, "m", StudentTable(tuning=tuning), 0, CPU, torch.bfloat16)
     dtypes = {
         trains: {p.dtype for p in split.model.parameters() if p.requires_grad == trains}
         for trains in (True, False)
@@ -228,8 +232,8 @@ def test_adapters_are_not_counted_and_a_tied_head_is_counted_once(
 ):
     path = family_folder(tmp_path, FAMILIES[name])
     split = TORCH.load_student(path, StudentTable(tuning=tuning))
-    assert models.parameter_count(split.model) == sum(
-        tensor.numel() for tensor in models.stored_weights(path).values()
+    assert parameter_count(split.model) == sum(
+        tensor.numel() for tensor in stored_weights(path).values()
     )
 
 
@@ -240,8 +244,8 @@ def test_an_untrained_dora_student_is_its_base_in_either_dtype(
     """Its magnitudes are the norms of the weights, not a rounding of them."""
     path = family_folder(tmp_path, FAMILIES["qwen2"] | {"torch_dtype": part}, dtype=part)
     split = TORCH.load_student(path, StudentTable(tuning="dora"))
-    fused = models.fused_weights(split, path)
-    for key, tensor in models.stored_weights(path).items():
+    fused = fused_weights(split, path)
+    for key, tensor in stored_weights(path).items():
         assert relative_error(TORCH.numpy(fused[key]), TORCH.numpy(tensor)) < 1e-6, key
 
 
@@ -249,11 +253,11 @@ def test_a_mixed_folder_keeps_each_type(folder: Path, tmp_path: Path):
     """Norms in float32 among matrices in bfloat16, whatever config.json says: nothing is rounded on
     the way in.
     """
-    tensors = models.stored_weights(folder)
+    tensors = stored_weights(folder)
     mixed = {
         key: tensor if tensor.ndim == 1 else tensor.bfloat16() for key, tensor in tensors.items()
     }
-    models.save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
     configure(folder, torch_dtype="bfloat16")
     split = TORCH.load_student(folder)
     for key, parameter in split.model.named_parameters():

@@ -11,9 +11,9 @@ import pytest
 import torch
 from families import FAMILIES, TOKENS, Family, transformers_logits
 
-from mlx_distill.backends.mlx import arithmetic
-from mlx_distill.backends.mlx import model as mlx_model
-from mlx_distill.backends.torch import model as torch_model
+from mlx_distill.backends.mlx import arithmetic, rotary
+from mlx_distill.backends.mlx import loading as mlx_loading
+from mlx_distill.backends.torch import loading as torch_loading
 from mlx_distill.errors import ModelError
 from mlx_distill.models import hub
 from mlx_distill.models.config import TESTED, Meaning, reading_of
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory):
 
 
 def mlx_logits(folder: Path) -> np.ndarray:
-    split = mlx_model.load_teacher(folder, "m", 0)
+    split = mlx_loading.load_teacher(folder, "m", 0)
     return np.array(split.head(split.hidden(mx.array(TOKENS))))
 
 
@@ -68,7 +68,7 @@ def test_mlx_and_torch_compute_what_transformers_computes(name: str, folder):
     path = folder(name)
     wanted = transformers_logits(path)
     assert distance(mlx_logits(path), wanted) < TOLERANCE
-    split = torch_model.load_teacher(path, "m", 0, torch.device("cpu"), torch.float32)
+    split = torch_loading.load_teacher(path, "m", 0, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         found = split.head(split.hidden(torch.from_numpy(TOKENS))).numpy()
     assert distance(found, wanted) < TOLERANCE
@@ -89,8 +89,8 @@ def test_every_family_that_is_called_tested_is():
 def test_the_families_that_readme_calls_students_are(name: str, folder):
     table, cpu = StudentTable(model="s"), torch.device("cpu")
     for load in (
-        lambda: mlx_model.load_student(folder(name), "s", table, 0),
-        lambda: torch_model.load_student(folder(name), "s", table, 0, cpu, torch.float32),
+        lambda: mlx_loading.load_student(folder(name), "s", table, 0),
+        lambda: torch_loading.load_student(folder(name), "s", table, 0, cpu, torch.float32),
     ):
         if readme_table()[FAMILIES[name].type]:
             load()
@@ -290,7 +290,7 @@ def test_what_mlx_lm_would_not_compute_is_refused_in_one_line(case: str, folder,
     name, keys, expected = REFUSED[case]
     path = changed(folder(name), tmp_path / "changed", **keys)
     with pytest.raises(ModelError, match=f"^m: .*{expected}") as caught:
-        mlx_model.load_teacher(path, "m", 0)
+        mlx_loading.load_teacher(path, "m", 0)
     assert "\n" not in str(caught.value)
 
 
@@ -326,8 +326,8 @@ def test_numbers_that_no_model_has_are_one_line_on_both_backends(case: str, fold
     file = path / "config.json"
     file.write_text(file.read_text().replace('"NULL"', "null"))
     for load in (
-        lambda: mlx_model.load_teacher(path, "m", 0),
-        lambda: torch_model.load_teacher(path, "m", 0, torch.device("cpu"), torch.float32),
+        lambda: mlx_loading.load_teacher(path, "m", 0),
+        lambda: torch_loading.load_teacher(path, "m", 0, torch.device("cpu"), torch.float32),
     ):
         with pytest.raises(ModelError, match=f"^m: .*{expected}") as caught:
             load()
@@ -337,8 +337,8 @@ def test_numbers_that_no_model_has_are_one_line_on_both_backends(case: str, fold
 def test_logits_that_are_no_numbers_are_refused_on_both_backends(folder, tmp_path: Path):
     path = changed(folder("granite"), tmp_path / "changed", embedding_multiplier=1e39)
     for load in (
-        lambda: mlx_model.load_teacher(path, "m", 0),
-        lambda: torch_model.load_teacher(path, "m", 0, torch.device("cpu"), torch.float32),
+        lambda: mlx_loading.load_teacher(path, "m", 0),
+        lambda: torch_loading.load_teacher(path, "m", 0, torch.device("cpu"), torch.float32),
     ):
         with pytest.raises(ModelError, match=r"^m: its logits are not finite, though"):
             load()
@@ -379,12 +379,12 @@ def test_a_cap_that_is_null_is_refused(folder, tmp_path: Path):
     with pytest.raises(
         ModelError, match="attn_logit_softcapping is null: mlx-lm's gemma2 needs a number"
     ):
-        mlx_model.load_teacher(path, "m", 0)
+        mlx_loading.load_teacher(path, "m", 0)
 
 
 def test_a_family_that_was_not_compared_is_said(tmp_path: Path):
     family = Family("helium", {"head_dim": 16})
-    notes = mlx_model.load_teacher(family.save(tmp_path / "helium"), "m", 0).notes
+    notes = mlx_loading.load_teacher(family.save(tmp_path / "helium"), "m", 0).notes
     assert len(notes) == 1 and notes[0].startswith(
         "m: mlx-lm's helium was not compared with transformers"
     )
@@ -411,7 +411,7 @@ def test_the_check_sees_a_wrong_rotation(attribute: str, value, expected: str, f
         folder("llama"), model_config=Meaning(folder("llama"), "m").for_mlx()
     )
     monkeypatch.setattr(
-        arithmetic, "GivenRotary", lambda rotary: model.layers[2].self_attn.rope
+        rotary, "GivenRotary", lambda rotary: model.layers[2].self_attn.rope
     )  # nothing to replace it by
     assert arithmetic.settle(model, Meaning(folder("llama"), "m")) == ()
     setattr(model.layers[2].self_attn.rope, attribute, value)

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 from tiny import llama_config, random_weights
 
-from mlx_distill.backends.mlx import model as mlx_models
-from mlx_distill.backends.torch import model as torch_models
+from mlx_distill.backends.mlx import loading as mlx_loading
+from mlx_distill.backends.torch import loading as torch_loading
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_weights
 from mlx_distill.models.hub import model_fingerprint, model_folder
@@ -54,11 +54,11 @@ def sharded(folder: Path) -> Path:
 
 
 def mlx_logits(folder: Path) -> np.ndarray:
-    return np.array(mlx_models.load_teacher(folder, "m", 0).model(mx.array(TOKENS)))
+    return np.array(mlx_loading.load_teacher(folder, "m", 0).model(mx.array(TOKENS)))
 
 
 def torch_logits(folder: Path) -> np.ndarray:
-    split = torch_models.load_teacher(folder, "m", 0, torch.device("cpu"), None)
+    split = torch_loading.load_teacher(folder, "m", 0, torch.device("cpu"), None)
     with torch.no_grad():
         return split.model(torch.tensor(TOKENS)).logits.numpy()
 
@@ -435,9 +435,9 @@ def load_student(load, folder: Path) -> None:
     from mlx_distill.recipe.tables import StudentTable
 
     if load is mlx_logits:
-        mlx_models.load_student(folder, "m", StudentTable(), 0)
+        mlx_loading.load_student(folder, "m", StudentTable(), 0)
     else:
-        torch_models.load_student(
+        torch_loading.load_student(
             folder, "m", StudentTable(), 0, torch.device("cpu"), torch.float32
         )
 

@@ -21,7 +21,9 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 from mlx_distill.backends import oracle, refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.chunks import chunk_tokens
+from mlx_distill.backends.mlx import loading
 from mlx_distill.backends.mlx import model as models
+from mlx_distill.backends.mlx.adapters import fused_weights
 from mlx_distill.backends.mlx.loss import (
     FLOOR,
     Head,
@@ -32,6 +34,7 @@ from mlx_distill.backends.mlx.loss import (
     kd_loss,
     score_rows,
 )
+from mlx_distill.backends.mlx.weights import cast, cast_frozen, parameter_count, save_folder
 from mlx_distill.backends.protocol import (
     DeviceInfo,
     LossSums,
@@ -82,14 +85,14 @@ class MlxBackend:
         return getattr(mx, self.device().dtype if asked == "auto" else asked)
 
     def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> "MlxTeacher":
-        split = models.load_teacher(folder, name, quantize_bits)
+        split = loading.load_teacher(folder, name, quantize_bits)
         if self.device().dtype == "float32":
-            split.model.update(models.cast(split.model.parameters(), mx.float32))
+            split.model.update(cast(split.model.parameters(), mx.float32))
             mx.eval(split.model.parameters())
         return MlxTeacher(split)
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> "MlxStudent":
-        split = models.load_student(folder, name, recipe.student, recipe.run.seed)
+        split = loading.load_student(folder, name, recipe.student, recipe.run.seed)
         return MlxStudent(split, folder, recipe, self.dtype(recipe.student.compute_dtype))
 
     def cached_head(self, matrix: np.ndarray) -> Head:
@@ -145,7 +148,7 @@ class MlxModel:
 
     @property
     def parameters(self) -> int:
-        return models.parameter_count(self.split.model)
+        return parameter_count(self.split.model)
 
     @property
     def vocabulary_rows(self) -> int:
@@ -258,7 +261,7 @@ class MlxStudent(MlxModel):
         )
         self.max_grad_norm = recipe.optim.max_grad_norm
         if recipe.student.tuning != "full":
-            models.cast_frozen(split.model, dtype)
+            cast_frozen(split.model, dtype)
         if recipe.student.gradient_checkpointing:
             models.checkpoint_layers(split)
         self.optimizer = make_optimizer(recipe)
@@ -385,8 +388,8 @@ class MlxStudent(MlxModel):
         """
         if folder is None:
             return
-        models.save_folder(
-            models.fused_weights(self.split.model, self.base),
+        save_folder(
+            fused_weights(self.split.model, self.base),
             self.base,
             folder,
             self._save_dtype,
@@ -441,7 +444,7 @@ class MlxStudent(MlxModel):
     def _hidden(self, weights: dict, batch: Batch) -> mx.array:
         check_indices("targets", batch.targets, self.vocabulary or self.vocabulary_rows)
         self.split.model.update(
-            models.cast(weights, self.dtype) if self.table.tuning == "full" else weights
+            cast(weights, self.dtype) if self.table.tuning == "full" else weights
         )
         return self.gather(batch.tokens, batch.positions)
 

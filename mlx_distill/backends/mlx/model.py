@@ -1,38 +1,27 @@
-"""Models of mlx-lm, split where the loss needs them split: a trunk (tokens → hidden states) and a
-head (→ logits).
+"""A model of mlx-lm, split where the loss needs it split: a trunk (tokens → hidden states) and a head
+(→ logits).
 
-In: a model folder. Out: a `SplitModel` whose head was checked against the whole model, or a
-`ModelError`. Decided here: how the split is made, which models may be students, and what a saved
-student looks like.
+In: a loaded model. Out: a `SplitModel` whose head was checked against the whole model, or a
+`ModelError`. Decided here: how the split is made, and whether the head is a matrix that the loss
+may cut into blocks.
 """
 
 import inspect
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_distill.backends import export, refusals
-from mlx_distill.backends.adapters import adapted_paths, initial_matrix
-from mlx_distill.backends.mlx import arithmetic
+from mlx_distill.backends import refusals
 from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
-from mlx_distill.errors import ModelError
 from mlx_distill.files import all_lines
-from mlx_distill.models.config import Meaning
-from mlx_distill.models.folder import Weights, read_config, read_generation_config, read_weights
-from mlx_distill.recipe.tables import StudentTable
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
 PROBE_LOGIT = 100.0  # the largest one when a head is probed: far into any cap
 PROBE_TOLERANCE = 1e-3  # relative to the largest logit; a wrong split is off by orders of magnitude
 HALF_TOLERANCE = 2e-2  # the same in bfloat16 or float16: a few units in the last place
-Notes = tuple[str, ...]
 EMBEDDINGS = (
     "embed_tokens",
     "wte",
@@ -188,6 +177,23 @@ class SplitModel:
             raise refusals.not_split(self.name, type(self.model), how)
 
 
+def checkpoint_layers(split: SplitModel) -> None:
+    """Recompute each block in the backward pass. The blocks of this model get a class of their own:
+    no other model changes.
+    """
+    for layer in split.layers:
+        plain = type(layer)
+
+        def call(self, *args, _forward=plain.__call__, **kwargs):
+            def run(parameters, *args):
+                self.update(parameters)
+                return _forward(self, *args, **kwargs)
+
+            return mx.checkpoint(run)(self.trainable_parameters(), *args)
+
+        layer.__class__ = type(f"Checkpointed{plain.__name__}", (plain,), {"__call__": call})
+
+
 class _AfterTrunk:
     """What a family's own code does after its trunk, as a function of the trunk's output [..., D].
 
@@ -265,250 +271,3 @@ def _close(left: mx.array, right: mx.array) -> bool:
     left, right = left.astype(mx.float32), right.astype(mx.float32)
     scale = mx.maximum(mx.abs(right).max(), 1e-6)
     return left.shape == right.shape and (mx.abs(left - right).max() / scale).item() <= tolerance
-
-
-def load_teacher(folder: Path, name: str, quantize_bits: int) -> SplitModel:
-    """Any causal LM that mlx-lm loads, frozen; `quantize_bits` (4, 6, 8; 0 = as stored) quantises
-    on load.
-    """
-    model, config, notes, _ = _load(folder, name, student=False, lazy=bool(quantize_bits))
-    if quantize_bits:
-        if "quantization" in config:
-            raise refusals.quantised_already(
-                name, quantize_bits, config["quantization"].get("bits")
-            )
-        _quantize(model, name, quantize_bits)
-    model.freeze()
-    return SplitModel(model, name, notes)
-
-
-def _quantize(model: nn.Module, name: str, bits: int, group_size: int = 64) -> None:
-    def fits(path: str, module: nn.Module) -> bool:
-        return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
-
-    if not any(fits(path, module) for path, module in model.named_modules()):
-        raise ModelError(
-            f"{name}: no layer is as wide as a multiple of {group_size}, so it cannot be "
-            "quantised: set quantize_bits = 0"
-        )
-    nn.quantize(model, group_size, bits, class_predicate=fits)
-    mx.eval(model.parameters())
-
-
-def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> SplitModel:
-    """A model whose tensors equal Hugging Face's by name and value, in float32 where it trains;
-    others are refused.
-    """
-    read_generation_config(folder, name)  # which its export will read, hours from now
-    model, config, notes, ours = _load(folder, name, student=True, lazy=False)
-    notes += (refusals.not_obeyed(name, ours),) if ours else ()
-    if config.get("quantization") or config.get("quantization_config"):
-        raise refusals.quantised_student(name)
-    _refuse_rewritten(model, folder, name)
-    stored_dtype = next(
-        p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)
-    )
-    if table.tuning == "full":
-        model.update(cast(model.parameters(), mx.float32))
-        split = SplitModel(model, name, notes)
-    else:
-        split = SplitModel(model, name, notes)
-        add_adapters(split, table, seed)
-    if split.head_matrix() is None:
-        raise refusals.head_is_no_matrix(name)
-    split.stored_dtype = stored_dtype
-    return split
-
-
-def parameter_count(model: nn.Module) -> int:
-    """How many numbers a model holds; packed quantised weights count as what they stand for."""
-    return mlx_lm.utils.get_total_parameters(model)
-
-
-def cast_frozen(model: nn.Module, dtype: mx.Dtype) -> None:
-    """The frozen arrays as `dtype`, the adapters untouched."""
-    trained = dict(tree_flatten(model.trainable_parameters()))
-    frozen = [(key, array) for key, array in tree_flatten(model.parameters()) if key not in trained]
-    model.update(cast(tree_unflatten(frozen), dtype), strict=False)
-
-
-def cast(parameters: dict, dtype: mx.Dtype) -> dict:
-    """The tree with its floating-point arrays as `dtype`."""
-    return tree_map(
-        lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, parameters
-    )
-
-
-def _load(
-    folder: Path, name: str, student: bool, lazy: bool
-) -> tuple[nn.Module, dict, Notes, Notes]:
-    """The model as its config.json asks for, mlx-lm's config, notes for a person, and the keys that
-    mlx-lm alone would not obey.
-    """
-    weights = read_weights(folder, name)
-    weights.refuse_unusable(read_config(folder, name), name)
-    meaning = Meaning(folder, name)
-    _refuse_missing_head(weights, meaning)
-    told = meaning.for_mlx(None if student else _tied(folder, meaning))
-    with weights.alone() as alone:
-        try:
-            model, config = mlx_lm.utils.load_model(alone, lazy=lazy, model_config=told)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a family's code, run on a config it was not written for, fails in any way
-            raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
-    ours = arithmetic.settle(model, meaning)
-    return model, config, meaning.notes(arithmetic.unread(model, meaning)), ours
-
-
-def _refuse_missing_head(weights: Weights, meaning: Meaning) -> None:
-    """transformers would make one at random, and some of mlx-lm's families would take the
-    embedding.
-    """
-    headless = not any(key.rpartition("lm_head.")[1] for key in weights.tensors)
-    if meaning.tested and headless and meaning.declared.get("tie_word_embeddings") is False:
-        found = (
-            "is absent, which means false for this family"
-            if "tie_word_embeddings" not in meaning.stored
-            else "is false"
-        )
-        raise meaning.refusal(
-            "tie_word_embeddings",
-            f"{found}, but there is no lm_head.weight",
-            "set it to true if the head is the embedding",
-        )
-
-
-def _tied(folder: Path, meaning: Meaning) -> bool | None:
-    """Whether the head is the embedding: as config.json says, unless the folder holds both and they
-    differ (as in transformers).
-
-    mlx-lm would drop the stored head; a student of such a folder is refused for it, because its
-    export would be read so.
-    """
-    tied = meaning.declared.get("tie_word_embeddings")
-    stored = stored_weights(folder, meaning.name)
-    head, embedding = stored.get("lm_head.weight"), stored.get("model.embed_tokens.weight")
-    if tied and head is not None and embedding is not None:
-        return head.shape == embedding.shape and mx.array_equal(head, embedding).item()
-    return tied
-
-
-def stored_weights(folder: Path, name: str = "") -> dict[str, mx.array]:
-    """The tensors of a model folder's files, buffers of rotary embeddings left out."""
-    files = read_weights(folder, name or str(folder)).files
-    try:
-        stored = {key: value for file in files for key, value in mx.load(str(file)).items()}
-    except RuntimeError as error:  # formats that MLX does not have, float64 among them
-        raise refusals.unloadable(name or str(folder), folder, "mlx", error) from None
-    return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
-
-
-def _refuse_rewritten(model: nn.Module, folder: Path, name: str) -> None:
-    """Refuse a family whose tensors mlx-lm renames or changes on load: its export would not open in
-    transformers.
-    """
-    loaded, stored = dict(tree_flatten(model.parameters())), stored_weights(folder, name)
-    if (
-        "lm_head.weight" not in loaded and "lm_head.weight" in stored
-    ):  # a tied head that is stored all the same, or is it one?
-        loaded["lm_head.weight"] = loaded.get("model.embed_tokens.weight", mx.array(0.0))
-    for key in sorted(stored.keys() ^ loaded.keys()):
-        raise refusals.rewritten(name, key, "renamed" if key in stored else "made", "mlx-lm")
-    for key, value in stored.items():
-        if (
-            value.shape != loaded[key].shape
-            or not mx.array_equal(value, loaded[key], equal_nan=True).item()
-        ):
-            raise refusals.rewritten(name, key, "changed", "mlx-lm")
-
-
-def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
-    """Freeze the model and add LoRA or DoRA to the layers that `adapted_paths` chooses; lora_a is
-    `initial_matrix`, lora_b zero.
-    """
-    model = split.model
-    model.freeze()
-    linear = {
-        id(module): path for path, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    blocks = [
-        [linear[id(module)] for _, module in block.named_modules() if id(module) in linear]
-        for block in split.layers
-    ]
-    paths = adapted_paths(blocks, table, split.name)
-    keys = {
-        path
-        for block in split.layers
-        for path, module in block.named_modules()
-        if linear.get(id(module)) in paths
-    }
-    config = {"rank": table.rank, "scale": table.alpha / table.rank, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(model, table.lora_layers, config, use_dora=table.tuning == "dora")
-    for path, module in model.named_modules():
-        if "lora_a" in module:
-            module.lora_a = mx.array(initial_matrix(module.lora_a.shape, path, seed))
-
-
-def checkpoint_layers(split: SplitModel) -> None:
-    """Recompute each block in the backward pass. The blocks of this model get a class of their own:
-    no other model changes.
-    """
-    for layer in split.layers:
-        plain = type(layer)
-
-        def call(self, *args, _forward=plain.__call__, **kwargs):
-            def run(parameters, *args):
-                self.update(parameters)
-                return _forward(self, *args, **kwargs)
-
-            return mx.checkpoint(run)(self.trainable_parameters(), *args)
-
-        layer.__class__ = type(f"Checkpointed{plain.__name__}", (plain,), {"__call__": call})
-
-
-def fused_weights(model: nn.Module, base: Path) -> dict[str, mx.array]:
-    """Every tensor by its Hugging Face name, adapters fused into the matrices they adapt; the model
-    keeps its adapters.
-
-    What has no adapter is as the folder `base` stores it, whatever type the frozen copy is computed
-    in.
-    """
-    adapted = {path: module for path, module in model.named_modules() if "lora_a" in module}
-    if not adapted:
-        return dict(tree_flatten(model.parameters()))
-    stored = stored_weights(base)
-    return stored | {
-        f"{path}.weight": _fused(module, stored[f"{path}.weight"])
-        for path, module in adapted.items()
-    }
-
-
-def _fused(module: nn.Module, weight: mx.array) -> mx.array:
-    """The matrix that does what a LoRA or DoRA layer over `weight` does, in float32: mlx-lm's
-    `fuse` adds in the frozen one's type.
-    """
-    frozen = module.linear.weight
-    module.linear.weight = weight.astype(mx.float32)
-    fused = module.fuse()
-    module.linear.weight = frozen
-    return fused.weight
-
-
-def save_folder(
-    weights: dict[str, mx.array],
-    base: Path,
-    folder: Path,
-    dtype: mx.Dtype | None,
-    stop_ids: list[int],
-) -> None:
-    """A Hugging Face folder; dtype None keeps each tensor's type in the base model."""
-    tensors = {key: value.astype(dtype) if dtype else value for key, value in weights.items()}
-    export.save_folder(
-        tensors, _save, base, folder, str(dtype).rpartition(".")[2] if dtype else "", stop_ids
-    )
-
-
-def _save(tensors: dict[str, mx.array], file: Path) -> None:
-    mx.save_safetensors(str(file), tensors, metadata={"format": "pt"})

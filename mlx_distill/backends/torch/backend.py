@@ -33,9 +33,15 @@ from mlx_distill.backends.protocol import (
     SparseTargets,
     check_indices,
 )
+from mlx_distill.backends.torch import loading, resident
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch import ranks as together
-from mlx_distill.backends.torch import resident
+from mlx_distill.backends.torch.adapters import (
+    canonical,
+    fused_weights,
+    is_transposed,
+    parameter_count,
+)
 from mlx_distill.backends.torch.loss import (
     FLOOR,
     Head,
@@ -45,6 +51,7 @@ from mlx_distill.backends.torch.loss import (
     kd_loss,
     score_rows,
 )
+from mlx_distill.backends.torch.weights import save_folder
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.objective import Objective
@@ -88,13 +95,13 @@ class TorchBackend:
         with _explained(f"loading {name}"):
             dtype = torch.float32 if self._device.type == "cpu" else None
             return TorchTeacher(
-                models.load_teacher(folder, name, quantize_bits, self._device, dtype)
+                loading.load_teacher(folder, name, quantize_bits, self._device, dtype)
             )
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> "TorchStudent":
         with _explained(f"loading {name}"):
             dtype = self.dtype(recipe.student.compute_dtype)
-            split = models.load_student(
+            split = loading.load_student(
                 folder, name, recipe.student, recipe.run.seed, self._device, dtype
             )
             return TorchStudent(split, folder, recipe, dtype)
@@ -171,7 +178,7 @@ class TorchModel:
             (),
         )  # transformers' own reading of the folder is the right one
         self.device = split.device
-        self.parameters = models.parameter_count(split.model)
+        self.parameters = parameter_count(split.model)
         self.vocabulary_rows = split.head_rows()
 
     def gather(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
@@ -409,8 +416,7 @@ class TorchStudent(TorchModel):
 
     def _weight_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         return (
-            (models.canonical(name), _kept(name, parameter))
-            for name, parameter in self.weights.items()
+            (canonical(name), _kept(name, parameter)) for name, parameter in self.weights.items()
         )
 
     def _optimizer_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
@@ -420,7 +426,7 @@ class TorchStudent(TorchModel):
             state = self.optimizer.state[parameter]
             step = int(state["step"])
             for ours, theirs in _state_names(name, state).items():
-                yield f"{models.canonical(name)}.{theirs}", _kept(name, state[ours])
+                yield f"{canonical(name)}.{theirs}", _kept(name, state[ours])
         yield "step", np.array(step, np.uint64)
 
     @torch.no_grad()
@@ -430,13 +436,13 @@ class TorchStudent(TorchModel):
         """
         kept = load_file(folder / "weights.safetensors")
         shapes = {
-            models.canonical(name): _kept_shape(name, parameter)
+            canonical(name): _kept_shape(name, parameter)
             for name, parameter in self.weights.items()
         }
         if {key: array.shape for key, array in kept.items()} != shapes:
             raise refusals.other_state(folder)
         for name, parameter in self.weights.items():
-            _restore(parameter, kept[models.canonical(name)], name)
+            _restore(parameter, kept[canonical(name)], name)
         self.optimizer.zero_grad()
         if optimizer:
             arrays = load_file(folder / "optimizer.safetensors")
@@ -444,7 +450,7 @@ class TorchStudent(TorchModel):
                 state = self.optimizer.state[parameter]
                 state["step"] = _like(state["step"], int(arrays["step"]))
                 for ours, theirs in _state_names(name, state).items():
-                    _restore(state[ours], arrays[f"{models.canonical(name)}.{theirs}"], name)
+                    _restore(state[ours], arrays[f"{canonical(name)}.{theirs}"], name)
 
     def state_bytes(self) -> int:
         """Bytes of one checkpoint."""
@@ -478,11 +484,11 @@ class TorchStudent(TorchModel):
             return
         if self.table.tuning != "full":
             fused, adapters = (
-                models.fused_weights(self.split, self.base),
+                fused_weights(self.split, self.base),
                 dict(self._weight_arrays()),
             )
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
-        models.save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
+        save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
 
     @property
     def _save_dtype(self) -> torch.dtype:
@@ -552,11 +558,7 @@ def _state_names(name: str, state: dict) -> dict[str, str]:
     if "exp_avg_sq" in state:
         return {"exp_avg_sq": "exp_avg_sq"}
     rows, columns = "exp_avg_sq_row", "exp_avg_sq_col"
-    return (
-        {rows: columns, columns: rows}
-        if models.is_transposed(name)
-        else {rows: rows, columns: columns}
-    )
+    return {rows: columns, columns: rows} if is_transposed(name) else {rows: rows, columns: columns}
 
 
 def _gathered(arrays: Iterable[tuple[str, Any]], keep: bool) -> dict[str, Any]:
@@ -575,15 +577,15 @@ def _whole(parameter: Tensor) -> Tensor:
 def _kept(name: str, tensor: Tensor) -> np.ndarray:
     """A tensor as a checkpoint holds it."""
     array = together.whole(tensor.detach()).cpu().numpy()
-    return np.ascontiguousarray(array.T) if models.is_transposed(name) else array
+    return np.ascontiguousarray(array.T) if is_transposed(name) else array
 
 
 def _kept_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    return tuple(reversed(tensor.shape)) if models.is_transposed(name) else tuple(tensor.shape)
+    return tuple(reversed(tensor.shape)) if is_transposed(name) else tuple(tensor.shape)
 
 
 def _restore(tensor: Tensor, array: np.ndarray, name: str) -> None:
-    array = np.ascontiguousarray(array.T) if models.is_transposed(name) else array
+    array = np.ascontiguousarray(array.T) if is_transposed(name) else array
     tensor.detach().copy_(together.spread(torch.from_numpy(array), tensor))
 
 

@@ -1,0 +1,58 @@
+"""The tensors of a model on MLX: counted, cast, read from a folder and written into one."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_distill.backends import export, refusals
+from mlx_distill.models.folder import read_weights
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers a model holds; packed quantised weights count as what they stand for."""
+    return mlx_lm.utils.get_total_parameters(model)
+
+
+def cast_frozen(model: nn.Module, dtype: mx.Dtype) -> None:
+    """The frozen arrays as `dtype`, the adapters untouched."""
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    frozen = [(key, array) for key, array in tree_flatten(model.parameters()) if key not in trained]
+    model.update(cast(tree_unflatten(frozen), dtype), strict=False)
+
+
+def cast(parameters: dict, dtype: mx.Dtype) -> dict:
+    """The tree with its floating-point arrays as `dtype`."""
+    return tree_map(
+        lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, parameters
+    )
+
+
+def stored_weights(folder: Path, name: str = "") -> dict[str, mx.array]:
+    """The tensors of a model folder's files, buffers of rotary embeddings left out."""
+    files = read_weights(folder, name or str(folder)).files
+    try:
+        stored = {key: value for file in files for key, value in mx.load(str(file)).items()}
+    except RuntimeError as error:  # formats that MLX does not have, float64 among them
+        raise refusals.unloadable(name or str(folder), folder, "mlx", error) from None
+    return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
+
+
+def save_folder(
+    weights: dict[str, mx.array],
+    base: Path,
+    folder: Path,
+    dtype: mx.Dtype | None,
+    stop_ids: list[int],
+) -> None:
+    """A Hugging Face folder; dtype None keeps each tensor's type in the base model."""
+    tensors = {key: value.astype(dtype) if dtype else value for key, value in weights.items()}
+    export.save_folder(
+        tensors, _save, base, folder, str(dtype).rpartition(".")[2] if dtype else "", stop_ids
+    )
+
+
+def _save(tensors: dict[str, mx.array], file: Path) -> None:
+    mx.save_safetensors(str(file), tensors, metadata={"format": "pt"})

@@ -1,0 +1,116 @@
+"""LoRA and DoRA on a student of transformers, by peft: added to its layers, named as mlx-lm names
+them, and fused into their matrices again.
+"""
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as AdaptedLinear
+from torch import Tensor, nn
+
+from mlx_distill.backends.adapters import adapted_paths, initial_matrix
+from mlx_distill.backends.torch.model import SplitModel
+from mlx_distill.backends.torch.weights import stored_weights
+from mlx_distill.recipe.tables import StudentTable
+
+LORA_PARTS = {
+    "lora_A.default.weight": "lora_a",
+    "lora_B.default.weight": "lora_b",
+    "lora_magnitude_vector.default.weight": "m",
+}
+
+
+def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
+    """Freeze the model and add peft's LoRA or DoRA to the layers that `adapted_paths` chooses;
+    lora_A is `initial_matrix`, lora_B zero.
+    """
+    model = split.model.requires_grad_(False)
+    linear = {
+        id(module): path for path, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    blocks = [
+        [linear[id(module)] for module in block.modules() if id(module) in linear]
+        for block in split.layers
+    ]
+    paths = adapted_paths(blocks, table, split.name)
+    config = LoraConfig(
+        r=table.rank,
+        lora_alpha=table.alpha,
+        target_modules=paths,
+        use_dora=table.tuning == "dora",
+        lora_dropout=0.0,
+        bias="none",
+    )
+    inject_adapter_in_model(config, model)
+    for path, module in adapted_modules(model).items():
+        weight = module.lora_A.default.weight
+        matrix = initial_matrix((weight.shape[1], weight.shape[0]), path, seed)
+        weight.data = torch.from_numpy(matrix.T.copy()).to(weight.device)
+        module.lora_B.default.weight.data = module.lora_B.default.weight.data.float()
+        if table.tuning == "dora":  # peft's norms are rounded as the weights are
+            module.lora_magnitude_vector.default.weight.data = module.weight.data.float().norm(
+                dim=1
+            )
+
+
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """Path → the layer with an adapter."""
+    return {
+        path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)
+    }
+
+
+def canonical(name: str) -> str:
+    """A trained parameter's name in a checkpoint, which is mlx-lm's: `PATH.lora_A.default.weight` →
+    `PATH.lora_a`.
+    """
+    for ours, theirs in LORA_PARTS.items():
+        if name.endswith(ours):
+            return name.removesuffix(ours) + theirs
+    return name
+
+
+def parameter_count(model: nn.Module) -> int:
+    """How many numbers a model holds; packed quantised weights count as what they stand for,
+    adapters do not count.
+    """
+    return model.num_parameters() - sum(
+        array.numel() for name, array in model.named_parameters() if canonical(name) != name
+    )
+
+
+def is_transposed(name: str) -> bool:
+    """Whether a trained parameter is kept transposed: mlx-lm's lora_a is [in, rank], peft's [rank,
+    in].
+    """
+    return canonical(name) != name
+
+
+def fused_weights(split: SplitModel, base: Path) -> dict[str, Tensor]:
+    """Every tensor by its Hugging Face name, adapters fused into the matrices they adapt; the model
+    keeps its adapters.
+
+    What has no adapter is as the folder `base` stores it, whatever type the frozen copy is computed
+    in.
+    """
+    adapted = adapted_modules(split.model)
+    if not adapted:
+        return {name: parameter.detach() for name, parameter in split.model.named_parameters()}
+    stored = stored_weights(base, split.name)
+    return stored | {
+        f"{path}.weight": _fused(module, stored[f"{path}.weight"])
+        for path, module in adapted.items()
+    }
+
+
+@torch.no_grad()
+def _fused(module: AdaptedLinear, weight: Tensor) -> Tensor:
+    """The matrix that does what a LoRA or DoRA layer over `weight` does, in float32: peft's merge
+    adds in the frozen one's type.
+    """
+    change = module.lora_B.default.weight @ module.lora_A.default.weight * module.scaling["default"]
+    fused = weight.float().to(change.device) + change
+    if len(module.lora_magnitude_vector):
+        fused *= (module.lora_magnitude_vector.default.weight / fused.norm(dim=1))[:, None]
+    return fused
