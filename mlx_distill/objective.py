@@ -10,17 +10,16 @@ what the student gives. Axes: `N` loss positions, `V` vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from mlx_distill.recipe.tables import ObjectiveTable
+from mlx_distill.recipe.tables import ObjectiveTable
+from mlx_distill.recipe.values import Divergence
 
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"]
 Values = TypeVar("Values", float, np.ndarray)
 
 
@@ -41,16 +40,9 @@ class Objective:
     skew_alpha: float = 0.1
 
     @classmethod
-    def from_table(cls, table: "ObjectiveTable") -> "Objective":
-        """The objective that a recipe's `[objective]` table asks for."""
-        return cls(
-            table.divergence,
-            table.jsd_beta,
-            table.kd_weight,
-            table.temperature,
-            table.temperature_scaling,
-            table.skew_alpha,
-        )
+    def from_table(cls, table: ObjectiveTable) -> "Objective":
+        """The objective that a recipe's `[objective]` table asks for: its fields of the same names."""
+        return cls(**{field.name: getattr(table, field.name) for field in fields(cls)})
 
     @property
     def needs_teacher(self) -> bool:

@@ -2,7 +2,9 @@
 differences.
 """
 
+from dataclasses import asdict
 from math import log
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from mlx_distill import objective as definition
 from mlx_distill.objective import DIVERGENCES, Objective
 from mlx_distill.recipe.tables import ObjectiveTable
+from mlx_distill.recipe.values import Divergence
 
 ONE_HALF = np.log([[0.5, 0.5]])
 ONE_QUARTER = np.log([[0.25, 0.75]])
@@ -197,8 +200,16 @@ def test_the_ends_of_kd_weight_ignore_what_they_do_not_need():
 
 
 def test_a_table_becomes_an_objective():
-    table = ObjectiveTable(
-        divergence="jsd", jsd_beta=0.2, kd_weight=0.7, temperature=2.0, temperature_scaling="none"
-    )
-    assert Objective.from_table(table) == Objective("jsd", 0.2, 0.7, 2.0, "none")
+    values = {
+        "divergence": "jsd",
+        "jsd_beta": 0.2,
+        "skew_alpha": 0.4,
+        "kd_weight": 0.7,
+        "temperature": 2.0,
+        "temperature_scaling": "none",
+    }
+    assert asdict(Objective.from_table(ObjectiveTable(**values))) == values
     assert Objective.from_table(ObjectiveTable()) == Objective()
+    elsewhere = {"segments", "chunk_tokens"}  # what is learned, and how it is computed
+    assert set(values) == set(ObjectiveTable.model_fields) - elsewhere
+    assert list(get_args(Divergence)) == list(DIVERGENCES)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlx_distill.recipe.values import (
     Cadence,
     Day,
+    Divergence,
     Fraction,
     Mark,
     Momentum,
@@ -172,9 +173,7 @@ class ObjectiveTable(Table):
     segments: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)] = ("cot",)
     """Which segments are learned."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl"] = (
-        "forward_kl"
-    )
+    divergence: Divergence = "forward_kl"
     """How far the student is from the teacher; forward is KL(teacher‖student)."""
 
     jsd_beta: Annotated[float, within(1e-3, 0.999)] = 0.5
