@@ -30,13 +30,13 @@ from mlx_distill.data.sequences import Segment, render
 from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.objective import Objective, log_softmax
 from mlx_distill.recipe.tables import DataTable
-from mlx_distill.teaching.cache import whole_batch
+from mlx_distill.teaching.fill import whole_batch
 
 KEPT = (1, 4, 8, 16, 32, 64, 128, 256)
 DRAWS = (4, 12, 25, 50, 100)
 SEEDS = 32
 KINDS = ("off", "top_k", "sampled", "hidden")
-SOURCES = ("mlx_distill/objective.py", "mlx_distill/teaching/cache.py", "mlx_distill/backends")
+SOURCES = ("mlx_distill/objective.py", "mlx_distill/teaching", "mlx_distill/backends")
 app = typer.Typer(add_completion=False)
 
 

@@ -96,16 +96,21 @@ def remedy(error: BaseException) -> str:
 
 
 @contextmanager
-def told_as(kind: type[DistillError], path: Path, kept: str = "") -> Iterator[None]:
-    """Turn a failure to write `path` into one line of this kind; `kept` says what is intact."""
+def told_as(
+    kind: type[DistillError], path: Path, kept: str = "", otherwise: str = ""
+) -> Iterator[None]:
+    """Turn a failure to write `path` into one line of this kind; `kept` says what is intact,
+    `otherwise` what a person can do instead of the remedy.
+    """
     try:
         yield
     except OSError as error:
         if isinstance(error, DistillError):
             raise
         intact = f"{kept}; " if kept else ""
+        instead = f", or {otherwise}" if otherwise else ""
         raise kind(
-            f"{path}: cannot be written ({one_line(error)}); {intact}{remedy(error)}"
+            f"{path}: cannot be written ({one_line(error)}); {intact}{remedy(error)}{instead}"
         ) from error
 
 

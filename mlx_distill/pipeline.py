@@ -45,7 +45,10 @@ from mlx_distill.scoring import score as evaluate
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.scoring.stops import stops_of
 from mlx_distill.signals import asked_to_stop
-from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, dates_of, fill
+from mlx_distill.teaching.cached_teacher import CachedTeacher
+from mlx_distill.teaching.fields import CacheFields
+from mlx_distill.teaching.fill import fill
+from mlx_distill.teaching.folder import TeacherCache, dates_of
 from mlx_distill.terminal.plan import announce, shortage
 from mlx_distill.training.loop import Training, restore
 from mlx_distill.verify.tasks import Task, load_task

@@ -27,8 +27,10 @@ from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import BatchTable, TeacherTable
 from mlx_distill.runs.run_folder import RunFolder
-from mlx_distill.teaching import cache as targets
-from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, fill
+from mlx_distill.teaching.cached_teacher import CachedTeacher
+from mlx_distill.teaching.fields import CacheFields
+from mlx_distill.teaching.fill import fill
+from mlx_distill.teaching.folder import TeacherCache
 from mlx_distill.view import View
 
 TRIES = int(os.environ.get("MLX_DISTILL_FUZZ", "0")) or 60
@@ -195,7 +197,7 @@ def ask(root: Path, kind: str) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["top_k", "sampled"])
 def test_a_damaged_cache_answers_the_same_or_says_so_in_one_line(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(targets, "PART_TOKENS", 15)
+    monkeypatch.setattr("mlx_distill.teaching.fill.PART_TOKENS", 15)
     whole, ends = ask(tmp_path / "whole", kind), {"equal": 0, "one line": 0}
     for seed in range(FIRST_SEED, FIRST_SEED + 3 * TRIES):
         choose = random.Random(seed)

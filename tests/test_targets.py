@@ -23,8 +23,11 @@ from mlx_distill.errors import CacheError
 from mlx_distill.objective import Objective, log_softmax
 from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.recipe.tables import BatchTable, TeacherTable, TruncationTable
-from mlx_distill.teaching import cache as subject
-from mlx_distill.teaching.cache import CachedTeacher, CacheFields, TeacherCache, fill
+from mlx_distill.teaching.cached_teacher import CachedTeacher
+from mlx_distill.teaching.fields import ADDED_LATER, CacheFields
+from mlx_distill.teaching.fill import fill, whole_batch
+from mlx_distill.teaching.folder import TeacherCache, dates_of
+from mlx_distill.teaching.kinds import from_bits, stratified
 
 ROWS = 96
 ALL = ("prompt", "cot", "answer")
@@ -289,9 +292,9 @@ def test_drawn_answers_are_unbiased(backend, root, teacher, tmp_path):
 
 
 def test_draws_have_the_frequencies_of_the_teacher(backend, teacher):
-    batch = subject.whole_batch(SEQUENCES[:1], 1)
+    batch = whole_batch(SEQUENCES[:1], 1)
     samples = 20000
-    uniform = subject._uniform("any", len(SEQUENCES[0]), fields("sampled", cache_samples=samples))
+    uniform = stratified("any", len(SEQUENCES[0]), fields("sampled", cache_samples=samples))
     drawn, entropy, top = teacher.draw(batch, uniform, ROWS)
     ids, log_probs, tail = teacher.top_k(batch, ROWS, ROWS)
     assert (tail == -np.inf).all() and (ids[:, 0] == top).all()
@@ -328,11 +331,11 @@ def test_either_backend_reads_what_the_other_wrote(root, tmp_path, kind):
 
 def test_bfloat16_states_are_kept_as_their_bits(backend, root, teacher, tmp_path):
     batch = make_batch(SEQUENCES, ALL)
-    states, head = teacher.states(subject.whole_batch(SEQUENCES, 1)), teacher.head_matrix()
+    states, head = teacher.states(whole_batch(SEQUENCES, 1)), teacher.head_matrix()
     bits = (states.view(np.uint32) >> 16).astype(np.uint16)
     learner, objective = student(backend, root), Objective()
-    where = np.searchsorted(subject.whole_batch(SEQUENCES, 1).positions, batch.positions)
-    rounded = backend.cached_targets(subject._from_bits(bits)[where], backend.cached_head(head))
+    where = np.searchsorted(whole_batch(SEQUENCES, 1).positions, batch.positions)
+    rounded = backend.cached_targets(from_bits(bits)[where], backend.cached_head(head))
     packed = backend.cached_targets(bits[where], backend.cached_head(head))
     expected, found = (learner.score(batch, one, objective).stacked() for one in (rounded, packed))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -359,7 +362,7 @@ def test_a_manifest_that_differs_is_refused_by_field(tmp_path, field):
     assert "\n" not in str(error.value)
     del manifest["fields"][field]
     (cache.path / "manifest.json").write_text(json.dumps(manifest))
-    if field in subject.ADDED:  # a cache that was written before there was this field
+    if field in ADDED_LATER:  # a cache that was written before there was this field
         TeacherCache(tmp_path, asked)
         return
     with pytest.raises(CacheError, match=f"{field} .*'nothing' found"):
@@ -368,7 +371,7 @@ def test_a_manifest_that_differs_is_refused_by_field(tmp_path, field):
 
 def test_a_cache_from_before_there_were_dates_keeps_its_name():
     made = CacheFields("top_k", "f" * 16, 0, "a" * 16, 96, top_k=8, dtype="float16")
-    assert made.name == "top_k-a2aadb254a26" and not subject.ADDED.keys() & made.content().keys()
+    assert made.name == "top_k-a2aadb254a26" and not ADDED_LATER.keys() & made.content().keys()
     read = dataclasses.replace(made, arithmetic="1")
     assert read.name != made.name and read.content()["arithmetic"] == "1"
 
@@ -380,8 +383,8 @@ def test_a_date_is_taken_from_a_cache_of_the_same_arithmetic_alone(tmp_path):
     (tmp_path / made.name).mkdir()
     (tmp_path / made.name / "manifest.json").write_text(json.dumps({"fields": made.content()}))
     today = dataclasses.replace(made, date="2026-11-26")
-    assert subject.dates_of(tmp_path, today) == ["2026-11-20"]
-    assert subject.dates_of(tmp_path, dataclasses.replace(today, arithmetic="1")) == []
+    assert dates_of(tmp_path, today) == ["2026-11-20"]
+    assert dates_of(tmp_path, dataclasses.replace(today, arithmetic="1")) == []
 
 
 def test_each_field_makes_another_cache_and_says_what_is_near(tmp_path, root):
@@ -462,7 +465,7 @@ def test_nothing_is_asked_twice(backend, teacher, tmp_path):
     assert calls == [1, 4, 1, 2, 1, 1] and cache.size()[0] == 7
     for one in (SEQUENCES[0], other):
         batch = make_batch([dataclasses.replace(one, allowed=np.ones(len(one), bool))], ALL)
-        live = teacher.top_k(subject.whole_batch([one], 1), 64, ROWS)[0]
+        live = teacher.top_k(whole_batch([one], 1), 64, ROWS)[0]
         assert np.array_equal(
             CachedTeacher(cache, backend).targets(batch).ids, live[batch.positions]
         )
@@ -486,7 +489,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_writer_that_was_stopped_goes_on_and_ends_equal(root, tmp_path, monkeypatch, kind, where):
     backend = choose_backend("torch")
     teacher = backend.load_teacher(root / "teacher", "teacher")
-    monkeypatch.setattr(subject, "PART_TOKENS", 10)
+    monkeypatch.setattr("mlx_distill.teaching.fill.PART_TOKENS", 10)
     whole = written(tmp_path / "whole", fields(kind), backend, teacher)
     assert len(list(whole.path.glob("part-*"))) == 3
 
@@ -518,7 +521,7 @@ def test_a_writer_that_was_stopped_goes_on_and_ends_equal(root, tmp_path, monkey
 def test_two_writers_at_once_write_each_answer_once(root, tmp_path, monkeypatch):
     backend = choose_backend("torch")
     teacher = backend.load_teacher(root / "teacher", "teacher")
-    monkeypatch.setattr(subject, "PART_TOKENS", 10)
+    monkeypatch.setattr("mlx_distill.teaching.fill.PART_TOKENS", 10)
     said, loads, inside = [], [], threading.Event()
 
     def work():
@@ -553,7 +556,7 @@ def test_two_writers_at_once_write_each_answer_once(root, tmp_path, monkeypatch)
 def test_a_full_disk_is_one_line_and_loses_nothing(root, tmp_path, monkeypatch):
     backend = choose_backend("torch")
     teacher = backend.load_teacher(root / "teacher", "teacher")
-    monkeypatch.setattr(subject, "PART_TOKENS", 10)
+    monkeypatch.setattr("mlx_distill.teaching.fill.PART_TOKENS", 10)
     save, calls = np.save, iter(range(1, 100))
 
     def full(*args):
@@ -561,7 +564,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(root, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return save(*args)
 
-    monkeypatch.setattr(subject.np, "save", full)
+    monkeypatch.setattr(np, "save", full)
     with pytest.raises(
         CacheError,
         match=r"part-000001: cannot be written \(No space left on device\); complete parts are intact",

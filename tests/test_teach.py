@@ -158,7 +158,7 @@ def test_teach_killed_between_parts_goes_on(tiny_recipe, command_line, tmp_path,
     assert result.code == 0 and "24 sequences" in result.out, result.err
     assert not list(folder.glob(".part*"))
     assert (
-        command_line(*words, at="mlx_distill.teaching.cache:_teach").code == 0
+        command_line(*words, at="mlx_distill.teaching.fill:_teach").code == 0
     )  # which is not called any more
 
 

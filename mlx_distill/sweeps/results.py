@@ -23,7 +23,7 @@ from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.score import Score
 from mlx_distill.sweeps.points import Point
 from mlx_distill.sweeps.sweep import Sweep
-from mlx_distill.teaching.cache import TeacherCache
+from mlx_distill.teaching.folder import TeacherCache
 from mlx_distill.words import percent
 
 

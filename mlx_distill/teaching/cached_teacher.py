@@ -1,0 +1,58 @@
+"""A teacher whose answers come from disk.
+
+In: a `TeacherCache` and a batch. Out: the targets at the batch's positions, as a live teacher gives
+them, without the teacher's weights. Decided here: each row of the batch must be the start of a kept
+sequence of its example.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mlx_distill.backends.protocol import Backend, SparseTargets, Targets, check_indices
+from mlx_distill.data.batches import Batch
+from mlx_distill.errors import CacheError
+from mlx_distill.teaching.folder import TeacherCache
+from mlx_distill.teaching.kinds import KINDS, Asked
+from mlx_distill.teaching.parts import Record
+
+
+class CachedTeacher:
+    """A `Teacher` that can be asked for targets, and for nothing else."""
+
+    def __init__(self, cache: TeacherCache, backend: Backend):
+        self.cache, self.backend = cache, backend
+        self.vocabulary_rows = cache.fields.vocabulary_rows
+
+    def targets(self, batch: Batch) -> Targets:
+        """Raises `CacheError`, which names the example, where a row is not the start of a kept
+        sequence.
+        """
+        check_indices("loss positions", batch.positions, batch.tokens.size)
+        rows, places = np.divmod(batch.positions.astype(np.int64), batch.tokens.shape[1])
+        asked = []
+        for row in np.unique(rows):
+            where = np.flatnonzero(rows == row)
+            asked.append(Asked(self._record(batch, row), where, places[where]))
+        fields = self.cache.fields
+        found = KINDS[fields.kind].read(asked, len(rows), fields)
+        if isinstance(found, SparseTargets):
+            return found
+        return self.backend.cached_targets(found, self.head)
+
+    def _record(self, batch: Batch, row: int) -> Record:
+        tokens = batch.tokens[row, : batch.lengths[row]]
+        record = self.cache.find(batch.ids[row], tokens)
+        if record is None:
+            raise CacheError(
+                f"{self.cache.path}: example {batch.ids[row]!r}: its {len(tokens)} tokens are not "
+                "the start of a sequence that is kept under this id: run `mlx-distill teach` with "
+                "this recipe"
+            )
+        return record
+
+    @cached_property
+    def head(self) -> Any:
+        """The teacher's head, as the backend holds it (hidden)."""
+        return self.backend.cached_head(np.array(self.cache.head))

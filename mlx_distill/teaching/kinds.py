@@ -1,0 +1,173 @@
+"""What a teacher cache keeps for each token, in three kinds.
+
+In: a teacher and a batch that asks for every token (`ask`), or where the answers to a batch lie
+(`read`). Out: named arrays [N, …] to keep, or the targets at N positions. Decided here: what each
+kind keeps and in which number format. A kept answer is at temperature 1, and the one at token t is
+to tokens[: t + 1]. Axes: `N` tokens or loss positions, `K` kept ids, `S` draws, `D` width.
+"""
+
+import hashlib
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from mlx_distill.backends.protocol import SparseTargets, Teacher
+from mlx_distill.data.batches import Batch
+from mlx_distill.teaching.fields import CacheFields
+from mlx_distill.teaching.parts import Record
+
+WIDTH_MULTIPLE = 8  # drawn ids are padded to it, which keeps shapes few
+
+
+class Asked(NamedTuple):
+    """The positions of a batch that lie in one of its rows."""
+
+    record: Record  # the answers to that row's sequence
+    where: np.ndarray  # which of the N positions they are
+    places: np.ndarray  # at which tokens of the sequence they lie
+
+    def rows(self, name: str) -> np.ndarray:
+        """What an array of the part has at these tokens."""
+        return self.record.part.array(name)[self.record.start + self.places]
+
+
+class Kind(Protocol):
+    """What a cache's kind can do; it has no state."""
+
+    @staticmethod
+    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+        """What the teacher answers at the positions of a batch, as named arrays to keep."""
+
+    @staticmethod
+    def read(asked: list[Asked], count: int, fields: CacheFields) -> SparseTargets | np.ndarray:
+        """The targets at `count` positions, or the hidden states [N, D] that make them."""
+
+
+class TopK:
+    """`ids` uint32 [N, K], the likeliest first, `log_probs` float16 [N, K], `tail` float32 [N]: the
+    log of all others' mass.
+    """
+
+    @staticmethod
+    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+        ids, log_probs, tail = teacher.top_k(batch, fields.top_k, fields.vocabulary_rows)
+        return {
+            "ids": ids.astype(np.uint32),
+            "log_probs": log_probs.astype(fields.dtype),
+            "tail": tail,
+        }
+
+    @staticmethod
+    def read(asked: list[Asked], count: int, fields: CacheFields) -> SparseTargets:
+        ids = np.empty((count, fields.top_k), np.int32)
+        log_probs = np.empty((count, fields.top_k), np.float32)
+        tail = np.empty(count, np.float32)
+        for row in asked:
+            ids[row.where] = row.rows("ids")
+            log_probs[row.where] = row.rows("log_probs")
+            tail[row.where] = row.rows("tail")
+        offset = np.zeros(count, np.float32)
+        return SparseTargets(ids, log_probs, tail, offset, top=ids[:, 0].copy())
+
+
+class Sampled:
+    """Draws with replacement from the teacher's distribution: Sparse Logit Sampling (arXiv
+    2503.16870) at proposal temperature 1.
+
+    `distinct` uint16 [N]: how many different ids a token's S draws hold; `ids` uint32 and `counts`
+    uint16: those ids and how often each was drawn, of all tokens one after another; `entropy`
+    float32 [N] of the teacher and `top` uint32 [N], its likeliest id. counts / S is an unbiased
+    estimate of the teacher's distribution, so loss (with the exact entropy) and gradient of forward
+    KL are unbiased. The draws are stratified, one from each S-th of the cumulated distribution: as
+    unbiased as independent ones, with less variance.
+    """
+
+    @staticmethod
+    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+        rows = zip(batch.ids, batch.lengths, strict=True)
+        uniform = np.concatenate([stratified(example, length, fields) for example, length in rows])
+        drawn, entropy, top = teacher.draw(batch, uniform, fields.vocabulary_rows)
+        drawn = np.sort(drawn, axis=1)
+        first = np.ones(drawn.shape, bool)  # of the equal draws of a token
+        first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+        counts = np.diff(np.append(np.flatnonzero(first), drawn.size))
+        return {
+            "distinct": first.sum(1).astype(np.uint16),
+            "ids": drawn[first].astype(np.uint32),
+            "counts": counts.astype(np.uint16),
+            "entropy": entropy,
+            "top": top.astype(np.uint32),
+        }
+
+    @staticmethod
+    def read(asked: list[Asked], count: int, fields: CacheFields) -> SparseTargets:
+        most = max(int(row.rows("distinct").max()) for row in asked)
+        width = -(-most // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+        ids = np.empty((count, width), np.int32)  # -1 where a token has fewer
+        counts = np.empty((count, width), np.float32)
+        entropy = np.empty(count, np.float32)
+        top = np.empty(count, np.int32)
+        for row in asked:
+            ids[row.where], counts[row.where] = _drawn(row, width)
+            entropy[row.where] = row.rows("entropy")
+            top[row.where] = row.rows("top")
+        share = counts / fields.samples
+        with np.errstate(divide="ignore"):
+            log_share = np.log(share)
+        # A divergence from the shares contains their entropy; the teacher's own takes its place.
+        offset = -(share * np.where(share > 0, log_share, 0)).sum(1) - entropy
+        nothing_else = np.full(count, -np.inf, np.float32)
+        return SparseTargets(ids, log_share, nothing_else, offset.astype(np.float32), top)
+
+
+class Hidden:
+    """`states` [N, D] as the backend computes them: float32, or bfloat16 as uint16 bits. The head
+    is kept once.
+    """
+
+    @staticmethod
+    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+        return {"states": teacher.states(batch)}
+
+    @staticmethod
+    def read(asked: list[Asked], count: int, fields: CacheFields) -> np.ndarray:
+        found = [row.rows("states") for row in asked]
+        if len({rows.dtype for rows in found}) > 1:  # parts that two backends wrote
+            found = [from_bits(rows) if rows.dtype == np.uint16 else rows for rows in found]
+        states = np.empty((count, found[0].shape[1]), found[0].dtype)
+        for row, rows in zip(asked, found, strict=True):
+            states[row.where] = rows
+        return states
+
+
+KINDS: dict[str, type[Kind]] = {"top_k": TopK, "sampled": Sampled, "hidden": Hidden}
+
+
+def _drawn(row: Asked, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The different ids that were drawn for some tokens of a sequence, and how often each was:
+    [n, width], padded with -1 and 0.
+    """
+    record = row.record
+    distinct = record.part.array("distinct")[record.start : record.stop].astype(np.int64)
+    first = record.first_draw + np.cumsum(distinct) - distinct  # of each token of the sequence
+    columns = np.arange(width)
+    known = columns < distinct[row.places, None]
+    draws = np.where(known, first[row.places, None] + columns, record.first_draw)
+    ids = record.part.array("ids")[draws].astype(np.int64)
+    counts = record.part.array("counts")[draws]
+    return np.where(known, ids, -1), np.where(known, counts, 0)
+
+
+def stratified(example: str, length: int, fields: CacheFields) -> np.ndarray:
+    """float32 [T, S] in [0, 1), one in each S-th; a longer sequence of the same id has the same
+    ones at the start.
+    """
+    digest = int.from_bytes(hashlib.sha256(example.encode()).digest()[:8], "little")
+    random = np.random.default_rng([fields.seed, digest]).random((length, fields.samples))
+    uniform = ((np.arange(fields.samples) + random) / fields.samples).astype(np.float32)
+    return np.minimum(uniform, np.nextafter(np.float32(1), np.float32(0)))
+
+
+def from_bits(bits: np.ndarray) -> np.ndarray:
+    """float32 of bfloat16's bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
