@@ -15,6 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -270,26 +271,39 @@ def command_line() -> Callable[..., SimpleNamespace]:
 
 
 @pytest.fixture(scope="session")
-def never_stopped(tiny_recipe, command_line, tmp_path_factory):
-    """mode → how a run ends that nothing stopped, made once."""
-    from endings import arguments, ending
+def whole_run(tiny_recipe, command_line, tmp_path_factory):
+    """mode → the folder of a run that nothing stopped, made once. To be read only."""
+    from endings import arguments
 
     kept = {}
 
-    def made(mode: str) -> dict:
+    def made(mode: str) -> Path:
         if mode not in kept:
             folder = tmp_path_factory.mktemp("never-stopped")
             result = command_line(*arguments(tiny_recipe, folder, mode))
             assert result.code == 0, result.err
-            kept[mode] = ending(folder / "tiny")
+            kept[mode] = folder / "tiny"
         return kept[mode]
 
     return made
 
 
+@pytest.fixture(scope="session")
+def never_stopped(whole_run):
+    """mode → how that run ended."""
+    from endings import ending
+
+    return cache(lambda mode: ending(whole_run(mode)))
+
+
 @pytest.fixture
 def run_tiny(tiny_recipe, command_line, tmp_path):
-    """Run `tiny.toml` in `tmp_path`; keywords say where to stop it."""
+    """Run `tiny.toml` in `tmp_path`; keywords say where to stop it. Its page is without charts,
+    which cost as much as the run; those of `whole_run` and of tests/test_report.py are drawn.
+    """
     from endings import arguments
 
-    return lambda mode="full", **job: command_line(*arguments(tiny_recipe, tmp_path, mode), **job)
+    drawn = {"mlx_distill.reporting.drawing:drawn": "<svg></svg>"}
+    return lambda mode="full", **job: command_line(
+        *arguments(tiny_recipe, tmp_path, mode), returns=drawn, **job
+    )

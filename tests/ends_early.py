@@ -1,5 +1,5 @@
 """A command that ends while a thread of torch's group waits for the interpreter, to let go of a
-tensor. Started on several ranks.
+tensor. Alone in its group, whatever the environment says.
 """
 
 import sys
@@ -14,7 +14,7 @@ kept = torch.ones(4)
 
 
 def command(standalone_mode: bool) -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     sys.setswitchinterval(100)  # seconds: the thread gets the interpreter only when this one ends
     dist.all_reduce(kept, async_op=True)
     ready = time.monotonic() + 1

@@ -1,20 +1,25 @@
-"""Runs the command line and stops it at a chosen place: a helper of tests/test_resume.py, a program
+"""Runs the command line and stops it at a chosen place: a helper of tests that run it in a process
 of its own.
 
 It imports everything once, and then forks a child for each job that stands as one JSON line on
-stdin, so that a run costs a second and not the start of an interpreter. A job is {"arguments": […],
-"at": "module:Class.function", "call": n, "when": "before" | "after", "signals": ["KILL"],
-"file_limit": bytes, "rank": "n", "fork_jobs": true}: before (or after) the n-th call of that
-function the process (of several ranks the one named) sends itself the signals. With "fork_jobs" the
-runs of a sweep are forks too. The answer is one JSON line: {"code": exit code or -signal, "out": …,
-"err": …}. With a job as its argument the program is that job and nothing else.
+stdin, so that a run costs half a second and not the start of an interpreter. A job is
+{"arguments": […], "at": "module:Class.function", "call": n, "when": "before" | "after",
+"signals": ["KILL"], "file_limit": bytes, "rank": "n", "fork_jobs": true, "environments": [{…}, …],
+"returns": {"module:function": value}}: before (or after) the n-th call of that function the process
+(of several ranks the one named) sends itself the signals. With "fork_jobs" the runs of a sweep are
+forks too. With "environments" there is a process for each of them, with these variables, as a
+launcher of ranks starts them. Functions in "returns" do nothing but return that. The answer is one
+JSON line: {"code": exit code or -signal, the first that is not 0, "out": …, "err": …}. With a job
+as its argument the program is that job and nothing else.
 """
 
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
+import pkgutil
 import resource
 import signal
 import subprocess
@@ -28,12 +33,28 @@ import mlx_distill.sweeps.queue
 import mlx_distill.verify.tasks
 from mlx_distill.cli import main
 
+# What a tiny run imports where it is needed, 1,800 modules in all
+LATE = (
+    *("matplotlib.backends.backend_svg", "matplotlib.figure", "matplotlib.style"),
+    *("mlx_lm.models.llama", "transformers.models.llama.modeling_llama"),
+    *("peft.utils.transformers_weight_conversion", "torch.profiler._cupti_monitor"),
+)
+
+
+def import_everything() -> None:
+    """Our own modules and what a tiny run imports late: a fork inherits them."""
+    ours = [module.name for module in pkgutil.walk_packages(mlx_distill.__path__, "mlx_distill.")]
+    for name in (*ours, *LATE):
+        if not name.endswith("__main__"):
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a fork's collector need not walk through all of it
+
 
 def send_at(place: str, call: int, when: str, signals: list[str]) -> None:
     """Replace the function by one that sends `signals` to this process at its `call`-th call."""
-    module, _, path = place.partition(":")
-    *owners, name = path.split(".")
-    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    owner, name = found(place)
     function, calls = getattr(owner, name), iter(range(1, 10**9))
 
     def watched(*args, **kwargs):
@@ -48,6 +69,13 @@ def send_at(place: str, call: int, when: str, signals: list[str]) -> None:
     setattr(owner, name, watched)
 
 
+def found(place: str) -> tuple[object, str]:
+    """Whose attribute "module:Class.function" is, and its name there."""
+    module, _, path = place.partition(":")
+    *owners, name = path.split(".")
+    return functools.reduce(getattr, owners, importlib.import_module(module)), name
+
+
 def run(job: dict) -> None:
     """Run the job in this process, which ends with it."""
     sys.argv = ["mlx-distill", *job["arguments"]]
@@ -59,6 +87,10 @@ def run(job: dict) -> None:
         send_at(
             job["at"], job.get("call", 1), job.get("when", "before"), job.get("signals", ["KILL"])
         )
+    for place, value in job.get("returns", {}).items():
+        owner, name = found(place)
+        assert callable(getattr(owner, name)), place
+        setattr(owner, name, lambda *args, value=value, **kwargs: value)
     code = 0
     try:
         main()
@@ -111,19 +143,20 @@ def _close_locks() -> None:
                 os.close(int(number))
 
 
-def in_child(job: dict, out: int, err: int) -> int:
-    """The exit code of the job, run in a fork; in a new process where forking is not safe after
-    imports (macOS).
+def in_children(job: dict, out: int, err: int) -> int:
+    """The exit code of the job, run in a fork for each of its environments; in new processes where
+    forking is not safe after imports (macOS).
     """
-    if sys.platform != "linux":
-        return subprocess.run(
-            [sys.executable, __file__, json.dumps(job)],
-            stdout=out,
-            stderr=err,
-            stdin=subprocess.DEVNULL,
-        ).returncode
+    start = _fork if sys.platform == "linux" else _spawn
+    waits = [start(job, environment, out, err) for environment in job.get("environments", [{}])]
+    codes = [wait() for wait in waits]
+    return next(filter(None, codes), 0)
+
+
+def _fork(job: dict, environment: dict, out: int, err: int):
     process = os.fork()
     if not process:
+        os.environ.update(environment)
         if job.get("fork_jobs"):
             mlx_distill.sweeps.jobs._start = lambda one, environment: Forked(
                 one.arguments, str(one.log)
@@ -132,14 +165,25 @@ def in_child(job: dict, out: int, err: int) -> int:
         os.dup2(err, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         run(job)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    return lambda: os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def _spawn(job: dict, environment: dict, out: int, err: int):
+    return subprocess.Popen(
+        [sys.executable, __file__, json.dumps(job)],
+        stdout=out,
+        stderr=err,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | environment,
+    ).wait
 
 
 def serve() -> None:
     """Answer jobs until stdin ends."""
+    import_everything()
     for line in sys.stdin:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            code = in_child(json.loads(line), out.fileno(), err.fileno())
+            code = in_children(json.loads(line), out.fileno(), err.fileno())
             texts = []
             for file in (out, err):
                 file.seek(0)

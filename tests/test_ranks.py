@@ -1,14 +1,18 @@
 """Several processes train one student: the same run as one process makes, and what happens when one
 of them dies.
 
-Two real processes on the CPU: torch's over gloo with FSDP2, MLX's over its ring. A launcher costs
-seconds, so each test asks much.
+Two real processes on the CPU: torch's over gloo with FSDP2, MLX's over its ring. Where the launcher
+is not the point they are forks with the variables that it would set, for it costs seconds.
 """
 
 import json
+import os
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,39 +42,55 @@ def sets(*items: str) -> list[str]:
     return [word for item in items for word in ("--set", item)]
 
 
-def torchrun(
-    *words: str | Path, program: tuple[str, ...] = ("-m", "mlx_distill")
-) -> subprocess.CompletedProcess:
-    """`torchrun --nproc-per-node 2` of the command line, or of another program."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    return subprocess.run(
-        [*launcher, *program, *map(str, words)], capture_output=True, text=True, timeout=300
-    )
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
 
 
-def mlx_launch(*words: str | Path) -> subprocess.CompletedProcess:
-    """`mlx.launch -n 2` over the ring."""
-    launcher = [
-        SCRIPTS / "mlx.launch",
-        "-n",
-        "2",
-        "--backend",
-        "ring",
-        "--",
-        sys.executable,
-        "-m",
-        "mlx_distill",
-    ]
-    return subprocess.run(
-        [*map(str, launcher), *map(str, words)], capture_output=True, text=True, timeout=300
-    )
+@pytest.fixture
+def two_torch_ranks(command_line):
+    """The command line twice, as `torchrun --nproc-per-node 2` starts it."""
+
+    def run(*words: str | Path):
+        (port,) = free_ports(1)
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks = [group | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        return command_line(*words, environments=ranks)
+
+    return run
+
+
+@pytest.fixture
+def two_mlx_ranks(command_line, tmp_path):
+    """The command line twice, as `mlx.launch -n 2 --backend ring` starts it."""
+
+    def run(*words: str | Path):
+        hosts = tmp_path / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
+        ranks = [{"MLX_RANK": rank, "MLX_HOSTFILE": str(hosts)} for rank in "01"]
+        return command_line(*words, environments=ranks)
+
+    return run
+
+
+def launched(*words: str | Path) -> SimpleNamespace:
+    result = subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=300)
+    return SimpleNamespace(code=result.returncode, out=result.stdout, err=result.stderr)
+
+
+def torchrun(*words: str | Path) -> SimpleNamespace:
+    """`torchrun --nproc-per-node 2` of a program."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return launched(sys.executable, *launcher, *words)
+
+
+def mlx_launch(*words: str | Path) -> SimpleNamespace:
+    """`mlx.launch -n 2` of the command line over the ring."""
+    launcher = (SCRIPTS / "mlx.launch", "-n", "2", "--backend", "ring", "--")
+    return launched(*launcher, sys.executable, "-m", "mlx_distill", *words)
 
 
 def files(folder: Path) -> list[str]:
@@ -97,10 +117,12 @@ def assert_same_run(found: Path, expected: Path, tolerance: float = 1e-5) -> Non
 
 
 @pytest.fixture
-def one_process(command_line, tiny_recipe, tmp_path):
+def one_process(command_line, whole_run, tiny_recipe, tmp_path):
     """The run of `mode` with `settings` on one process, for comparison."""
 
     def run(mode: str, *settings: str) -> Path:
+        if not settings:
+            return whole_run(mode)
         result = command_line(*arguments(tiny_recipe, tmp_path / "one", mode), *sets(*settings))
         assert result.code == 0, result.err
         return tmp_path / "one" / "tiny"
@@ -112,79 +134,79 @@ def one_process(command_line, tiny_recipe, tmp_path):
     "mode, settings", [("torch", UNEVEN), ("torch lora", ())], ids=["full", "lora"]
 )
 def test_two_torch_ranks_are_one(
-    one_process, tiny_recipe, tmp_path, mode: str, settings: tuple[str, ...]
+    one_process, two_torch_ranks, tiny_recipe, tmp_path, mode: str, settings: tuple[str, ...]
 ):
-    result = torchrun(*arguments(tiny_recipe, tmp_path / "two", mode), *sets(*settings))
-    assert result.returncode == 0, result.stderr
+    result = two_torch_ranks(*arguments(tiny_recipe, tmp_path / "two", mode), *sets(*settings))
+    assert result.code == 0, result.err
     assert (
-        "x86_64 x 2" in result.stdout.replace("aarch64", "x86_64")
-        and result.stdout.count("training 6/6") == 1
+        "x86_64 x 2" in result.out.replace("aarch64", "x86_64")
+        and result.out.count("training 6/6") == 1
     )
     assert_same_run(tmp_path / "two" / "tiny", one_process(mode, *settings))
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_two_mlx_ranks_are_one(one_process, tiny_recipe, tmp_path, mode: str):
-    settings = UNEVEN if mode == "full" else ()
-    result = mlx_launch(*arguments(tiny_recipe, tmp_path / "two", mode), *sets(*settings))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("training 6/6") == 1
+def test_two_mlx_ranks_are_one(one_process, two_mlx_ranks, tiny_recipe, tmp_path, mode: str):
+    launch, settings = (mlx_launch, UNEVEN) if mode == "full" else (two_mlx_ranks, ())
+    result = launch(*arguments(tiny_recipe, tmp_path / "two", mode), *sets(*settings))
+    assert result.code == 0, result.err
+    assert result.out.count("training 6/6") == 1
     assert_same_run(tmp_path / "two" / "tiny", one_process(mode, *settings))
 
 
 def test_a_rank_that_dies_costs_no_checkpoint_and_fewer_ranks_continue(
     one_process, command_line, tiny_recipe, tmp_path
 ):
-    """Untied, so that the head has shards of its own; then more ranks continue what one process
-    began.
+    """The launcher ends the other; its own traceback is the only one, for torch marks the lines of
+    a rank's.
     """
     words = arguments(tiny_recipe, tmp_path / "two", "torch")
     job = {"arguments": words, "at": f"{TORCH_STUDENT}.apply", "call": 4, "rank": "1"}
-    died = torchrun(json.dumps(job), program=(str(Path(__file__).parent / "kill_at.py"),))
-    assert died.returncode != 0
+    died = torchrun(Path(__file__).parent / "kill_at.py", json.dumps(job))
+    assert died.code != 0
     folder = RunFolder(tmp_path / "two" / "tiny")
     assert folder.last_state().step == 3
-    assert (
-        "[rank" not in died.stderr
-    )  # torch's mark on the lines of a rank's traceback: only the launcher has one
+    assert "[rank" not in died.err
     continued = command_line(*words)
     assert continued.code == 0 and "continuing after step 3" in continued.out
     assert_same_run(folder.path, one_process("torch"))
 
 
-def test_more_ranks_continue(one_process, command_line, tiny_recipe, tmp_path):
+def test_more_ranks_continue(one_process, two_torch_ranks, command_line, tiny_recipe, tmp_path):
     words = arguments(tiny_recipe, tmp_path / "two", "torch")
     assert command_line(*words, at=f"{TORCH_STUDENT}.apply", call=4).code == -9
-    result = torchrun(*words)
-    assert result.returncode == 0, result.stderr
-    assert "continuing after step 3" in result.stdout
+    result = two_torch_ranks(*words)
+    assert result.code == 0, result.err
+    assert "continuing after step 3" in result.out
     assert_same_run(tmp_path / "two" / "tiny", one_process("torch"))
 
 
-def test_a_refusal_is_one_line_and_nobody_waits(tiny_recipe, tmp_path):
+def test_a_refusal_is_one_line_and_nobody_waits(two_torch_ranks, tiny_recipe, tmp_path):
     words = arguments(tiny_recipe, tmp_path / "two", "torch")
-    result = torchrun(*words, *sets("optim.optimizer=lion"))
-    assert result.returncode != 0
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    result = two_torch_ranks(*words, *sets("optim.optimizer=lion"))
+    assert result.code == 2
+    lines = result.err.splitlines()
     assert lines and all(
-        'optim.optimizer = "lion" asked, but torch has none' in line for line in lines
+        line.startswith("error") and 'optim.optimizer = "lion" asked, but torch has none' in line
+        for line in lines
     )
-    assert "[rank" not in result.stderr
 
 
 def test_a_rank_ends_while_its_last_sum_is_let_go():
     """Once in a few hundred runs, torch's thread takes the interpreter down with it; here always."""
-    result = torchrun(program=(str(Path(__file__).parent / "ends_early.py"),))
+    program = [sys.executable, Path(__file__).parent / "ends_early.py"]
+    several = os.environ | {"WORLD_SIZE": "2"}
+    result = subprocess.run(program, env=several, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
 
 
-def test_two_ranks_in_half_precision(one_process, tiny_recipe, tmp_path):
+def test_two_ranks_in_half_precision(one_process, two_torch_ranks, tiny_recipe, tmp_path):
     """Near one process, and no nearer: norms' weights are gathered in bfloat16 too, which it reads
     in float32.
     """
     settings = (*UNEVEN, "student.compute_dtype=bfloat16")
-    result = torchrun(*arguments(tiny_recipe, tmp_path / "two", "torch"), *sets(*settings))
-    assert result.returncode == 0, result.stderr
+    result = two_torch_ranks(*arguments(tiny_recipe, tmp_path / "two", "torch"), *sets(*settings))
+    assert result.code == 0, result.err
     ours, theirs = (
         RunFolder(path).rows("metrics.jsonl")
         for path in (tmp_path / "two" / "tiny", one_process("torch", *settings))

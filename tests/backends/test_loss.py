@@ -4,10 +4,12 @@ formula it replaces.
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
 from frameworks import FRAMEWORKS, Framework, dtype_name
+from near import near
 
 from mlx_distill import objective as definition
 from mlx_distill.objective import DIVERGENCES, Objective
@@ -16,9 +18,9 @@ EPSILON = 2.0**-23
 NAMES = ("loss", "kd", "ce", "hidden_grad", "weight_grad")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """The float32 arrays of one comparison."""
+    """The float32 arrays of one comparison, to be left as they are."""
 
     hidden: np.ndarray
     matrix: np.ndarray
@@ -36,6 +38,7 @@ class Case:
         return self.teacher_hidden.astype(np.float64) @ self.teacher_matrix.T.astype(np.float64)
 
 
+@lru_cache(maxsize=8)
 def make_case(
     seed: int, rows: int = 31, vocab: int = 203, temper: str = "plain", masked: bool = True
 ) -> Case:
@@ -211,30 +214,35 @@ def walker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> F
     return FRAMEWORKS[name]
 
 
+TEMPERS, TEMPERATURES, CHUNKS = ("plain", "peaked", "onehot"), (0.7, 1.0, 2.0), (1, 8, 64)
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("temper", ["plain", "peaked", "onehot"])
-@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+@pytest.mark.parametrize("temper", TEMPERS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_error_is_at_most_twice_that_of_the_dense_float32_formula(
     walker: Framework, divergence: str, temper: str, temperature: float
 ):
+    """Each size of chunks with each mask, divergence, temper and temperature, but not with all of
+    them together: that chunks tell what the whole tells is the next test but one.
+    """
     objective = Objective(divergence, 0.3, 0.5, temperature)
     for seed in range(2):
         case = make_case(seed, rows=19, temper=temper, masked=bool(seed))
         want, naive = exact(case, objective), dense(walker, case, objective)
-        for chunk in (1, 8, 64):
-            got = answer(walker, case, objective, chunk)
-            assert_no_worse(got, naive, want)
+        turn = TEMPERS.index(temper) + TEMPERATURES.index(temperature) + seed
+        got = answer(walker, case, objective, CHUNKS[turn % 3])
+        assert_no_worse(got, naive, want)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_real_vocabulary_is_summed_no_worse_than_densely(framework: Framework, divergence: str):
+def test_a_real_vocabulary_is_summed_no_worse_than_densely(divergence: str):
     objective = Objective(divergence, 0.5, 0.5)
-    case = make_case(0, rows=9, vocab=151_936, masked=False)
-    assert_no_worse(
-        answer(framework, case, objective, 4),
-        dense(framework, case, objective),
-        exact(case, objective),
-    )
+    case = make_case(0, rows=5, vocab=151_936, masked=False)
+    want = exact(case, objective)
+    for framework in FRAMEWORKS.values():
+        got, naive = answer(framework, case, objective, 4), dense(framework, case, objective)
+        assert_no_worse(got, naive, want)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -251,8 +259,8 @@ def test_chunked_equals_whole_at_odd_sizes(
         exact(case, objective),
     )
     for name in NAMES:
-        assert chunked[name] == pytest.approx(whole[name], rel=1e-5, abs=1e-6), name
-        assert chunked[name] == pytest.approx(want[name], rel=1e-5, abs=2e-6), name
+        assert chunked[name] == near(whole[name], rel=1e-5, abs=1e-6), name
+        assert chunked[name] == near(want[name], rel=1e-5, abs=2e-6), name
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -282,15 +290,11 @@ def test_masked_equals_filtered_whatever_the_masked_rows_hold(walker: Framework,
     )
     share = live.mean()  # `answer` divides by the rows it is given
     for name in ("kd", "ce"):
-        assert masked[name][live] == pytest.approx(filtered[name], rel=1e-5, abs=1e-6)
+        assert masked[name][live] == near(filtered[name], rel=1e-5, abs=1e-6)
         assert not masked[name][~live].any()
     assert masked["loss"] == pytest.approx(filtered["loss"] * share, rel=1e-5)
-    assert masked["weight_grad"] == pytest.approx(
-        filtered["weight_grad"] * share, rel=1e-4, abs=1e-6
-    )
-    assert masked["hidden_grad"][live] == pytest.approx(
-        filtered["hidden_grad"] * share, rel=1e-4, abs=1e-6
-    )
+    assert masked["weight_grad"] == near(filtered["weight_grad"] * share, rel=1e-4, abs=1e-6)
+    assert masked["hidden_grad"][live] == near(filtered["hidden_grad"] * share, rel=1e-4, abs=1e-6)
     assert not masked["hidden_grad"][~live].any()
 
 
@@ -324,8 +328,8 @@ def test_zero_divergence_from_oneself(framework: Framework, divergence: str):
     case = make_case(2, temper="peaked", masked=False)
     twin = replace(case, teacher_hidden=case.hidden, teacher_matrix=case.matrix)
     got = answer(framework, twin, Objective(divergence, 0.3, 1.0, 2.0))
-    assert got["kd"] == pytest.approx(0, abs=1e-5)
-    assert got["hidden_grad"] == pytest.approx(0, abs=1e-5)
+    assert got["kd"] == near(0, abs=1e-5)
+    assert got["hidden_grad"] == near(0, abs=1e-5)
 
 
 def test_agreement_is_of_the_most_likely_tokens(walker: Framework):
@@ -357,7 +361,7 @@ def test_a_fast_path_tells_what_the_pair_tells(
     objective, case = Objective(divergence, 0.3, kd_weight, temperature), make_case(3, rows=19)
     got, want = answer(walker, case, objective), exact(case, objective)
     for name, array in want.items():
-        assert got[name] == pytest.approx(array, rel=1e-5, abs=2e-6), name
+        assert got[name] == near(array, rel=1e-5, abs=2e-6), name
 
 
 def tied_logits() -> tuple[np.ndarray, np.ndarray]:
@@ -430,8 +434,8 @@ def test_a_frozen_bfloat16_head_is_exact_in_float32(walker: Framework):
         matrix=half,
         train_head=False,
     )
-    assert got["kd"] == pytest.approx(want["kd"], rel=1e-5, abs=1e-6)
-    assert got["hidden_grad"] == pytest.approx(want["hidden_grad"], rel=1e-5, abs=1e-6)
+    assert got["kd"] == near(want["kd"], rel=1e-5, abs=1e-6)
+    assert got["hidden_grad"] == near(want["hidden_grad"], rel=1e-5, abs=1e-6)
 
 
 def test_gradients_come_in_the_dtype_of_what_they_are_gradients_of(framework: Framework):
@@ -453,7 +457,7 @@ def test_gradients_come_in_the_dtype_of_what_they_are_gradients_of(framework: Fr
     rounded = replace(case, hidden=framework.numpy(hidden), matrix=framework.numpy(matrix))
     want = exact(rounded, Objective(kd_weight=0.0))
     for gradient, name in zip(gradients, ("hidden_grad", "weight_grad"), strict=True):
-        assert framework.numpy(gradient) == pytest.approx(
+        assert framework.numpy(gradient) == near(
             want[name], rel=2**-8, abs=1e-6
         )  # rounded once, at the end
 
@@ -473,8 +477,8 @@ def test_a_head_with_bias_and_soft_cap(walker: Framework, form: str):
     }[form]
     want = exact(case, Objective(), 5 * np.tanh((case.teacher_logits + bias) / 5))
     got = answer(walker, case, Objective(), head=head)
-    assert got["kd"] == pytest.approx(want["kd"], rel=1e-5, abs=1e-5)
-    assert got["hidden_grad"] == pytest.approx(want["hidden_grad"], rel=1e-5, abs=1e-5)
+    assert got["kd"] == near(want["kd"], rel=1e-5, abs=1e-5)
+    assert got["hidden_grad"] == near(want["hidden_grad"], rel=1e-5, abs=1e-5)
 
 
 def test_padded_heads_are_cut_and_their_padding_gets_no_gradient(walker: Framework):
@@ -486,7 +490,7 @@ def test_padded_heads_are_cut_and_their_padding_gets_no_gradient(walker: Framewo
     got = answer(walker, case, Objective(), head=head, matrix=walker.array(padded), vocab=203)
     want = exact(case, Objective())
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-    assert got["weight_grad"][:203] == pytest.approx(want["weight_grad"], rel=1e-4, abs=1e-6)
+    assert got["weight_grad"][:203] == near(want["weight_grad"], rel=1e-4, abs=1e-6)
     assert got["weight_grad"].shape == padded.shape and not got["weight_grad"][203:].any()
 
 
@@ -497,8 +501,8 @@ def test_logits_of_minus_infinity_in_the_teacher_add_nothing(walker: Framework, 
     want = exact(case, Objective(divergence), case.teacher_logits + bias)
     head = walker.loss.MatrixHead(walker.array(case.teacher_matrix), walker.array(bias))
     got = answer(walker, case, Objective(divergence), head=head)
-    assert got["kd"] == pytest.approx(want["kd"], rel=1e-5, abs=1e-6)
-    assert got["hidden_grad"] == pytest.approx(want["hidden_grad"], rel=1e-5, abs=1e-6)
+    assert got["kd"] == near(want["kd"], rel=1e-5, abs=1e-6)
+    assert got["hidden_grad"] == near(want["hidden_grad"], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
@@ -517,7 +521,7 @@ def test_kd_weight_zero_needs_no_teacher_and_kd_weight_one_no_target(walker: Fra
     got, want = answer(walker, case, alone, head=False), exact(case, alone)
     assert not got["kd"].any() and not got["agree"].any()
     assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
-    assert got["weight_grad"] == pytest.approx(want["weight_grad"], rel=1e-4, abs=1e-6)
+    assert got["weight_grad"] == near(want["weight_grad"], rel=1e-4, abs=1e-6)
     other = replace(case, targets=case.targets[::-1].copy())
     first, second = (answer(walker, c, Objective(kd_weight=1.0)) for c in (case, other))
     assert first["loss"] == second["loss"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import FRAMEWORKS
+from near import near
 from test_loss import answer, exact, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -198,9 +199,9 @@ def test_blocks_of_a_half_precision_head_are_its_sum(
     case = make_case(5)
     left, right = torch.from_numpy(case.hidden), torch.from_numpy(case.matrix).bfloat16()
     wide = right.double()
-    assert subject._project(left, right).double() == pytest.approx(left.double() @ wide.T, abs=1e-5)
+    assert subject._project(left, right).double() == near(left.double() @ wide.T, abs=1e-5)
     slope = torch.randn(31, 203, generator=torch.Generator().manual_seed(0))
-    assert subject._product(slope, right).double() == pytest.approx(slope.double() @ wide, abs=1e-5)
+    assert subject._product(slope, right).double() == near(slope.double() @ wide, abs=1e-5)
 
 
 def once(case, train_head: bool = True):
@@ -251,7 +252,7 @@ def test_gradients_are_scaled_by_what_follows_and_added_to_what_is_there():
     )
     again.loss.backward()
     for leaf, name in zip(leaves, ("hidden_grad", "weight_grad"), strict=True):
-        assert leaf.grad.numpy() == pytest.approx(4 * want[name], rel=1e-4, abs=1e-6)
+        assert leaf.grad.numpy() == near(4 * want[name], rel=1e-4, abs=1e-6)
 
 
 def test_there_is_no_second_derivative():
@@ -354,7 +355,7 @@ def test_cudas_branch_computes_the_definition(
     case, objective = make_case(0), Objective(divergence, 0.3, kd_weight, temperature)
     got, want = answer(TORCH, case, objective), exact(case, objective)
     for name, array in want.items():
-        assert got[name] == pytest.approx(array, rel=1e-5, abs=2e-6), name
+        assert got[name] == near(array, rel=1e-5, abs=2e-6), name
 
 
 @pytest.mark.parametrize("train_head", [False, True])
