@@ -2,10 +2,8 @@
 on a CPU.
 """
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from endings import STUDENT, TORCH_STUDENT, arguments, assert_same
@@ -82,7 +80,7 @@ def test_a_run_on_torch_killed_in_turn(run_tiny, never_stopped, tmp_path, mode):
         dict(at=f"{TORCH_STUDENT}.accumulate", call=4),
         dict(at=save, call=2),
         dict(at=f"{TORCH_STUDENT}.apply", call=1, when="after"),
-        dict(at="mlx_distill.backends.torch.model:save_file"),
+        dict(at="mlx_distill.backends.torch.weights:save_file"),
         dict(at="mlx_distill.view:Counter.__call__", call=2),
     ):
         assert run_tiny(mode, **kill).code == -9, kill
@@ -123,15 +121,11 @@ def test_a_killed_fresh_start_is_gone_on_with(
     assert_same(tmp_path / "tiny", never_stopped("full"))
 
 
-def test_the_plain_command_continues_a_killed_process(tiny_recipe, never_stopped, tmp_path):
+def test_the_plain_command_continues_a_killed_process(
+    run_tiny, tiny_recipe, never_stopped, tmp_path
+):
+    assert run_tiny(**KILLS["between a checkpoint's files"]).code == -9
     words = arguments(tiny_recipe, tmp_path)
-    job = json.dumps({"arguments": words, **KILLS["between a checkpoint's files"]})
-    assert (
-        subprocess.run(
-            [sys.executable, Path(__file__).parent / "kill_at.py", job], capture_output=True
-        ).returncode
-        == -9
-    )
     result = subprocess.run(
         [sys.executable, "-m", "mlx_distill", *words], capture_output=True, text=True
     )
