@@ -1,24 +1,19 @@
-"""What `plan` says against what a training step takes: peak memory and FLOPs of recipes that differ
-in what decides them.
+"""What `plan` estimates against what its probe measures: peak memory of recipes that differ in what
+decides it.
 
-    python benchmarks/bench_plan.py run      measure, append to results/bench_plan.csv, rewrite the
-    README's table python benchmarks/bench_plan.py table    rewrite the table only
+    python benchmarks/bench_plan.py run      measure, append to results/bench_probe.csv, rewrite
+                                             the README's table
+    python benchmarks/bench_plan.py table    rewrite the table only
 
-Models have random weights. Each recipe is measured in a fresh process: one optimizer step, twice,
-by the backend's own counter (`Backend.memory()`), less what the process held before it loaded a
-model, which is nothing where a framework counts its own arrays and the interpreter where memory is
-resident memory. FLOPs are counted independently, by torch's flop counter over a step of the torch
-backend in a process of its own; without torch that column stays empty. Of attention's products it
-counts the masked half as well, which is taken off here, since a plan counts causal attention.
+The ten recipes of a backend have models with random weights; a recipe of this repository can be
+named by its path. The probe is the program's own (`mlx_distill/cost/probe.py`): one step of the
+costliest micro-batch, then a batch of validation, in a fresh process.
 """
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -30,12 +25,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 from benchmarks.machines import blas_name, facts, installed  # noqa: E402
 from benchmarks.tables import append_rows, read_rows, rewrite_section  # noqa: E402
 
-MEASURED = (
-    "mlx_distill/cost/plan.py",
-    "mlx_distill/cost/memory.py",
-    "mlx_distill/cost/flops.py",
-    "mlx_distill/backends",
-)
+MEASURED = ("mlx_distill/cost", "mlx_distill/backends")
+for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):  # a machine's own choice is measured
+    os.environ.pop(name, None)
+
 STUDENT = {
     "layers": 8,
     "width": 256,
@@ -132,21 +125,14 @@ app = typer.Typer(add_completion=False)
 def run(
     backend: Annotated[str, typer.Option(help="mlx or torch")] = "mlx",
     recipe: Annotated[
-        list[str] | None, typer.Option(help="names; default: the backend's ten")
+        list[str] | None, typer.Option(help="names or paths; default: the backend's ten")
     ] = None,
 ) -> None:
     """Measure the recipes one after the other and keep the rows."""
     for name in recipe or names(backend):
         row = measure(backend, name)
-        append_rows("bench_plan", [row])
-        print(
-            {
-                key: value
-                for key, value in row.items()
-                if key not in ("date", "cpu", "cores", "python")
-            },
-            flush=True,
-        )
+        append_rows("bench_probe", [row])
+        print(row, flush=True)
         table()
 
 
@@ -159,47 +145,45 @@ def names(backend: str) -> list[str]:
 @app.command()
 def table() -> None:
     """Rewrite the README's table from the kept rows: the newest row of each backend and recipe."""
-    rewrite_section("plan", render(read_rows("bench_plan")))
+    rewrite_section("plan", render(read_rows("bench_probe")))
 
 
 def measure(backend: str, name: str) -> dict[str, object]:
-    """One row: the plan of a recipe, and its step as measured."""
+    """One row: a recipe's estimate and what the probe measured, of training and of validation."""
+    from mlx_distill.cost.probe import probe
+    from mlx_distill.machine import this_machine
+    from mlx_distill.recipe.load import load_recipe
+    from mlx_distill.terminal.plan import plan_of
+
     with tempfile.TemporaryDirectory() as folder:
-        path = write_world(Path(folder), name)
-        planned = json.loads(ask("planned", backend, str(path)))
-        measured = json.loads(ask("worker", backend, str(path)))
-        counted = json.loads(ask("counted", str(path))) if installed("torch") else {"flops": ""}
+        os.environ["XDG_CACHE_HOME"] = folder  # so that nothing kept answers
+        recipe = (
+            load_recipe(write_world(Path(folder), name), RECIPES[name][3])
+            if name in RECIPES
+            else load_recipe(Path(name))
+        )
+        machine = this_machine(backend)
+        _, plan, question = plan_of(recipe, machine, weights=True)
+        measured = probe(question)
+    validation = [moment.total for moment in plan.moments if not moment.trains]
     return {
         **facts(*MEASURED),
         "backend": backend,
         "version": installed(backend),
         "blas": blas_name() if backend == "mlx" else "",
-        "device": measured["device"],
-        "recipe": name,
-        "planned_peak_bytes": round(planned["peak_bytes"]),
-        "moment": planned["moment"],
-        "measured_peak_bytes": measured["peak_bytes"],
-        "before_bytes": measured["before_bytes"],
-        "planned_flops": round(planned["flops"]),
-        "counted_flops": counted["flops"],
-        "seconds": round(measured["seconds"], 4),
-        "matmul_rate": round(measured["rate"]),
+        "device": machine.device,
+        "recipe": name if name in RECIPES else Path(name).stem,
+        "moment": plan.training_peak.name,
+        "estimated_training_bytes": round(plan.training_peak.total),
+        "measured_training_bytes": round(measured.training_bytes),
+        "estimated_validation_bytes": round(max(validation)),
+        "measured_validation_bytes": round(measured.validation_bytes),
     }
-
-
-def ask(*words: str) -> str:
-    """The last line that a process of this file prints."""
-    answer = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True)
-    if answer.returncode:
-        raise RuntimeError(
-            f"{' '.join(words)} ended with code {answer.returncode}: {answer.stderr[-2000:]}"
-        )
-    return answer.stdout.splitlines()[-1]
 
 
 def write_world(root: Path, name: str) -> Path:
     """Models with random weights, rows and `recipe.toml` in a folder."""
-    student, teacher, tokens, settings = RECIPES[name]
+    student, teacher, tokens, _ = RECIPES[name]
     write_model(root / "student", STUDENT | student, 0)
     models = (
         f'[student]\nmodel = "{root}/student"\n[teacher]\nmodel = '
@@ -208,7 +192,6 @@ def write_world(root: Path, name: str) -> Path:
     if teacher is not None:
         write_model(root / "teacher", TEACHER | teacher, 1)
     write_rows(root / "rows.jsonl", tokens)
-    (root / "settings.json").write_text(json.dumps(settings))
     (root / "recipe.toml").write_text(models + RECIPE.format(root=root))
     return root / "recipe.toml"
 
@@ -250,243 +233,59 @@ def write_rows(path: Path, tokens: int, count: int = 18) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def load(path: str):
-    """(recipe, prepared, {"student", "teacher": folder})."""
-    from mlx_distill.data.prepare import prepare
-    from mlx_distill.models.hub import load_tokenizer
-    from mlx_distill.recipe.load import load_recipe
-
-    recipe = load_recipe(
-        Path(path), tuple(json.loads((Path(path).parent / "settings.json").read_text()))
-    )
-    folders = {
-        part: Path(getattr(recipe, part).model)
-        for part in ("student", "teacher")
-        if getattr(recipe, part).model
-    }
-    return recipe, prepare(recipe, load_tokenizer(folders["student"])), folders
-
-
-def first_step(recipe, prepared):
-    """The one step of the recipe."""
-    from mlx_distill.data.batches import Steps
-
-    optim = recipe.optim
-    return Steps(
-        prepared.train,
-        recipe.objective.segments,
-        recipe.batch,
-        recipe.run.seed,
-        optim.epochs,
-        optim.steps,
-    ).step(0)
-
-
-@app.command(hidden=True)
-def planned(backend: str, path: str) -> None:
-    """The plan of a recipe's one step; the loss's elementwise operations are left out, which no
-    counter of products sees.
-    """
-    from mlx_distill.cost.plan import make_plan
-    from mlx_distill.machine import this_machine
-    from mlx_distill.models.folder import read_config
-
-    recipe, prepared, folders = load(path)
-    configs = {part: read_config(folder) for part, folder in folders.items()}
-    plan = make_plan(
-        recipe, prepared, configs.get("teacher"), configs["student"], this_machine(backend)
-    )
-    peak = plan.training_peak
-    print(
-        json.dumps(
-            {
-                "peak_bytes": peak.total,
-                "moment": peak.name,
-                "flops": plan.total_flops - plan.flops["loss"],
-            }
-        )
-    )
-
-
-def models(backend, recipe, folders: dict[str, Path]):
-    """Student and teacher (or None), ready to train."""
-    student = backend.load_student(folders["student"], "student", recipe)
-    teacher = (
-        backend.load_teacher(folders["teacher"], "teacher", recipe.teacher.quantize_bits)
-        if "teacher" in folders
-        else None
-    )
-    student.vocabulary = min(
-        model.vocabulary_rows for model in (student, teacher) if model is not None
-    )
-    return student, teacher
-
-
-def train_step(step, student, teacher, recipe) -> Iterator[None]:
-    """One optimizer step as `training/loop.py` runs it; yields after each micro-batch and at the end."""
-    from mlx_distill.objective import Objective
-
-    objective = Objective.from_table(recipe.objective)
-    for batch in step.batches:
-        targets = teacher.targets(batch) if teacher and objective.needs_teacher else None
-        student.accumulate(batch, targets, objective, step.loss_tokens)
-        yield
-    student.apply(recipe.optim.learning_rate)
-    yield
-
-
-@app.command(hidden=True)
-def worker(backend: str, path: str) -> None:
-    """Train the step twice; peak memory of the larger, seconds of the faster, the rate of large
-    products beside it.
-    """
-    from mlx_distill.backends import choose_backend
-
-    chosen = choose_backend(backend)
-    recipe, prepared, folders = load(path)
-    step, before = first_step(recipe, prepared), chosen.memory().active_bytes
-    student, teacher = models(chosen, recipe, folders)
-    peaks, seconds, rates = [], [], []
-    for _ in range(2):
-        rates.append(chosen.matmul_rate())
-        chosen.reset_peak_memory()
-        started = time.perf_counter()
-        for _ in train_step(step, student, teacher, recipe):
-            pass
-        seconds.append(time.perf_counter() - started)
-        peaks.append(chosen.memory().peak_bytes)
-    device = chosen.device().device.split()[0].lower()
-    print(
-        json.dumps(
-            {
-                "peak_bytes": max(peaks) - before,
-                "before_bytes": before,
-                "seconds": min(seconds),
-                "rate": max(rates),
-                "device": device,
-            }
-        )
-    )
-
-
-@app.command(hidden=True)
-def counted(path: str) -> None:
-    """Operations of the same step's products by torch's flop counter, half of attention's taken
-    off.
-    """
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from mlx_distill.backends.torch.backend import TorchBackend
-
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    recipe, prepared, folders = load(path)
-    plain = {
-        "teacher": {"quantize_bits": 0},
-        "optim": {"optimizer": "adamw"},
-    }  # the same products, and torch has no Lion
-    recipe = recipe.model_copy(
-        update={
-            part: getattr(recipe, part).model_copy(update=values) for part, values in plain.items()
-        }
-    )
-    student, teacher = models(TorchBackend(), recipe, folders)
-
-    def in_place(total: list[int], left: list[int], right: list[int], **_) -> int:
-        return 2 * left[0] * left[1] * right[1]
-
-    extra = {
-        torch.ops.aten.addmm_: in_place
-    }  # which the counter does not know; the math kernel's products are ordinary ones: bmm
-    with (
-        FlopCounterMode(display=False, custom_mapping=extra) as counter,
-        sdpa_kernel(SDPBackend.MATH),
-    ):
-        for _ in train_step(first_step(recipe, prepared), student, teacher, recipe):
-            pass
-    operations = {
-        str(name).removeprefix("aten."): value
-        for name, value in counter.get_flop_counts()["Global"].items()
-    }
-    attention = operations.pop("bmm", 0)
-    print(
-        json.dumps(
-            {
-                "flops": sum(operations.values()) + attention // 2,
-                "attention": attention,
-                "others": operations,
-            }
-        )
-    )
-
-
 def render(rows: list[dict[str, str]]) -> str:
-    """A Markdown table of the newest row of each backend and recipe, and how far off the plan was."""
+    """A Markdown table of the newest row of each backend and recipe, and how far off the estimate
+    is.
+    """
     newest = {(row["backend"], row["recipe"]): row for row in rows}
     last = rows[-1]
     lines = [
         f"{last['cpu']}, {last['cores']} cores shared with other work, MLX "
-        f"{versions(rows, 'mlx')}, torch {versions(rows, 'torch')}, Python {last['python']}, "
-        f"{last['date'][:10]}, commit {last['commit']}. Peaks in MB: planned, measured, and the "
-        "plan's error. FLOPs of the step: planned, counted by torch, error. The last column is "
-        "the step's seconds × the rate of large products / FLOPs.",
+        f"{version(rows, 'mlx')}, torch {version(rows, 'torch')}, Python {last['python']}, "
+        f"{last['date'][:10]}, commit {last['commit']}. Peaks in MB, of a step and of a batch of "
+        "validation: estimated from the configs, measured by the probe, and the estimate's error. "
+        "The last column is the error of the larger of the two, which is what a plan says.",
         "",
-        "| backend | recipe | peak planned | measured | error | moment | GFLOP planned | counted "
-        "| error | s × rate / FLOP |",
-        "|---|---|---:|---:|---:|---|---:|---:|---:|---:|",
+        "| backend | recipe | moment | step | measured | error | validation | measured | error "
+        "| error of the plan |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
-        f"| {backend} ({row['device']}) | {name} | {' | '.join(cells(row))} |"
+        f"| {backend} ({row['device']}) | {name} | {row['moment']} | {' | '.join(cells(row))} |"
         for (backend, name), row in newest.items()
     ]
     return "\n".join([*lines, "", *promises(newest)])
 
 
-def versions(rows: list[dict[str, str]], backend: str) -> str:
+def version(rows: list[dict[str, str]], backend: str) -> str:
     return next((row["version"] for row in reversed(rows) if row["backend"] == backend), "–")
 
 
 def cells(row: dict[str, str]) -> list[str]:
-    counted = f"{float(row['counted_flops']) / 1e9:,.1f}" if row["counted_flops"] else "–"
-    return [
-        f"{float(row['planned_peak_bytes']) / 1e6:,.0f}",
-        f"{float(row['measured_peak_bytes']) / 1e6:,.0f}",
-        f"{memory_error(row):+.1%}",
-        row["moment"],
-        f"{float(row['planned_flops']) / 1e9:,.1f}",
-        counted,
-        f"{flops_error(row):+.1%}" if row["counted_flops"] else "–",
-        f"{time_factor(row):.1f}",
-    ]
+    found = []
+    for part in ("training", "validation"):
+        both = [float(row[f"{how}_{part}_bytes"]) for how in ("estimated", "measured")]
+        found += [*(f"{size / 1e6:,.0f}" for size in both), f"{both[0] / both[1] - 1:+.1%}"]
+    return [*found, f"{error(row):+.1%}"]
 
 
-def memory_error(row: dict[str, str]) -> float:
-    return float(row["planned_peak_bytes"]) / float(row["measured_peak_bytes"]) - 1
-
-
-def flops_error(row: dict[str, str]) -> float:
-    return float(row["planned_flops"]) / float(row["counted_flops"]) - 1
-
-
-def time_factor(row: dict[str, str]) -> float:
-    return float(row["seconds"]) * float(row["matmul_rate"]) / float(row["planned_flops"])
+def error(row: dict[str, str]) -> float:
+    """Of the plan's peak, relative to the measured one."""
+    estimated, measured = (
+        max(float(row[f"{how}_{part}_bytes"]) for part in ("training", "validation"))
+        for how in ("estimated", "measured")
+    )
+    return estimated / measured - 1
 
 
 def promises(newest: dict[tuple[str, str], dict[str, str]]) -> list[str]:
-    """One line a backend: the largest errors and the median factor of time."""
+    """One line a backend: the largest error."""
     lines = []
     for backend in dict.fromkeys(key[0] for key in newest):
-        rows = [row for (name, _), row in newest.items() if name == backend]
-        flops = [abs(flops_error(row)) for row in rows if row["counted_flops"]]
-        factors = sorted(map(time_factor, rows))
+        errors = [abs(error(row)) for (name, _), row in newest.items() if name == backend]
         lines.append(
-            f"- {backend}: peak memory is planned within "
-            f"{max(abs(memory_error(row)) for row in rows):.1%} on {len(rows)} recipes"
-            + (f", FLOPs within {max(flops):.1%}" if flops else "")
-            + f"; a step takes {factors[len(factors) // 2]:.1f} times (from {factors[0]:.1f} to "
-            f"{factors[-1]:.1f}) what its FLOPs would "
-            "at the rate of large products."
+            f"- {backend}: the estimate is within {max(errors):.1%} of the probe on "
+            f"{len(errors)} recipes."
         )
     return lines
 

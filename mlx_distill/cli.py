@@ -108,13 +108,17 @@ def plan(
         bool,
         typer.Option("--time", help="Measure this machine's rate and estimate the training time."),
     ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option("--probe", help="Measure the memory of one step, in a process of its own."),
+    ] = False,
 ) -> None:
     """Say what a run will cost before it starts: tokens, FLOPs, memory by part, disk, and whether
-    it fits. Needs no weights.
+    it fits. Needs no weights without --probe.
     """
     from mlx_distill.terminal.plan import plan as print_plan
 
-    print_plan(load_recipe(recipe, tuple(set_ or ())), console, backend, time)
+    print_plan(load_recipe(recipe, tuple(set_ or ())), console, backend, time, probe)
 
 
 @app.command()

@@ -49,3 +49,19 @@ class RankLost(DistillError, ConnectionError):
     """Another of the processes that train together is gone."""
 
     __str__ = Exception.__str__
+
+
+# how MLX, torch and the C++ library say it
+NO_MEMORY = (
+    "out of memory",
+    "insufficient memory",
+    "attempting to allocate",
+    "unable to allocate",
+    "can't allocate memory",
+    "bad_alloc",
+)
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether a library's error is about memory, by its words."""
+    return any(words in text.lower() for words in NO_MEMORY)

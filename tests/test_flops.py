@@ -1,12 +1,19 @@
-"""Operations of a step, against counts done by hand."""
+"""Operations of a step, against counts done by hand and torch's own."""
 
 import numpy as np
 import pytest
-from tiny import llama_config
+import torch
+from tiny import llama_config, model_folder
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from mlx_distill.backends.torch.backend import TorchBackend
 from mlx_distill.cost.flops import Adapters, Shape, step_flops, total_flops, training_flops
 from mlx_distill.data.batches import Step, make_batch
 from mlx_distill.data.sequences import TokenSequence
+from mlx_distill.models.folder import read_config
+from mlx_distill.objective import Objective
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import StudentTable
 
 CONFIG = {
@@ -25,12 +32,12 @@ MATRICES = 3 * (
 ATTENTION = 3 * 4 * 5 * 2  # a layer's heads · head_dim · (QKᵀ and PV), times 2 · T²/2
 
 
-def step(lengths: list[int]) -> Step:
+def step(lengths: list[int], multiple: int = 8) -> Step:
     """Every token but the first carries loss; two micro-batches."""
     sequences = [
         TokenSequence(str(n), np.ones(n, np.int32), 0, n, np.ones(n, bool)) for n in lengths
     ]
-    batches = make_batch(sequences[:1], ("cot",), 8), make_batch(sequences[1:], ("cot",), 8)
+    batches = tuple(make_batch(part, ("cot",), multiple) for part in (sequences[:1], sequences[1:]))
     return Step(0, batches, float(sum(lengths) - len(lengths)), sum(lengths))
 
 
@@ -144,3 +151,50 @@ def test_totals():
     ]
     assert total_flops(rows) == {"student": 4.0, "head": 2.0, "teacher": 4.0, "total": 10.0}
     assert total_flops([{"loss": 1}, {"flops": {}}]) == {}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts the CPU's kernels")
+@pytest.mark.parametrize(
+    ("settings", "most"),
+    [({}, 0.001), ({"gradient_checkpointing": True}, 0.001), ({"tuning": "lora"}, 0.04)],
+    ids=["full", "checkpointing", "lora"],
+)
+def test_products_are_those_that_torch_counts(settings, most, tmp_path, bytes_tokenizer):
+    """A step of both models; torch counts attention's masked half too, which is taken off, and the
+    loss's elementwise passes are no products.
+    """
+    configs = {"teacher": {"layers": 3, "width": 32}, "student": {"layers": 2, "width": 64}}
+    folders = {
+        part: model_folder(tmp_path / part, bytes_tokenizer(), **config)
+        for part, config in configs.items()
+    }
+    recipe = Recipe.model_validate({"student": settings})
+    backend = TorchBackend()
+    student = backend.load_student(folders["student"], "student", recipe)
+    teacher = backend.load_teacher(folders["teacher"], "teacher")
+    one = step([60, 60, 60], multiple=1)
+
+    def in_place(total: list[int], left: list[int], right: list[int], **_) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    unknown = {torch.ops.aten.addmm_: in_place}
+    with (
+        FlopCounterMode(display=False, custom_mapping=unknown) as counter,
+        sdpa_kernel(SDPBackend.MATH),  # its products are ordinary ones: bmm
+    ):
+        for batch in one.batches:
+            student.accumulate(batch, teacher.targets(batch), Objective(), one.loss_tokens)
+    counted = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    attention = counted["aten.bmm"]
+    shapes = [Shape.of(read_config(folders[part])) for part in ("teacher", "student")]
+    table = recipe.student
+    planned = step_flops(
+        one,
+        *shapes,
+        table.tuning == "full",
+        table.gradient_checkpointing,
+        Adapters.of(table, shapes[1]),
+    )
+    assert sum(planned.values()) - planned["loss"] == pytest.approx(
+        sum(counted.values()) - attention / 2, rel=most
+    )

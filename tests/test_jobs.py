@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import mlx_distill
+from mlx_distill.processes import program
 from mlx_distill.sweeps import jobs
 from mlx_distill.sweeps.jobs import Job, side_by_side
 
@@ -153,7 +154,7 @@ def test_a_child_runs_this_package_and_imports_nothing_from_the_working_folder(
         path.parent.mkdir(exist_ok=True)
         path.write_text("open('ran', 'a').write(__name__)")
     monkeypatch.chdir(tmp_path)
-    show = jobs.START.replace(
+    show = program()[-1].replace(
         "main()", "import mlx_distill, typer; print(mlx_distill.__file__, typer.__file__)"
     )
     monkeypatch.setattr(

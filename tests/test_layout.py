@@ -18,6 +18,7 @@ ORDER = [
     "readers",
     "files",
     "signals",
+    "processes",
     "blas",
     "machine",
     "view",

@@ -9,23 +9,15 @@ own so that one that fails, or that the system kills, takes no other with it.
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx_distill
+from mlx_distill.processes import program
 from mlx_distill.signals import POLITE
 
-HERE = str(Path(mlx_distill.__file__).parent.parent)
-# this very package, installed or not, and nothing else from where it lies or from the working
-# folder
-START = (
-    f"import sys; sys.path.insert(0, {HERE!r}); import mlx_distill; del sys.path[0]; "
-    "from mlx_distill.__main__ import main; main()"
-)
-PROGRAM = (sys.executable, "-P", "-c", START)
+PROGRAM = program()
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 POLL_SECONDS = 0.2
 

@@ -20,7 +20,7 @@ def planned(point: Point, backend: str) -> Plan | None:
     will refuse.
     """
     try:
-        return plan_of(point.recipe, this_machine(backend), advise=False)[1]
+        return plan_of(point.recipe, this_machine(backend), advised=False)[1]
     except DistillError:
         return None
 
@@ -34,7 +34,7 @@ def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") ->
     left_flops = 0.0
     for point in distinct(sweeps).values():
         plan = planned(point, backend)
-        cost = (amount(plan.total_flops), amount(plan.peak.total, "B")) if plan else (DASH, DASH)
+        cost = (amount(plan.total_flops), amount(plan.peak_bytes, "B")) if plan else (DASH, DASH)
         if plan and not point.done:
             left_flops += plan.total_flops
         done = "done" if point.done else ""

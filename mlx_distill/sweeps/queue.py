@@ -225,7 +225,7 @@ class Queue:
         log = self._home(point) / "logs" / f"{point.name}.log"
         arguments = ("run", str(self._recipe_file(point)), "--backend", self.backend)
         plan = planned(point, self.backend) if self.at_once > 1 else None
-        peak_bytes = plan.peak.total if plan else inf  # what cannot be planned runs alone
+        peak_bytes = plan.peak_bytes if plan else inf  # what cannot be planned runs alone
         return Job(point.name, arguments, log, peak_bytes, point.folder.in_use)
 
     def _recipe_file(self, point: Point) -> Path:

@@ -1,7 +1,8 @@
 """A plan as a person sees it, before a run begins and after its memory was not enough.
 
 In: a recipe and a machine. Out: lines and tables of at most 80 columns. Imports no framework unless
-a time is asked for.
+a time is asked for; what is to be measured is measured in another process. Decided here: when a run
+is worth a probe, and what is said when memory is not enough.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,12 +15,13 @@ from rich.text import Text
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.pair import refuse_pair
-from mlx_distill.cost.memory import CALIBRATIONS, PARTS
-from mlx_distill.cost.plan import SECONDS_FACTOR, Plan, make_plan
+from mlx_distill.cost.memory import PARTS
+from mlx_distill.cost.plan import MEASURED, SECONDS_FACTOR, Measured, Plan, make_plan
+from mlx_distill.cost.probe import ProbeFailed, Question, kept_answer, probe
 from mlx_distill.data.account import unused_lines
 from mlx_distill.data.day import choose_day
 from mlx_distill.data.prepare import Prepared, prepare
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.machine import Machine, this_machine
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer, model_folder
@@ -29,12 +31,9 @@ from mlx_distill.terminal.show import account, count_table
 from mlx_distill.verify.tasks import load_task
 from mlx_distill.words import amount, duration
 
-UNMEASURED = (
-    f"memory was measured on CPUs ({', '.join(CALIBRATIONS)}); on CUDA it is an "
-    "extrapolation, and a run may need more"
-)
-
-
+# A probe loads the models and computes about three micro-batches: a run of fewer than these is its
+# own probe.
+LONG_RUN = 100
 MEANING = {
     "teacher": "teacher's weights",
     "student": "student's weights",
@@ -46,48 +45,76 @@ MEANING = {
 }
 
 
-def plan_of(recipe: Recipe, machine: Machine, advise: bool = True) -> tuple[Prepared, Plan]:
-    """A recipe's data and its plan, from the models' configs alone. Raises `DistillError` as
-    `prepare` and `make_plan` do.
+def plan_of(
+    recipe: Recipe, machine: Machine, advised: bool = True, weights: bool = False
+) -> tuple[Prepared, Plan, Question]:
+    """A recipe's data and its plan, from the models' configs alone, and what a probe of it asks,
+    for which the weights have to be there.
+
+    Raises `DistillError` as `prepare` and `make_plan` do.
     """
-    student = model_folder(recipe.student.model, recipe.student.revision, weights=False)
-    teacher = (
-        model_folder(recipe.teacher.model, recipe.teacher.revision, weights=False)
-        if recipe.teacher.model
-        else None
-    )
+
+    def folder(name: str, revision: str) -> Path | None:
+        return model_folder(name, revision, weights=weights) if name else None
+
+    student = folder(recipe.student.model, recipe.student.revision)
+    teacher = folder(recipe.teacher.model, recipe.teacher.revision)
     tokenizer = load_tokenizer(student)
     refuse_pair(recipe, teacher, student, tokenizer)
-    prepared = prepare(
-        recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()])
-    )
-    return prepared, make_plan(
-        recipe,
-        prepared,
-        read_config(teacher) if teacher else None,
-        read_config(student),
-        machine,
-        advise,
-    )
+    day = choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()])
+    prepared = prepare(recipe, tokenizer, day)
+    return prepared, *_planned(recipe, prepared, student, teacher, machine, advised)
 
 
-def plan(recipe: Recipe, console: Console, backend_name: str = "auto", timed: bool = False) -> Plan:
+def _planned(
+    recipe: Recipe,
+    prepared: Prepared,
+    student: Path,
+    teacher: Path | None,
+    machine: Machine,
+    advised: bool = True,
+) -> tuple[Plan, Question]:
+    """With the peak that an earlier probe measured, if one did."""
+    configs = read_config(teacher) if teacher else None, read_config(student)
+    made = make_plan(recipe, prepared, *configs, machine, advised)
+    question = Question(recipe, student, teacher, made.costliest, machine)
+    return made.with_measured(kept_answer(question)), question
+
+
+def plan(
+    recipe: Recipe,
+    console: Console,
+    backend_name: str = "auto",
+    timed: bool = False,
+    probed: bool = False,
+) -> Plan:
     """Print what a recipe will cost; `timed` measures this machine's rate first, for which the
-    backend is loaded.
+    backend is loaded; `probed` measures the memory of one step.
+
+    Raises `OutOfMemory` and `ProbeFailed` after the plan is printed as far as it is known.
     """
     backend = choose_backend(backend_name) if timed else None
     machine = Machine.of(backend.device()) if backend else this_machine(backend_name)
     if recipe.eval.task:
-        load_task(
-            recipe.eval.task, recipe.eval.examples, recipe.eval.seed
-        )  # a run reads it first, and refuses what it can't use
-    prepared, made = plan_of(recipe, machine)
+        # a run reads it first, and refuses what it can't use
+        load_task(recipe.eval.task, recipe.eval.examples, recipe.eval.seed)
+    prepared, made, question = plan_of(recipe, machine, weights=probed)
+    trouble = None
+    if probed and not made.measured:
+        try:
+            made = made.with_measured(probe(question))
+        except OutOfMemory as error:
+            trouble = OutOfMemory(f"{error}; {_shortage(question, prepared)}")
+        except ProbeFailed as error:
+            trouble = error
     console.print(count_table(prepared, recipe))
     console.print(account(prepared))
     for renderable in render(made, machine, recipe):
         console.print(renderable)
     if backend:
         console.print(_time_text(made, backend.matmul_rate(), machine))
+    if trouble:
+        raise trouble
     return made
 
 
@@ -102,28 +129,23 @@ def announce(
     ranks: int = 1,
 ) -> None:
     """Say a run's plan in two lines before it begins; raises `OutOfMemory` where it cannot fit,
-    unless `force`.
+    unless `force`. Before a first long run on a GPU one step is measured.
 
     A model whose cost cannot be planned is said and no reason to refuse. Several ranks share what a
     plan counts for one.
     """
     try:
-        made = make_plan(
-            recipe,
-            prepared,
-            read_config(teacher) if teacher else None,
-            read_config(student),
-            machine,
-        )
+        made, question = _planned(recipe, prepared, student, teacher, machine)
     except ModelError as error:
         say(f"plan: {error}")
         return
+    alone = ranks == 1 and not force
+    if alone and not made.measured and machine.device != "cpu" and made.micro_batches >= LONG_RUN:
+        made = made.with_measured(_probed(question, prepared, say))
     for line in made.lines():
         say(line)
     if prepared.unused:
         say(f"not used: {', '.join(unused_lines(prepared.unused))}")
-    if machine.device == "cuda":
-        say(f"plan: {UNMEASURED}")
     if ranks > 1:
         say(
             f"plan: its memory is that of one process; {ranks} ranks share weights, gradients and "
@@ -133,6 +155,24 @@ def announce(
         made.check()
 
 
+def _probed(question: Question, prepared: Prepared, say: Callable[[str], None]) -> Measured | None:
+    """What a probe measures before a run, None where it fails for another reason than memory."""
+    say("plan: the memory of one step is measured first, once for these shapes")
+    try:
+        return probe(question)
+    except ProbeFailed as error:
+        say(f"plan: {error}")
+        return None
+    except OutOfMemory as error:
+        advice = _shortage(question, prepared)
+        raise OutOfMemory(f"{error}; {advice}; --force runs all the same") from None
+
+
+def _shortage(question: Question, prepared: Prepared) -> str:
+    folders = question.student, question.teacher
+    return shortage(question.recipe, prepared, *folders, question.machine)
+
+
 def shortage(
     recipe: Recipe, prepared: Prepared, student: Path, teacher: Path | None, machine: Machine
 ) -> str:
@@ -140,28 +180,19 @@ def shortage(
     saves most first.
     """
     try:
-        arguments = (
-            recipe,
-            prepared,
-            read_config(teacher) if teacher else None,
-            read_config(student),
-        )
-        expected = make_plan(*arguments, machine)
-        less = replace(
-            machine,
-            memory_bytes=int(
-                0.8 * min(expected.peak.total, machine.memory_bytes or expected.peak.total)
-            ),
-        )
-        advice = make_plan(*arguments, less).changes
+        expected, _ = _planned(recipe, prepared, student, teacher, machine)
+        peak = expected.peak.total
+        less = int(0.8 * min(peak, machine.memory_bytes or peak))
+        configs = read_config(teacher) if teacher else None, read_config(student)
+        advice = make_plan(recipe, prepared, *configs, replace(machine, memory_bytes=less)).advice
     except ModelError:
         return (
             "lower batch.micro_batch_size or truncation.max_tokens, or set "
             "student.gradient_checkpointing=true"
         )
     saves = (
-        f"{change.what} (saves {amount(expected.peak.total - change.peak_bytes, 'B')})"
-        for change in advice[:3]
+        f"{change.what} (saves {amount(peak - change.peak_bytes, 'B')})"
+        for change in advice.changes[:3]
     )
     return f"planned was {expected.verdict()}; set {', or '.join(saves)}"
 
@@ -169,9 +200,9 @@ def shortage(
 def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Text]:
     """The plan at most 80 columns wide."""
     yield Text(
-        f"{plan.steps:,} steps of {plan.global_batch_size} examples in micro-batches of "
-        f"{plan.micro_batch_size} × up to {plan.longest:,} tokens:\n{plan.tokens_read:,} tokens "
-        f"are read, {plan.loss_tokens:,} carry loss"
+        f"{plan.work.steps:,} steps of {plan.global_batch_size} examples in micro-batches of "
+        f"{plan.micro_batch_size} × up to {plan.work.longest:,} tokens:\n"
+        f"{plan.work.tokens_read:,} tokens are read, {plan.work.loss_tokens:,} carry loss"
     )
     yield _flops_table(plan)
     yield _memory_table(plan)
@@ -185,10 +216,8 @@ def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Tex
         f"{machine.backend} on {machine.device}, "
         f"{recipe.student.compute_dtype.replace('auto', machine.dtype)}; {machine.limit}"
     )
-    if machine.device == "cuda":
-        yield Text(UNMEASURED)
     yield Text(plan.verdict(), "bold" if plan.fits else "bold red")
-    if advice := plan.advice():
+    if advice := plan.advice_lines():
         yield Text("\n".join(f"- {line}" for line in advice))
 
 
@@ -207,7 +236,7 @@ def _flops_table(plan: Plan) -> Table:
 def _memory_table(plan: Plan) -> Table:
     """The parts at the peak, and the largest each of them is at any moment."""
     peak, table = plan.peak, Table()
-    table.add_column("memory")
+    table.add_column("memory, estimated")
     for column in (f"at the peak ({peak.name})", "at most"):
         table.add_column(column, justify="right")
     for part in PARTS:
@@ -216,6 +245,8 @@ def _memory_table(plan: Plan) -> Table:
             table.add_row(MEANING[part], amount(getattr(peak, part), "B"), amount(most, "B"))
     table.add_section()
     table.add_row("all", amount(peak.total, "B"), "", style="bold")
+    if plan.measured:
+        table.add_row(MEASURED, amount(plan.peak_bytes, "B"), "", style="bold")
     return table
 
 

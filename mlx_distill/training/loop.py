@@ -20,21 +20,19 @@ from safetensors import SafetensorError
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, share_of
 from mlx_distill.data.sequences import Segment
-from mlx_distill.errors import DistillError, DivergedError, OutOfMemory, RunError
+from mlx_distill.errors import (
+    DistillError,
+    DivergedError,
+    OutOfMemory,
+    RunError,
+    says_out_of_memory,
+)
 from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder, TrainState
 from mlx_distill.training.schedule import learning_rate
 from mlx_distill.view import View
-
-NO_ROOM = (
-    "out of memory",
-    "insufficient memory",
-    "attempting to allocate",
-    "unable to allocate",
-)  # MLX's and torch's
-
 
 # the divergence of held-out tokens is forward KL at temperature 1, whatever the recipe trains with
 HELD_OUT_NAMES = {"kd": "kl"}
@@ -281,7 +279,7 @@ def restore(student: Student, folder: Path, optimizer: bool = True) -> None:
         raise
     except (OSError, RuntimeError, ValueError, KeyError, MemoryError, SafetensorError) as error:
         said = one_line(error)
-        if isinstance(error, MemoryError) or any(words in said.lower() for words in NO_ROOM):
+        if isinstance(error, MemoryError) or says_out_of_memory(said):
             raise OutOfMemory(f"{folder}: there is no memory to load it into ({said})") from error
         raise RunError(
             f"{folder} cannot be loaded ({said}): put a copy in its place, or start over with "

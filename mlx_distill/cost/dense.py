@@ -1,0 +1,90 @@
+"""What the config of a dense decoder says of its size: numbers in its weights, bytes of a teacher.
+
+In: a `config.json` as a dict. Out: `Dense`, its shape and what else decides how many numbers it
+has. Decided here: which configs can be planned from.
+"""
+
+from dataclasses import dataclass
+
+from mlx_distill.cost.flops import Shape
+from mlx_distill.errors import ModelError
+
+FLOAT = 4  # bytes of a trained number, its gradient and each of its moments
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense decoder as its config describes it: what decides its size beside its shape."""
+
+    shape: Shape
+    tied: bool
+    head_norms: bool  # Qwen3's norms of queries and keys
+    biases: int  # numbers a block
+    stored: str  # dtype
+    bits: int  # of a stored quantised weight; 0 = not quantised
+    group_size: int  # weights that share a scale and a bias, where quantised
+
+    @classmethod
+    def of(cls, config: dict, name: str) -> "Dense":
+        """Raises `ModelError` where the config is not one of a dense Llama or Qwen."""
+        shape = Shape.of(config)
+        if shape is None:
+            raise ModelError(
+                f"{name}: its cost cannot be planned, since its config.json "
+                f"({config.get('model_type', 'no model_type')}) does not "
+                "describe a dense decoder as Llama and Qwen do; `run` works all the same where "
+                "the backend knows the family"
+            )
+        family = config.get("model_type", "")
+        stored = config.get("dtype") or config.get("torch_dtype") or "float32"
+        packed = config.get("quantization") or {}
+        return cls(
+            shape,
+            config.get("tie_word_embeddings", True),
+            family.startswith("qwen3"),
+            _biases(config, shape),
+            stored,
+            packed.get("bits", 0),
+            packed.get("group_size", 64),
+        )
+
+    @property
+    def vocabulary_weights(self) -> int:
+        """Numbers of embedding and head together."""
+        return (1 if self.tied else 2) * self.shape.vocabulary * self.shape.width
+
+    @property
+    def vectors(self) -> int:
+        """Numbers in norms and biases."""
+        shape = self.shape
+        return (
+            shape.layers * (2 * shape.width + 2 * shape.head_dim * self.head_norms + self.biases)
+            + shape.width
+        )
+
+    @property
+    def matrices(self) -> int:
+        return self.vocabulary_weights + self.shape.layers * self.shape.block_weights()
+
+    @property
+    def parameters(self) -> int:
+        return self.matrices + self.vectors
+
+
+def _biases(config: dict, shape: Shape) -> int:
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    attention = queries + 2 * keys if config.get("model_type") == "qwen2" else 0
+    if config.get("attention_bias"):
+        attention = queries + 2 * keys + shape.width
+    return attention + (2 * shape.ffn + shape.width if config.get("mlp_bias") else 0)
+
+
+def teacher_bytes(model: Dense, quantize_bits: int, device_dtype: str) -> float:
+    """A frozen teacher's weights: float32 where the device computes in it, as stored elsewhere;
+    quantised by groups of 64.
+    """
+    number = FLOAT if device_dtype == "float32" else DTYPE_BYTES.get(model.stored, 2)
+    packed = quantize_bits or model.bits
+    bits = packed + 2 * 8 * number / model.group_size if packed else 8 * number
+    return model.matrices * bits / 8 + model.vectors * number
