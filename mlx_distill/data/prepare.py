@@ -7,7 +7,7 @@ chosen before they are cut (so the same ones at every fraction), and what counts
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -62,12 +62,32 @@ class TokenCounts:
     supervised: np.ndarray
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The examples of a run, whole and rendered, before anything is written or cut. `skipped`,
+    `unused` and `day` as in `Prepared`.
+    """
+
+    train: tuple[Usable, ...]
+    validation: tuple[Usable, ...]
+    skipped: dict[str, int]
+    unused: dict[str, int]
+    day: str
+
+
 def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "") -> Prepared:
-    """Read, choose, render, cut and thin the examples of a recipe with the student's tokenizer.
+    """Choose and cut the examples of a recipe, with what the data says of each; see `choose` and
+    `learnable` for what is raised.
+    """
+    return learnable(choose(recipe, tokenizer, day), recipe)
+
+
+def choose(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "") -> Chosen:
+    """Read, render and take the examples of a recipe with the student's tokenizer.
 
     `day` ("2026-11-26") is what prompts say where their template reads the clock, "" the machine's
-    own. Raises `NotFound` or `DataError` where there is no data, not enough of it, or nothing
-    supervised is left after the cut, `ModelError` for a chat template that cannot be used.
+    own. Raises `NotFound` or `DataError` where there is no data or not enough of it, `ModelError`
+    for a chat template that cannot be used.
     """
     refuse_unusable(tokenizer)
     skipped: Counter[str] = Counter()
@@ -76,7 +96,19 @@ def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "")
     examples = shuffled(read_examples(recipe.data, seed, skipped, unused), seed)
     rendered = _rendered(examples, tokenizer, day, longest, skipped, unused)
     train, validation = take(rendered, recipe.data, skipped, len(examples))
-    whole = tuple(sequence for _, sequence in train)
+    return Chosen(tuple(train), tuple(validation), dict(skipped), dict(unused), day)
+
+
+def learnable(
+    chosen: Chosen, recipe: Recipe, written: Mapping[str, Sequence[TokenSequence]] | None = None
+) -> Prepared:
+    """What a run learns from: the chosen examples' sequences, cut and thinned.
+
+    `written` has texts by example id that stand in for the data's, none where it lists none. Raises
+    `DataError` where nothing supervised is left after the cut.
+    """
+    texts = written or {}
+    whole = tuple(text for one, said in chosen.train for text in texts.get(one.id, [said]))
     cut = tuple(cut_sequence(sequence, recipe) for sequence in whole)
     learning = tuple(
         sequence for sequence in cut if sequence.supervised(recipe.objective.segments).any()
@@ -91,11 +123,11 @@ def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "")
     return Prepared(
         train=learning,
         train_whole=whole,
-        validation=tuple(sequence for _, sequence in validation),
-        examples={example.id: example for example, _ in (*train, *validation)},
-        skipped=dict(skipped + causes),
-        unused=dict(unused),
-        day=day,
+        validation=tuple(texts.get(one.id, [said])[0] for one, said in chosen.validation),
+        examples={example.id: example for example, _ in (*chosen.train, *chosen.validation)},
+        skipped=dict(Counter(chosen.skipped) + causes),
+        unused=chosen.unused,
+        day=chosen.day,
     )
 
 
