@@ -11,8 +11,7 @@ without a word where they find none.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ import numpy as np
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config, read_weights
+from mlx_distill.models.keys import HARMLESS, named_by_the_code, own_fields
 from mlx_distill.models.ranges import refuse_impossible
 from mlx_distill.models.rotary import TYPES, Rotary, yarn_scale
 
@@ -73,35 +73,6 @@ FILLED_ALIKE = {  # keys that mlx-lm fills in as transformers does, or needs
     "sliding_window",
     "max_window_layers",
 }
-HARMLESS = {  # keys that change no arithmetic of a text without dropout
-    "initializer_range",
-    "use_cache",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "eod_token_id",
-    "pretraining_tp",
-    "attention_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "hidden_dropout",
-    "residual_dropout",
-    "embedding_dropout",
-    "classifier_dropout",
-    "output_router_logits",
-    "router_aux_loss_coef",
-    "router_jitter_noise",
-    "max_position_embeddings",
-    "summary_type",
-    "summary_use_proj",
-    "summary_activation",
-    "summary_proj_to_labels",
-    "summary_first_dropout",
-    "is_decoder",
-    "sep_token_id",
-    "decoder_start_token_id",
-}
 
 
 @dataclass(frozen=True)
@@ -129,7 +100,7 @@ class Meaning:
         self.nested = isinstance(self.whole.get("text_config"), dict)
         self.stored: dict[str, Any] = self.whole["text_config"] if self.nested else self.whole
         self._refuse_contradictions()
-        self.config = self._read()
+        self.config = self._read(self.whole)
         if self.tested and self.layers is None:  # which refuses what cannot be computed
             raise self._without_layers()
 
@@ -143,15 +114,13 @@ class Meaning:
     def tested(self) -> bool:
         return self.family in TESTED
 
-    def notes(self, unread: Sequence[str] = ()) -> tuple[str, ...]:
-        """What a person should know of a family that was never compared; `unread` are keys that
-        mlx-lm's class does not know."""
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of a family that was never compared."""
         if self.tested:
             return ()
-        keys = f" (it does not read {', '.join(unread)})" if unread else ""
         return (
-            f"{self.name}: mlx-lm's {self.family}{keys} was not compared with transformers by our "
-            "tests; `mlx-distill doctor --model` compares it here",
+            f"{self.name}: mlx-lm's {self.family} was not compared with transformers by our tests; "
+            "`mlx-distill doctor --model` compares it here",
         )
 
     def refusal(self, key: str, found: str, remedy: str) -> ModelError:
@@ -429,18 +398,32 @@ class Meaning:
 
     # reading
 
-    def _read(self) -> "PreTrainedConfig | None":
+    def asks_for(self, key: str) -> bool:
+        """Whether a model of this file without `key` would be another one, to the family's code in
+        transformers.
+        """
+        if not self.tested and key not in named_by_the_code(type(self.config)):
+            return False
+        rest = {name: value for name, value in self.stored.items() if name != key}
+        try:
+            config = self._read(self.whole | {"text_config": rest} if self.nested else rest)
+        except ModelError:  # the others need it
+            return True
+        return _value(config, key) != self.declared[key]
+
+    def _read(self, document: dict[str, Any]) -> "PreTrainedConfig | None":
+        """`document` as transformers reads it; None for a family that it does not know."""
         from transformers import CONFIG_MAPPING, PreTrainedConfig
         from transformers.utils import logging
 
         kind = self.whole["model_type"]
-        if kind == "mistral" and "layer_types" in self.whole:
+        if kind == "mistral" and "layer_types" in document:
             kind = "ministral"  # as transformers' AutoConfig reads it
         if kind not in CONFIG_MAPPING:
             return None
         plain = {
             key: value
-            for key, value in self.whole.items()
+            for key, value in document.items()
             if key not in ("quantization", "quantization_config")
         }
         said = logging.get_verbosity()
@@ -489,14 +472,6 @@ class Meaning:
             return {}
         inner = found.get("full_attention")
         return inner if isinstance(inner, dict) else found
-
-
-def own_fields(config_class: type) -> list[str]:
-    """The keys of a config class of transformers beside those that every one has."""
-    from transformers import PreTrainedConfig
-
-    common = {field.name for field in fields(PreTrainedConfig)}
-    return [field.name for field in fields(config_class) if field.name not in common]
 
 
 def flat_rotary_keys(

@@ -9,6 +9,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import FAMILIES, TOKENS, Family, transformers_logits
 
 from mlx_distill.backends.mlx import arithmetic, rotary
@@ -455,3 +456,47 @@ def test_the_check_sees_a_wrong_number(name: str, path: str, value: float, expec
     setattr(part, attribute, value)
     with pytest.raises(ModelError, match=f"^m: .*{expected}"):
         arithmetic.settle(model, Meaning(folder(name), "m"))
+
+
+# Keys of families that were not compared
+
+
+def test_what_the_code_of_an_untested_family_reads_and_mlx_lm_does_not_is_refused(tmp_path: Path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    plain = Family("olmoe", experts).save(tmp_path / "plain")
+    wanted = transformers_logits(plain)
+    assert distance(mlx_logits(plain), wanted) < TOLERANCE
+    clipped = changed(plain, tmp_path / "clipped", clip_qkv=0.5)
+    assert distance(transformers_logits(clipped), wanted) > PLAINLY_WRONG
+    assert distance(plain_logits(clipped), wanted) < TOLERANCE  # mlx-lm does not clip
+    with pytest.raises(ModelError, match=r"^m: .*clip_qkv is 0\.5: mlx-lm does not read it"):
+        mlx_loading.load_teacher(clipped, "m", 0)
+
+
+UNREAD = {
+    "qwen2_moe": {"norm_topk_prob": True},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},
+    "nanochat": {"final_logit_softcapping": 30.0},
+    "deepseek_v3": {"rope_interleave": False},
+}
+
+
+@pytest.mark.parametrize("family", UNREAD)
+def test_each_such_key_is_known_from_transformers_code(family: str, tmp_path: Path):
+    ((key, value),) = UNREAD[family].items()
+    for said in ({}, {key: value}):
+        config = transformers.AutoConfig.for_model(family, **said)
+        config.save_pretrained(tmp_path)
+        assert Meaning(tmp_path, "m").asks_for(key) == bool(said)
+
+
+def test_a_key_whose_value_follows_from_the_others_asks_for_nothing(tmp_path: Path):
+    config = transformers.AutoConfig.for_model("llama4_text", num_hidden_layers=4)
+    config.save_pretrained(tmp_path)
+    meaning = Meaning(tmp_path, "m")
+    assert meaning.declared["moe_layers"] and not meaning.asks_for("moe_layers")
+
+
+def test_a_width_of_its_own_is_no_reason_to_refuse(tmp_path: Path):
+    family = Family("gpt_neox", {"intermediate_size": 256})
+    assert mlx_loading.load_teacher(family.save(tmp_path / "neox"), "m", 0).notes

@@ -20,7 +20,9 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_distill.backends.mlx.rotary import settle_rotary
 from mlx_distill.errors import ModelError
 from mlx_distill.files import one_line
-from mlx_distill.models.config import HARMLESS, Meaning
+from mlx_distill.models.config import Meaning
+from mlx_distill.models.folder import WIDTHS
+from mlx_distill.models.keys import HARMLESS, INITIAL_OR_KERNEL
 from mlx_distill.models.ranges import ACTIVATIONS
 
 HANDLED = {  # keys that are checked by what they do
@@ -86,13 +88,12 @@ def _settled(model: nn.Module, meaning: Meaning) -> tuple[str, ...]:
 def _check_arguments(args: Any, meaning: Meaning) -> None:
     """Each declared key has reached mlx-lm's class, or is one that it need not know, or has the
     value that it computes."""
-    defaults = {field.name: field.default for field in fields(type(meaning.config))}
     known = {field.name: field for field in fields(type(args))}
     for key, value in meaning.declared.items():
         if key in HARMLESS or key in HANDLED or "token_id" in key:
             continue
         if key not in known:
-            if value != defaults.get(key) and key not in ACTIVATIONS and meaning.tested:
+            if _is_missed(key, known, meaning):
                 raise meaning.refusal(
                     key, f"is {value}", "mlx-lm does not read it; use --backend torch"
                 )
@@ -109,23 +110,15 @@ def _check_arguments(args: Any, meaning: Meaning) -> None:
     _check_stray(args, meaning, known)
 
 
-def unread(model: nn.Module, meaning: Meaning) -> list[str]:
-    """Keys with values of their own that mlx-lm's class does not know, of a family that our tests
-    did not compare: whether they matter is not known."""
-    owner = getattr(model, "language_model", model)
-    if meaning.tested or not meaning.config or not hasattr(owner, "args"):
-        return []
-    known = {field.name for field in fields(type(owner.args))} | HARMLESS | HANDLED
-    defaults = {field.name: field.default for field in fields(type(meaning.config))}
-    return [
-        key
-        for key, value in meaning.declared.items()
-        if key not in known
-        and key not in ACTIVATIONS
-        and "token_id" not in key
-        and value is not None
-        and value != defaults.get(key)
-    ]
+def _is_missed(key: str, known: dict[str, Any], meaning: Meaning) -> bool:
+    """Whether a key that mlx-lm's class does not know would change what it computes.
+
+    A shape that it takes from elsewhere is checked when the weights are loaded.
+    """
+    if key in ACTIVATIONS or key in WIDTHS or key in INITIAL_OR_KERNEL:
+        return False
+    aliases = {alias for alias, name in type(meaning.config).attribute_map.items() if name == key}
+    return not known.keys() & aliases and meaning.asks_for(key)
 
 
 def _check_stray(args: Any, meaning: Meaning, known: dict[str, Any]) -> None:

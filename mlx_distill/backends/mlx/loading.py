@@ -98,7 +98,7 @@ def _load(
         ) as error:  # a family's code, run on a config it was not written for, fails in any way
             raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
     ours = arithmetic.settle(model, meaning)
-    return model, config, meaning.notes(arithmetic.unread(model, meaning)), ours
+    return model, config, meaning.notes(), ours
 
 
 def _refuse_missing_head(weights: Weights, meaning: Meaning) -> None:
