@@ -207,7 +207,9 @@ def evaluate(
             help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.",
         ),
     ],
-    task: Annotated[str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH or jsonl:PATH.")],
+    task: Annotated[
+        str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH, math:PATH or jsonl:PATH.")
+    ],
     set_: Annotated[
         list[str] | None,
         typer.Option(

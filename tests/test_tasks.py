@@ -44,6 +44,20 @@ def test_the_same_arguments_draw_the_same_problems(gsm8k):
     )
 
 
+def test_math_reads_problems_as_math500_and_aime_have_them(tmp_path):
+    rows = [
+        {"problem": "Where?", "answer": r"\left( 3, \frac{\pi}{2} \right)", "level": 2},
+        {"id": 60, "problem": "When?", "answer": "025", "url": "x"},
+    ]
+    task = load_task(f"math:{write_rows(tmp_path / 'rows.jsonl', rows)}", 9, 0)
+    place, day = task.problems
+    assert (place.prompt, day.prompt) == ("Where?", "When?")
+    assert task.verify(place.expected, r"</think>So $\boxed{(3, \pi/2)}$.")
+    assert not task.verify(place.expected, r"</think>So $\boxed{(3, \pi/3)}$.")
+    assert task.verify(day.expected, "</think>The answer is 25.")
+    assert task.compared() == {"mathematics": 2}
+
+
 def test_a_repeated_row_is_one_problem(tmp_path):
     path = write_rows(
         tmp_path / "twice.jsonl", [{"prompt": "1+1", "answer": "2"}, {"prompt": "1+1", "answer": 2}]
@@ -135,7 +149,7 @@ def test_the_embedded_task_is_asked_for_its_held_out_problems():
         (
             "gsm8:x",
             "no task 'gsm8:x'; did you mean gsm8k:PATH.*Choices: embedded:NAME, gsm8k:PATH, "
-            "jsonl:PATH",
+            "math:PATH, jsonl:PATH",
         ),
         ("aime24", "no task 'aime24'.*Choices: embedded:NAME"),
         ("gsm8k", "names nothing after 'gsm8k': write gsm8k:PATH"),

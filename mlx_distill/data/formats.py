@@ -9,16 +9,21 @@ remedy. A row that has nothing to *learn from* (no reasoning, no answer) raises 
 walks the rows counts its reason. What a row carries besides (a column, a key of a message) is
 counted by its name in `unused`: nothing is lost in silence.
 
-Column settings left empty take the format's usual names (`COLUMNS`). Public datasets and how to
-name them:
+Column settings left empty take the format's usual names (`COLUMNS`). Public datasets, and how to
+name them where that is not enough:
 
-| dataset | format | settings |
-|---|---|---|
-| bespokelabs/Bespoke-Stratos-17k, open-thoughts/OpenThoughts-114k, NovaSky-AI/Sky-T1_data_17k | conversations | – |
-| PrimeIntellect/SYNTHETIC-1 | response | response_column = "llm_response", where = {task_type = "verifiable_math"} |
-| nvidia/Llama-Nemotron-Post-Training-Dataset (config = "SFT", split = "math") | response | prompt_column = "input", \
-response_column = "output" |
-| openai/gsm8k (config = "main") or its .jsonl files | gsm8k | – |
+- bespokelabs/Bespoke-Stratos-17k, open-thoughts/OpenThoughts-114k, open-thoughts/OpenThoughts3-1.2M,
+  NovaSky-AI/Sky-T1_data_17k: conversations
+- open-r1/OpenR1-Math-220k, open-r1/Mixture-of-Thoughts, PrimeIntellect/SYNTHETIC-2-SFT-verified,
+  HuggingFaceH4/Multilingual-Thinking: messages
+- PrimeIntellect/SYNTHETIC-1: response, with response_column = "llm_response" and
+  where = { task_type = "verifiable_math" }
+- nvidia/Llama-Nemotron-Post-Training-Dataset (config = "SFT", split = "math"): response, with
+  prompt_column = "input", response_column = "output" and where = { reasoning = "on" }
+- simplescaling/s1K-1.1: columns, with prompt_column = "question",
+  cot_column = "deepseek_thinking_trajectory" and answer_column = "deepseek_attempt"
+- zwhe99/DeepMath-103K: response, with prompt_column = "question", response_column = "r1_solution_1"
+- openai/gsm8k (config = "main") or its .jsonl files: gsm8k
 """
 
 import re

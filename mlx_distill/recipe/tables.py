@@ -243,7 +243,7 @@ class OptimTable(Table):
 
 class EvalTable(Table):
     task: str = ""
-    """embedded:NAME, gsm8k:FILE or jsonl:FILE; "" = no scoring."""
+    """embedded:NAME, gsm8k:FILE, math:FILE or jsonl:FILE; "" = no scoring."""
 
     examples: Rows = 500
     """Problems that are asked."""

@@ -1,7 +1,7 @@
 """Tasks: problems with a checkable answer, and the check.
 
-In: a task's name (`embedded:NAME`, `gsm8k:PATH`, `jsonl:PATH`), how many problems and a seed. Out:
-a `Task` whose `verify` says whether a whole generation, reasoning included, ends in the expected
+In: a task's name (`embedded:NAME`, `gsm8k:PATH`, `math:PATH`, `jsonl:PATH`), how many problems and
+a seed. Out: a `Task` whose `verify` says whether a whole generation, reasoning included, ends in the expected
 answer. Decided here: what is read as the answer (the text after the first `</think>`), which rows
 are drawn, what makes two problems the same (the digest of their text), and how a gold answer that
 is a number or a list in JSON is written. Whether an answer is right, `verify/` says.
@@ -112,6 +112,11 @@ def _load_gsm8k(name: str, rest: str, examples: int, seed: int) -> Task:
     )
 
 
+def _load_math(name: str, rest: str, examples: int, seed: int) -> Task:
+    """MATH-500 and AIME as their authors write them."""
+    return _stated(name, _drawn(Path(rest).expanduser(), ("problem", "answer"), examples, seed))
+
+
 def _load_jsonl(name: str, rest: str, examples: int, seed: int) -> Task:
     return _stated(name, _drawn(Path(rest).expanduser(), ("prompt", "answer"), examples, seed))
 
@@ -130,8 +135,13 @@ def _stated(name: str, rows: Iterable[tuple[str, str, str]]) -> Task:
     return Task(name, _problems(found), _after_think(states))
 
 
-_LOADERS = {"embedded": _load_embedded, "gsm8k": _load_gsm8k, "jsonl": _load_jsonl}
-_FORMS = {"embedded": "embedded:NAME", "gsm8k": "gsm8k:PATH", "jsonl": "jsonl:PATH"}
+_LOADERS = {
+    "embedded": _load_embedded,
+    "gsm8k": _load_gsm8k,
+    "math": _load_math,
+    "jsonl": _load_jsonl,
+}
+_FORMS = {kind: f"{kind}:{'NAME' if kind == 'embedded' else 'PATH'}" for kind in _LOADERS}
 
 
 def _problems(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:

@@ -124,6 +124,36 @@ LAYOUTS = {
             "where": {"task_type": "verifiable_math"},
         },
     ),
+    "s1K-1.1": (
+        {
+            "question": "2+3?",
+            "deepseek_thinking_trajectory": "Two and three.",
+            "deepseek_attempt": "5",
+        },
+        {
+            "format": "columns",
+            "prompt_column": "question",
+            "cot_column": "deepseek_thinking_trajectory",
+            "answer_column": "deepseek_attempt",
+        },
+    ),
+    "DeepMath": (
+        {"question": "2+3?", "final_answer": "5", "r1_solution_1": REPLY["content"]},
+        {
+            "format": "response",
+            "prompt_column": "question",
+            "response_column": "r1_solution_1",
+        },
+    ),
+    "Multilingual-Thinking": (
+        {
+            "messages": [
+                {"role": "user", "content": "2+3?", "thinking": None},
+                {"role": "assistant", "content": "5", "thinking": "Two and three."},
+            ]
+        },
+        {"format": "messages"},
+    ),
     "Llama-Nemotron": (
         {"input": [USER], "output": REPLY["content"], "reasoning": "on"},
         {
