@@ -31,19 +31,16 @@ from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe.load import eval_table
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import DataTable
-from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.runs_page import report
-from mlx_distill.runs.manifest import (
-    identity,
-    inputs_digest,
-    make_manifest,
-    make_start,
-    sample_pieces,
-)
+from mlx_distill.runs.manifest import Manifest
+from mlx_distill.runs.provenance import identity, inputs_digest, make_manifest, make_start
+from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder, SilentFolder, TrainState
+from mlx_distill.runs.sample import make_sample
 from mlx_distill.scoring import score as evaluate
 from mlx_distill.scoring.generations import FILE, Evaluation, Generations
 from mlx_distill.scoring.stops import stops_of
+from mlx_distill.scoring.task_scores import GenerationsFile, TaskScores, forget_score
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.fields import CacheFields
@@ -212,17 +209,20 @@ class Pipeline:
             raise OutOfMemory(f"{error}; {folder.what_is_saved()}; {shortage(*planned)}") from None
         if self.recipe.run.export == "best" and state.best_step != state.step:
             restore(student, folder.checkpoint(state.best_step), optimizer=False)
-        manifest = folder.read_json("manifest.json")
         exported = state.best_step if self.recipe.run.export == "best" else state.step
-        counted = folder.rows("metrics.jsonl") if state.flops is None else [{"flops": state.flops}]
-        result = {
-            "exported_step": exported,
-            "elapsed_seconds": state.elapsed_seconds,
-            "tokens_read": state.tokens_seen,
-            "loss_tokens": state.loss_tokens_seen,
-            "flops": total_flops(counted),
-        }
-        folder.write_json("manifest.json", manifest | result | torchs_alone)
+        counted = (
+            [row.flops for row in folder.rows(MetricsRow)] if state.flops is None else [state.flops]
+        )
+        folder.update(
+            Manifest,
+            exported_step=exported,
+            elapsed_seconds=state.elapsed_seconds,
+            tokens_read=state.tokens_seen,
+            loss_tokens=state.loss_tokens_seen,
+            flops=total_flops(counted),
+            **torchs_alone,
+        )
+        forget_score(folder, "student")
         folder.write_student(
             lambda path: student.export(path, self.stop_ids)
         )  # last: where it lies, training is complete
@@ -288,7 +288,8 @@ class Pipeline:
     def fill_cache(self, whole: Sequence[TokenSequence]) -> TeacherCache:
         """The cache, after the teacher was asked for what it lacked of some whole sequences."""
         cache = self.open_cache()
-        made = {"teacher": self.recipe.teacher.model, **make_start(self.backend.device(), 0)}
+        start = make_start(self.backend.device(), 0).content()
+        made = {"teacher": self.recipe.teacher.model, **start}
         fill(
             cache,
             whole,
@@ -411,21 +412,27 @@ class Pipeline:
 
         Raises `RunError` where these are not what the run began with.
         """
-        kept = folder.readable("manifest.json", self.view.say, "it is written again")
+        kept = folder.readable(Manifest, self.view.say, "it is written again")
         last = folder.last_state(self.recipe.run.export == "best")
         manifest = make_manifest(
             self.recipe, self.backend.device(), self._models(), prepared, steps
         )
-        manifest |= {"teacher_cache": cached.cache.fields.name} if cached else {}
-        for key, what in (("models", "a model's files"), ("data_digest", "the data")):
-            if kept.get(key, manifest[key]) != manifest[key]:
-                raise _changed(folder, what)
+        if cached:
+            manifest = manifest.model_copy(update={"teacher_cache": cached.cache.fields.name})
+        if kept.models and kept.models != manifest.models:
+            raise _changed(folder, "a model's files")
+        if kept.data_digest not in ("", manifest.data_digest):
+            raise _changed(folder, "the data")
         inputs = inputs_digest(manifest)
         if last.inputs_digest not in ("", inputs):
             raise _changed(folder, "a model's files or the data")
-        starts = [*kept.get("starts", []), make_start(self.backend.device(), last.step)]
-        folder.write_json("manifest.json", {**manifest, **kept, "starts": starts})
-        folder.write_json("sample.json", sample_pieces(prepared, self.recipe, self.tokenizer))
+        folder.write(
+            manifest.model_copy(
+                update={name: getattr(kept, name) for name in kept.model_fields_set}
+                | {"starts": [*kept.starts, make_start(self.backend.device(), last.step)]}
+            )
+        )
+        folder.write(make_sample(prepared, self.recipe, self.tokenizer))
         return inputs
 
     # scoring
@@ -445,40 +452,35 @@ class Pipeline:
             model = self.backend.load_teacher(path, part, bits)
             made_by = identity(path) | {"bits": bits, "backend": self.backend.name}
             generations = Generations(folder.path / FILE, part, made_by, self.view.say)
-            scores[part] = self._score(
-                model, task, part, self._stops(part, path), generations
-            ).to_json()
-            told = {
-                "task": task.name,
-                "compared": task.compared(),
-                "generations": generations.reference(),
-            }
-            folder.write_json("eval.json", told | {"scores": scores})
+            scores[part] = self._score(model, task, part, self._stops(part, path), generations)
+            folder.write(
+                TaskScores(
+                    task=task.name,
+                    compared=task.compared(),
+                    generations=GenerationsFile(**generations.reference()),
+                    scores=scores,
+                )
+            )
             del model
             self.backend.release()
 
-    def _kept_scores(self, folder: RunFolder) -> dict[str, dict]:
+    def _kept_scores(self, folder: RunFolder) -> dict[str, evaluate.Score]:
         """Those of eval.json that can be read; of the others it is said that they are made again."""
-        kept = folder.readable("eval.json", self.view.say, "what it held is scored again").get(
-            "scores"
-        )
-        notes: dict[str, str] = {}
-        whole = read_scores(kept, notes)
-        for part in kept if isinstance(kept, dict) else ():
-            if part not in whole:
-                self.view.say(
-                    f"note: {folder.path / 'eval.json'}: the score of the {part} is incomplete "
-                    "and is made again"
-                )
-        return {part: kept[part] for part in whole}
+        kept = folder.readable(TaskScores, self.view.say, "what it held is scored again")
+        for part in kept.broken:
+            self.view.say(
+                f"note: {folder.path / kept.FILE}: the score of the {part} is incomplete "
+                "and is made again"
+            )
+        return kept.whole
 
     def _refuse_older_arithmetic(self, folder: RunFolder) -> None:
         """Raises `RunError` for a run of a version that read a model's config.json as mlx-lm alone
         does, and so computed other numbers.
         """
-        began = folder.readable("manifest.json").get("models", {})
+        began = folder.readable(Manifest).models
         for role, (name, path) in self._models().items():
-            if role in began and began[role].get("arithmetic", "") != reading_of(path):
+            if role in began and began[role].arithmetic != reading_of(path):
                 raise RunError(
                     f"{folder.path}: this run was begun by a version that read the {role}'s "
                     f"config.json ({name}) otherwise, so its numbers "
@@ -513,8 +515,8 @@ class Pipeline:
             if part == "teacher"
             else ("student", self.student_folder)
         )
-        known = folder.read_json("manifest.json").get("models", {}).get(role, {}).get("fingerprint")
-        if known and known != model_fingerprint(path):
+        known = folder.read(Manifest).models.get(role)
+        if known and known.fingerprint != model_fingerprint(path):
             raise _changed(folder, f"a model's files (the {part}'s)")
 
     def _scored(self, folder: RunFolder) -> Iterator[tuple[str, Path, int]]:
@@ -535,7 +537,7 @@ class Pipeline:
         return score
 
     def _finish(self, folder: RunFolder) -> None:
-        folder.write_json("manifest.json", folder.read_json("manifest.json") | {"finished": True})
+        folder.update(Manifest, finished=True)
         report([folder.path], folder.path)
         self.view.say(f"report: {folder.path / 'report.html'}")
 
@@ -595,7 +597,7 @@ def score_model(
             day,
             generations,
         )
-        kept.write(score.to_json(), generations.reference())
+        kept.write(score.content(), generations.reference())
     view.say(f"{name} on {task.name}: {evaluate.describe(score)}")
     view.say(f"kept: {kept.generations} and {kept.result.name}")
     return score

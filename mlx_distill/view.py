@@ -9,7 +9,7 @@ import codecs
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
@@ -129,21 +129,18 @@ class View:
         """Training begins, `done` of `total` steps are behind it."""
         self._open("training", total, done)
 
-    def step(self, row: dict, terms: Iterable[str]) -> None:
-        """A row of metrics.jsonl, and the names of the terms that make the loss."""
+    def step(self, step: int, numbers: Mapping[str, float], terms: Iterable[str]) -> None:
+        """What a training step measured, and the names of the terms that make the loss."""
         names = ("loss",) if self._bar else ("loss", *terms)  # a live bar has to fit 80 columns
-        text = (
-            "  ".join(f"{name} {row[name]:.4f}" for name in names if name in row)
-            + f"  {row['tokens_per_second']:,.0f} tok/s"
-        )
-        text += "" if self._bar else f"  peak {row['peak_bytes'] / 1e9:.2f} GB"
-        self._advance(1, row["step"], text)
+        text = f"{_named(names, numbers)}  {numbers['tokens_per_second']:,.0f} tok/s"
+        text += "" if self._bar else f"  peak {numbers['peak_bytes'] / 1e9:.2f} GB"
+        self._advance(1, step, text)
 
-    def validation(self, row: dict) -> None:
-        """A row of validation.jsonl."""
-        names = [name for name in row if name.endswith(("_cot", "_answer"))]
-        terms = "  ".join(f"{name} {row[name]:.4f}" for name in names if "tokens" not in name)
-        self.say(f"validation after step {row['step']}: loss {row['loss']:.4f}  {terms}")
+    def validation(self, step: int, numbers: Mapping[str, float]) -> None:
+        """What the held-out sequences cost after a step."""
+        terms = [name for name in numbers if name.endswith(("_cot", "_answer"))]
+        names = ("loss", *(name for name in terms if "tokens" not in name))
+        self.say(f"validation after step {step}: {_named(names, numbers)}")
 
     def count(self, label: str, total: int) -> "Counter":
         """A bar (or lines) for `total` pieces of other work; call the result with how many more are
@@ -182,6 +179,11 @@ class View:
         if self._bar:
             self._bar.stop()
             self._bar = None
+
+
+def _named(names: Iterable[str], numbers: Mapping[str, float]) -> str:
+    """Those of the numbers that there are."""
+    return "  ".join(f"{name} {numbers[name]:.4f}" for name in names if name in numbers)
 
 
 class Counter:

@@ -15,7 +15,7 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -294,6 +294,14 @@ def never_stopped(whole_run):
     from endings import ending
 
     return cache(lambda mode: ending(whole_run(mode)))
+
+
+@pytest.fixture(scope="session")
+def write_run(whole_run) -> Callable[..., Path]:
+    """`made_runs.write_run` of a real run."""
+    import made_runs
+
+    return partial(made_runs.write_run, whole_run("full"))
 
 
 @pytest.fixture

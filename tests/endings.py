@@ -7,8 +7,6 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from mlx_distill.runs.run_folder import RunFolder
-
 STUDENT = "mlx_distill.backends.mlx.backend:MlxStudent"
 TORCH_STUDENT = "mlx_distill.backends.torch.backend:TorchStudent"
 SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
@@ -44,9 +42,13 @@ def arrays(file: Path) -> dict:
     }
 
 
+def logged(folder: Path, log: str) -> list[dict]:
+    """The lines of a log as they lie there."""
+    return [json.loads(line) for line in (folder / log).read_text().splitlines()]
+
+
 def ending(folder: Path) -> dict:
     """Everything a run folder says, but for times, memory and where it lies."""
-    run = RunFolder(folder)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     found = {"files": list(map(str, files))}
     found |= {
@@ -63,7 +65,7 @@ def ending(folder: Path) -> dict:
         if name.suffix == ".json"
     }
     return found | {
-        log: timeless(run.rows(log))
+        log: timeless(logged(folder, log))
         for log in ("metrics.jsonl", "validation.jsonl", "generations.jsonl")
     }
 

@@ -26,6 +26,7 @@ from mlx_distill.errors import DistillError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import BatchTable, TeacherTable
+from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.fields import CacheFields
@@ -236,9 +237,7 @@ def ending(folder: Path) -> dict:
     """What a run is worth: its student, its totals and its losses."""
     manifest = json.loads((folder / "manifest.json").read_text())
     rows = {
-        row["step"]: row["loss"]
-        for row in RunFolder(folder).rows("metrics.jsonl")
-        if isinstance(row.get("loss"), float)
+        row.step: row.loss for row in RunFolder(folder).rows(MetricsRow) if row.loss is not None
     }
     return {
         "student": {path.name: path.read_bytes() for path in (folder / "student").iterdir()},

@@ -69,7 +69,18 @@ def exact(expected, generated):
 def scored(correct, samples=1):
     low, high = interval(correct.values())
     accuracy = sum(map(sum, correct.values())) / len(correct) / samples
-    return Score(accuracy, low, high, len(correct), samples, correct, 0.0, 1.0, 10.0, 1.0)
+    return Score(
+        accuracy=accuracy,
+        low=low,
+        high=high,
+        problems=len(correct),
+        samples=samples,
+        correct=correct,
+        unfinished=0.0,
+        well_formed=1.0,
+        mean_tokens=10.0,
+        seconds=1.0,
+    )
 
 
 def marks(text):
@@ -195,7 +206,7 @@ def test_a_score_in_one_line():
 
 def test_a_score_survives_json():
     before = scored(marks("1101"))
-    assert Score.from_json(json.loads(json.dumps(before.to_json()))) == before
+    assert Score.model_validate(json.loads(json.dumps(before.content()))) == before
 
 
 def test_compare_by_hand():

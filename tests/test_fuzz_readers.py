@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tomli_w
-from test_report import PARTS, write_run
+from test_report import PARTS
 
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.prepare import prepare
@@ -355,7 +355,7 @@ def test_tasks(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
+def run(tmp_path_factory, write_run) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "other", steps=4)
     return write_run(folder / "run", steps=20, compare=(str(folder / "other"),))

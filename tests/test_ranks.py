@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from endings import TORCH_STUDENT, arguments
+from endings import TORCH_STUDENT, arguments, logged
 from safetensors.numpy import load_file
 from torch.distributed.tensor import DTensor
 
@@ -208,7 +208,7 @@ def test_two_ranks_in_half_precision(one_process, two_torch_ranks, tiny_recipe, 
     result = two_torch_ranks(*arguments(tiny_recipe, tmp_path / "two", "torch"), *sets(*settings))
     assert result.code == 0, result.err
     ours, theirs = (
-        RunFolder(path).rows("metrics.jsonl")
+        logged(path, "metrics.jsonl")
         for path in (tmp_path / "two" / "tiny", one_process("torch", *settings))
     )
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], rel=1e-3)

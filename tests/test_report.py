@@ -3,210 +3,20 @@ nothing else.
 """
 
 import json
-import math
-import random
 import re
 from html import unescape
-from pathlib import Path
 
 import pytest
 from drawn import Drawn
+from made_runs import PARTS, make_recipe, make_tokens
 
 from mlx_distill.errors import NotFound, RunError
-from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.kept_run import method_of
 from mlx_distill.reporting.page import TITLE_END
 from mlx_distill.reporting.runs_page import report
-from mlx_distill.scoring.intervals import interval
-from mlx_distill.scoring.score import Score
+from mlx_distill.runs.small_files import SmallFiles
+from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.words import amount, duration, points
-
-PARTS = (
-    "recipe.toml",
-    "manifest.json",
-    "metrics.jsonl",
-    "validation.jsonl",
-    "eval.json",
-    "sample.json",
-)
-
-
-def make_score(right, problems=500, unfinished=0.01, start=0):
-    """A score that solves the first `right` problems, from `start` on."""
-    correct = {f"p{(i + start) % problems}": [float(i < right)] for i in range(problems)}
-    low, high = interval(correct.values())
-    return Score(
-        right / problems,
-        low,
-        high,
-        problems,
-        1,
-        correct,
-        unfinished,
-        1 - unfinished - 0.002,
-        143.2,
-        21.4,
-    )
-
-
-def make_recipe(name, kd_weight=0.5, compare=(), fraction=0.5):
-    return Recipe.model_validate(
-        {
-            "teacher": {"model": "embedded:teacher"},
-            "student": {"model": "embedded:student"},
-            "data": {"source": "embedded:chain", "train_examples": 2000},
-            "truncation": {"fraction": fraction},
-            "objective": {"kd_weight": kd_weight},
-            "optim": {"learning_rate": 1e-3, "epochs": 2},
-            "eval": {"task": "embedded:chain", "compare": compare},
-            "run": {"name": name},
-        }
-    )
-
-
-def make_sample():
-    random_ = random.Random(3)
-    digits = "".join(
-        f"{a} + {b} = {a + b}; "
-        for a, b in ((random_.randrange(90), random_.randrange(90)) for _ in range(22))
-    )
-    whole = [
-        ("prompt", t)
-        for t in "<|user|>Start at 17 & add what follows, then <b>tell</b> me the end.<|assistant|>"
-    ]
-    whole += [
-        ("cot", "<think>"),
-        ("cot", "\n"),
-        *[("cot", c) for c in digits],
-        ("cot", "</think>"),
-        ("cot", "\n"),
-    ]
-    whole += [("answer", c) for c in "861"] + [("answer", "<|end|>")]
-    half = len(whole) // 2
-    return [
-        {
-            "text": text,
-            "segment": segment,
-            "kept": i < half,
-            "supervised": i < half and segment == "cot",
-        }
-        for i, (segment, text) in enumerate(whole)
-    ]
-
-
-def write_run(
-    folder: Path, kd_weight=0.5, student=356, compare=(), seed=0, steps=500, fraction=0.5, floor=0.2
-) -> Path:
-    """A run folder as `runs/run_folder.py` lays it out, with curves that look like a real run's."""
-    noise = random.Random(seed)
-    folder.mkdir(parents=True)
-    (folder / "recipe.toml").write_text(
-        make_recipe(folder.name, kd_weight, compare, fraction).toml(), encoding="utf-8"
-    )
-    metrics, seen = [], 0
-    for step in range(1, steps + 1):
-        kd = (1.4 * math.exp(-step / 60) + floor) * noise.uniform(0.85, 1.15)
-        ce = (1.6 * math.exp(-step / 70) + 1.5 * floor) * noise.uniform(0.88, 1.12)
-        tokens = noise.randrange(1800, 2300)
-        seen += tokens
-        metrics.append(
-            {
-                "step": step,
-                "loss": kd_weight * kd + (1 - kd_weight) * ce,
-                "kd": kd,
-                "ce": ce,
-                "kd_cot": kd,
-                "grad_norm": 0.4,
-                "learning_rate": 1e-3,
-                "tokens": tokens,
-                "tokens_seen": seen,
-                "loss_tokens": tokens // 2,
-                "seconds": 0.41,
-                "tokens_per_second": tokens / 0.41,
-                "active_bytes": 61_400_000,
-                "cache_bytes": 120_000_000,
-                "peak_bytes": 412_345_678 if step == 7 else 399_000_000,
-            }
-        )
-    validation = []
-    for step in range(0, steps + 1, 50):
-        near = math.exp(-step / 90)
-        row = {
-            "step": step,
-            "kl": 1.75 * near + floor,
-            "ce": 1.9 * near + 1.4 * floor,
-            "agree": 0.93 - 0.5 * near,
-        }
-        for part, scale in (("prompt", 1.4), ("cot", 1.0), ("answer", 0.6)):
-            row |= {
-                f"kl_{part}": row["kl"] * scale,
-                f"ce_{part}": row["ce"] * scale,
-                f"agree_{part}": row["agree"] ** scale,
-                f"tokens_{part}": 4000,
-            }
-        validation.append(row)
-    manifest = {
-        "name": folder.name,
-        "recipe_digest": "0123456789abcdef",
-        "backend": "mlx",
-        "device": "cpu",
-        "dtype": "float32",
-        "backend_reason": "no Metal and no CUDA here, so MLX on the CPU",
-        "versions": {"mlx": "0.32.4", "python": "3.11.7"},
-        "machine": {
-            "system": "Linux x86_64",
-            "cores": 2,
-            "memory_bytes": 17179869184,
-            "blas": "OpenBLAS 0.3.21",
-        },
-        "git_commit": "a1b2c3d",
-        "seed": 42,
-        "created": "2025-11-23 02:40",
-        "elapsed_seconds": 252.4,
-        "finished": True,
-        "models": {
-            "teacher": {
-                "name": "embedded:teacher",
-                "fingerprint": "9f2c41d07ab3",
-                "parameters": 864_512,
-            },
-            "student": {
-                "name": "embedded:student",
-                "fingerprint": "17be0c55d2f1",
-                "parameters": 433_152,
-            },
-        },
-        "data": {
-            "read": 2064,
-            "kept": 1987,
-            "train": 1923,
-            "validation": 64,
-            "dropped": {"no supervised token": 13, "longer than longest_tokens": 64},
-            "not_used": {"column source": 2064, "key name": 1},
-            "segments": {
-                "prompt": {"before": 180_112, "after": 180_112, "supervised": 0},
-                "cot": {"before": 402_340, "after": 124_113, "supervised": 124_113},
-                "answer": {"before": 25_998, "after": 0, "supervised": 0},
-            },
-        },
-        "steps": steps,
-        "exported_step": steps - 50,
-        "flops": {"teacher": 1.8e12, "student": 2.7e12, "head": 0.4e12, "total": 4.9e12},
-    }
-    scores = {
-        "teacher": make_score(487),
-        "base": make_score(119, unfinished=0.036),
-        "student": make_score(student),
-    }
-    write_lines(folder / "metrics.jsonl", metrics)
-    write_lines(folder / "validation.jsonl", validation)
-    write_json(folder / "manifest.json", manifest)
-    write_json(
-        folder / "eval.json",
-        {"task": "embedded:chain", "scores": {key: one.to_json() for key, one in scores.items()}},
-    )
-    write_json(folder / "sample.json", make_sample())
-    return folder
 
 
 def write_json(path, content):
@@ -218,7 +28,10 @@ def write_lines(path, rows):
 
 
 def change_json(path, change):
+    """As a person changes a file, who takes its seal off."""
     content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict):
+        content.pop("sha256", None)
     change(content)
     write_json(path, content)
 
@@ -231,7 +44,7 @@ def page_of(*runs, out):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, write_run):
     root = tmp_path_factory.mktemp("runs")
     plain = write_run(root / "cot50-ce", kd_weight=0.0, student=311, seed=1)
     return {
@@ -242,6 +55,8 @@ def runs(tmp_path_factory):
 
 
 def test_the_numbers_on_the_page_are_those_of_the_files(runs):
+    made = json.loads((runs["main"] / "manifest.json").read_text())
+    cot = made["data"]["segments"]["cot"]
     _, text = page_of(runs["main"], out=runs["out"])
     validation = [
         json.loads(line) for line in (runs["main"] / "validation.jsonl").read_text().splitlines()
@@ -264,29 +79,26 @@ def test_the_numbers_on_the_page_are_those_of_the_files(runs):
         "peak memory 412 MB active 61.4 MB, cache 120 MB",
         f"tokens read {metrics[-1]['tokens_seen'] / 1e6:.2f} M",
         "arithmetic 4.9 TFLOP teacher 1.8 T, student 2.7 T, head 400 G",
-        "read 2,064 dropped: no supervised token 13 dropped: longer than longest_tokens 64 kept "
-        "1,987 for training 1,923",
+        "read 24 dropped: its prompt alone outlasts the cut 14 kept 10 for training 6 for "
+        "validation 4",
         "Not used: column source in 2,064 rows, key name in 1 turn.",
-        "chain of thought 402,340 124,113 30.8 % 124,113",
-        "all 608,450 304,225 50.0 % 124,113",
+        f"chain of thought {cot['before']:,} {cot['after']:,} "
+        f"{100 * cot['after'] / cot['before']:.1f} % {cot['supervised']:,}",
         "student's step 450",
-        "embedded:teacher · 865 k parameters · 9f2c41d07ab3",
+        f"teacher {made['models']['teacher']['name']} · {made['models']['teacher']['fingerprint']}",
+        f"processor {made['machine']['processor']}",
+        f"pydantic {made['versions']['pydantic']}",
     ):
         assert expected in text, expected
 
 
-def test_the_page_says_how_answers_were_compared(tmp_path):
+def test_the_page_says_how_answers_were_compared(tmp_path, write_run):
     run = write_run(tmp_path / "run")
-    change_json(
-        run / "eval.json",
-        lambda told: told.update(compared={"mathematics": 480, "text": 20, "odd": "x"}),
-    )
+    files = SmallFiles(run)
+    files.update(TaskScores, compared={"mathematics": 1480, "text": 20})
     _, text = page_of(run, out=tmp_path / "out")
-    assert (
-        "Answers are compared with the expected ones: 480 as mathematics, 20 as text, – as odd."
-        in text
-    )
-    change_json(run / "eval.json", lambda told: told.update(compared=5))
+    assert "Answers are compared with the expected ones: 1,480 as mathematics, 20 as text." in text
+    files.update(TaskScores, compared={})
     assert "Answers are compared" not in page_of(run, out=tmp_path / "out")[1]
 
 
@@ -335,13 +147,13 @@ def test_a_compared_run_is_named_by_what_sets_it_apart(runs):
         (380, "new is better than old"),
     ],
 )
-def test_the_verdict_is_computed(tmp_path, student, sentence):
+def test_the_verdict_is_computed(tmp_path, student, sentence, write_run):
     old = write_run(tmp_path / "old", kd_weight=0.0, student=356, steps=50)
     new = write_run(tmp_path / "new", student=student, compare=(str(old),), steps=50)
     assert sentence in page_of(new, out=tmp_path)[1]
 
 
-def test_what_cannot_be_compared_is_said(tmp_path):
+def test_what_cannot_be_compared_is_said(tmp_path, write_run):
     other = write_run(tmp_path / "other", steps=50)
     change_json(
         other / "eval.json",
@@ -362,7 +174,7 @@ def test_what_cannot_be_compared_is_said(tmp_path):
 
 
 def test_a_compared_run_is_found_from_the_recipes_folder_and_the_working_folder(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, write_run
 ):
     write_run(tmp_path / "recipes" / "kept", kd_weight=0.0, student=311, steps=50)
     run = write_run(tmp_path / "runs" / "run", compare=("kept",), steps=50)
@@ -382,7 +194,7 @@ def test_a_compared_run_is_found_from_the_recipes_folder_and_the_working_folder(
         ("sample.json", "No sample.json: no example is shown."),
     ],
 )
-def test_a_missing_part_is_one_line(tmp_path, part, line):
+def test_a_missing_part_is_one_line(tmp_path, part, line, write_run):
     run = write_run(tmp_path / "run", steps=50)
     (run / part).unlink()
     assert line in page_of(run, out=tmp_path)[1]
@@ -394,7 +206,7 @@ def test_a_missing_part_is_one_line(tmp_path, part, line):
     "content",
     ["", "{", "null", "[]", "{}", "[[1]]", '{"scores": {"student": {"accuracy": 1}}}', "\udcff"],
 )
-def test_a_broken_part_is_no_crash(tmp_path, part, content):
+def test_a_broken_part_is_no_crash(tmp_path, part, content, write_run):
     run = write_run(tmp_path / "run", steps=20)
     (run / part).write_bytes(content.encode("utf-8", "surrogateescape"))
     page_of(run, out=tmp_path)
@@ -411,7 +223,7 @@ def test_nothing_known_is_nothing_invented(tmp_path):
     assert report([run], tmp_path).headline == "bare has not been scored."
 
 
-def test_the_kl_after_is_that_of_the_exported_step(tmp_path):
+def test_the_kl_after_is_that_of_the_exported_step(tmp_path, write_run):
     run = write_run(tmp_path / "run", steps=100)
     measured = ((0, 2.0), (50, 0.25), (100, 0.5))
     write_lines(
@@ -438,7 +250,7 @@ def test_the_kl_after_is_that_of_the_exported_step(tmp_path):
     assert "before training" not in page_of(run, out=tmp_path)[1]
 
 
-def test_an_unfinished_run_says_so(tmp_path):
+def test_an_unfinished_run_says_so(tmp_path, write_run):
     run = write_run(tmp_path / "run", steps=50)
     assert "not finished" not in page_of(run, out=tmp_path)[1]
     change_json(
@@ -452,13 +264,13 @@ def test_an_unfinished_run_says_so(tmp_path):
     assert "metrics.jsonl: 1 unreadable line left out." in text
 
 
-def test_text_of_the_run_is_escaped(tmp_path):
+def test_text_of_the_run_is_escaped(tmp_path, write_run):
     run = write_run(tmp_path / "run", steps=20)
     evil = "<script>alert('1')</script>\"><b>"
     change_json(
         run / "manifest.json",
         lambda manifest: (
-            manifest.update(name=evil, device=evil),
+            manifest.update(device=evil, dtype=evil),
             manifest["data"]["dropped"].update({evil: 1}),
             manifest["machine"].update({evil: evil}),
         ),
@@ -470,12 +282,9 @@ def test_text_of_the_run_is_escaped(tmp_path):
             1, {"text": evil, "segment": "cot", "kept": True, "supervised": True}
         ),
     )
-    change_json(
-        run / "sample.json", lambda sample: sample.insert(1, {"text": "x", "segment": evil})
-    )
     html, text = page_of(run, out=tmp_path)
     assert "<script" not in html and "<b>tell" not in html
-    assert text.count(" ".join(evil.split())) >= 6
+    assert text.count(" ".join(evil.split())) == 8
     assert "<script" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -485,7 +294,7 @@ def test_the_example_shows_segments_cut_and_loss(runs):
     looks = re.findall(r'<span class="([a-z ]+)">', card)
     assert looks == ["prompt read", "cot loss", "cot cut", "answer cut"]
     assert card.count('<b class="edge">cut</b>') == 1
-    sample = make_sample()
+    sample = [token.content() for token in make_tokens()]
     assert unescape(re.sub(r'<b class="edge">cut</b>|</?span[^>]*>', "", card)) == "".join(
         piece["text"] for piece in sample
     )
@@ -515,7 +324,7 @@ def test_several_runs_have_a_row_and_a_curve_each(runs):
     )
 
 
-def test_a_tie_has_no_winner(tmp_path):
+def test_a_tie_has_no_winner(tmp_path, write_run):
     first, second = (
         write_run(tmp_path / "first", steps=20),
         write_run(tmp_path / "second", steps=20),
@@ -526,7 +335,7 @@ def test_a_tie_has_no_winner(tmp_path):
     )
 
 
-def test_runs_on_different_tasks_are_not_ranked(tmp_path):
+def test_runs_on_different_tasks_are_not_ranked(tmp_path, write_run):
     first, second = (
         write_run(tmp_path / "first", steps=20),
         write_run(tmp_path / "second", steps=20),
@@ -538,12 +347,11 @@ def test_runs_on_different_tasks_are_not_ranked(tmp_path):
 
 
 def test_recipes_are_told_apart_by_method_alone():
-    one = make_recipe("one").model_dump(mode="json")
-    same = make_recipe("two", compare=("x",)).model_dump(mode="json")
-    other = make_recipe("two", kd_weight=0.0, fraction=0.25).model_dump(mode="json")
+    one, same = make_recipe("one"), make_recipe("two", compare=("x",))
+    other = make_recipe("two", kd_weight=0.0, fraction=0.25)
     assert method_of(same, one) == "same recipe"
     assert method_of(other, one) == "same recipe with fraction = 0.25, kd_weight = 0.0"
-    assert method_of({}, one) == "its recipe is not known"
+    assert method_of(None, one) == "its recipe is not known"
 
 
 def test_what_is_not_a_run_is_refused(tmp_path):
@@ -558,7 +366,7 @@ def test_what_is_not_a_run_is_refused(tmp_path):
         report([], tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, write_run):
     run = write_run(tmp_path / "run", steps=20)
     (tmp_path / "file").write_text("")
     with pytest.raises(

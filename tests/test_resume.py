@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from endings import STUDENT, TORCH_STUDENT, arguments, assert_same
+from endings import STUDENT, TORCH_STUDENT, arguments, assert_same, logged
 
+from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 
 RUN = "mlx_distill.runs.run_folder:RunFolder"
@@ -99,9 +100,9 @@ def test_a_run_moves_to_the_other_backend(run_tiny, never_stopped, tmp_path, fir
     assert "continuing after step 3" in moved.out
     folder = RunFolder(tmp_path / "tiny")
     begun = ["torch" if mode.startswith("torch") else "mlx" for mode in (first, second)]
-    assert [start["backend"] for start in folder.read_json("manifest.json")["starts"]] == begun
+    assert [start.backend for start in folder.read(Manifest).starts] == begun
     for found, expected in zip(
-        folder.rows("metrics.jsonl"), never_stopped(second)["metrics.jsonl"], strict=True
+        logged(folder.path, "metrics.jsonl"), never_stopped(second)["metrics.jsonl"], strict=True
     ):
         assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
         assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
@@ -197,10 +198,12 @@ def test_elapsed_time_adds_up_over_a_stop(run_tiny, tmp_path):
     run_tiny(at=f"{STUDENT}.apply", call=4)
     run_tiny()
     folder = RunFolder(tmp_path / "tiny")
-    logged = sum(
-        row["seconds"] for log in ("metrics.jsonl", "validation.jsonl") for row in folder.rows(log)
+    spent = sum(
+        row["seconds"]
+        for log in ("metrics.jsonl", "validation.jsonl")
+        for row in logged(folder.path, log)
     )
-    assert folder.read_json("manifest.json")["elapsed_seconds"] >= logged - 1e-9
+    assert folder.read(Manifest).elapsed_seconds >= spent - 1e-9
 
 
 def test_a_second_process_is_refused_and_touches_nothing(

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from endings import timeless
+from endings import logged, timeless
 from rich.console import Console
 from test_recipe import FIELDS
 
@@ -29,6 +29,7 @@ from mlx_distill.backends.mlx import backend as mlx_backend
 from mlx_distill.backends.mlx import model as mlx_model
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.training import loop, schedule
 from mlx_distill.view import View
 
@@ -275,10 +276,11 @@ def outcome(world: Path, out: Path, settings: tuple[str, ...], calls: set) -> di
     student = folder.student / "model.safetensors"
     return {
         "student": hashlib.sha256(student.read_bytes()).hexdigest(),
-        "rows": [timeless(folder.rows(log)) for log in ("metrics.jsonl", "validation.jsonl")],
+        "rows": [
+            timeless(logged(folder.path, log)) for log in ("metrics.jsonl", "validation.jsonl")
+        ],
         "scores": {
-            part: timeless(score)
-            for part, score in folder.read_json("eval.json").get("scores", {}).items()
+            part: timeless(score.content()) for part, score in folder.read(TaskScores).whole.items()
         },
         "files": sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*")),
         "folder": str(folder.path),

@@ -5,6 +5,7 @@ continued or refused.
 import errno
 import io
 import json
+import math
 import os
 import shutil
 from collections import namedtuple
@@ -22,9 +23,13 @@ from mlx_distill.errors import OutOfMemory, RankLost, RunError
 from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.runs.manifest import identity
+from mlx_distill.runs.manifest import Manifest, Start
+from mlx_distill.runs.provenance import identity
+from mlx_distill.runs.rows import LOGS, MetricsRow, ValidationRow
 from mlx_distill.runs.run_folder import RunFolder, TrainState
+from mlx_distill.scoring.score import Score
 from mlx_distill.scoring.stops import stops_of
+from mlx_distill.scoring.task_scores import TaskScores, forget_score
 from mlx_distill.training.loop import restore
 from mlx_distill.view import View, silent
 
@@ -253,10 +258,10 @@ def test_pruning_and_tidying_leave_what_is_not_ours(folder):
 def test_fresh_removes_our_files_alone_and_says_what_stays(tmp_path):
     run, said = RunFolder.open(make_recipe(tmp_path)), []
     run.save_checkpoint(TrainState(2), write(), "last")
-    run.write_json("manifest.json", {"exported_step": 2})
+    run.write(Manifest(exported_step=2))
     run.write_student(lambda path: (path / "config.json").write_text("{}"))
-    for name in ("metrics.jsonl", "validation.jsonl"):
-        run.append(name, {"step": 1})
+    for kind in LOGS:
+        run.append(kind(step=1))
     for name in (
         "report.md",
         "report.html",
@@ -297,7 +302,7 @@ def test_fresh_is_refused_where_a_new_run_would_need_the_place(tmp_path, name):
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_place_that_the_student_needs_is_asked_for_before_training(tmp_path, fresh):
     run = RunFolder.open(make_recipe(tmp_path))
-    run.append("validation.jsonl", {"step": 0})
+    run.append(ValidationRow(step=0))
     add(tmp_path / "elsewhere" / "thesis.txt")
     run.student.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(RunError, match=r"student.* move that away"):
@@ -311,7 +316,7 @@ def test_a_place_that_the_student_needs_is_asked_for_before_training(tmp_path, f
 
 def test_a_model_in_the_students_place_is_not_taken_for_it(tmp_path):
     run = RunFolder.open(make_recipe(tmp_path))
-    run.append("validation.jsonl", {"step": 0})
+    run.append(ValidationRow(step=0))
     add(run.student / "config.json")
     with pytest.raises(RunError, match=r"student holds a model that no run wrote: move it away"):
         RunFolder.open(make_recipe(tmp_path)).has_student()
@@ -337,9 +342,9 @@ def test_the_last_file_of_a_fresh_start_is_removed_on_the_next_start(tmp_path, m
             run = RunFolder.open(make_recipe(tmp_path, run={"name": f"{fresh}{removals}"}))
             recipe = make_recipe(tmp_path, run={"name": f"{fresh}{removals}", "seed": 1})
             run.save_checkpoint(TrainState(2), write(), "last")
-            run.write_json("manifest.json", {"exported_step": 2, "finished": True})
+            run.write(Manifest(exported_step=2, finished=True))
             run.write_student(lambda path: (path / "config.json").write_text("{}"))
-            run.append("metrics.jsonl", {"step": 2})
+            run.append(MetricsRow(step=2))
             unlink, calls = os.unlink, iter(range(100))
 
             def stopping(*args, unlink=unlink, calls=calls, removals=removals, **kwargs):
@@ -355,7 +360,7 @@ def test_the_last_file_of_a_fresh_start_is_removed_on_the_next_start(tmp_path, m
             except KeyboardInterrupt:
                 monkeypatch.undo()
                 assert not RunFolder(run.path).has_results()
-                assert removals == 0 or not run.read_json("manifest.json")
+                assert removals == 0 or run.read(Manifest) == Manifest()
                 again = RunFolder.open(recipe, fresh=fresh)
                 assert again.recipe() == recipe
             monkeypatch.undo()
@@ -432,14 +437,14 @@ def test_a_recipe_that_a_person_wrote_makes_no_run_folder(tmp_path):
 )
 def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path, name):
     run = RunFolder.open(make_recipe(tmp_path))
-    run.append("metrics.jsonl", {"step": 2})
+    run.append(MetricsRow(step=2))
     run.save_checkpoint(TrainState(2), write(), "last")
     path = run.path / name if name != "state" else run.checkpoint(2) / "state.json"
     path.unlink(missing_ok=True)
     path.mkdir()
     with pytest.raises(RunError) as told:
         again = RunFolder.open(make_recipe(tmp_path))
-        again.read_json("manifest.json")
+        again.read(Manifest)
         again.last_state()
         again.cut_logs(2)
     assert len(str(told.value).splitlines()) == 1 and path.name in str(told.value)
@@ -466,11 +471,11 @@ def test_a_recipe_that_cannot_be_read_is_written_again_where_the_run_is_of_this_
 def test_two_that_start_over_at_once_do_not_mix(tmp_path):
     recipe = make_recipe(tmp_path)
     with RunFolder.held(recipe, fresh=True) as run:
-        run.append("metrics.jsonl", {"step": 1})
+        run.append(MetricsRow(step=1))
         for fresh in (False, True):
             with pytest.raises(RunError, match="in use by another"):
                 RunFolder.open(make_recipe(tmp_path, run={"seed": 1}), fresh)
-        assert run.recipe() == recipe and run.rows("metrics.jsonl")
+        assert run.recipe() == recipe and run.rows(MetricsRow)
 
 
 # a disk that is full
@@ -541,7 +546,7 @@ def test_what_fails_beside_the_disk_is_not_blamed_on_it(folder, error):
 
 
 def test_small_files_and_logs_on_a_full_disk_are_plain_errors(folder, monkeypatch):
-    folder.write_json("eval.json", {"old": 1})
+    folder.write(Manifest(name="old"))
     before = snapshot(folder.path)
 
     def full(*_):
@@ -549,13 +554,13 @@ def test_small_files_and_logs_on_a_full_disk_are_plain_errors(folder, monkeypatc
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(
-        RunError, match=r"eval\.json: cannot be written \(No space left on device\)"
+        RunError, match=r"manifest\.json: cannot be written \(No space left on device\)"
     ):
-        folder.write_json("eval.json", {"new": 2})
+        folder.write(Manifest(name="new"))
     assert snapshot(folder.path) == before
     shutil.rmtree(folder.path)
     with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written"):
-        folder.append("metrics.jsonl", {"step": 1})
+        folder.append(MetricsRow(step=1))
 
 
 def test_a_real_write_that_fails_exits_with_2_and_the_run_goes_on_from_the_checkpoint(
@@ -603,7 +608,7 @@ def test_free_disk_is_checked_before_the_first_step(tiny_recipe, tmp_path, monke
     ):
         pipeline.run(recipe, View(Console(file=io.StringIO())))
     assert asked == [tmp_path / "tiny"]
-    assert not RunFolder(tmp_path / "tiny").rows("validation.jsonl")
+    assert not RunFolder(tmp_path / "tiny").rows(ValidationRow)
     needed = []
     for change in (
         {"keep_checkpoints": "last", "export": "last"},
@@ -633,7 +638,7 @@ def test_free_disk_is_checked_before_the_first_step(tiny_recipe, tmp_path, monke
 def test_an_equal_recipe_is_continued_and_a_changed_one_refused_with_the_difference(tmp_path):
     run = RunFolder.open(make_recipe(tmp_path))
     (run.path / "kept").touch()
-    run.append("validation.jsonl", {"step": 0})
+    run.append(ValidationRow(step=0))
     assert RunFolder.open(make_recipe(tmp_path)).path == run.path
     changed = make_recipe(
         tmp_path, optim={"learning_rate": 0.5}, objective={"segments": ["cot", "answer"]}
@@ -656,12 +661,12 @@ def test_an_equal_recipe_is_continued_and_a_changed_one_refused_with_the_differe
 
 def test_a_moved_run_is_continued_and_what_it_is_compared_with_may_change(tmp_path):
     run = RunFolder.open(make_recipe(tmp_path / "here"))
-    run.write_json("eval.json", {"kept": 1})
-    run.append("validation.jsonl", {"step": 0})
+    run.write(TaskScores(task="kept"))
+    run.append(ValidationRow(step=0))
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = make_recipe(tmp_path / "there", eval={"compare": ["other"]})
     again = RunFolder.open(moved)
-    assert again.recipe() == moved and again.read_json("eval.json") == {"kept": 1}
+    assert again.recipe() == moved and again.read(TaskScores).task == "kept"
 
 
 @pytest.mark.parametrize("fresh", [False, True])
@@ -709,14 +714,14 @@ def test_a_folder_that_cannot_be_made_is_a_plain_error(tmp_path):
 
 def test_a_run_that_failed_before_its_first_step_does_not_keep_its_name(tmp_path):
     run = RunFolder.open(make_recipe(tmp_path))
-    run.write_json("manifest.json", {"data_digest": "of a file with a typo"})
+    run.write(Manifest(data_digest="of a file with a typo"))
     changed = make_recipe(tmp_path, optim={"learning_rate": 0.5})
     again = RunFolder.open(changed)
-    assert again.recipe() == changed and again.read_json("manifest.json") == {}
+    assert again.recipe() == changed and again.read(Manifest) == Manifest()
 
 
 def test_a_recipe_of_another_version_is_a_plain_error(folder, tmp_path):
-    folder.append("validation.jsonl", {"step": 0})
+    folder.append(ValidationRow(step=0))
     (folder.path / "recipe.toml").write_text("[run]\nunheard_of = 1\n")
     with pytest.raises(
         RunError, match=r"another version of mlx-distill .*unheard_of.*; use --fresh"
@@ -761,7 +766,7 @@ def test_an_unreadable_line_costs_itself_and_is_told(folder):
     lines[1:4] = [b'{"step": 2, "lo', b'{"step": 3, "a": "\xff"}', b"[4]"]
     (folder.path / "metrics.jsonl").write_bytes(b"\n".join(lines) + b"\n\xff")
     folder.cut_logs(5, said.append)
-    assert [row["step"] for row in folder.rows("metrics.jsonl")] == [1, 5]
+    assert [row.step for row in folder.rows(MetricsRow)] == [1, 5]
     assert "metrics.jsonl: line 2, 3, 4 cannot be read and is left out" in said[0]
     (folder.path / "metrics.jsonl").unlink()
     folder.cut_logs(5, said.append)
@@ -773,14 +778,14 @@ def test_an_unreadable_line_costs_itself_and_is_told(folder):
 
 def test_logs_are_cut_to_a_step_and_survive_a_torn_line(folder):
     for step in (0, 1, 2, 3):
-        folder.append("metrics.jsonl", {"step": step})
+        folder.append(MetricsRow(step=step))
     (folder.path / "validation.jsonl").write_text('{"step": 0}\n{"step": 2}\n{"ste')
-    assert [row["step"] for row in folder.rows("validation.jsonl")] == [0, 2]
+    assert [row.step for row in folder.rows(ValidationRow)] == [0, 2]
     folder.cut_logs(1)
-    assert [row["step"] for row in folder.rows("metrics.jsonl")] == [0, 1]
+    assert [row.step for row in folder.rows(MetricsRow)] == [0, 1]
     assert (folder.path / "validation.jsonl").read_text() == '{"step": 0}\n'
     folder.cut_logs(-1)
-    assert folder.rows("metrics.jsonl") == [] == folder.rows("validation.jsonl")
+    assert folder.rows(MetricsRow) == [] == folder.rows(ValidationRow)
 
 
 # runs and scores of versions that read config.json as mlx-lm alone does
@@ -864,26 +869,98 @@ def test_texts_end_where_configs_tokenizer_or_template_say(world):
 # what was changed by hand
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "eval.json"])
+SCORE = Score(
+    accuracy=0.5,
+    low=0.1,
+    high=0.9,
+    problems=2,
+    samples=1,
+    correct={"é": [1.0], "b": [0.0]},
+    unfinished=0.0,
+    well_formed=1.0,
+    mean_tokens=3.5,
+    seconds=1e-3,
+)
+SEALED = [
+    Manifest(name="é", steps=6, finished=True, flops={"total": 1e18}, starts=[Start(at_step=1)]),
+    TaskScores(task="é", compared={"text": 6}, scores={"base": SCORE, "student": SCORE}),
+]
+
+
+@pytest.mark.parametrize("record", SEALED, ids=lambda record: record.FILE)
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 7}, {"finished": False}, {"more": None}, {"sha256": "0" * 64}, {"sha256": 1}],
+    [{"task": "x"}, {"steps": 7}, {"finished": False}, {"new": 1}, {"sha256": ""}, {"sha256": 1}],
 )
-def test_a_changed_digit_is_damage_and_a_file_of_an_older_version_is_believed(folder, name, change):
-    content = {
-        "steps": 6,
-        "finished": True,
-        "data": {"large": 1e300, "none": float("nan"), "é": ["\ud800"]},
-    }
-    folder.write_json(name, content)
-    assert folder.read_json(name)["steps"] == 6 and "sha256" not in folder.read_json(name)
-    kept = json.loads((folder.path / name).read_text())
-    (folder.path / name).write_text(json.dumps(kept | change))
-    with pytest.raises(RunError, match=rf"{name} is damaged: it is not as the run wrote it"):
-        folder.read_json(name)
+def test_a_changed_digit_is_damage_and_a_file_of_an_older_version_is_believed(
+    folder, record, change
+):
+    folder.write(record)
+    assert folder.read(type(record)) == record
+    file = folder.path / record.FILE
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | change))
+    with pytest.raises(RunError, match=rf"{file.name} is damaged: it is not as the run wrote it"):
+        folder.read(type(record))
     del kept["sha256"]
-    (folder.path / name).write_text(json.dumps(kept | {"steps": 7}))
-    assert folder.read_json(name)["steps"] == 7
+    file.write_text(json.dumps(kept | {"finished": False, "task": "other"}))
+    assert folder.read(type(record)) != record
+
+
+def test_what_a_newer_version_says_is_kept_and_what_an_older_one_lacks_has_a_default(folder):
+    file = folder.path / "manifest.json"
+    file.write_text('{"steps": 6, "seen": {"a": [1, null]}, "models": {"student": {"size": 3}}}')
+    folder.update(Manifest, finished=True)
+    kept = json.loads(file.read_text())
+    del kept["sha256"]
+    assert kept == {
+        "steps": 6,
+        "seen": {"a": [1, None]},
+        "models": {"student": {"size": 3}},
+        "finished": True,
+    }
+    read = folder.read(Manifest)
+    assert read.prompt_date is None and read.data is None and read.models["student"].name == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        ('{"steps": "6"}', "its steps is '6'"),
+        ('{"steps": true}', "its steps is True"),
+        ('{"steps": -1}', "its steps is -1"),
+        ('{"elapsed_seconds": 1e300}', "its elapsed_seconds is 1e[+]300"),
+        ('{"models": {"student": [1]}}', r"its models.student is \[1\]"),
+        ('{"flops": {"head": "x"}}', "its flops.head is 'x'"),
+        ('{"starts": [{"at_step": null}]}', "its starts.0.at_step is None"),
+        ('{"data": {"segments": {"cot": {"before": 1}}}}', "it has no data.segments.cot.after"),
+        ("[]", r"it holds \[\]"),
+    ],
+)
+def test_a_manifest_that_no_run_wrote_is_one_line(folder, content, wrong):
+    (folder.path / "manifest.json").write_text(content)
+    with pytest.raises(RunError, match=rf"^{folder.path}/manifest.json is damaged: {wrong}$"):
+        folder.read(Manifest)
+
+
+def test_a_broken_score_costs_itself_and_no_other(folder):
+    folder.write(TaskScores(task="dial", scores={"base": SCORE, "student": SCORE}))
+    content = json.loads((folder.path / "eval.json").read_text())
+    del content["sha256"]
+    for change in ({"accuracy": "1"}, {"correct": {}}, {"correct": {"a": []}}, {"low": None}):
+        broken = content["scores"]["student"] | change
+        scores = {"scores": content["scores"] | {"student": broken}}
+        (folder.path / "eval.json").write_text(json.dumps(content | scores))
+        read = folder.read(TaskScores)
+        assert read.whole == {"base": SCORE} and read.broken == ["student"], change
+
+
+def test_a_row_says_all_of_its_numbers_and_none_that_nothing_can_have(folder):
+    folder.append(MetricsRow(step=1, loss=0.5, kd_cot=0.25, flops={"head": 2.0}, odd=math.nan))
+    folder.append(MetricsRow(step=2, loss=math.inf))
+    first, second = folder.rows(MetricsRow)
+    assert first.numbers == {"step": 1, "loss": 0.5, "kd_cot": 0.25}
+    assert second.loss is None and first.flops == {"head": 2.0}
 
 
 @pytest.mark.parametrize("name", ["eval.json", "generations.jsonl"])
@@ -896,13 +973,9 @@ def test_scores_are_results_that_another_recipe_does_not_replace(tmp_path, name)
 
 
 def test_a_student_that_is_written_again_is_scored_again(folder):
-    scores = {"teacher": {"accuracy": 1.0}, "student": {"accuracy": 0.5}}
-    folder.write_json("eval.json", {"task": "dial", "scores": scores})
-    folder.write_student(write())
-    assert folder.read_json("eval.json") == {
-        "task": "dial",
-        "scores": {"teacher": {"accuracy": 1.0}},
-    }
+    folder.write(TaskScores(task="dial", scores={"teacher": SCORE, "student": SCORE}))
+    forget_score(folder, "student")
+    assert folder.read(TaskScores) == TaskScores(task="dial", scores={"teacher": SCORE})
 
 
 def test_a_new_disk_holds_no_more_than_its_own_folder(tmp_path):

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from endings import logged
 
 from mlx_distill.errors import RunError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.reporting import study
+from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.sweeps.outline import planned
 from mlx_distill.sweeps.queue import _held
@@ -81,24 +84,20 @@ def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_pat
     assert set(rows) == {"seed=42", "fraction=1.0_seed=42", BAD_RUN, "base", "teacher"}
     half, whole, bad = rows["seed=42"], rows["fraction=1.0_seed=42"], rows[BAD_RUN]
     run = RunFolder(tmp_path / "runs" / half.run)
-    logged = run.rows("metrics.jsonl")
+    steps = logged(run.path, "metrics.jsonl")
     assert (
         half.settings == {"truncation.fraction": 0.5}
         and half.status == study.DONE
         and len(half.right) == 4
     )
-    assert half.tokens_read == sum(row["tokens"] for row in logged) < whole.tokens_read
+    assert half.tokens_read == sum(row["tokens"] for row in steps) < whole.tokens_read
     assert (
-        half.flops == pytest.approx(sum(sum(row["flops"].values()) for row in logged))
+        half.flops == pytest.approx(sum(sum(row["flops"].values()) for row in steps))
         and half.flops < whole.flops
     )
-    assert half.train_seconds == pytest.approx(sum(row["seconds"] for row in logged))
-    assert half.kl == pytest.approx(run.rows("validation.jsonl")[-1]["kl_cot"])
-    assert (
-        half.accuracy
-        == run.read_json("eval.json")["scores"]["student"]["accuracy"]
-        == np.mean(half.right)
-    )
+    assert half.train_seconds == pytest.approx(sum(row["seconds"] for row in steps))
+    assert half.kl == pytest.approx(logged(run.path, "validation.jsonl")[-1]["kl_cot"])
+    assert half.accuracy == run.read(TaskScores).whole["student"].accuracy == np.mean(half.right)
     assert (
         bad.label == "too fast"
         and bad.status.startswith("step 2: the gradient norm")
@@ -194,7 +193,7 @@ def test_a_run_that_failed_before_its_first_step_does_not_stand_in_the_way(write
     corrected = load_sweep(write("[axes]\nbatch.micro_batch_size = [1]\n"))
     corrected.points[0].folder.path.symlink_to(point.folder.path)
     assert list(distinct([corrected])) == [corrected.points[0].folder.path]
-    RunFolder(point.folder.path).append("metrics.jsonl", {"step": 1})
+    RunFolder(point.folder.path).append(MetricsRow(step=1))
     with pytest.raises(RunError, match="holds another run than this sweep's"):
         distinct([corrected])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from endings import logged
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -16,6 +17,7 @@ from mlx_distill import pipeline
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.torch.backend import TorchBackend
 from mlx_distill.recipe.load import load_recipe
+from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.view import View
 
@@ -77,7 +79,7 @@ def test_a_run_asks_for_what_is_missing_and_the_next_one_asks_nothing(ask, loads
     assert loads == ["teacher"]
     for name, array in weights(first).items():
         assert np.array_equal(array, weights(second)[name])
-    rows = RunFolder(second).rows("metrics.jsonl")
+    rows = logged(second, "metrics.jsonl")
     assert all(np.isfinite(row["loss"]) and row["kd"] > 0 for row in rows)
     assert "teacher" not in rows[0]["flops"]
 
@@ -94,7 +96,7 @@ def test_a_student_of_hidden_states_is_the_live_one(ask, backend, objective):
     for name, array in weights(live).items():
         np.testing.assert_allclose(weights(cached)[name], array, rtol=0, atol=1e-5, err_msg=name)
     for log in ("metrics.jsonl", "validation.jsonl"):
-        for one, other in zip(RunFolder(live).rows(log), RunFolder(cached).rows(log), strict=True):
+        for one, other in zip(logged(live, log), logged(cached, log), strict=True):
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
@@ -170,6 +172,6 @@ def test_a_teacher_that_changed_makes_another_cache(ask, loads, tiny_recipe):
 
 def test_the_run_says_which_cache_it_read(ask):
     folder, _ = ask(pipeline.run, "teacher.cache=sampled")
-    kept = RunFolder(folder).read_json("manifest.json")["teacher_cache"]
+    kept = RunFolder(folder).read(Manifest).teacher_cache
     assert (Path(folder).parents[1] / "answers" / kept / "manifest.json").exists()
     assert kept.startswith("sampled-")

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from endings import logged
 from rich.console import Console
 from safetensors.numpy import load_file
 from toy_backend import WORDS, ToyBackend, ToyStudent, ToyTeacher, table
@@ -23,6 +24,8 @@ from mlx_distill.objective import Objective
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.run_charts import charts_of
+from mlx_distill.runs.manifest import Manifest
+from mlx_distill.runs.rows import LOGS, ValidationRow
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.training import loop
 from mlx_distill.training.loop import Interrupted, Training
@@ -127,7 +130,7 @@ def test_loss_terms_are_sums_over_the_step_divided_by_its_loss_tokens(training):
     segment, kd, ce = map(np.array, (segment, kd, ce))
     assert len(step.batches) == 2 and len(kd) == step.loss_tokens
     made.train()
-    row = made.run.rows("metrics.jsonl")[0]
+    row = logged(made.run.path, "metrics.jsonl")[0]
     assert row["kd"] == pytest.approx(kd.sum() / step.loss_tokens, rel=1e-12)
     assert row["ce"] == pytest.approx(ce.sum() / step.loss_tokens, rel=1e-12)
     assert row["loss"] == pytest.approx(
@@ -146,7 +149,7 @@ def test_loss_terms_are_sums_over_the_step_divided_by_its_loss_tokens(training):
 def test_every_step_has_one_row_with_all_that_is_promised(training):
     made = training()
     made.train()
-    rows = made.run.rows("metrics.jsonl")
+    rows = logged(made.run.path, "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["tokens_seen"] for row in rows] == list(
         np.cumsum([step.tokens for step in made.source])
@@ -181,10 +184,11 @@ def test_a_new_term_is_logged_shown_and_drawn_by_its_name(training, monkeypatch)
     monkeypatch.setattr(ToyStudent, "rows", rows)
     made = training()
     made.train()
-    metrics, validated = (made.run.rows(f"{name}.jsonl") for name in ("metrics", "validation"))
-    assert metrics[0]["loss"] == pytest.approx(0.5 * metrics[0]["ce"] + 0.5 * 3)
-    assert [metrics[0][name] for name in ("hidden", "hidden_cot")] == [3, 3]
-    assert [validated[0][name] for name in ("hidden", "hidden_prompt", "hidden_answer")] == [3] * 3
+    metrics, validated = (made.run.rows(kind) for kind in LOGS)
+    row, held_out = metrics[0].numbers, validated[0].numbers
+    assert row["loss"] == pytest.approx(0.5 * row["ce"] + 0.5 * 3)
+    assert [row[name] for name in ("hidden", "hidden_cot")] == [3, 3]
+    assert [held_out[name] for name in ("hidden", "hidden_prompt", "hidden_answer")] == [3] * 3
     said = made.view.console.file.getvalue()
     assert "hidden 3.0000  " in said and "hidden_cot 3.0000" in said
     drawn = charts_of(SimpleNamespace(metrics=metrics, validation=validated))
@@ -195,7 +199,10 @@ def test_a_new_term_is_logged_shown_and_drawn_by_its_name(training, monkeypatch)
 def test_plain_fine_tuning_asks_no_teacher_and_logs_no_divergence(training):
     made = training(teacher={"model": ""}, objective={"kd_weight": 0.0})
     made.train()
-    row, validated = made.run.rows("metrics.jsonl")[0], made.run.rows("validation.jsonl")[0]
+    row, validated = (
+        logged(made.run.path, "metrics.jsonl")[0],
+        logged(made.run.path, "validation.jsonl")[0],
+    )
     assert row["loss"] == row["ce"]
     assert not {name for name in row | validated if name.startswith(("kd", "kl", "agree"))}
 
@@ -211,7 +218,7 @@ def test_validation_is_forward_kl_and_ce_of_whole_sequences_by_segment(training)
         objective={"divergence": "reverse_kl", "temperature": 3.0, "segments": ["answer"]}
     )
     first._validate()
-    row = first.run.rows("validation.jsonl")[0]
+    row = logged(first.run.path, "validation.jsonl")[0]
     step = SimpleNamespace(batches=first.validation)
     segment, _, kl, ce, _ = map(
         np.array, zip(*direct(table(2), table(1), step, Objective()), strict=True)
@@ -238,10 +245,10 @@ def test_validation_is_the_same_at_every_fraction(tiny_recipe, tmp_path):
         folder = pipeline.run(
             load_recipe(tiny_recipe, overrides), View(Console(file=io.StringIO()))
         )
-        rows = RunFolder(folder).rows("validation.jsonl")
+        rows = logged(folder, "validation.jsonl")
         first.append({name: value for name, value in rows[0].items() if name != "seconds"})
         assert rows[0]["tokens_cot"] > 0 and rows[0]["tokens_answer"] > 0
-        supervised = RunFolder(folder).rows("metrics.jsonl")[0]["loss_tokens"]
+        supervised = logged(folder, "metrics.jsonl")[0]["loss_tokens"]
         first[-1]["trained on"] = supervised
     trained_on = [row.pop("trained on") for row in first]
     assert first[0] == first[1] == first[2]
@@ -267,7 +274,7 @@ def test_cadence_of_validation_and_checkpoints(
     monkeypatch.setattr(
         loop.Training,
         "_validate",
-        lambda self: self.run.append("validation.jsonl", {"step": self.state.step}),
+        lambda self: self.run.append(ValidationRow(step=self.state.step)),
     )
     made = training(
         run={
@@ -278,7 +285,7 @@ def test_cadence_of_validation_and_checkpoints(
         }
     )
     made.train()
-    assert [row["step"] for row in made.run.rows("validation.jsonl")] == validated
+    assert [row["step"] for row in logged(made.run.path, "validation.jsonl")] == validated
     assert made.run.steps() == kept
 
 
@@ -313,7 +320,7 @@ def test_export_takes_the_checkpoint_that_the_recipe_names(
         (f"run.folder={tmp_path}", f"run.export={export}", "run.validate_every=2", "eval.task="),
     )
     folder = RunFolder(pipeline.run(recipe, View(Console(file=io.StringIO()))))
-    assert folder.read_json("manifest.json")["exported_step"] == expected
+    assert folder.read(Manifest).exported_step == expected
     student = load_file(folder.student / "model.safetensors")
     kept = {
         step: load_file(folder.checkpoint(step) / "weights.safetensors") for step in folder.steps()
@@ -356,7 +363,7 @@ def test_a_loss_that_is_not_finite_names_its_examples_and_leaves_weights_and_che
     assert np.array_equal(
         load_file(made.run.checkpoint(3) / "weights.safetensors")["weights"], made.student.weights
     )
-    assert [row["step"] for row in made.run.rows("metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in logged(made.run.path, "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_a_gradient_norm_that_is_not_finite_names_all_examples_of_the_step(training):

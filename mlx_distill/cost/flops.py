@@ -11,7 +11,7 @@ counted at the loss positions only, and the loss as the elementwise passes of it
 logit. Norms, activations, DoRA's column norms and the optimizer are left out (below 1 %).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mlx_distill.data.batches import Step
@@ -182,10 +182,10 @@ def _trained_trunk(
     return share * shape.trunk(lengths, passes, 3) + (1 - share) * forward + 3 * low_rank + again
 
 
-def total_flops(rows: list[dict]) -> dict[str, float]:
-    """Sums over metrics rows by part, and `total`; {} where they were not counted."""
+def total_flops(steps: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Sums over steps by part, and `total`; {} where they were not counted."""
     totals: dict[str, float] = {}
-    for row in rows:
-        for part, value in row.get("flops", {}).items():
+    for step in steps:
+        for part, value in step.items():
             totals[part] = totals.get(part, 0.0) + value
     return totals | {"total": sum(totals.values())} if totals else {}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from mlx_distill.reporting.charts import Curves, Series, line_chart, smoothed
 from mlx_distill.reporting.kept_run import SEGMENTS, Run
+from mlx_distill.runs.rows import Row
 
 SEGMENT_NAMES = {"prompt": "prompt", "cot": "chain of thought", "answer": "answer"}
 RUN_ROLES = ("run-1", "run-2", "run-3", "run-4", "run-5", "run-6")
@@ -36,9 +37,9 @@ def charts_of(run: Run) -> list[Curves]:
     return [chart for chart in (line_chart(*TRAINING, terms), *held_out) if chart]
 
 
-def _terms(rows: Sequence[dict]) -> list[str]:
+def _terms(rows: Sequence[Row]) -> list[str]:
     """What rows hold as a whole and by segment: `ce`, where there is a `ce_cot`."""
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(name for row in rows for name in row.numbers)
     return [name for name in names if any(f"{name}_{part}" in names for part in SEGMENTS)]
 
 
@@ -87,6 +88,6 @@ def overlays(runs: Sequence[Run]) -> list[Curves]:
     return [chart for chart in (line_chart(*TRAINING, training), *held_out) if chart]
 
 
-def _columns(rows: Sequence[dict], name: str) -> tuple[tuple[float, ...], tuple]:
+def _columns(rows: Sequence[Row], name: str) -> tuple[tuple[float, ...], tuple]:
     """Steps, and what the rows hold under a name."""
-    return tuple(row["step"] for row in rows), tuple(row.get(name) for row in rows)
+    return tuple(row.step for row in rows), tuple(row.numbers.get(name) for row in rows)

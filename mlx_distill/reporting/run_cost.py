@@ -3,10 +3,9 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from mlx_distill.reporting.kept_run import Run
-from mlx_distill.words import DASH, amount, duration, finite, is_number
+from mlx_distill.words import DASH, amount, duration
 
 
 @dataclass(frozen=True)
@@ -25,43 +24,28 @@ class Cost:
 
 def cost_of(run: Run) -> Cost:
     """The cost of a run's training."""
-    steps, planned = column(run.metrics, "step"), known(run.manifest.get("steps"))
-    tokens, loss_tokens = column(run.metrics, "tokens_seen"), column(run.metrics, "loss_tokens")
-    rates, peak = column(run.metrics, "tokens_per_second"), column(run.metrics, "peak_bytes")
-    flops = dict(items(run.manifest.get("flops"))).get("total")
+    made, rates = run.manifest, _column(run, "tokens_per_second")
     return Cost(
-        steps=_text(steps[-1] if steps else planned, "{:,.0f}".format),
-        planned=_text(planned, "{:,.0f}".format),
-        tokens=_text(tokens[-1] if tokens else None, amount),
-        loss_tokens=_text(sum(loss_tokens) if loss_tokens else None, amount),
-        time=_text(known(run.manifest.get("elapsed_seconds")), duration),
+        steps=_text(run.metrics[-1].step if run.metrics else made.steps, "{:,}".format),
+        planned=_text(made.steps, "{:,}".format),
+        tokens=_text(max(_column(run, "tokens_seen"), default=None), amount),
+        loss_tokens=_text(sum(_column(run, "loss_tokens")) or None, amount),
+        time=_text(made.elapsed_seconds, duration),
         rate=_text(statistics.median(rates) if rates else None, "{:,.0f}".format),
-        memory=_text(max(peak) if peak else None, lambda size: amount(size, "B")),
-        flops=_text(known(flops), lambda total: amount(total, "FLOP")),
+        memory=_bytes(run, "peak"),
+        flops=_text(made.total_flops or None, lambda total: amount(total, "FLOP")),
     )
 
 
 def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
     """(value, name, remark) for each figure."""
-    cost = cost_of(run)
-    parts = [
-        (part, known(value)) for part, value in items(run.manifest.get("flops")) if part != "total"
-    ]
-    split = ", ".join(f"{part} {amount(value)}" for part, value in parts if value is not None)
-    held = [(name, column(run.metrics, f"{name}_bytes")) for name in ("active", "cache")]
-    memory = ", ".join(f"{name} {amount(max(used), 'B')}" for name, used in held if used)
+    cost, flops = cost_of(run), run.manifest.flops
+    split = ", ".join(f"{part} {amount(n)}" for part, n in flops.items() if part != "total")
+    held = [(name, _bytes(run, name)) for name in ("active", "cache")]
     tiles = [
-        (
-            cost.time,
-            "training time",
-            f"{cost.steps} of {cost.planned} steps" if cost.planned != DASH else "",
-        ),
-        (cost.memory, "peak memory", memory),
-        (
-            cost.tokens,
-            "tokens read",
-            f"{cost.loss_tokens} carried loss" if cost.loss_tokens != DASH else "",
-        ),
+        (cost.time, "training time", f"{cost.steps} of {cost.planned} steps"),
+        (cost.memory, "peak memory", ", ".join(f"{name} {size}" for name, size in held)),
+        (cost.tokens, "tokens read", f"{cost.loss_tokens} carried loss"),
         (cost.rate, "tokens per second", "median over steps"),
         (cost.flops, "arithmetic", split),
     ]
@@ -70,19 +54,14 @@ def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
     ]
 
 
-def column(rows: list[dict], name: str) -> list[float]:
-    """What the rows hold under a name, as far as it is a number."""
-    return [value for _, value in finite(range(len(rows)), [row.get(name) for row in rows])]
+def _column(run: Run, name: str) -> list[float]:
+    return [row.numbers[name] for row in run.metrics if name in row.numbers]
 
 
-def known(value: Any) -> float | None:
-    """A number of a file; None for anything else."""
-    return float(value) if is_number(value) else None
-
-
-def items(content: Any) -> list[tuple[str, Any]]:
-    """The entries of what should be a table."""
-    return list(content.items()) if isinstance(content, dict) else []
+def _bytes(run: Run, name: str) -> str:
+    """The most of one of the framework's counters."""
+    most = max(_column(run, f"{name}_bytes"), default=None)
+    return _text(most, lambda size: amount(size, "B"))
 
 
 def _text(value: float | None, words: Callable[[float], str]) -> str:

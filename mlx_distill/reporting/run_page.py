@@ -6,7 +6,7 @@ which order. A part that is missing is named in a line and leaves no number.
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 from mlx_distill.data.account import unused_lines
 from mlx_distill.recipe.recipe import Recipe
@@ -29,10 +29,11 @@ from mlx_distill.reporting.page import (
     Tiles,
 )
 from mlx_distill.reporting.run_charts import SEGMENT_NAMES, charts_of
-from mlx_distill.reporting.run_cost import cost_tiles, items, known
+from mlx_distill.reporting.run_cost import cost_tiles
 from mlx_distill.reporting.run_words import headline, kl_sentence, leads, progress, shared
+from mlx_distill.runs.manifest import DataAccount
 from mlx_distill.scoring.score import Difference, Score, compare
-from mlx_distill.words import DASH, amount, duration, number, percent, points
+from mlx_distill.words import DASH, duration, number, percent, points
 
 MODELS = {"base": "student before", "student": "student after", "teacher": "teacher"}
 FACTS = {
@@ -56,7 +57,7 @@ NOTES = [
 
 def run_page(run: Run) -> Page:
     """Everything about one run."""
-    about = [run.name, run.task, str(run.manifest.get("created") or "")]
+    about = [run.name, run.task, run.manifest.created]
     return Page(
         [words for words in about if words],
         headline([run]),
@@ -104,7 +105,7 @@ def _scores(run: Run) -> list[Block]:
     scored = _scored(run)
     if not scored:
         return missing
-    ways = ", ".join(f"{_count(known(count))} as {way}" for way, count in items(run.ways))
+    ways = ", ".join(f"{count:,} as {way}" for way, count in run.ways.items())
     told = [Note(f"Answers are compared with the expected ones: {ways}.")] if ways else []
     bars = [score_bar(label, remark, role, score) for label, remark, role, score in scored]
     return [*missing, *told, Bars(bars), *_against(run), _score_table(run, scored)]
@@ -200,34 +201,31 @@ def _pieces(run: Run) -> list[Piece]:
     """The sample's tokens, neighbours of one look joined."""
     joined: list[Piece] = []
     for token in run.sample:
-        text, kept = str(token.get("text", "")), bool(token.get("kept", True))
-        look = "cut" if not kept else "loss" if token.get("supervised") else "read"
+        look = "cut" if not token.kept else "loss" if token.supervised else "read"
         last = joined[-1] if joined else Piece("", "", "", "")
-        if (last.segment, last.look) == (token["segment"], look):
-            joined[-1] = Piece(last.text + text, last.segment, look, last.edge)
+        if (last.segment, last.look) == (token.segment, look):
+            joined[-1] = replace(last, text=last.text + token.text)
         else:
-            edge = (
-                "cut"
-                if look == "cut" != last.look
-                else "kept from here"
-                if last.look == "cut" != look
-                else ""
-            )
-            joined.append(Piece(text, token["segment"], look, edge))
+            joined.append(Piece(token.text, token.segment, look, _edge(last.look, look)))
     return joined
+
+
+def _edge(before: str, look: str) -> str:
+    if (before == "cut") == (look == "cut"):
+        return ""
+    return "cut" if look == "cut" else "kept from here"
 
 
 def _legend(run: Run) -> list[tuple[str, str, str]]:
     rows = []
     for part in SEGMENTS:
-        mine = [token for token in run.sample if token["segment"] == part]
-        kept = [token for token in mine if token.get("kept", True)]
-        loss = sum(bool(token.get("supervised")) for token in kept)
-        cut = f", {len(kept)} kept" if len(kept) < len(mine) else ""
+        mine = [token for token in run.sample if token.segment == part]
+        kept = sum(token.kept for token in mine)
+        loss = sum(token.kept and token.supervised for token in mine)
+        cut = f", {kept} kept" if kept < len(mine) else ""
         if mine:
-            rows.append(
-                (part, SEGMENT_NAMES[part], f"{len(mine)} tokens{cut}, {loss or 'none'} with loss")
-            )
+            words = f"{len(mine)} tokens{cut}, {loss or 'none'} with loss"
+            rows.append((part, SEGMENT_NAMES[part], words))
     return rows
 
 
@@ -235,83 +233,47 @@ def _legend(run: Run) -> list[tuple[str, str, str]]:
 
 
 def _data(run: Run) -> list[Block]:
-    """Counts of examples and of tokens by segment, as far as the manifest has them."""
-    data = dict(items(run.manifest.get("data")))
-    if not data:
-        return (
-            []
-            if "manifest.json" in run.notes
-            else [Note("The manifest counts no examples and no tokens.")]
-        )
-    return [
-        Beside(
-            [
-                _examples_table(data),
-                _tokens_table(data) or Note("Tokens by segment were not counted."),
-            ]
-        ),
-        *_not_used(data),
+    """Counts of examples and of tokens by segment."""
+    data = run.manifest.data
+    if data is None:
+        return []
+    unused = ", ".join(unused_lines(data.not_used))
+    not_used = [Note(f"Not used: {unused}.")] if unused else []
+    return [Beside([_examples_table(data), _tokens_table(data)]), *not_used]
+
+
+def _examples_table(data: DataAccount) -> Table:
+    rows = [
+        ("", "read", data.read),
+        *(("sub", f"dropped: {reason}", count) for reason, count in data.dropped.items()),
+        ("sum", "kept", data.kept),
+        ("sub", "for training", data.train),
+        ("sub", "for validation", data.validation),
     ]
-
-
-def _not_used(data: dict[str, Any]) -> list[Block]:
-    """What the rows carry and nothing read, by name."""
-    counts = {
-        name: int(count) for name, found in items(data.get("not_used")) if (count := known(found))
-    }
-    return [Note(f"Not used: {', '.join(unused_lines(counts))}.")] if counts else []
-
-
-def _examples_table(data: dict[str, Any]) -> Table:
-    names = {"train": "training"}
-    rows = [["", "read", data.get("read")]]
-    rows += [["sub", f"dropped: {reason}", count] for reason, count in items(data.get("dropped"))]
-    rows += [["sum", "kept", data.get("kept")]]
-    rows += [
-        ["sub", f"for {names.get(part, part)}", data[part]]
-        for part in ("train", "validation")
-        if known(data.get(part)) is not None
-    ]
-    cells = [
-        [Cell(text, look=look), Cell(_count(known(count)), look=look)] for look, text, count in rows
-    ]
+    cells = [[Cell(text, look=look), Cell(f"{count:,}", look=look)] for look, text, count in rows]
     return Table(["examples", "count"], cells, "lr")
 
 
-def _tokens_table(data: dict[str, Any]) -> Table | None:
-    segments = dict(items(data.get("segments")))
+def _tokens_table(data: DataAccount) -> Table:
     counts = {
-        part: [known(segments[part].get(key)) for key in ("before", "after", "supervised")]
-        for part in SEGMENTS
-        if isinstance(segments.get(part), dict)
+        part: (tokens.before, tokens.after, tokens.supervised)
+        for part, tokens in data.segments.items()
     }
-    if not counts:
-        return None
-    totals = [
-        None if None in column else sum(column) for column in zip(*counts.values(), strict=True)
-    ]
     rows = [
-        _token_cells(Cell(SEGMENT_NAMES[part], dot=part), *three) for part, three in counts.items()
+        _token_cells(Cell(SEGMENT_NAMES.get(part, part), dot=part), *three)
+        for part, three in counts.items()
     ]
+    totals = [sum(column) for column in zip(*counts.values(), strict=True)] or [0, 0, 0]
     rows.append(_token_cells(Cell("all", look="sum"), *totals, look="sum"))
     return Table(["tokens", "whole", "after the cut", "kept", "with loss"], rows, "lrrrr")
 
 
 def _token_cells(
-    name: Cell, before: float | None, after: float | None, supervised: float | None, look: str = ""
+    name: Cell, before: int, after: int, supervised: int, look: str = ""
 ) -> list[Cell]:
-    kept = percent(after / before) if before and after is not None else DASH
-    return [
-        name,
-        *(
-            Cell(text, look=look)
-            for text in (_count(before), _count(after), kept, _count(supervised))
-        ),
-    ]
-
-
-def _count(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.0f}"
+    kept = percent(after / before) if before else DASH
+    texts = f"{before:,}", f"{after:,}", kept, f"{supervised:,}"
+    return [name, *(Cell(text, look=look) for text in texts)]
 
 
 # recipe and place
@@ -319,47 +281,26 @@ def _count(value: float | None) -> str:
 
 def _recipe(run: Run) -> list[tuple[str, list[tuple[str, str, bool]]]]:
     defaults = Recipe.model_construct().model_dump(mode="json")
+    tables = run.recipe.model_dump(mode="json") if run.recipe else {}
     return [
         (
             table,
             [
-                (
-                    name,
-                    json.dumps(value, ensure_ascii=False),
-                    defaults.get(table, {}).get(name) != value,
-                )
+                (name, json.dumps(value, ensure_ascii=False), defaults[table][name] != value)
                 for name, value in fields.items()
             ],
         )
-        for table, fields in run.recipe.items()
+        for table, fields in tables.items()
     ]
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
     """Where the run came from, as far as its manifest says."""
-    manifest = run.manifest
-    rows = [("run", run.name), *((words, manifest.get(key)) for key, words in FACTS.items())]
-    rows += [(role, _model_text(model)) for role, model in items(manifest.get("models"))]
-    rows += [_fact(name, value) for name, value in items(manifest.get("machine"))]
-    rows += items(manifest.get("versions"))
-    return [(str(name), str(value)) for name, value in rows if value not in (None, "")]
-
-
-def _fact(name: str, value: Any) -> tuple[str, Any]:
-    """A machine's property in words: a name that ends in _bytes becomes a size."""
-    size = known(value) if name.endswith("_bytes") else None
-    return name.removesuffix("_bytes").replace("_", " "), value if size is None else amount(
-        size, "B"
-    )
-
-
-def _model_text(model: Any) -> str:
-    if not isinstance(model, dict):
-        return str(model)
-    size = known(model.get("parameters"))
-    parts = [
-        model.get("name"),
-        f"{amount(size)} parameters" if size else "",
-        model.get("fingerprint"),
+    made = run.manifest
+    rows = [("run", run.name), *((words, getattr(made, key)) for key, words in FACTS.items())]
+    rows += [
+        (role, " · ".join(filter(None, (model.name, model.fingerprint))))
+        for role, model in made.models.items()
     ]
-    return " · ".join(str(part) for part in parts if part)
+    rows += [*made.machine.items(), *made.versions.items()]
+    return [(name, str(value)) for name, value in rows if value not in (None, "")]

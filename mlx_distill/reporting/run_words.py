@@ -6,9 +6,8 @@ In: `Run`s. Out: sentences. Decided here: what comes first, and that a tie has n
 from collections.abc import Sequence
 
 from mlx_distill.reporting.kept_run import Compared, Run, kl_before_after
-from mlx_distill.reporting.run_cost import cost_of
 from mlx_distill.scoring.score import Difference, Score, compare, retention
-from mlx_distill.words import DASH, number, percent, points
+from mlx_distill.words import number, percent, points
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -124,12 +123,11 @@ def difference_sentence(a: str, b: str, difference: Difference) -> str:
 
 def progress(run: Run) -> str:
     """A line for a run that is not finished; empty for one that is, or that does not say."""
-    if not run.manifest or run.manifest.get("finished"):
+    if run.manifest.finished or run.manifest.steps is None:
         return ""
-    cost = cost_of(run)
-    of = f" of {cost.planned}" if cost.planned != DASH else ""
+    done = run.metrics[-1].step if run.metrics else 0
     return (
-        f"This run is not finished: it stands at step {cost.steps}{of}, "
+        f"This run is not finished: it stands at step {done:,} of {run.manifest.steps:,}, "
         "and what follows describes it so far."
     )
 

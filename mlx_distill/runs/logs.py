@@ -10,9 +10,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from mlx_distill.errors import RunError
 from mlx_distill.files import one_line, write_text
 from mlx_distill.readers import parse_json
+from mlx_distill.runs.rows import Row
 
 
 @dataclass
@@ -21,19 +24,19 @@ class Lines:
     lines.
     """
 
-    rows: list[dict] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     unreadable: list[int] = field(default_factory=list)
     torn_end: bool = False
 
 
-def append(path: Path, row: dict) -> None:
+def append(path: Path, row: Row) -> None:
     """Add a row. Raises `OSError`."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row.content()) + "\n")
 
 
-def read(path: Path) -> Lines:
+def read(path: Path, kind: type[Row]) -> Lines:
     """The log's lines, none where there is no file; raises `RunError` where the file cannot be
     read.
     """
@@ -46,7 +49,7 @@ def read(path: Path) -> Lines:
         raise RunError(f"{path}: cannot be read ({one_line(error)}); move it away") from None
     *lines, last = content.split(b"\n")
     for number, line in enumerate((*lines, last), start=1):
-        row = _row(line)
+        row = _row(line, kind)
         if row is not None:
             found.rows.append(row)
             found.texts.append(line.decode())
@@ -57,22 +60,20 @@ def read(path: Path) -> Lines:
     return found
 
 
-def _row(line: bytes) -> dict | None:
+def _row(line: bytes, kind: type[Row]) -> Row | None:
     try:
-        row = parse_json(line, "", RunError)
-    except RunError:
+        return kind.model_validate(parse_json(line, "", RunError))
+    except (RunError, ValidationError):
         return None
-    is_row = isinstance(row, dict) and type(row.get("step")) is int
-    return row if is_row else None
 
 
-def cut(path: Path, step: int) -> Lines:
+def cut(path: Path, kind: type[Row], step: int) -> Lines:
     """Drop what was logged after `step`, and lines that cannot be read; returns what the log held
     before.
 
     Raises `OSError`.
     """
-    found = read(path)
-    kept = [text for row, text in zip(found.rows, found.texts, strict=True) if row["step"] <= step]
+    found = read(path, kind)
+    kept = [text for row, text in zip(found.rows, found.texts, strict=True) if row.step <= step]
     write_text(path, "".join(f"{text}\n" for text in kept))
     return found

@@ -1,147 +1,101 @@
-"""What a run was made from, for whoever reads it later: models, data, packages, machine, commit.
+"""A run's `manifest.json`: what it was made from, where it ran, and what came out.
 
-In: a recipe and what was prepared for it. Out: the dictionaries of `manifest.json` and
-`sample.json`. Everything is asked of the machine or computed from the data; nothing is typed in.
+Every field has a default, since the file grows: `runs/provenance.py` makes what a run begins with,
+each start adds itself, and the export and the end of a run add what they know.
 """
 
-import hashlib
-import json
-import platform
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-from mlx_distill.backends.protocol import DeviceInfo
-from mlx_distill.data.prepare import Prepared, count_tokens, token_runs
-from mlx_distill.data.sequences import Segment
-from mlx_distill.machine import git_commit, processor_name, versions
-from mlx_distill.models.config import reading_of
-from mlx_distill.models.hub import model_fingerprint
-from mlx_distill.recipe.recipe import Recipe
+from pydantic import Field
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from mlx_distill.runs.record import Count, Number, Record
 
 
-def make_manifest(
-    recipe: Recipe,
-    device: DeviceInfo,
-    models: dict[str, tuple[str, Path]],
-    prepared: Prepared,
-    steps: int,
-) -> dict:
-    """The manifest of a run that begins; `models` maps teacher and student to (name in the recipe,
-    folder).
+class KnownModel(Record):
+    """name: in the recipe. arithmetic: whose numbers they are, where mlx-lm alone computes others."""
+
+    name: str = ""
+    fingerprint: str = ""
+    arithmetic: str = ""
+
+
+class SegmentTokens(Record):
+    """A segment's tokens in all training examples: whole, after the cut, and with loss."""
+
+    before: Count
+    after: Count
+    supervised: Count
+
+
+class DataAccount(Record):
+    """Examples that were read, kept and dropped (by reason), what of the rows nothing read (by
+    name), and training tokens by segment.
     """
-    return {
-        "name": recipe.run.name,
-        "recipe_digest": recipe.digest(),
-        "created": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "backend": device.backend,
-        "device": device.device,
-        "dtype": device.dtype,
-        "backend_reason": device.reason,
-        "versions": versions(),
-        "machine": {
-            "system": platform.platform(),
-            "processor": processor_name(),
-            "python": platform.python_version(),
-        },
-        "git_commit": git_commit(),
-        "seed": recipe.run.seed,
-        "models": {
-            part: {"name": name} | identity(folder) for part, (name, folder) in models.items()
-        },
-        "data": data_account(prepared, recipe),
-        "data_digest": data_digest(prepared),
-        "prompt_date": prepared.day,
-        "steps": steps,
-    }
+
+    read: Count = 0
+    kept: Count = 0
+    train: Count = 0
+    validation: Count = 0
+    dropped: dict[str, Count] = Field(default_factory=dict)
+    not_used: dict[str, Count] = Field(default_factory=dict)
+    segments: dict[str, SegmentTokens] = Field(default_factory=dict)
 
 
-def identity(folder: Path) -> dict[str, str]:
-    """What tells two models' numbers apart: fingerprint and, where mlx-lm alone computes other
-    numbers than we do, whose they are.
+class Start(Record):
+    """One start or continuation: a run may move to another backend, machine or version."""
+
+    at_step: Count = 0
+    time: str = ""
+    backend: str = ""
+    device: str = ""
+    dtype: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    git_commit: str = ""
+
+
+class Manifest(Record):
+    """exported_step: whose weights became the student, None before that. elapsed_seconds,
+    tokens_read, loss_tokens and flops (by part, and `total`) are of the whole training.
+    student_files: the SHA-256 of each file of the student. prompt_date, tokens_read, loss_tokens
+    and student_files are None in manifests of versions that did not keep them.
     """
-    arithmetic = reading_of(folder)
-    return {"fingerprint": model_fingerprint(folder)} | (
-        {"arithmetic": arithmetic} if arithmetic else {}
-    )
 
+    FILE: ClassVar[str] = "manifest.json"
+    SEALED: ClassVar[bool] = True
 
-def make_start(device: DeviceInfo, step: int) -> dict:
-    """One start or continuation of a run, after `step` steps: a run may move to another backend,
-    machine or version.
-    """
-    return {
-        "at_step": step,
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "backend": device.backend,
-        "device": device.device,
-        "dtype": device.dtype,
-        "versions": versions(),
-        "git_commit": git_commit(),
-    }
+    name: str = ""
+    recipe_digest: str = ""
+    created: str = ""
+    backend: str = ""
+    device: str = ""
+    dtype: str = ""
+    backend_reason: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, str] = Field(default_factory=dict)
+    git_commit: str = ""
+    seed: int | None = None
+    models: dict[str, KnownModel] = Field(default_factory=dict)
+    data: DataAccount | None = None
+    data_digest: str = ""
+    prompt_date: str | None = None
+    steps: Count | None = None
+    teacher_cache: str = ""
+    starts: list[Start] = Field(default_factory=list)
+    exported_step: Count | None = None
+    elapsed_seconds: Number | None = None
+    tokens_read: Count | None = None
+    loss_tokens: Count | None = None
+    flops: dict[str, Number] = Field(default_factory=dict)
+    not_for_mlx_lm: str = ""
+    student_files: dict[str, str] | None = None
+    finished: bool = False
 
+    @property
+    def day(self) -> str:
+        """What prompts said; older versions rendered them on the day on which the run was made."""
+        return self.created[:10] if self.prompt_date is None else self.prompt_date
 
-def inputs_digest(manifest: dict) -> str:
-    """16 hex digits over the models and the data of a manifest."""
-    content = json.dumps([manifest["models"], manifest["data_digest"]], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
-def data_account(prepared: Prepared, recipe: Recipe) -> dict:
-    """Examples read, kept and dropped (by reason), and training tokens by segment: whole, after the
-    cut, with loss.
-    """
-    whole = count_tokens(prepared.train_whole, recipe.objective.segments)
-    cut = count_tokens(prepared.train, recipe.objective.segments)
-    kept = len(prepared.train) + len(prepared.validation)
-    return {
-        "read": len(prepared.train_whole)
-        + len(prepared.validation)
-        + sum(prepared.skipped.values())
-        - (whole.examples - cut.examples),
-        "kept": kept,
-        "train": len(prepared.train),
-        "validation": len(prepared.validation),
-        "dropped": prepared.skipped,
-        "not_used": prepared.unused,
-        "segments": {
-            s.name.lower(): {
-                "before": int(whole.tokens[s]),
-                "after": int(cut.tokens[s]),
-                "supervised": int(cut.supervised[s]),
-            }
-            for s in Segment
-        },
-    }
-
-
-def data_digest(prepared: Prepared) -> str:
-    """16 hex digits over every token, segment end and loss mask of training and validation, in
-    order.
-    """
-    digest = hashlib.sha256()
-    for sequence in (*prepared.train, *prepared.validation):
-        digest.update(f"{sequence.id} {sequence.prompt_end} {sequence.cot_end}".encode())
-        digest.update(sequence.tokens.tobytes() + sequence.allowed.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def sample_pieces(
-    prepared: Prepared, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", example: int = 0
-) -> list[dict]:
-    """One training example, token by token: its text, segment, whether the cut keeps it and whether
-    it carries loss.
-    """
-    return [
-        {
-            "text": tokenizer.decode([int(token)], skip_special_tokens=False),
-            "segment": run.segment.name.lower(),
-            "kept": run.kept,
-            "supervised": bool(learned),
-        }
-        for run in token_runs(prepared.train_whole[example], recipe)
-        for token, learned in zip(run.tokens, run.learned, strict=True)
-    ]
+    @property
+    def total_flops(self) -> float:
+        """0 where they were not counted."""
+        return self.flops.get("total", 0.0)

@@ -27,7 +27,11 @@ from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs import own_files
 from mlx_distill.runs.checkpoints import UNWRITTEN, Checkpoints, TrainState
-from mlx_distill.runs.small_files import INTACT, LOGS, Say, SmallFiles, quiet
+from mlx_distill.runs.manifest import Manifest
+from mlx_distill.runs.record import Record
+from mlx_distill.runs.rows import LOGS, Row
+from mlx_distill.runs.sample import Sample
+from mlx_distill.runs.small_files import INTACT, Say, SmallFiles, quiet
 from mlx_distill.runs.students import ExportedStudent
 
 __all__ = ["RunFolder", "SilentFolder", "TrainState"]
@@ -116,7 +120,7 @@ class RunFolder(SmallFiles):
         if (
             "recipe.toml" in names
         ):  # a person may have one of that name: ours has every field, in our order
-            return self._recipe_is_ours() or "recipe_digest" in self.readable("manifest.json")
+            return self._recipe_is_ours() or self.readable(Manifest).recipe_digest
         return names <= {"checkpoints", ".recipe.toml.tmp"} and not any(self.checkpoints.iterdir())
 
     def _recipe_is_ours(self) -> bool:
@@ -152,7 +156,7 @@ class RunFolder(SmallFiles):
             (self.student / "config.json").exists()
             or any((self.path / name).exists() for name in ("eval.json", "generations.jsonl"))
             or self.saved.steps()
-            or any(self.rows(log) for log in LOGS)
+            or any(self.rows(kind) for kind in LOGS)
         )
 
     def _refuse_changed(self, recipe: Recipe, say: Say) -> None:
@@ -176,10 +180,7 @@ class RunFolder(SmallFiles):
     def _known_digest(self) -> str:
         """The recipe's digest as manifest or checkpoints know it, "" if neither does."""
         try:
-            return (
-                self.readable("manifest.json").get("recipe_digest")
-                or self.last_state().recipe_digest
-            )
+            return self.readable(Manifest).recipe_digest or self.last_state().recipe_digest
         except RunError:
             return ""
 
@@ -221,14 +222,8 @@ class RunFolder(SmallFiles):
         """The day that this run's prompts say, or will say as a run of a sweep; "" where none is
         chosen yet.
         """
-        manifest = self.readable("manifest.json")
-        made = manifest.get("created", "")[
-            :10
-        ]  # older runs rendered their prompts when they were made
-        day = kept_as_day(
-            manifest.get("prompt_date", made), f"prompt_date in {self.path / 'manifest.json'}"
-        )
-        return day or shared_day(self.path.parent)
+        where = f"prompt_date in {self.path / Manifest.FILE}"
+        return kept_as_day(self.readable(Manifest).day, where) or shared_day(self.path.parent)
 
     # starting over
 
@@ -346,16 +341,7 @@ class RunFolder(SmallFiles):
         return self.exported.is_complete(bool(self.steps()))
 
     def write_student(self, write: Callable[[Path], None]) -> None:
-        """The exported student, whole or not at all. A score of an earlier one is not a score of
-        it.
-        """
-        kept = self.readable("eval.json")
-        scores = kept.get("scores")
-        if isinstance(scores, dict) and "student" in scores:
-            self.write_json(
-                "eval.json",
-                kept | {"scores": {name: scores[name] for name in scores if name != "student"}},
-            )
+        """The exported student, whole or not at all."""
         self.exported.write(write)
 
 
@@ -371,9 +357,9 @@ class SilentFolder(RunFolder):
 
     def write_text(self, name: str, text: str) -> None: ...
 
-    def write_json(self, name: str, content: dict | list) -> None: ...
+    def write(self, record: Record | Sample) -> None: ...
 
-    def append(self, log: str, row: dict) -> None: ...
+    def append(self, row: Row) -> None: ...
 
     def cut_logs(self, step: int, say: Say = quiet) -> None: ...
 

@@ -12,24 +12,26 @@ from typing import Any
 from mlx_distill.readers import parse_json
 
 SEAL = "sha256"
-SEALED = ("manifest.json", "eval.json")
+
+
+class BrokenSeal(ValueError):
+    """A file has a seal that is not of what it holds."""
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
     """The content with its seal."""
-    return unsealed(content) | {SEAL: _digest(content)}
+    return content | {SEAL: _digest(content)}
 
 
 def unsealed(content: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in content.items() if name != SEAL}
-
-
-def is_broken(content: dict[str, Any]) -> bool:
-    """Whether it has a seal that is not of what it holds."""
-    return SEAL in content and content[SEAL] != _digest(content)
+    """The content without its seal; raises `BrokenSeal`."""
+    rest = {name: value for name, value in content.items() if name != SEAL}
+    if SEAL in content and content[SEAL] != _digest(rest):
+        raise BrokenSeal
+    return rest
 
 
 def _digest(content: dict[str, Any]) -> str:
     """Of what a reader finds: text for every key, null for NaN."""
-    read = parse_json(json.dumps(unsealed(content)), "")
+    read = parse_json(json.dumps(content), "")
     return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()

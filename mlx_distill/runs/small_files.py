@@ -1,24 +1,30 @@
-"""The small files of a run: JSON and text, which appear whole or not at all, and the logs.
+"""The small files of a run: records and text, which appear whole or not at all, and the logs.
 
-In: a folder. Out: what its files hold. Decided here: a file that is not there is empty; one that
-cannot be read is told in one line, and whoever asks says whether that ends the run or what is done
-instead.
+In: a folder. Out: what its files hold, as records. Decided here: a file that is not there is empty;
+one that cannot be read is told in one line, and whoever asks says whether that ends the run or what
+is done instead.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from mlx_distill import files
 from mlx_distill.errors import NotFound, RunError
 from mlx_distill.files import told_as
 from mlx_distill.readers import read_json
-from mlx_distill.runs import logs, manifests
-from mlx_distill.runs.seals import SEALED, is_broken, sealed, unsealed
+from mlx_distill.runs import logs
+from mlx_distill.runs.record import Record, damage
+from mlx_distill.runs.rows import LOGS, Row
+from mlx_distill.runs.sample import Sample
+from mlx_distill.runs.seals import BrokenSeal, sealed, unsealed
 
-LOGS = ("metrics.jsonl", "validation.jsonl")
 INTACT = "the checkpoints are intact"
 Say = Callable[[str], None]
+R = TypeVar("R", Record, Sample)
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
 def quiet(_: str) -> None:
@@ -36,64 +42,73 @@ class SmallFiles:
         with told_as(RunError, self.path / name, INTACT):
             files.write_text(self.path / name, text)
 
-    def write_json(self, name: str, content: dict | list) -> None:
-        content = sealed(content) if name in SEALED else content
-        with told_as(RunError, self.path / name, INTACT):
-            files.write_json(self.path / name, content)
+    def write(self, record: Record | Sample) -> None:
+        content = record.content()
+        with told_as(RunError, self.path / record.FILE, INTACT):
+            files.write_json(self.path / record.FILE, sealed(content) if record.SEALED else content)
 
-    def read_json(self, name: str) -> dict[str, Any]:
-        """The file's content, {} if there is none; raises `RunError` where it cannot be read."""
+    def update(self, kind: type[Record], **fields: Any) -> None:
+        """Write the record of a kind again, with other values for some of its fields."""
+        self.write(self.read(kind).model_copy(update=fields))
+
+    def read(self, kind: type[R]) -> R:
+        """What the file of a kind holds, the defaults if there is none; raises `RunError` where it
+        cannot be read.
+        """
+        path = self.path / kind.FILE
         try:
-            content = read_json(self.path / name, error=RunError)
+            content = read_json(path, error=RunError)
         except NotFound:
-            if (self.path / name).is_dir():
-                raise RunError(f"{self.path / name} is a folder: move it away") from None
-            return {}
-        wrong = manifests.trouble(content) if name == "manifest.json" else ""
-        if wrong or not isinstance(content, dict):
-            raise RunError(f"{self.path / name} is damaged: {wrong or 'it holds no object'}")
-        if name in SEALED and is_broken(content):
-            raise RunError(f"{self.path / name} is damaged: it is not as the run wrote it")
-        return unsealed(content) if name in SEALED else content
-
-    def readable(self, name: str, say: Say = quiet, otherwise: str = "") -> dict[str, Any]:
-        """The same, but a file that cannot be read is told, with what is done instead, and {}."""
+            if path.is_dir():
+                raise RunError(f"{path} is a folder: move it away") from None
+            return kind()
         try:
-            return self.read_json(name)
+            if kind.SEALED and isinstance(content, dict):
+                content = unsealed(content)
+            return kind.model_validate(content)
+        except ValidationError as error:
+            raise RunError(f"{path} is damaged: {damage(error)}") from None
+        except BrokenSeal:
+            raise RunError(f"{path} is damaged: it is not as the run wrote it") from None
+
+    def readable(self, kind: type[R], say: Say = quiet, otherwise: str = "") -> R:
+        """The same, but a file that cannot be read is told, with what is done instead, and counts
+        as none.
+        """
+        try:
+            return self.read(kind)
         except RunError as error:
             say(f"note: {error}; {otherwise}")
-            return {}
+            return kind()
 
     # logs
 
-    def append(self, log: str, row: dict) -> None:
-        with told_as(RunError, self.path / log, INTACT):
-            logs.append(self.path / log, row)
+    def append(self, row: Row) -> None:
+        with told_as(RunError, self.path / row.FILE, INTACT):
+            logs.append(self.path / row.FILE, row)
 
-    def rows(self, log: str) -> list[dict]:
-        """The log's rows, as far as they can be read."""
-        return logs.read(self.path / log).rows
+    def rows(self, kind: type[AnyRow]) -> list[AnyRow]:
+        """The rows of a log, as far as they can be read."""
+        return logs.read(self.path / kind.FILE, kind).rows
 
     def cut_logs(self, step: int, say: Say = quiet) -> None:
         """Drop what was logged after `step`; say which lines cannot be read, and whether rows are
         missing.
         """
-        for log in LOGS:
-            with told_as(RunError, self.path / log, INTACT):
-                found = logs.cut(self.path / log, step)
+        for kind in LOGS:
+            path = self.path / kind.FILE
+            with told_as(RunError, path, INTACT):
+                found = logs.cut(path, kind, step)
             if found.unreadable:
                 lines = ", ".join(map(str, found.unreadable[:5]))
                 say(
-                    f"note: {self.path / log}: line {lines} cannot be read and is left out; the "
-                    "other rows are kept"
+                    f"note: {path}: line {lines} cannot be read and is left out; the other rows "
+                    "are kept"
                 )
-            have = {row["step"] for row in found.rows}
-            expected = (
-                set(range(1, step + 1)) if log == "metrics.jsonl" else {0} if step >= 0 else set()
-            )
-            missing = expected - have
+            expected = kind.expected(step)
+            missing = expected - {row.step for row in found.rows}
             if missing and not found.unreadable:
                 say(
-                    f"note: {self.path / log} lacks {len(missing)} of {len(expected)} rows; the "
-                    "checkpoint has the totals"
+                    f"note: {path} lacks {len(missing)} of {len(expected)} rows; the checkpoint "
+                    "has the totals"
                 )

@@ -14,9 +14,8 @@ from mlx_distill.errors import DistillError, RunError
 from mlx_distill.files import first_line, left_overs, made_whole, remedy
 from mlx_distill.runs import own_files
 from mlx_distill.runs.checkpoints import UNWRITTEN, all_files, changed, digests
+from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.small_files import INTACT, SmallFiles
-
-MANIFEST = "manifest.json"
 
 
 class ExportedStudent:
@@ -36,14 +35,14 @@ class ExportedStudent:
             "again"
         )
         try:
-            manifest = self.files.read_json(MANIFEST)
+            manifest = self.files.read(Manifest)
         except RunError as error:
             raise RunError(f"{error}; {way}") from None
-        if "exported_step" in manifest:
+        if manifest.exported_step is not None:
             return True
         if has_checkpoints:
             raise RunError(
-                f"{self.files.path / MANIFEST} does not say which step {self.path} is of: {way}"
+                f"{self.files.path / Manifest.FILE} does not say which step {self.path} is of: {way}"
             )
         raise RunError(f"{self.path} holds a model that no run wrote: move it away")
 
@@ -53,8 +52,7 @@ class ExportedStudent:
             own_files.remove(self.path, self.own())
             with made_whole(self.path) as half:
                 write(half)
-                kept = {"student_files": digests(half, all_files(half))}
-                self.files.write_json(MANIFEST, self.files.read_json(MANIFEST) | kept)
+                self.files.update(Manifest, student_files=digests(half, all_files(half)))
         except DistillError:
             raise
         except UNWRITTEN as error:
@@ -67,7 +65,7 @@ class ExportedStudent:
         """Which file is not as this run wrote it, as a sentence; "" if none. Older versions kept no
         digests.
         """
-        return changed(self.path, self.files.read_json(MANIFEST).get("student_files", {}))
+        return changed(self.path, self.files.read(Manifest).student_files or {})
 
     def refuse_changed(self) -> None:
         """Raises `RunError` if a file is not as this run wrote it."""
@@ -79,7 +77,7 @@ class ExportedStudent:
 
     def own(self) -> own_files.Own:
         """Which files in it are the run's own."""
-        kept = self.files.readable(MANIFEST).get("student_files")
+        kept = self.files.readable(Manifest).student_files
         return own_files.is_student_file if kept is None else kept.__contains__
 
     def remove_left_overs(self) -> None:

@@ -9,11 +9,12 @@ they are made is in `scoring/intervals.py`.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from mlx_distill import verify
 from mlx_distill.backends.protocol import Model, Sampling
@@ -22,6 +23,7 @@ from mlx_distill.data.sequences import generation_prompt
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.tables import EvalTable
+from mlx_distill.runs.record import Count, Number, Record
 from mlx_distill.scoring.generations import Generation, Generations
 from mlx_distill.scoring.intervals import interval, paired
 from mlx_distill.verify.tasks import THINK_END, Problem, Task
@@ -36,8 +38,7 @@ KEYED = (
 )  # what generated texts depend on
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(Record):
     """How a model did on a task.
 
     accuracy, low, high: mean over problems of the share of right answers, and its 95 % interval
@@ -47,25 +48,16 @@ class Score:
     included. seconds: the time that generating took.
     """
 
-    accuracy: float
-    low: float
-    high: float
-    problems: int
-    samples: int
-    correct: dict[str, list[float]]
-    unfinished: float
-    well_formed: float
-    mean_tokens: float
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """A dict that `from_json` turns into an equal `Score`."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> "Score":
-        """The `Score` that `to_json` wrote; raises `TypeError` where a field is missing or unknown."""
-        return cls(**content)
+    accuracy: Number
+    low: Number
+    high: Number
+    problems: Count
+    samples: Count
+    correct: dict[str, Annotated[list[Number], Field(min_length=1)]] = Field(min_length=1)
+    unfinished: Number
+    well_formed: Number
+    mean_tokens: Number
+    seconds: Number
 
 
 @dataclass(frozen=True)

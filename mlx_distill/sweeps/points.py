@@ -24,9 +24,10 @@ from mlx_distill.recipe.contradictions import cache_serves
 from mlx_distill.recipe.load import build_recipe
 from mlx_distill.recipe.recipe import OUTSIDE_DIGEST, Recipe, with_values
 from mlx_distill.recipe.tables import TeacherTable
-from mlx_distill.reporting.kept_run import read_scores
 from mlx_distill.reporting.study import MATCHED
+from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.sweeps.file import (
     Settings,
     SweepFile,
@@ -67,11 +68,11 @@ class Point:
         it says or mends that.
         """
         folder = self.folder
-        if not folder.readable("manifest.json").get("finished"):
+        if not folder.readable(Manifest).finished:
             return False
         if not (folder.path / "report.html").is_file():
             return False
-        return "student" in read_scores(folder.readable("eval.json").get("scores"), {})
+        return "student" in folder.readable(TaskScores).whole
 
 
 @dataclass(frozen=True)

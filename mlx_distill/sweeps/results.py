@@ -19,6 +19,7 @@ from mlx_distill.reporting.study import BUDGETS, Condition, Row, best_within, co
 from mlx_distill.reporting.sweep_findings import Swept
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path
+from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.score import Score
 from mlx_distill.sweeps.points import Point
@@ -68,25 +69,19 @@ def student_row(point: Point) -> Row:
     """What a finished run says."""
     run = read_run(point.folder.path)
     row = _row(run, "student", point.label, point.settings, point)
-    manifest, columns = run.manifest, ("tokens", "loss_tokens", "seconds", "peak_bytes")
-    logged = {name: _column(run, name) for name in columns}
+    made, logged = run.manifest, run.metrics
     kl = kl_before_after(run)[1]
     return dataclasses.replace(
         row,
-        steps=manifest.get("steps", len(run.metrics)),
-        exported_step=manifest.get("exported_step", 0),
-        tokens_read=manifest.get("tokens_read", sum(logged["tokens"])),
-        loss_tokens=manifest.get("loss_tokens", sum(logged["loss_tokens"])),
-        flops=manifest.get("flops", {}).get("total", 0.0),
-        train_seconds=sum(logged["seconds"]),
-        peak_bytes=max(logged["peak_bytes"], default=0),
+        steps=made.steps or 0,
+        exported_step=made.exported_step or 0,
+        tokens_read=made.tokens_read or sum(row.tokens for row in logged),
+        loss_tokens=made.loss_tokens or sum(row.loss_tokens for row in logged),
+        flops=made.total_flops,
+        train_seconds=sum(row.seconds for row in logged),
+        peak_bytes=max((row.peak_bytes for row in logged), default=0),
         kl=nan if kl is None else kl,
     )
-
-
-def _column(run: Run, name: str) -> list[float]:
-    """A number of each step's row, as far as the log can be read."""
-    return [row[name] for row in run.metrics if isinstance(row.get(name), int | float)]
 
 
 def _row(run: Run, role: str, label: str, settings: dict[str, Any], point: Point) -> Row:
@@ -102,9 +97,9 @@ def _row(run: Run, role: str, label: str, settings: dict[str, Any], point: Point
         unfinished=score.unfinished,
         well_formed=score.well_formed,
         mean_tokens=score.mean_tokens,
-        backend=made.get("backend", ""),
-        device=made.get("device", ""),
-        commit=made.get("git_commit", ""),
+        backend=made.backend,
+        device=made.device,
+        commit=made.git_commit,
         problems=_which(score),
         right=tuple(map(fmean, score.correct.values())),
     )
@@ -119,9 +114,7 @@ def teacher_pass(one: Sweep) -> dict[str, Any]:
     none did.
     """
     named = [
-        (point, point.folder.readable("manifest.json").get("teacher_cache"))
-        for point in one.points
-        if point.done
+        (point, point.folder.readable(Manifest).teacher_cache) for point in one.points if point.done
     ]
     reads = [
         Path(point.recipe.teacher.cache_folder).expanduser() / name for point, name in named if name

@@ -30,6 +30,7 @@ from mlx_distill.errors import (
 from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.runs.rows import MetricsRow, ValidationRow
 from mlx_distill.runs.run_folder import RunFolder, TrainState
 from mlx_distill.training.schedule import learning_rate
 from mlx_distill.view import View
@@ -101,7 +102,7 @@ class Training:
             self._restore(last)
         self._any(False)  # every rank has read it; only then is anything removed
         self.run.tidy(last, self.recipe.run.keep_checkpoints)
-        begun = not last.step and any(row["step"] for row in self.run.rows("metrics.jsonl"))
+        begun = not last.step and any(row.step for row in self.run.rows(MetricsRow))
         self.run.cut_logs(last.step or -1, self.view.say)
         if last.step:
             self.view.say(f"continuing after step {self.state.step}, the newest checkpoint")
@@ -212,21 +213,21 @@ class Training:
         seconds: float,
         flops: dict[str, float],
     ) -> None:
-        row = {
-            "step": self.state.step,
+        row = MetricsRow(
+            step=self.state.step,
             **loss_terms(sums, self.objective),
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "tokens": step.tokens,
-            "tokens_seen": self.state.tokens_seen,
-            "loss_tokens": int(step.loss_tokens),
-            "seconds": seconds,
-            "tokens_per_second": step.tokens / seconds,
-            "flops": flops,
+            grad_norm=norm,
+            learning_rate=rate,
+            tokens=step.tokens,
+            tokens_seen=self.state.tokens_seen,
+            loss_tokens=int(step.loss_tokens),
+            seconds=seconds,
+            tokens_per_second=step.tokens / seconds,
+            flops=flops,
             **dataclasses.asdict(self.backend.memory()),
-        }
-        self.run.append("metrics.jsonl", row)
-        self.view.step(row, self.objective.weights)
+        )
+        self.run.append(row)
+        self.view.step(row.step, row.numbers, self.objective.weights)
 
     def _validate(self) -> bool:
         """Score the whole held-out sequences; True if the loss of the supervised segments is the
@@ -235,22 +236,19 @@ class Training:
         started = time.perf_counter()
         sums = self._over_all_ranks(map(self._score, self._mine(self.validation)))
         supervised = [Segment[name.upper()] for name in self.recipe.objective.segments]
-        row = {
-            "step": self.state.step,
-            **validation_terms(sums, self.yardstick, supervised, self.teacher is not None),
-        }
-        self.run.append("validation.jsonl", row | {"seconds": time.perf_counter() - started})
-        self.view.validation(row)
-        if not math.isfinite(row["loss"]):
-            raise self._diverged_in_validation(row["loss"])
+        terms = validation_terms(sums, self.yardstick, supervised, self.teacher is not None)
+        seconds = time.perf_counter() - started
+        self.run.append(ValidationRow(step=self.state.step, **terms, seconds=seconds))
+        self.view.validation(self.state.step, terms)
+        loss = terms["loss"]
+        if not math.isfinite(loss):
+            raise self._diverged_in_validation(loss)
         self.state = dataclasses.replace(
             self.state, elapsed_seconds=self.state.elapsed_seconds + time.perf_counter() - started
         )
-        if self.state.step == 0 or row["loss"] >= self.state.best_loss:
+        if self.state.step == 0 or loss >= self.state.best_loss:
             return False
-        self.state = dataclasses.replace(
-            self.state, best_step=self.state.step, best_loss=row["loss"]
-        )
+        self.state = dataclasses.replace(self.state, best_step=self.state.step, best_loss=loss)
         return True
 
     def _score(self, batch: Batch) -> LossSums:
