@@ -28,9 +28,15 @@ def repetition(
     from mlx_distill.blas import load_blas
 
     load_blas()
+    return timed(build(contender, trained, chunk_tokens), positions, vocab, widths)
+
+
+def timed(
+    step: Callable, positions: int, vocab: int, widths: tuple[int, int]
+) -> Callable[[], Numbers]:
+    """Hold the inputs; a repetition is `step` of them, evaluated."""
     import mlx.core as mx
 
-    step = build(contender, trained, chunk_tokens)
     mx.eval(
         step(*inputs(8, vocab, widths))
     )  # kernels are compiled here, not in the first repetition
@@ -79,7 +85,8 @@ def build(contender: str, trained: bool, chunk_tokens: int):
     """
     import mlx.core as mx
 
-    from mlx_distill.backends.mlx.loss import MatrixHead, kd_loss
+    from mlx_distill.backends.mlx.heads import MatrixHead
+    from mlx_distill.backends.mlx.loss import kd_loss
     from mlx_distill.objective import Objective
 
     def log_softmax(logits: mx.array) -> mx.array:

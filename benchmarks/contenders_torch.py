@@ -306,7 +306,8 @@ def liger_triton(x: Inputs, kd_weight: float) -> "torch.Tensor":
 def ours(x: Inputs, kd_weight: float, chunk_tokens: int) -> "torch.Tensor":
     import torch
 
-    from mlx_distill.backends.torch.loss import MatrixHead, kd_loss
+    from mlx_distill.backends.torch.heads import MatrixHead
+    from mlx_distill.backends.torch.loss import kd_loss
     from mlx_distill.objective import Objective
 
     rows = len(x.labels)

@@ -52,14 +52,20 @@ def blas_name() -> str:
 def commit(*sources: str) -> str:
     """The commit, and "+changes" where a measured file differs from it."""
 
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, cwd=HERE.parent
-        ).stdout.strip()
-
-    return (git("rev-parse", "--short", "HEAD") or "none") + (
-        "+changes" if git("status", "--porcelain", "--", *sources) else ""
+    changed = _git(
+        HERE, "status", "--porcelain", "--", *(str(HERE.parent / one) for one in sources)
     )
+    return commit_of(HERE) + ("+changes" if changed else "")
+
+
+def commit_of(checkout: Path) -> str:
+    return _git(checkout, "rev-parse", "--short", "HEAD") or "none"
+
+
+def _git(folder: Path, *words: str) -> str:
+    return subprocess.run(
+        ["git", *words], capture_output=True, text=True, cwd=folder
+    ).stdout.strip()
 
 
 def cpu_name() -> str:

@@ -64,9 +64,9 @@ def test_a_wrong_loss_exits_with_1(monkeypatch: pytest.MonkeyPatch, error: float
 
 def test_a_real_fault_in_the_loss_is_found(monkeypatch: pytest.MonkeyPatch):
     """The check runs the loss: the other direction of the divergence is no forward KL."""
-    from mlx_distill.backends.mlx import loss
+    from mlx_distill.backends.mlx import divergences
 
-    monkeypatch.setitem(loss._LINEAR, "forward_kl", loss._ReverseKL)
+    monkeypatch.setitem(divergences.LINEAR, "forward_kl", divergences.ReverseKL)
     assert run().exit_code == 1
 
 

@@ -243,9 +243,9 @@ def test_what_a_llama_block_keeps_for_its_backward_pass():
 @pytest.mark.parametrize("vocab", [2, 1000, 16_385, 151_936])
 def test_the_plan_counts_the_blocks_that_the_loss_makes(rows: int, vocab: int):
     """Beside the loss's own edges, and what they are for."""
-    from mlx_distill.backends.mlx import loss
+    from mlx_distill.backends.mlx.vocabulary import blocks_of
 
-    edges = loss._bounds(vocab, rows, splits=True)
+    edges = blocks_of(vocab, rows, splits=True)
     planned = memory_of({"objective": {"kd_weight": 0.0, "chunk_tokens": rows}})
     assert planned._chunk(Micro(1, 2 * rows, 2 * rows), vocab) == (rows, len(edges))
     sizes = [stop - start for start, stop in edges]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from mlx_distill.data.batches import Step
 from mlx_distill.recipe.tables import StudentTable
 
-# Elementwise operations a logit in the walk of backends/*/loss.py, an exponential counted as one:
+# Elementwise operations a logit in the walk of backends/*/dense.py, an exponential counted as one:
 # floor, maximum, shift, exponential and sum of both models (10), the divergence (3), the slope (3);
 # without a teacher floor to sum (5) and slope (2).
 LOSS_OPERATIONS, LOSS_OPERATIONS_ALONE = 16, 7

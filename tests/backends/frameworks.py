@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.mlx import backend as mlx_backend
+from mlx_distill.backends.mlx import heads as mlx_heads
 from mlx_distill.backends.mlx import loading as mlx_loading
 from mlx_distill.backends.mlx import loss as mlx_loss
 from mlx_distill.backends.mlx import model as mlx_models
@@ -26,6 +27,7 @@ from mlx_distill.backends.mlx import weights as mlx_weights
 from mlx_distill.backends.protocol import Student
 from mlx_distill.backends.torch import adapters as torch_adapters
 from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.backends.torch import heads as torch_heads
 from mlx_distill.backends.torch import loading as torch_loading
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.backends.torch import model as torch_models
@@ -40,7 +42,8 @@ TOKENS = np.array([[3, 14, 15, 92, 65, 35, 89, 79], [1, 2, 4, 8, 16, 32, 64, 5]]
 
 class Mlx:
     name, library = "mlx", "mlx-lm"
-    xp, loss, models, backend = mx, mlx_loss, mlx_models, mlx_backend
+    xp, models, backend = mx, mlx_models, mlx_backend
+    loss, heads = mlx_loss, mlx_heads
 
     def array(self, x: np.ndarray, dtype: str = "") -> mx.array:
         return mx.array(x).astype(getattr(mx, dtype)) if dtype else mx.array(x)
@@ -73,7 +76,7 @@ class Mlx:
     def hidden(self, split: Split, tokens: np.ndarray = TOKENS) -> mx.array:
         return split.hidden(mx.array(tokens))
 
-    def loss_logits(self, head: mlx_loss.Head, hidden: mx.array, rows: int) -> mx.array:
+    def loss_logits(self, head: mlx_heads.Head, hidden: mx.array, rows: int) -> mx.array:
         """All logits of a head, as the loss asks for them: block by block."""
         return mx.concatenate(
             [head.logits(hidden, start, stop) for start, stop in pairwise([0, 1, rows // 2, rows])],
@@ -110,7 +113,8 @@ class Mlx:
 
 class Torch:
     name, library = "torch", "transformers"
-    xp, loss, models, backend = torch, torch_loss, torch_models, torch_backend
+    xp, models, backend = torch, torch_models, torch_backend
+    loss, heads = torch_loss, torch_heads
 
     def array(self, x: np.ndarray, dtype: str = "") -> torch.Tensor:
         return torch.tensor(x, dtype=getattr(torch, dtype) if dtype else None)
@@ -149,7 +153,7 @@ class Torch:
     def hidden(self, split: Split, tokens: np.ndarray = TOKENS) -> torch.Tensor:
         return split.hidden(torch.from_numpy(tokens).long())
 
-    def loss_logits(self, head: torch_loss.Head, hidden: torch.Tensor, rows: int) -> torch.Tensor:
+    def loss_logits(self, head: torch_heads.Head, hidden: torch.Tensor, rows: int) -> torch.Tensor:
         """All logits of a head, as the loss asks for them: in a buffer of its own."""
         with torch.no_grad():
             return head.logits(hidden, rows, torch.empty(len(hidden), rows))

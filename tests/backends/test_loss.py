@@ -12,6 +12,11 @@ from frameworks import FRAMEWORKS, Framework, dtype_name
 from near import near
 
 from mlx_distill import objective as definition
+from mlx_distill.backends.mlx import divergences
+from mlx_distill.backends.mlx import vocabulary as mlx_vocabulary
+from mlx_distill.backends.torch import loss as torch_loss
+from mlx_distill.backends.torch import products
+from mlx_distill.backends.torch import vocabulary as torch_vocabulary
 from mlx_distill.objective import DIVERGENCES, Objective
 
 EPSILON = 2.0**-23
@@ -95,7 +100,7 @@ def answer(
     False is no teacher.
     """
     if head is None:
-        head = framework.loss.MatrixHead(framework.array(case.teacher_matrix))
+        head = framework.heads.MatrixHead(framework.array(case.teacher_matrix))
     teacher = (framework.array(case.teacher_hidden), head) if head else (None, None)
     rest = framework.array(case.targets), framework.array(case.weight)
     divisor = float(len(case.weight)) if loss_tokens is None else loss_tokens
@@ -191,26 +196,18 @@ def assert_no_worse(
 # how the walk is cut: MLX's by logits of a block, torch's by positions, and by rows of a head in
 # half precision
 BLOCKS = {
-    "mlx, many blocks": (
-        "mlx",
-        "BLOCK_ELEMENTS",
-        dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 300),
-    ),
-    "mlx, one block": (
-        "mlx",
-        "BLOCK_ELEMENTS",
-        dict.fromkeys(FRAMEWORKS["mlx"].loss.BLOCK_ELEMENTS, 2**20),
-    ),
-    "torch, three positions at once": ("torch", "ROWS_AT_ONCE", 3),
-    "torch, 50 rows of a head at once": ("torch", "BLOCK_ROWS", 50),
+    "mlx, many blocks": ("mlx", mlx_vocabulary, "BLOCK_ELEMENTS", {"cpu": 300, "gpu": 300}),
+    "mlx, one block": ("mlx", mlx_vocabulary, "BLOCK_ELEMENTS", {"cpu": 2**20, "gpu": 2**20}),
+    "torch, three positions at once": ("torch", torch_loss, "ROWS_AT_ONCE", 3),
+    "torch, 50 rows of a head at once": ("torch", products, "BLOCK_ROWS", 50),
 }
 
 
 @pytest.fixture(params=BLOCKS)
 def walker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Framework:
     """A framework whose loss is cut in one way."""
-    name, constant, value = BLOCKS[request.param]
-    monkeypatch.setattr(FRAMEWORKS[name].loss, constant, value)
+    name, module, constant, value = BLOCKS[request.param]
+    monkeypatch.setattr(module, constant, value)
     return FRAMEWORKS[name]
 
 
@@ -343,23 +340,18 @@ def test_agreement_is_of_the_most_likely_tokens(walker: Framework):
     assert (answer(walker, case, Objective())["agree"] == same).all()
 
 
-FAST = {
-    "mlx": "_LINEAR",
-    "torch": "_FUSED",
-}  # the divergences that have a path of their own beside their pair
-
-
 @pytest.mark.parametrize(
     "divergence, temperature, kd_weight",
     [("forward_kl", 1.0, 0.4), ("reverse_kl", 2.0, 0.4), ("reverse_kl", 1.0, 1.0)],
 )
-def test_a_fast_path_tells_what_the_pair_tells(
-    walker: Framework, divergence: str, temperature: float, kd_weight: float, monkeypatch
+def test_what_mlx_sums_in_one_pass_is_what_its_pair_tells(
+    divergence: str, temperature: float, kd_weight: float, monkeypatch
 ):
-    """The walk that serves any pair of f and g, given those that it is spared in use."""
-    monkeypatch.setattr(walker.loss, FAST[walker.name], {})
+    """The pass over what was kept, which serves any pair, given those that are spared it in use."""
+    monkeypatch.setattr(mlx_vocabulary, "BLOCK_ELEMENTS", {"cpu": 300, "gpu": 300})
+    monkeypatch.setattr(divergences, "LINEAR", {})
     objective, case = Objective(divergence, 0.3, kd_weight, temperature), make_case(3, rows=19)
-    got, want = answer(walker, case, objective), exact(case, objective)
+    got, want = answer(FRAMEWORKS["mlx"], case, objective), exact(case, objective)
     for name, array in want.items():
         assert got[name] == near(array, rel=1e-5, abs=2e-6), name
 
@@ -393,7 +385,7 @@ def test_of_equally_likely_ids_the_lowest_is_the_choice(
     """Also where the two lie in different blocks. The mutant that takes any of the student's for
     its choice failed here.
     """
-    monkeypatch.setattr(FRAMEWORKS["torch"].loss, "ARGMAX_IDS", 20)
+    monkeypatch.setattr(torch_vocabulary, "ARGMAX_IDS", 20)
     student, teacher = tied_logits()
     rows = np.eye(
         len(student), dtype=np.float32
@@ -430,7 +422,7 @@ def test_a_frozen_bfloat16_head_is_exact_in_float32(walker: Framework):
         walker,
         case,
         Objective(),
-        head=walker.loss.MatrixHead(teacher_half),
+        head=walker.heads.MatrixHead(teacher_half),
         matrix=half,
         train_head=False,
     )
@@ -472,8 +464,8 @@ def test_a_head_with_bias_and_soft_cap(walker: Framework, form: str):
         return 5.0 * walker.xp.tanh(logits / 5.0)
 
     head = {
-        "matrix": walker.loss.MatrixHead(matrix, shift, cap),
-        "function": walker.loss.CallableHead(lambda hidden: cap(hidden @ matrix.T + shift)),
+        "matrix": walker.heads.MatrixHead(matrix, shift, cap),
+        "function": walker.heads.CallableHead(lambda hidden: cap(hidden @ matrix.T + shift)),
     }[form]
     want = exact(case, Objective(), 5 * np.tanh((case.teacher_logits + bias) / 5))
     got = answer(walker, case, Objective(), head=head)
@@ -484,7 +476,7 @@ def test_a_head_with_bias_and_soft_cap(walker: Framework, form: str):
 def test_padded_heads_are_cut_and_their_padding_gets_no_gradient(walker: Framework):
     case = make_case(9)
     padded = np.concatenate([case.matrix, np.full((13, 24), 9, np.float32)])
-    head = walker.loss.MatrixHead(
+    head = walker.heads.MatrixHead(
         walker.array(np.concatenate([case.teacher_matrix, np.full((5, 16), 9, np.float32)]))
     )
     got = answer(walker, case, Objective(), head=head, matrix=walker.array(padded), vocab=203)
@@ -499,7 +491,7 @@ def test_logits_of_minus_infinity_in_the_teacher_add_nothing(walker: Framework, 
     case = make_case(10)
     bias = np.where(np.arange(203) % 3 == 0, -np.inf, 0).astype(np.float32)
     want = exact(case, Objective(divergence), case.teacher_logits + bias)
-    head = walker.loss.MatrixHead(walker.array(case.teacher_matrix), walker.array(bias))
+    head = walker.heads.MatrixHead(walker.array(case.teacher_matrix), walker.array(bias))
     got = answer(walker, case, Objective(divergence), head=head)
     assert got["kd"] == near(want["kd"], rel=1e-5, abs=1e-6)
     assert got["hidden_grad"] == near(want["hidden_grad"], rel=1e-5, abs=1e-6)
@@ -537,7 +529,7 @@ def test_scores_are_the_rows_of_the_loss(walker: Framework, divergence: str):
     hidden, matrix, teacher_hidden, teacher_matrix, targets, weight = map(
         walker.array, case.__dict__.values()
     )
-    head = walker.loss.MatrixHead(teacher_matrix)
+    head = walker.heads.MatrixHead(teacher_matrix)
     scores = walker.loss.score_rows(
         hidden, matrix, teacher_hidden, head, targets, weight, objective, 8
     )

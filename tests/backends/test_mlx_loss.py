@@ -11,8 +11,9 @@ from frameworks import FRAMEWORKS
 from near import near
 from test_loss import EPSILON, answer, exact, make_case
 
-from mlx_distill.backends.mlx import loss as subject
-from mlx_distill.backends.mlx.loss import MatrixHead, QuantizedHead, kd_loss
+from mlx_distill.backends.mlx import vocabulary as subject
+from mlx_distill.backends.mlx.heads import MatrixHead, QuantizedHead
+from mlx_distill.backends.mlx.loss import kd_loss
 from mlx_distill.objective import Objective
 
 

@@ -28,7 +28,7 @@ from tiny import family_folder, llama_config
 
 from mlx_distill.backends.mlx import loading
 from mlx_distill.backends.mlx import model as models
-from mlx_distill.backends.mlx.loss import CallableHead, QuantizedHead
+from mlx_distill.backends.mlx.heads import CallableHead, QuantizedHead
 from mlx_distill.backends.mlx.weights import parameter_count
 
 MLX = FRAMEWORKS["mlx"]

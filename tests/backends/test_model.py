@@ -202,7 +202,7 @@ def test_half_precision_splits_too(framework: Framework, name: str, dtype: str, 
     assert dtype_name(hidden) == dtype
     assert relative_error(framework.numpy(split.head(hidden)), framework.logits(split)) < 1e-2
     head, large = split.loss_head(), large_hidden(framework, split)
-    assert isinstance(head, framework.loss.MatrixHead) and dtype_name(head.weight) == dtype
+    assert isinstance(head, framework.heads.MatrixHead) and dtype_name(head.weight) == dtype
     whole = framework.load_teacher(family_folder(tmp_path / "rounded", FAMILIES[name], dtype=dtype))
     framework.set_dtype(whole, "float32")  # the rounded matrix, and logits that are not rounded
     expected = framework.numpy(whole.head(large))
@@ -219,7 +219,7 @@ def test_loss_head_is_the_head(member: tuple[Framework, Path]):
     assert dtype_name(found) == "float32"
     assert relative_error(framework.numpy(found), framework.numpy(split.head(hidden))) < 1e-5
     assert isinstance(
-        head, framework.loss.MatrixHead
+        head, framework.heads.MatrixHead
     )  # a callable head would be copied whole to float32
 
 

@@ -28,9 +28,11 @@ from test_contract import (
 from tiny import family_folder, llama_config, texts
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.backends.mlx import loss as mlx_loss
+from mlx_distill.backends.mlx import heads as mlx_heads
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
 from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.backends.torch import dense, divergences
+from mlx_distill.backends.torch import heads as torch_heads
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.data.batches import Steps
 from mlx_distill.data.truncate import thin, truncate
@@ -315,14 +317,14 @@ def test_one_continues_what_the_other_began(
 
 def flipped(monkeypatch):
     """A divergence in the other direction."""
-    monkeypatch.setitem(torch_loss._FUSED, "forward_kl", torch_loss._reverse_kl_in_place)
+    monkeypatch.setitem(divergences.PAIRS, "forward_kl", divergences.reverse_kl)
 
 
 def skewed_the_other_way(monkeypatch):
     """The teacher lends all but a share α."""
-    right = torch_loss._skew_kl
+    right = divergences.skew_kl
     monkeypatch.setitem(
-        torch_loss._DIVERGENCES, "skew_kl", lambda u, v, s, t, alpha: right(u, v, s, t, 1 - alpha)
+        divergences.PAIRS, "skew_kl", lambda u, v, s, alpha: right(u, v, s, 1 - alpha)
     )
 
 
@@ -338,21 +340,23 @@ def shifted(monkeypatch):
 
 def half_scaled(monkeypatch):
     """Gradients of the head left out by a half."""
-    added = torch_loss._add_product
+    added = torch_loss.add_product
     monkeypatch.setattr(
         torch_loss,
-        "_add_product",
+        "add_product",
         lambda total, left, right, first: added(total, left, 0.5 * right, first),
     )
 
 
 def unscaled(monkeypatch):
     """The temperature's square in the value but not in the gradient."""
-    right = torch_loss._forward_kl_in_place
-    monkeypatch.setitem(
-        torch_loss._FUSED,
-        "forward_kl",
-        lambda u, v, spare, weight, ce, wants: right(u, v, spare, weight / 4, ce, wants),
+    right = dense.divergence
+    monkeypatch.setattr(
+        dense,
+        "divergence",
+        lambda u, v, spare, objective, weight, *rest: right(
+            u, v, spare, objective, weight / 4, *rest
+        ),
     )
 
 
@@ -400,4 +404,4 @@ def test_a_mutant_of_a_head_is_seen(backends: list[Backend], llamas: Path, monke
     )
     with pytest.raises(AssertionError):
         assert_same_sums(student.score(batch(), teacher.targets(batch()), objective), expected)
-    assert mlx_loss.FLOOR == torch_loss.FLOOR and SGD["eps"] > 1
+    assert mlx_heads.FLOOR == torch_heads.FLOOR and SGD["eps"] > 1

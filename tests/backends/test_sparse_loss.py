@@ -10,10 +10,14 @@ from test_loss import tied_logits
 
 from mlx_distill import objective as definition
 from mlx_distill.backends.mlx import backend as mlx_backend
+from mlx_distill.backends.mlx import heads as mlx_heads
 from mlx_distill.backends.mlx import loss as mlx_loss
+from mlx_distill.backends.mlx import vocabulary as mlx_vocabulary
 from mlx_distill.backends.protocol import SparseTargets
 from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.backends.torch import heads as torch_heads
 from mlx_distill.backends.torch import loss as torch_loss
+from mlx_distill.backends.torch import vocabulary as torch_vocabulary
 from mlx_distill.objective import DIVERGENCES, Objective
 
 ROWS, VOCAB, WIDTH = 13, 203, 24
@@ -104,7 +108,7 @@ def on_torch(
     chunk: int,
     score: bool = False,
 ):
-    columns = torch_loss.SparseHead(
+    columns = torch_heads.SparseHead(
         *map(
             torch.from_numpy, (sparse.ids, sparse.log_probs, sparse.tail, sparse.offset, sparse.top)
         )
@@ -134,7 +138,7 @@ def on_mlx(
     chunk: int,
     score: bool = False,
 ):
-    columns = mlx_loss.SparseHead(
+    columns = mlx_heads.SparseHead(
         *map(mx.array, (sparse.ids, sparse.log_probs, sparse.tail, sparse.offset, sparse.top))
     )
     rest = (None, columns, mx.array(targets), mx.array(weight), objective)
@@ -161,7 +165,7 @@ BY_BLOCK = pytest.mark.parametrize("run", ["torch", "torch by blocks", "mlx", "m
 @pytest.fixture
 def by_block(run, monkeypatch):
     if run == "mlx by blocks":  # of 15 ids
-        monkeypatch.setattr(mlx_loss, "BLOCK_ELEMENTS", dict.fromkeys(mlx_loss.BLOCK_ELEMENTS, 70))
+        monkeypatch.setattr(mlx_vocabulary, "BLOCK_ELEMENTS", {"cpu": 70, "gpu": 70})
     if run == "torch by blocks":  # of positions
         monkeypatch.setattr(torch_loss, "ROWS_AT_ONCE", 2)
     return RUN[run.split()[0]]
@@ -206,7 +210,7 @@ def test_drawn_answers_are_their_definition(run, by_block, kd_weight):
 
 @BY_BLOCK
 def test_of_equally_likely_ids_the_lowest_is_the_choice(run, by_block, monkeypatch):
-    monkeypatch.setattr(torch_loss, "ARGMAX_IDS", 20)
+    monkeypatch.setattr(torch_vocabulary, "ARGMAX_IDS", 20)
     student, teacher = tied_logits()
     count = len(student)
     rows, targets, weight = (

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlx_distill.backends.torch import loss as subject
-from mlx_distill.backends.torch.loss import CallableHead, MatrixHead, kd_loss, score_rows
+from mlx_distill.backends.torch import products
+from mlx_distill.backends.torch.heads import CallableHead, MatrixHead
+from mlx_distill.backends.torch.loss import kd_loss, score_rows
 from mlx_distill.objective import DIVERGENCES, Objective
 
 pytestmark = pytest.mark.filterwarnings(
@@ -168,7 +170,7 @@ def test_a_trained_head_costs_its_gradient_and_no_more():
 
 def test_half_precision_heads_are_promoted_in_blocks(monkeypatch: pytest.MonkeyPatch):
     """Never as a whole float32 copy, forward or backward, the student's or the teacher's."""
-    monkeypatch.setattr(subject, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(products, "BLOCK_ROWS", 64)
     case = make_case(0, rows=8, vocab=4096)
     hidden, matrix, teacher_hidden, teacher_matrix, targets, weight = map(
         TORCH.array, case.__dict__.values()
@@ -195,13 +197,13 @@ def test_half_precision_heads_are_promoted_in_blocks(monkeypatch: pytest.MonkeyP
 def test_blocks_of_a_half_precision_head_are_its_sum(
     block_rows: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(subject, "BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(products, "BLOCK_ROWS", block_rows)
     case = make_case(5)
     left, right = torch.from_numpy(case.hidden), torch.from_numpy(case.matrix).bfloat16()
     wide = right.double()
-    assert subject._project(left, right).double() == near(left.double() @ wide.T, abs=1e-5)
+    assert products.project(left, right).double() == near(left.double() @ wide.T, abs=1e-5)
     slope = torch.randn(31, 203, generator=torch.Generator().manual_seed(0))
-    assert subject._product(slope, right).double() == near(slope.double() @ wide, abs=1e-5)
+    assert products.product(slope, right).double() == near(slope.double() @ wide, abs=1e-5)
 
 
 def once(case, train_head: bool = True):
@@ -275,11 +277,11 @@ def test_no_gradient_work_where_no_gradient_is_asked_for(
     that does not, not for scores.
     """
     made, add = [], []
-    product, add_product = subject._product, subject._add_product
-    monkeypatch.setattr(subject, "_product", lambda *args: made.append(0) or product(*args))
+    product, add_product = products.product, products.add_product
+    monkeypatch.setattr(subject, "product", lambda *args: made.append(0) or product(*args))
     monkeypatch.setattr(
         subject,
-        "_add_product",
+        "add_product",
         lambda *args, **options: add.append(0) or add_product(*args, **options),
     )
     case = make_case(0, rows=16)

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from mlx_distill.backends.torch import loading
 from mlx_distill.backends.torch import model as models
 from mlx_distill.backends.torch.adapters import fused_weights, parameter_count
-from mlx_distill.backends.torch.loss import CallableHead, MatrixHead
+from mlx_distill.backends.torch.heads import CallableHead, MatrixHead
 from mlx_distill.backends.torch.weights import stored_weights
 from mlx_distill.recipe.tables import StudentTable
 

@@ -24,16 +24,8 @@ from mlx_distill.backends.chunks import chunk_tokens
 from mlx_distill.backends.mlx import loading
 from mlx_distill.backends.mlx import model as models
 from mlx_distill.backends.mlx.adapters import fused_weights
-from mlx_distill.backends.mlx.loss import (
-    FLOOR,
-    Head,
-    LossRows,
-    MatrixHead,
-    QuantizedHead,
-    SparseHead,
-    kd_loss,
-    score_rows,
-)
+from mlx_distill.backends.mlx.heads import FLOOR, Head, MatrixHead, QuantizedHead, SparseHead
+from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
 from mlx_distill.backends.mlx.weights import cast, cast_frozen, parameter_count, save_folder
 from mlx_distill.backends.protocol import (
     DeviceInfo,

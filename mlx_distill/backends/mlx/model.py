@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_distill.backends import refusals
-from mlx_distill.backends.mlx.loss import CallableHead, Head, MatrixHead, QuantizedHead
+from mlx_distill.backends.mlx.heads import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.files import all_lines
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]

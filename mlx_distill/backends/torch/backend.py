@@ -42,15 +42,8 @@ from mlx_distill.backends.torch.adapters import (
     is_transposed,
     parameter_count,
 )
-from mlx_distill.backends.torch.loss import (
-    FLOOR,
-    Head,
-    LossRows,
-    MatrixHead,
-    SparseHead,
-    kd_loss,
-    score_rows,
-)
+from mlx_distill.backends.torch.heads import FLOOR, Head, MatrixHead, SparseHead
+from mlx_distill.backends.torch.loss import LossRows, kd_loss, score_rows
 from mlx_distill.backends.torch.weights import save_folder
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import ModelError, OutOfMemory

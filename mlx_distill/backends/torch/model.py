@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import ModelOutput
 
 from mlx_distill.backends import refusals
-from mlx_distill.backends.torch.loss import CallableHead, Finish, Head, MatrixHead
+from mlx_distill.backends.torch.heads import CallableHead, Finish, Head, MatrixHead
 from mlx_distill.files import all_lines
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
