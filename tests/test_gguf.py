@@ -25,8 +25,11 @@ from safetensors.numpy import load_file
 from tokenizers import Tokenizer, pre_tokenizers
 
 from mlx_distill.errors import ModelError, NotFound
-from mlx_distill.models import gguf as ours
 from mlx_distill.models import hub
+from mlx_distill.models.gguf.convert import DType, convert
+from mlx_distill.models.gguf.file import GGUFFile, read_gguf
+from mlx_distill.models.gguf.tensors import BLOCK_TENSORS, EXTRA_BLOCK_TENSORS
+from mlx_distill.models.gguf.tokenizer import build_tokenizer
 
 LAYERS, WIDTH, HEADS, KV_HEADS, FFN = 2, 64, 4, 2, 96
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -91,8 +94,7 @@ def permute(values: np.ndarray, heads: int) -> np.ndarray:
 
 def gguf_name(name: str, family: str) -> str:
     block = {
-        ours_: theirs
-        for theirs, ours_ in (ours.BLOCK_TENSORS | ours.EXTRA_BLOCK_TENSORS[family]).items()
+        ours_: theirs for theirs, ours_ in (BLOCK_TENSORS | EXTRA_BLOCK_TENSORS[family]).items()
     }
     top = {
         "model.embed_tokens.weight": "token_embd.weight",
@@ -167,9 +169,9 @@ def reordered(values: np.ndarray, name: str, family: str) -> np.ndarray:
     return values
 
 
-def converted(tmp_path: Path, model: Any, how: Written, dtype: ours.DType = "auto") -> Path:
+def converted(tmp_path: Path, model: Any, how: Written, dtype: DType = "auto") -> Path:
     folder = tmp_path / "model"
-    ours.convert(write(tmp_path / "tiny.gguf", model, how), folder, dtype)
+    convert(write(tmp_path / "tiny.gguf", model, how), folder, dtype)
     return folder
 
 
@@ -198,7 +200,7 @@ def test_without_the_row_reordering_the_model_would_be_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = source_model("llama")
-    monkeypatch.setattr(ours, "unpermute", lambda values, heads: values)
+    monkeypatch.setattr("mlx_distill.models.gguf.tensors.unpermute", lambda values, heads: values)
     assert (
         np.abs(logits(open_mlx(converted(tmp_path, model, Written()))) - logits(model)).max() > 0.1
     )
@@ -214,7 +216,7 @@ def test_reordered_rows_mean_adjacent_pairs(tmp_path: Path) -> None:
     adjacent.load_weights(
         [(name, raw[gguf_name(name, "llama")]) for name, _ in parameters(adjacent)]
     )
-    ours.convert(path, tmp_path / "model")
+    convert(path, tmp_path / "model")
     np.testing.assert_allclose(logits(open_mlx(tmp_path / "model")), logits(adjacent), atol=1e-5)
 
 
@@ -222,7 +224,7 @@ def test_reordered_rows_mean_adjacent_pairs(tmp_path: Path) -> None:
     "kind, dtype, stored",
     [(Q.F32, "auto", "float32"), (Q.Q4_1, "auto", "float16"), (Q.Q8_0, "float32", "float32")],
 )
-def test_number_type(kind: Q, dtype: ours.DType, stored: str, tmp_path: Path) -> None:
+def test_number_type(kind: Q, dtype: DType, stored: str, tmp_path: Path) -> None:
     folder = converted(tmp_path, source_model("qwen2"), Written("qwen2", kind), dtype)
     assert json.loads((folder / "config.json").read_text())["torch_dtype"] == stored
     assert {tensor.dtype.name for tensor in load_file(folder / "model.safetensors").values()} == {
@@ -231,7 +233,7 @@ def test_number_type(kind: Q, dtype: ours.DType, stored: str, tmp_path: Path) ->
 
 
 def test_untied_head_and_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ours, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr("mlx_distill.models.gguf.convert.SHARD_BYTES", 50_000)
     model = source_model("llama", tied=False)
     folder = converted(tmp_path, model, Written())
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -402,7 +404,7 @@ def test_beginning_of_sequence_as_the_file_says(tmp_path: Path) -> None:
 def refused(tmp_path: Path, how: Written, *parts: str) -> None:
     path = write(tmp_path / "tiny.gguf", source_model(how.family), how)
     with pytest.raises(ModelError) as error:
-        ours.convert(path, tmp_path / "model")
+        convert(path, tmp_path / "model")
     for part in (str(path), *parts):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
@@ -451,7 +453,7 @@ def test_values_beyond_float16(tmp_path: Path) -> None:
     model.model.embed_tokens.weight = model.model.embed_tokens.weight * 1e6
     path = write(tmp_path / "tiny.gguf", model, Written("qwen2"))
     with pytest.raises(ModelError, match="not finite in float16"):
-        ours.convert(path, tmp_path / "model", dtype="float16")
+        convert(path, tmp_path / "model", dtype="float16")
     assert not (tmp_path / "model").exists()
 
 
@@ -461,18 +463,18 @@ def test_damaged_missing_and_occupied(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("not a model at all")
     for name in ("half.gguf", "text.gguf"):
         with pytest.raises(ModelError, match=f"{name}.*not a whole .gguf file"):
-            ours.convert(tmp_path / name, tmp_path / "model")
+            convert(tmp_path / name, tmp_path / "model")
     with pytest.raises(NotFound, match="no such file"):
-        ours.convert(tmp_path / "none.gguf", tmp_path / "model")
+        convert(tmp_path / "none.gguf", tmp_path / "model")
     (tmp_path / "model").mkdir()
     with pytest.raises(ModelError, match="already exists"):
-        ours.convert(path, tmp_path / "model")
+        convert(path, tmp_path / "model")
 
 
 def test_gguf_package_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModelError, match=r"pip install 'mlx-distill\[gguf\]'"):
-        ours.read_gguf(tmp_path / "tiny.gguf")
+        read_gguf(tmp_path / "tiny.gguf")
 
 
 def test_disk_full_is_one_line_and_leaves_nothing(
@@ -484,7 +486,7 @@ def test_disk_full_is_one_line_and_leaves_nothing(
     monkeypatch.setattr("safetensors.numpy.save_file", save_file)
     path = write(tmp_path / "tiny.gguf", source_model("llama"), Written())
     with pytest.raises(ModelError, match=r"No space left on device.*free some disk"):
-        ours.convert(path, tmp_path / "model")
+        convert(path, tmp_path / "model")
     assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
 
 
@@ -615,7 +617,7 @@ def test_a_lying_header_is_refused_at_the_door(lie: str, whole: bytes, tmp_path:
     path = tmp_path / "n.gguf"
     path.write_bytes(change(whole))
     with pytest.raises(ModelError, match=expected) as error:
-        ours.convert(path, tmp_path / "out")
+        convert(path, tmp_path / "out")
     assert "\n" not in str(error.value) and [file.name for file in tmp_path.iterdir()] == ["n.gguf"]
 
 
@@ -639,7 +641,7 @@ def test_damaged_files_are_refused_or_converted(whole: bytes, tmp_path: Path) ->
         path, folder = tmp_path / "n.gguf", tmp_path / str(number)
         path.write_bytes(content)
         try:
-            ours.convert(path, folder)
+            convert(path, folder)
         except ModelError as error:
             refusals += 1
             assert "\n" not in str(error)
@@ -753,7 +755,7 @@ def test_real_vocabulary_gives_the_ids_of_its_own_tokenizer(
         "tokenizer.ggml.merges": [" ".join(merge) for merge in document["model"]["merges"]],
         "tokenizer.ggml.add_bos_token": False,
     }
-    built = ours.build_tokenizer(ours.GGUFFile(folder, metadata, {}))
+    built = build_tokenizer(GGUFFile(folder, metadata, {}))
     assert (
         json.loads(built.to_str())["pre_tokenizer"]["pretokenizers"][0]
         == document["pre_tokenizer"]["pretokenizers"][0]
@@ -791,7 +793,7 @@ def sample_texts() -> list[str]:
 
 @pytest.mark.network
 def test_real_smollm2(smollm2_gguf: Path, tmp_path: Path) -> None:
-    ours.convert(smollm2_gguf, tmp_path / "model", dtype="float32")
+    convert(smollm2_gguf, tmp_path / "model", dtype="float32")
     tokenizer = hub.load_tokenizer(tmp_path / "model")
     assert tokenizer("<think>")["input_ids"] == [44, 17400, 46]
     assert tokenizer("</think>")["input_ids"] == [9617, 17400, 46]

@@ -201,7 +201,7 @@ def test_gguf_is_converted_once_and_again_when_it_changes(
         calls.append(path)
         write_model(folder)
 
-    monkeypatch.setattr("mlx_distill.models.gguf.convert", convert)
+    monkeypatch.setattr("mlx_distill.models.gguf.convert.convert", convert)
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"one")
     first = hub.model_folder(str(file))

@@ -171,7 +171,7 @@ def _converted(path: Path) -> Path:
             f"model {str(path)!r}: a {path.suffix or 'plain'} file is not a model; give its "
             "folder, or a .gguf file"
         )
-    from mlx_distill.models.gguf import convert
+    from mlx_distill.models.gguf.convert import convert
 
     folder = cache_folder() / "gguf" / f"{path.stem}-{_gguf_key(path)}"
     if not folder.is_dir():
@@ -180,7 +180,7 @@ def _converted(path: Path) -> Path:
 
 
 def _gguf_key(path: Path) -> str:
-    from mlx_distill.models.gguf import CONVERTER_VERSION
+    from mlx_distill.models.gguf.convert import CONVERTER_VERSION
 
     stat = path.stat()
     return hashlib.sha256(

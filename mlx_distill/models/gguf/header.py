@@ -13,19 +13,8 @@ from pathlib import Path
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
-SCALARS = {
-    0: 1,
-    1: 1,
-    2: 2,
-    3: 2,
-    4: 4,
-    5: 4,
-    6: 4,
-    7: 1,
-    10: 8,
-    11: 8,
-    12: 8,
-}  # value type → bytes
+# value type → bytes
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 DEEPEST = 3  # arrays inside each other
 MOST_DIMENSIONS = 4
 ALIGNMENT = 32  # of tensors, unless the file says otherwise
