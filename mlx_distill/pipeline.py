@@ -15,7 +15,7 @@ import numpy as np
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.export import not_for_mlx_lm
 from mlx_distill.backends.pair import refuse_pair
-from mlx_distill.backends.protocol import Backend, Model, Student, Teacher
+from mlx_distill.backends.protocol import Backend, LiveTeacher, Model, Student, Teacher
 from mlx_distill.cost.flops import Adapters, Shape, step_flops, total_flops
 from mlx_distill.cost.plan import kept_checkpoints
 from mlx_distill.data.batches import Batch, Step, Steps, validation_batches
@@ -332,7 +332,7 @@ class Pipeline:
             'teacher.cache = "off"'
         )
 
-    def _load_teacher(self) -> Teacher:
+    def _load_teacher(self) -> LiveTeacher:
         teacher = self.backend.load_teacher(
             self.teacher_folder, self.recipe.teacher.model, self.recipe.teacher.quantize_bits
         )
@@ -350,19 +350,16 @@ class Pipeline:
         if not self.teacher_folder:
             return student, None
         teacher = cached or self._load_teacher()
-        student.vocabulary = common_rows(
+        compared = common_rows(
             self.teacher_tokenizer.get_vocab(),
             self.tokenizer.get_vocab(),
             teacher.vocabulary_rows,
             student.vocabulary_rows,
         )
-        if (
-            cached
-            and recipe.teacher.cache != "hidden"
-            and student.vocabulary != teacher.vocabulary_rows
-        ):
+        student.compare_first(compared)
+        if cached and recipe.teacher.cache != "hidden" and compared != teacher.vocabulary_rows:
             raise CacheError(
-                f"{cached.cache.path}: vocabulary_rows {student.vocabulary} asked, "
+                f"{cached.cache.path}: vocabulary_rows {compared} asked, "
                 f"{teacher.vocabulary_rows} found"
             )
         return student, teacher

@@ -4,14 +4,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mlx_distill.backends.mlx.backend import MlxBackend
+from mlx_distill.backends.mlx.self_test import MlxSelfTest
 from mlx_distill.cli import app
 from mlx_distill.terminal import doctor
 
 
 @pytest.fixture(autouse=True)
 def small_matmul(monkeypatch: pytest.MonkeyPatch):
-    measured = MlxBackend.matmul_rate
-    monkeypatch.setattr(MlxBackend, "matmul_rate", lambda self: measured(self, 32, 1))
+    measured = MlxSelfTest.matmul_rate
+    monkeypatch.setattr(MlxSelfTest, "matmul_rate", lambda self: measured(self, 32, 1))
 
 
 def run(*arguments: str) -> Result:
@@ -55,7 +56,7 @@ def test_doctor_says_what_is_installed_and_that_the_loss_is_right():
 
 @pytest.mark.parametrize("error", [1e-3, float("nan"), float("inf")])
 def test_a_wrong_loss_exits_with_1(monkeypatch: pytest.MonkeyPatch, error: float):
-    monkeypatch.setattr(MlxBackend, "loss_error", lambda self: error)
+    monkeypatch.setattr(MlxSelfTest, "loss_error", lambda self: error)
     result = run()
     assert result.exit_code == 1
     assert lines(result)["loss"].endswith("against float64: WRONG")

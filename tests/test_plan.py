@@ -27,7 +27,10 @@ from mlx_distill import machine as machines
 from mlx_distill import pipeline
 from mlx_distill.backends import BACKENDS, chunks
 from mlx_distill.backends.mlx.backend import MlxBackend
-from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.backends.mlx.self_test import MlxSelfTest
+from mlx_distill.backends.torch import loading
+from mlx_distill.backends.torch import student as torch_student
+from mlx_distill.backends.torch.backend import TorchBackend
 from mlx_distill.cli import main
 from mlx_distill.cost import memory
 from mlx_distill.cost import plan as plans
@@ -357,7 +360,7 @@ def saved_by_autograd(
 ) -> int:
     """Bytes of the distinct tensors that a forward pass keeps, parameters aside."""
     model_folder(folder, tokenizer, layers=layers, width=64, family=family)
-    student = torch_backend.TorchBackend().load_student(folder, "it", recipe(student=settings))
+    student = TorchBackend().load_student(folder, "it", recipe(student=settings))
     weights = {
         parameter.untyped_storage().data_ptr() for parameter in student.split.model.parameters()
     }
@@ -486,9 +489,9 @@ def test_freed_blocks_are_returned_where_that_is_asked_for(asked):
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_checkpointing_asks_for_it(checkpointing, tmp_path, bytes_tokenizer, monkeypatch):
     asked: list[bool] = []
-    monkeypatch.setattr(torch_backend.resident, "return_freed_blocks", lambda: asked.append(True))
+    monkeypatch.setattr(torch_student.resident, "return_freed_blocks", lambda: asked.append(True))
     folder = model_folder(tmp_path / "student", bytes_tokenizer(), layers=1, width=64)
-    torch_backend.TorchBackend().load_student(
+    TorchBackend().load_student(
         folder, "it", recipe(student={"gradient_checkpointing": checkpointing})
     )
     assert asked == [True] * checkpointing
@@ -715,7 +718,7 @@ def test_advice_is_printed_where_it_does_not_fit(without_weights, monkeypatch):
 
 
 def test_time_is_an_estimate_from_a_measured_rate(without_weights, monkeypatch):
-    monkeypatch.setattr(MlxBackend, "matmul_rate", lambda self: 5e6)
+    monkeypatch.setattr(MlxSelfTest, "matmul_rate", lambda self: 5e6)
     made, text = printed(without_weights, timed=True)
     expected = plans.SECONDS_FACTOR["mlx"] * made.total_flops / 5e6
     assert made.seconds(5e6, "mlx") == expected
@@ -756,8 +759,8 @@ def test_a_gpu_that_runs_out_of_memory_is_one_line_with_what_to_lower(
         "memory in use."
     )
     fails_at = {
-        "TorchStudent.accumulate": (torch_backend, "kd_loss", 7),
-        "loading.load_teacher": (torch_backend.loading, "load_teacher", 0),
+        "TorchStudent.accumulate": (torch_student, "kd_loss", 7),
+        "loading.load_teacher": (loading, "load_teacher", 0),
     }
     owner, name, call = fails_at[where]
     function, calls = getattr(owner, name), iter(range(100))

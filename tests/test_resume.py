@@ -66,7 +66,7 @@ def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_sto
         dict(at=f"{STUDENT}.apply", call=1, when="after"),
         dict(at=save, call=1, when="after"),
         dict(at=save, call=4),
-        dict(at="mlx_distill.backends.mlx.backend:write_adapters"),
+        dict(at="mlx_distill.backends.mlx.student:write_adapters"),
         dict(at="mlx_distill.view:Counter.__call__", call=6),
     ):
         assert run_tiny("lora", **kill).code == -9, kill
@@ -76,7 +76,7 @@ def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_sto
 
 @pytest.mark.parametrize("mode", ["torch", "torch lora"])
 def test_a_run_on_torch_killed_in_turn(run_tiny, never_stopped, tmp_path, mode):
-    save = "mlx_distill.backends.torch.backend:save_file"
+    save = "mlx_distill.backends.torch.student:save_file"
     for kill in (
         dict(at=f"{TORCH_STUDENT}.accumulate", call=4),
         dict(at=save, call=2),
@@ -180,7 +180,7 @@ def test_a_finished_run_only_writes_its_report_again(run_tiny, tmp_path):
         if path.is_file() and path.suffix not in (".md", ".html")
     }
     (folder / "report.html").unlink()
-    for place in (f"{STUDENT}.__init__", "mlx_distill.backends.mlx.backend:MlxTeacher.__init__"):
+    for place in (f"{STUDENT}.__init__", "mlx_distill.backends.mlx.teacher:MlxTeacher.__init__"):
         assert run_tiny(at=place).code == 0, "a model was loaded"
     assert (folder / "report.html").is_file()
     assert {path: path.read_bytes() for path in before} == before

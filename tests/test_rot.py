@@ -25,8 +25,8 @@ from rich.console import Console
 from test_recipe import FIELDS
 
 from mlx_distill import pipeline
-from mlx_distill.backends.mlx import backend as mlx_backend
-from mlx_distill.backends.mlx import model as mlx_model
+from mlx_distill.backends.mlx import student as mlx_student
+from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.task_scores import TaskScores
@@ -210,10 +210,10 @@ def calls(monkeypatch, world) -> set:
     """
     asked: set = set()
     generate = importlib.import_module("mlx_lm.generate")  # mlx_lm has a function of that name
-    names = list(inspect.signature(mlx_backend.kd_loss).parameters)
-    kd_loss, accumulate = mlx_backend.kd_loss, mlx_backend.MlxStudent.accumulate
-    generate_ids = mlx_backend.MlxModel.generate
-    checkpoint_layers, generator = mlx_model.checkpoint_layers, generate.BatchGenerator
+    names = list(inspect.signature(mlx_student.kd_loss).parameters)
+    kd_loss, accumulate = mlx_student.kd_loss, mlx_student.MlxStudent.accumulate
+    generate_ids = MlxModel.generate
+    checkpoint_layers, generator = mlx_student.checkpoint_layers, generate.BatchGenerator
 
     def recorded_loss(*args, **kwargs):
         asked.add(("chunk_tokens", dict(zip(names, args, strict=False), **kwargs)["chunk_tokens"]))
@@ -235,12 +235,12 @@ def calls(monkeypatch, world) -> set:
         "mlx_distill.reporting.page.Page.html",
         lambda page: "the page, which takes half of a tiny run's time",
     )
-    monkeypatch.setattr(mlx_backend, "kd_loss", recorded_loss)
-    monkeypatch.setattr(mlx_backend.MlxStudent, "accumulate", recorded_accumulate)
-    monkeypatch.setattr(mlx_backend.MlxModel, "generate", recorded_generate)
+    monkeypatch.setattr(mlx_student, "kd_loss", recorded_loss)
+    monkeypatch.setattr(mlx_student.MlxStudent, "accumulate", recorded_accumulate)
+    monkeypatch.setattr(MlxModel, "generate", recorded_generate)
     monkeypatch.setattr(generate, "BatchGenerator", recorded_generator)
     monkeypatch.setattr(
-        mlx_model,
+        mlx_student,
         "checkpoint_layers",
         lambda split: asked.add("checkpointing") or checkpoint_layers(split),
     )
@@ -346,9 +346,9 @@ def test_a_field_that_is_ignored_would_be_found(field, world, tmp_path, calls, m
             ),
         )
     elif field == "objective.chunk_tokens":
-        made = mlx_backend.MlxStudent.__init__
+        made = mlx_student.MlxStudent.__init__
         monkeypatch.setattr(
-            mlx_backend.MlxStudent,
+            mlx_student.MlxStudent,
             "__init__",
             lambda self, *rest: made(self, *rest) or setattr(self, "chunk_tokens", 16),
         )

@@ -48,6 +48,8 @@ class ToyStudent(ToyTeacher):
         self.poison = lambda what, batch=None: None
         self.rates: list[float] = []
 
+    def compare_first(self, ids: int) -> None: ...
+
     def rows(self, batch, targets, objective) -> LossSums:
         check_indices("targets", batch.targets, len(self.weights))
         logits = self.targets(batch)

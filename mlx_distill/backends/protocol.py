@@ -145,12 +145,30 @@ class Sampling:
     stop_ids: frozenset[int] = frozenset()
 
 
-class Model(Protocol):
-    """What teacher and student have in common."""
+class Teacher(Protocol):
+    """What training asks: answers at the supervised positions of a batch, live or from a cache."""
 
-    parameters: int  # how many numbers it holds
-    vocabulary_rows: int  # rows of its head, padding included
-    notes: tuple[str, ...]  # what a person should know of how it is computed
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the head that the answers are over, padding included."""
+
+    def targets(self, batch: Batch) -> Targets: ...
+
+
+class Model(Protocol):
+    """A model that is loaded."""
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of its head, padding included."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how it is computed."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
@@ -160,12 +178,10 @@ class Model(Protocol):
         """
 
 
-class Teacher(Model, Protocol):
-    """Answers at the supervised positions of a batch."""
-
-    def targets(self, batch: Batch) -> Targets: ...
-
-    # for the cache on disk (`targets.py`); `rows` ids of the head are compared, at temperature 1
+class LiveTeacher(Model, Teacher, Protocol):
+    """A teacher that is loaded, which a cache on disk can be filled from (`teaching/`): the first
+    `rows` ids of its head are compared, at temperature 1.
+    """
 
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The k most likely ids `int32[N, k]`, their log-probabilities float32 [N, k], the log of
@@ -191,7 +207,14 @@ class Teacher(Model, Protocol):
 class Student(Model, Protocol):
     """The model that is trained."""
 
-    trainable: int  # how many numbers train
+    @property
+    def trainable(self) -> int:
+        """How many numbers train."""
+
+    def compare_first(self, ids: int) -> None:
+        """The loss compares the first `ids` of the vocabulary alone: those that the teacher shares.
+        Before the first step; without it all rows of the head are compared.
+        """
 
     def accumulate(
         self, batch: Batch, targets: Targets, objective: Objective, loss_tokens: float
@@ -217,7 +240,9 @@ class Student(Model, Protocol):
         """
 
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
-        """Load what `save_state` wrote; `optimizer=False` for the weights alone."""
+        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises
+        `ModelError` for another student's, `OutOfMemory` where it does not fit.
+        """
 
     def state_bytes(self) -> int:
         """Size of one checkpoint."""
@@ -231,6 +256,16 @@ class Student(Model, Protocol):
         """
 
 
+class SelfTest(Protocol):
+    """What a framework says of itself on this machine, without a model."""
+
+    def loss_error(self) -> float:
+        """Largest relative error of a tiny loss and its gradient against the float64 definition."""
+
+    def matmul_rate(self) -> float:
+        """Measured operations a second of a matrix product in the dtype that "auto" trains in."""
+
+
 class Backend(Protocol):
     """A framework: loads models, counts memory, and sums over the ranks that train together."""
 
@@ -239,17 +274,17 @@ class Backend(Protocol):
 
     def device(self) -> DeviceInfo: ...
 
-    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> Teacher:
+    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> LiveTeacher:
         """A frozen teacher of `folder`; `name` is what the user called it. Raises `ModelError`."""
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> Student:
         """A student to train. Raises `ModelError`."""
 
     def cached_head(self, matrix: np.ndarray) -> Any:
-        """What `Teacher.head_matrix` gave, ready to be part of targets."""
+        """What `LiveTeacher.head_matrix` gave, ready to be part of targets."""
 
     def cached_targets(self, states: np.ndarray, head: Any) -> Targets:
-        """Targets as the backend's own teacher gives them, from `Teacher.states` [N, D] and a
+        """Targets as the backend's own teacher gives them, from `LiveTeacher.states` [N, D] and a
         `cached_head`.
         """
 
@@ -260,12 +295,6 @@ class Backend(Protocol):
 
     def memory(self) -> Memory: ...
 
-    def loss_error(self) -> float:
-        """Largest relative error of a tiny loss and its gradient against the float64 definition."""
-
-    def matmul_rate(self) -> float:
-        """Measured operations a second of a matrix product in the dtype that "auto" trains in."""
-
     def reset_peak_memory(self) -> None: ...
 
     def part(self) -> None:
@@ -273,3 +302,5 @@ class Backend(Protocol):
 
     def release(self) -> None:
         """Give unused memory back, after a model has gone."""
+
+    def self_test(self) -> SelfTest: ...

@@ -62,7 +62,7 @@ def measure(asked: dict[str, Any]) -> dict[str, float]:
     student = backend.load_student(Path(asked["student"]), recipe.student.model, recipe)
     teacher = _teacher(asked, recipe, backend)
     rows = min(model.vocabulary_rows for model in (student, teacher) if model is not None)
-    student.vocabulary = rows
+    student.compare_first(rows)
     objective = Objective.from_table(recipe.objective)
 
     batch = _batch(**asked["training"], vocabulary=rows)

@@ -19,7 +19,7 @@ from mlx_distill.teaching.parts import Record
 
 
 class CachedTeacher:
-    """A `Teacher` that can be asked for targets, and for nothing else."""
+    """The `Teacher` that answers from a cache."""
 
     def __init__(self, cache: TeacherCache, backend: Backend):
         self.cache, self.backend = cache, backend

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_distill.backends.protocol import Backend, Teacher
+from mlx_distill.backends.protocol import Backend, LiveTeacher
 from mlx_distill.data.batches import Batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import CacheError
@@ -32,7 +32,7 @@ PART_BYTES = 2**28  # held in memory until a part is written
 def fill(
     cache: TeacherCache,
     sequences: Sequence[TokenSequence],
-    load: Callable[[], Teacher],
+    load: Callable[[], LiveTeacher],
     backend: Backend,
     table: BatchTable,
     made: dict,
@@ -78,7 +78,7 @@ def _say_what_lies_beside(cache: TeacherCache, say: Callable[[str], None]) -> No
 def _teach(
     fields: CacheFields,
     sequences: list[TokenSequence],
-    teacher: Teacher,
+    teacher: LiveTeacher,
     table: BatchTable,
     writer: "_Writer | None",
     progress: Callable[[int], None],
@@ -103,7 +103,7 @@ def _teach(
         writer.write_part()
 
 
-def _head_of(teacher: Teacher) -> np.ndarray:
+def _head_of(teacher: LiveTeacher) -> np.ndarray:
     head = teacher.head_matrix()
     if head is None:
         raise CacheError(

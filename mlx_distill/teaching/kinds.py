@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from mlx_distill.backends.protocol import SparseTargets, Teacher
+from mlx_distill.backends.protocol import LiveTeacher, SparseTargets
 from mlx_distill.data.batches import Batch
 from mlx_distill.teaching.fields import CacheFields
 from mlx_distill.teaching.parts import Record
@@ -35,7 +35,7 @@ class Kind(Protocol):
     """What a cache's kind can do; it has no state."""
 
     @staticmethod
-    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+    def ask(teacher: LiveTeacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
         """What the teacher answers at the positions of a batch, as named arrays to keep."""
 
     @staticmethod
@@ -49,7 +49,7 @@ class TopK:
     """
 
     @staticmethod
-    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+    def ask(teacher: LiveTeacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
         ids, log_probs, tail = teacher.top_k(batch, fields.top_k, fields.vocabulary_rows)
         return {
             "ids": ids.astype(np.uint32),
@@ -83,7 +83,7 @@ class Sampled:
     """
 
     @staticmethod
-    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+    def ask(teacher: LiveTeacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
         rows = zip(batch.ids, batch.lengths, strict=True)
         uniform = np.concatenate([stratified(example, length, fields) for example, length in rows])
         drawn, entropy, top = teacher.draw(batch, uniform, fields.vocabulary_rows)
@@ -126,7 +126,7 @@ class Hidden:
     """
 
     @staticmethod
-    def ask(teacher: Teacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
+    def ask(teacher: LiveTeacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
         return {"states": teacher.states(batch)}
 
     @staticmethod

@@ -112,7 +112,7 @@ def plan(
     for renderable in render(made, machine, recipe):
         console.print(renderable)
     if backend:
-        console.print(_time_text(made, backend.matmul_rate(), machine))
+        console.print(_time_text(made, backend.self_test().matmul_rate(), machine))
     if trouble:
         raise trouble
     return made

@@ -20,13 +20,7 @@ from safetensors import SafetensorError
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
 from mlx_distill.data.batches import Batch, Step, share_of
 from mlx_distill.data.sequences import Segment
-from mlx_distill.errors import (
-    DistillError,
-    DivergedError,
-    OutOfMemory,
-    RunError,
-    says_out_of_memory,
-)
+from mlx_distill.errors import DistillError, DivergedError, RunError
 from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
@@ -266,8 +260,8 @@ class Training:
 
 
 def restore(student: Student, folder: Path, optimizer: bool = True) -> None:
-    """Load a checkpoint into a student; raises `OutOfMemory` where there is no room for it,
-    `RunError` else.
+    """Load a checkpoint into a student; raises `RunError` where that fails, but `OutOfMemory` where
+    there is no room for it.
 
     Its files were found to be as they were saved, so that this says nothing of them.
     """
@@ -275,12 +269,9 @@ def restore(student: Student, folder: Path, optimizer: bool = True) -> None:
         student.restore_state(folder, optimizer)
     except DistillError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError, MemoryError, SafetensorError) as error:
-        said = one_line(error)
-        if isinstance(error, MemoryError) or says_out_of_memory(said):
-            raise OutOfMemory(f"{folder}: there is no memory to load it into ({said})") from error
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise RunError(
-            f"{folder} cannot be loaded ({said}): put a copy in its place, or start over with "
+            f"{folder} cannot be loaded ({one_line(error)}): put a copy in its place, or start over with "
             "--fresh"
         ) from error
 

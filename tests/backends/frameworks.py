@@ -18,19 +18,19 @@ from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.backends.mlx import backend as mlx_backend
 from mlx_distill.backends.mlx import heads as mlx_heads
 from mlx_distill.backends.mlx import loading as mlx_loading
 from mlx_distill.backends.mlx import loss as mlx_loss
 from mlx_distill.backends.mlx import model as mlx_models
+from mlx_distill.backends.mlx import optimizer as mlx_optimizer
 from mlx_distill.backends.mlx import weights as mlx_weights
 from mlx_distill.backends.protocol import Student
 from mlx_distill.backends.torch import adapters as torch_adapters
-from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.backends.torch import heads as torch_heads
 from mlx_distill.backends.torch import loading as torch_loading
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.backends.torch import model as torch_models
+from mlx_distill.backends.torch import optimizer as torch_optimizer
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import StudentTable
 
@@ -42,7 +42,7 @@ TOKENS = np.array([[3, 14, 15, 92, 65, 35, 89, 79], [1, 2, 4, 8, 16, 32, 64, 5]]
 
 class Mlx:
     name, library = "mlx", "mlx-lm"
-    xp, models, backend = mx, mlx_models, mlx_backend
+    xp, models = mx, mlx_models
     loss, heads = mlx_loss, mlx_heads
 
     def array(self, x: np.ndarray, dtype: str = "") -> mx.array:
@@ -99,7 +99,7 @@ class Mlx:
         self, recipe: Recipe, weights: Arrays, gradients: Sequence[Arrays], rates: Sequence[float]
     ) -> Arrays:
         """The weights after a step per gradient, driven as `apply` drives the recipe's optimizer."""
-        made = mlx_backend.make_optimizer(recipe)
+        made = mlx_optimizer.make_optimizer(recipe)
         current = {name: mx.array(weight) for name, weight in weights.items()}
         made.init(current)
         for gradient, rate in zip(gradients, rates, strict=True):
@@ -113,7 +113,7 @@ class Mlx:
 
 class Torch:
     name, library = "torch", "transformers"
-    xp, models, backend = torch, torch_models, torch_backend
+    xp, models = torch, torch_models
     loss, heads = torch_loss, torch_heads
 
     def array(self, x: np.ndarray, dtype: str = "") -> torch.Tensor:
@@ -182,7 +182,7 @@ class Torch:
         current = {
             name: torch.tensor(weight, requires_grad=True) for name, weight in weights.items()
         }
-        made = torch_backend.make_optimizer(recipe, list(current.values()))
+        made = torch_optimizer.make_optimizer(recipe, list(current.values()))
         for gradient, rate in zip(gradients, rates, strict=True):
             for group in made.param_groups:
                 group["lr"] = rate

@@ -22,9 +22,10 @@ from toy_backend import ToyBackend
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums, Model, Sampling, Student, Teacher
+from mlx_distill.backends.torch import student as torch_student
 from mlx_distill.data.batches import Batch, Steps, make_batch
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.recipe.tables import BatchTable
@@ -505,7 +506,7 @@ def test_padded_heads_are_cut_to_the_common_ids(
         teacher = backend.load_teacher(folder("teacher", teacher_rows), "teacher")
         student = load_student(backend, folder("student", student_rows), tuning, folder="")
         assert (teacher.vocabulary_rows, student.vocabulary_rows) == (teacher_rows, student_rows)
-        student.vocabulary = common
+        student.compare_first(common)
         return (
             student.score(batch(rows), teacher.targets(batch(rows)), KD),
             gradients(student, teacher, [batch(rows)]),
@@ -659,7 +660,41 @@ def test_counts(backend: Backend, root: Path, teacher: Teacher):
     backend.reset_peak_memory()
     accumulate(full, teacher, [batch()])
     assert backend.memory().peak_bytes >= backend.memory().active_bytes > 4 * full.parameters
-    assert backend.loss_error() < 1e-5 and backend.matmul_rate(64, 1) > 0
+    test = backend.self_test()
+    assert test.loss_error() < 1e-5 and test.matmul_rate(64, 1) > 0
+
+
+NO_MEMORY = {  # what allocators said
+    "mlx": [
+        RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory"),
+        RuntimeError("[malloc_or_wait] Unable to allocate 68719476736 bytes."),
+    ],
+    "torch": [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"
+        ),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        MemoryError("Unable to allocate 64.0 GiB for an array"),
+    ],
+}
+LOADS = {"mlx": (mx, "load"), "torch": (torch_student, "load_file")}
+
+
+@pytest.mark.parametrize(
+    "backend, error",
+    [(name, error) for name in BACKENDS for error in NO_MEMORY[name]],
+    indirect=["backend"],
+)
+def test_a_checkpoint_that_does_not_fit_is_no_damaged_one(
+    backend: Backend, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error
+):
+    def failing(path):
+        raise error
+
+    student = load_student(backend, root)
+    monkeypatch.setattr(*LOADS[backend.name], failing)
+    with pytest.raises(OutOfMemory, match=r"loading .* does not fit the (GPU's )?memory"):
+        student.restore_state(tmp_path)
 
 
 # Generation
@@ -731,7 +766,7 @@ def test_sampling_is_a_function_of_the_seed(backend: Backend, teacher: Teacher):
 
 def test_the_temperature_comes_before_the_cut_to_top_p():
     """As in transformers and vLLM, which published scores are made with."""
-    from mlx_distill.backends.mlx.backend import _sampler
+    from mlx_distill.backends.mlx.generate import _sampler
 
     rows = mx.log(mx.array([[0.5, 0.3, 0.2]] * 400))
     mx.random.seed(0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from frameworks import FRAMEWORKS, Framework
 
-from mlx_distill.backends.mlx import backend as mlx_backend
-from mlx_distill.backends.torch import backend as torch_backend
+from mlx_distill.backends.mlx import optimizer as mlx_optimizer
+from mlx_distill.backends.torch import optimizer as torch_optimizer
 from mlx_distill.errors import ModelError
 from mlx_distill.recipe.recipe import Recipe
 
@@ -122,10 +122,10 @@ def test_optimizers_follow_their_rules(name: str, optimizer: str, weight_decay: 
 
 
 def test_the_default_table_is_adamw_with_torchs_defaults():
-    made = mlx_backend.make_optimizer(recipe())
+    made = mlx_optimizer.make_optimizer(recipe())
     assert type(made) is mlx.optimizers.AdamW and made.bias_correction
     assert (made.betas, made.eps, made.weight_decay) == ([0.9, 0.999], 1e-8, 0.0)
-    made = torch_backend.make_optimizer(recipe(), [torch.zeros(2)])
+    made = torch_optimizer.make_optimizer(recipe(), [torch.zeros(2)])
     assert type(made) is torch.optim.AdamW
     assert [made.defaults[name] for name in ("betas", "eps", "weight_decay")] == [
         (0.9, 0.999),
@@ -140,7 +140,7 @@ def test_torch_has_no_lion():
         ModelError,
         match=r'^optim.optimizer = "lion" asked, but torch has none: choose "adamw", or --backend mlx$',
     ):
-        torch_backend.make_optimizer(recipe(optimizer="lion"), [torch.zeros(2)])
+        torch_optimizer.make_optimizer(recipe(optimizer="lion"), [torch.zeros(2)])
 
 
 # no bias correction, swapped betas, a rate that is ignored; decay in the gradient, a rate that no
@@ -167,7 +167,7 @@ MUTANTS = {
         lambda real, *args, **fields: torch.optim.Adam(*args, **fields),
     ),
     ("torch", "adafactor"): (
-        torch_backend.transformers,
+        torch_optimizer.transformers,
         "Adafactor",
         lambda real, *args, **fields: real(*args, **fields, scale_parameter=False),
     ),

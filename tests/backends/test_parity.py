@@ -30,9 +30,10 @@ from tiny import family_folder, llama_config, texts
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
-from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.backends.torch import dense, divergences
 from mlx_distill.backends.torch import loss as torch_loss
+from mlx_distill.backends.torch import student as torch_student
+from mlx_distill.backends.torch.generate import TorchModel
 from mlx_distill.data.batches import Steps
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.objective import Objective
@@ -353,9 +354,9 @@ def skewed_the_other_way(monkeypatch):
 
 def shifted(monkeypatch):
     """Positions one token late."""
-    gather = torch_backend.TorchModel.gather
+    gather = TorchModel.gather
     monkeypatch.setattr(
-        torch_backend.TorchModel,
+        TorchModel,
         "gather",
         lambda self, tokens, positions: gather(self, tokens, (positions + 1) % tokens.size),
     )
@@ -404,7 +405,7 @@ def test_a_mutant_of_the_loss_is_seen(
 
 def test_a_mutant_of_a_trajectory_is_seen(backends: list[Backend], llamas: Path, monkeypatch):
     """MLX's default AdamW has no bias correction: the second step already differs."""
-    made = torch_backend.make_optimizer
+    made = torch_student.make_optimizer
 
     def later(recipe, *rest):
         optimizer = made(recipe, *rest)
@@ -418,7 +419,7 @@ def test_a_mutant_of_a_trajectory_is_seen(backends: list[Backend], llamas: Path,
 
     ours, theirs = second_loss()
     assert theirs == pytest.approx(ours, rel=1e-3)
-    monkeypatch.setattr(torch_backend, "make_optimizer", later)
+    monkeypatch.setattr(torch_student, "make_optimizer", later)
     ours, theirs = second_loss()
     assert theirs != pytest.approx(ours, rel=1e-3)
 

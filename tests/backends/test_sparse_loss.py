@@ -9,14 +9,14 @@ import torch
 from test_loss import tied_logits
 
 from mlx_distill import objective as definition
-from mlx_distill.backends.mlx import backend as mlx_backend
 from mlx_distill.backends.mlx import heads as mlx_heads
 from mlx_distill.backends.mlx import loss as mlx_loss
+from mlx_distill.backends.mlx import teacher as mlx_teacher
 from mlx_distill.backends.mlx import vocabulary as mlx_vocabulary
 from mlx_distill.backends.protocol import SparseTargets
-from mlx_distill.backends.torch import backend as torch_backend
 from mlx_distill.backends.torch import heads as torch_heads
 from mlx_distill.backends.torch import loss as torch_loss
+from mlx_distill.backends.torch import teacher as torch_teacher
 from mlx_distill.backends.torch import vocabulary as torch_vocabulary
 from mlx_distill.objective import DIVERGENCES, Objective
 
@@ -228,10 +228,10 @@ def asked_of(log_probs, k):
     """
     uniform = np.full((len(log_probs), 2), 0.5, np.float32)
     on_torch, on_mlx = torch.from_numpy(log_probs), mx.array(log_probs)
-    kept = [x.numpy() for x in torch_backend._top_k(on_torch, k)]
-    yield kept, torch_backend._draw(on_torch, torch.from_numpy(uniform))[-1].numpy()
-    kept = [np.array(x) for x in mlx_backend._top_k(on_mlx, k)]
-    yield kept, np.array(mlx_backend._draw(on_mlx, mx.array(uniform))[-1])
+    kept = [x.numpy() for x in torch_teacher._top_k(on_torch, k)]
+    yield kept, torch_teacher._draw(on_torch, torch.from_numpy(uniform))[-1].numpy()
+    kept = [np.array(x) for x in mlx_teacher._top_k(on_mlx, k)]
+    yield kept, np.array(mlx_teacher._draw(on_mlx, mx.array(uniform))[-1])
 
 
 @pytest.mark.parametrize("vocab", [5, 203, 1203])

@@ -1,0 +1,236 @@
+"""The student: a model that trains, its optimizer, its checkpoints and its export.
+
+In: batches, a teacher's targets, an objective. Out: sums of the loss's terms, the norm of a step's
+gradient, files. Decided here: what is computed in which number format, when lazy work is evaluated,
+and what a checkpoint holds.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
+
+from mlx_distill.backends import refusals
+from mlx_distill.backends.adapters import write_adapters
+from mlx_distill.backends.chunks import chunk_tokens
+from mlx_distill.backends.mlx import ranks as together
+from mlx_distill.backends.mlx.adapters import fused_weights
+from mlx_distill.backends.mlx.failures import explained
+from mlx_distill.backends.mlx.generate import MlxModel
+from mlx_distill.backends.mlx.heads import Head, SparseHead
+from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
+from mlx_distill.backends.mlx.model import SplitModel, checkpoint_layers
+from mlx_distill.backends.mlx.optimizer import make_optimizer
+from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
+from mlx_distill.backends.protocol import LossSums, SparseTargets, Targets, check_indices
+from mlx_distill.data.batches import Batch
+from mlx_distill.objective import Objective
+from mlx_distill.recipe.recipe import Recipe
+
+Weights = dict[str, Any]  # arrays by the parts of their names, nested
+
+
+class MlxStudent(MlxModel):
+    """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of
+    the step under way.
+    """
+
+    def __init__(self, split: SplitModel, base: Path, recipe: Recipe, dtype: mx.Dtype):
+        super().__init__(split)
+        self.base, self.table, self.dtype = base, recipe.student, dtype
+        self.full = recipe.student.tuning == "full"
+        self.chunk_tokens = chunk_tokens(
+            recipe.objective.chunk_tokens, "mlx", mx.default_device().type.name
+        )
+        self.max_grad_norm = recipe.optim.max_grad_norm
+        if not self.full:
+            cast_frozen(split.model, dtype)
+        if recipe.student.gradient_checkpointing:
+            checkpoint_layers(split)
+        self.optimizer = make_optimizer(recipe)
+        self.weights: Weights = split.model.trainable_parameters()
+        self.optimizer.init(self.weights)
+        self.gradients: Weights | None = None
+        self.compared_ids = self.vocabulary_rows
+        self._value_and_grad = mx.value_and_grad(self._loss)
+        mx.eval(split.model.parameters(), self.optimizer.state)
+
+    @property
+    def trainable(self) -> int:
+        return sum(array.size for _, array in tree_flatten(self.weights))
+
+    def compare_first(self, ids: int) -> None:
+        """The loss compares the first `ids` of the vocabulary alone."""
+        self.compared_ids = ids
+
+    # a step: gradients of micro-batches are added up, then applied
+
+    def accumulate(
+        self, batch: Batch, targets: Targets, objective: Objective, loss_tokens: float
+    ) -> LossSums:
+        """Add the gradients of the batch's share of the step's loss; returns its sums. Evaluates
+        everything before it returns.
+        """
+        try:
+            (_, terms), gradients = self._value_and_grad(
+                self.weights, batch, targets, objective, loss_tokens
+            )
+        finally:
+            self.split.model.update(self.weights)  # the traced arrays must not stay
+        if self.gradients is not None:
+            gradients = tree_map(mx.add, self.gradients, gradients)
+        mx.eval(terms, gradients)
+        self.gradients = gradients
+        return _sums(batch, terms)
+
+    def _loss(
+        self,
+        weights: Weights,
+        batch: Batch,
+        targets: Targets,
+        objective: Objective,
+        loss_tokens: float,
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        arguments = self._arguments(weights, batch, targets, objective)
+        rows = kd_loss(*arguments, loss_tokens, self.chunk_tokens, self.full, self.compared_ids)
+        return rows.loss, _terms(rows)
+
+    def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
+        """The same sums without gradients."""
+        try:
+            arguments = self._arguments(self.weights, batch, targets, objective)
+        finally:
+            self.split.model.update(self.weights)
+        terms = _terms(score_rows(*arguments, self.chunk_tokens, self.compared_ids))
+        mx.eval(terms)
+        return _sums(batch, terms)
+
+    def _arguments(
+        self, weights: Weights, batch: Batch, targets: Targets, objective: Objective
+    ) -> tuple:
+        """What both losses begin with."""
+        check_indices("targets", batch.targets, self.compared_ids)
+        self.split.model.update(cast(weights, self.dtype) if self.full else weights)
+        return (
+            self.gather(batch.tokens, batch.positions),
+            self._head_matrix(weights),
+            *self._teacher(targets, objective),
+            mx.array(batch.targets),
+            mx.array(batch.weight),
+            objective,
+        )
+
+    def _head_matrix(self, weights: Weights) -> mx.array:
+        """[V, D]: the trained float32 matrix, not its cast copy; the frozen one with adapters."""
+        if not self.full:
+            return self.split.head_matrix()
+        found: Any = weights
+        for part in self.split.head_path.split("."):
+            found = found[part]
+        return found
+
+    def _teacher(
+        self, targets: Targets, objective: Objective
+    ) -> tuple[mx.array | None, Head | SparseHead | None]:
+        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or
+        (None, None).
+        """
+        if not isinstance(targets, SparseTargets):
+            return targets or (None, None)
+        targets.check(objective, self.compared_ids)
+        arrays = targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top
+        return None, SparseHead(*map(mx.array, arrays))
+
+    def apply(self, learning_rate: float) -> float:
+        """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not
+        finite nothing changes.
+        """
+        gradients, self.gradients = together.sum_gradients(self.gradients), None
+        norm = mx.sqrt(
+            tree_reduce(
+                lambda total, g: total + mx.sum(mx.sum(g.reshape(g.shape[0], -1) ** 2, -1)),
+                gradients,
+                mx.array(0.0),
+            )
+        )
+        value = norm.item()
+        if not np.isfinite(value):
+            return value
+        if self.max_grad_norm:
+            scale = min(1.0, self.max_grad_norm / (value + 1e-6))
+            gradients = tree_map(lambda g: g * scale, gradients)
+        self.optimizer.learning_rate = learning_rate
+        self.weights = self.optimizer.apply_gradients(gradients, self.weights)
+        self.split.model.update(self.weights)
+        mx.eval(self.weights, self.optimizer.state)
+        return value
+
+    # checkpoints
+
+    def save_state(self, folder: Path | None) -> None:
+        """`weights.safetensors` (all trained arrays, float32) and `optimizer.safetensors`; every
+        rank holds all of them.
+        """
+        if folder is None:
+            return
+        for name, tree in (("weights", self.weights), ("optimizer", self.optimizer.state)):
+            mx.save_safetensors(str(folder / f"{name}.safetensors"), dict(tree_flatten(tree)))
+
+    def restore_state(self, folder: Path, optimizer: bool = True) -> None:
+        """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises
+        `ModelError` on other arrays, `OutOfMemory`.
+        """
+        with explained(f"loading {folder}"):
+            weights = mx.load(str(folder / "weights.safetensors"))
+            shapes = {key: array.shape for key, array in tree_flatten(self.weights)}
+            if {key: array.shape for key, array in weights.items()} != shapes:
+                raise refusals.other_state(folder)
+            # in the model's order, in which norms are summed
+            self.weights = tree_unflatten([(key, weights[key]) for key in shapes])
+            self.split.model.update(self.weights)
+            self.gradients = None
+            if optimizer:
+                state = mx.load(str(folder / "optimizer.safetensors"))
+                self.optimizer.state = tree_unflatten(list(state.items()))
+            mx.eval(self.weights, self.optimizer.state)
+
+    def state_bytes(self) -> int:
+        """Bytes of one checkpoint."""
+        return sum(array.nbytes for _, array in tree_flatten([self.weights, self.optimizer.state]))
+
+    # the exported student
+
+    def export(self, folder: Path | None, stop_ids: list[int]) -> None:
+        """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and
+        `adapters-peft` in it.
+        """
+        if folder is None:
+            return
+        fused = fused_weights(self.split.model, self.base)
+        save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
+        if not self.full:
+            adapters = {key: np.array(array) for key, array in tree_flatten(self.weights)}
+            write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
+
+    def export_bytes(self) -> int:
+        """Bytes of the exported weights, and of the float32 adapters beside them (in two layouts),
+        at most.
+        """
+        adapters = 0 if self.full else 8 * self.trainable
+        return self.parameters * self._save_dtype.size + adapters
+
+    @property
+    def _save_dtype(self) -> mx.Dtype:
+        asked = self.table.save_dtype
+        return self.split.stored_dtype if asked == "base" else getattr(mx, asked)
+
+
+def _terms(rows: LossRows) -> dict[str, mx.array]:
+    """All rows but the loss itself, by name."""
+    return dict(zip(rows._fields[1:], rows[1:], strict=True))
+
+
+def _sums(batch: Batch, terms: dict[str, mx.array]) -> LossSums:
+    return LossSums.of(batch, {name: np.array(row) for name, row in terms.items()})

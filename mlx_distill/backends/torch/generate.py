@@ -1,0 +1,90 @@
+"""What teacher and student share: hidden states at the loss positions, texts, size.
+
+In: a model that was split at its head. Out: hidden states [N, D], and new token ids as they are
+finished, by transformers' `generate`, a batch at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+
+from mlx_distill.backends.protocol import Sampling, check_indices
+from mlx_distill.backends.torch.adapters import parameter_count
+from mlx_distill.backends.torch.failures import explained
+from mlx_distill.backends.torch.model import SplitModel
+
+
+class TorchModel:
+    """What teacher and student share: hidden states, generation, size."""
+
+    def __init__(self, split: SplitModel):
+        self.split, self.notes = (
+            split,
+            (),
+        )  # transformers' own reading of the folder is the right one
+        self.device = split.device
+        self.parameters = parameter_count(split.model)
+        self.vocabulary_rows = split.head_rows()
+
+    def gather(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
+        """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are
+        checked, CUDA's checks kill the process.
+        """
+        check_indices("tokens", tokens, self.vocabulary_rows)
+        check_indices("loss positions", positions, tokens.size)
+        hidden = self.split.hidden(self.tensor(tokens).long())
+        return hidden.reshape(-1, hidden.shape[-1])[self.tensor(positions).long()]
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def precision(self) -> AbstractContextManager:
+        """What a forward pass is computed in."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(which prompt, its new ids), a batch at a time, the stop id included where one came."""
+        torch.manual_seed(sampling.seed)
+        self.split.model.generation_config = _generation(sampling)
+        # the longest first: they need the most memory
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), sampling.batch_size):
+            group = order[start : start + sampling.batch_size]
+            with self.precision(), explained("generating"):
+                texts = self._generate([prompts[i] for i in group], sampling.stop_ids)
+            yield from zip(group, texts, strict=True)
+
+    def _generate(self, prompts: list[Sequence[int]], stop_ids: frozenset[int]) -> list[list[int]]:
+        """One batch, padded at the left."""
+        width = max(map(len, prompts))
+        tokens = self.tensor(
+            np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        )
+        mask = self.tensor(
+            np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        )
+        texts = self.split.model.generate(tokens, attention_mask=mask)[:, width:].tolist()
+        return [
+            text[: next((i + 1 for i, token in enumerate(text) if token in stop_ids), None)]
+            for text in texts
+        ]
+
+
+def _generation(sampling: Sampling) -> transformers.GenerationConfig:
+    """Greedy or sampled, and nothing of what the model's own `generation_config.json` asks for."""
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return transformers.GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=sorted(sampling.stop_ids) or None,
+        pad_token_id=0,
+        use_cache=True,
+        do_sample=sampling.temperature > 0,
+        **(drawn if sampling.temperature else {}),
+    )
