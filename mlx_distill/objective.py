@@ -16,6 +16,7 @@ from operator import add
 from typing import Literal, TypeVar
 
 import numpy as np
+from scipy import special
 
 from mlx_distill.recipe.tables import ObjectiveTable
 from mlx_distill.recipe.values import Divergence
@@ -81,9 +82,7 @@ class Objective:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """float64 log-probabilities along the last axis; a logit of -inf stays -inf."""
-    logits = np.asarray(logits, dtype=np.float64)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return special.log_softmax(np.asarray(logits, dtype=np.float64), axis=-1)
 
 
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
@@ -95,7 +94,8 @@ def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
 # A divergence is Σ f(u, v) over the vocabulary, of log-probabilities u of the student and v of the
 # teacher. Each function below gives f and g = ∂f/∂u for every id by itself. The gradient with
 # respect to the student's logits is then g - s Σ g with s = exp(u), the student's probabilities; t
-# = exp(v) are the teacher's.
+# = exp(v) are the teacher's. They are written in logarithms: scipy's `rel_entr`, of probabilities,
+# is infinite where the second one is less than a float64 can hold.
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -119,9 +119,8 @@ def jsd(u: np.ndarray, v: np.ndarray, beta: float) -> Pair:
     """
     log_mixture = _log_mixture(v, u, beta)
     student = (1 - beta) * _times(u, u - log_mixture)
-    return beta * _times(
-        v, v - log_mixture
-    ) + student, student  # the terms in which m itself moves sum to m/m and cancel
+    # the terms in which m itself moves sum to m/m and cancel
+    return beta * _times(v, v - log_mixture) + student, student
 
 
 def skew_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
@@ -224,7 +223,7 @@ def coarse_divergence_grad(
     outcomes = _gradient(*_coarse(student_logits, ids, log_probs, tail), objective)
     others = _others(student_logits, ids)
     possible = np.isfinite(others).any(axis=-1, keepdims=True)
-    share = np.exp(log_softmax(np.where(possible, others, 0.0))) * possible
+    share = special.softmax(np.where(possible, others, 0.0), axis=-1) * possible
     result = outcomes[:, -1:] * share
     rows, columns = np.nonzero(ids >= 0)
     result[rows, ids[rows, columns]] = outcomes[rows, columns]
@@ -272,7 +271,7 @@ def divergence_grad(
 
 def cross_entropy_grad(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """d cross_entropy[n] / d student_logits[n, v] = softmax - one-hot, as float64[N, V]."""
-    gradient = np.exp(log_softmax(student_logits))
+    gradient = special.softmax(np.asarray(student_logits, np.float64), axis=-1)
     gradient[np.arange(len(targets)), targets] -= 1
     return gradient
 
@@ -297,9 +296,7 @@ def _coarse(
 ) -> tuple[np.ndarray, np.ndarray]:
     """log-probabilities [N, K+1] of student and teacher over the ids and "any other id"."""
     others = _others(student_logits, ids)
-    with np.errstate(divide="ignore"):  # no other id is left: log 0
-        top = np.maximum(others.max(axis=-1, keepdims=True), -1e300)
-        rest = top + np.log(np.exp(others - top).sum(axis=-1, keepdims=True))
+    rest = special.logsumexp(others, axis=-1, keepdims=True)  # -inf where no other id is left
     kept = np.where(
         ids < 0,
         -np.inf,

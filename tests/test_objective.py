@@ -65,6 +65,14 @@ def test_forward_kl_is_infinite_where_the_student_forbids_and_reverse_where_the_
     assert definition.divergence(narrow, wide, Objective("reverse_kl")) == pytest.approx(log(3 / 2))
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_probability_below_a_float64_makes_nothing_infinite(divergence: str):
+    """exp(-745) is the smallest float64, and half of it 0: scipy's `rel_entr` was infinite here."""
+    likelier, rarer = np.array([[0.0, -745.0]]), np.array([[0.0, -2000.0]])
+    for pair in ((likelier, rarer), (rarer, likelier)):
+        assert definition.divergence(*pair, Objective(divergence)) == pytest.approx(0, abs=1e-12)
+
+
 def test_jsd_is_bounded_symmetric_at_one_half_and_tends_to_both_kls():
     student, teacher, _ = random_logits(0)
     value = definition.divergence(student, teacher, Objective("jsd"))
