@@ -24,9 +24,9 @@ from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import CacheError, ModelError, NotFound, OutOfMemory, RecipeError, RunError
 from mlx_distill.machine import Machine
-from mlx_distill.models.config import reading_of
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer, model_fingerprint, model_folder
+from mlx_distill.models.reading import reading_of
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe.load import eval_table
 from mlx_distill.recipe.recipe import Recipe

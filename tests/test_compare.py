@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.cli import app
 from mlx_distill.errors import DistillError, ModelError
-from mlx_distill.models.config import Meaning
 from mlx_distill.terminal.compare import Comparison, compare, probe
 
 sys.path.insert(0, str(Path(__file__).parent / "models"))
@@ -34,7 +33,8 @@ def test_a_model_that_is_computed_right_is_said_to_be(folder: Path):
 
 def test_a_rotary_base_that_is_not_read_is_wrong(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """What was silent: mlx-lm's own reading of the folder."""
-    monkeypatch.setattr(Meaning, "for_mlx", lambda self, tied=None: {"tie_word_embeddings": tied})
+    told = lambda meaning, tied: {"tie_word_embeddings": tied}  # noqa: E731
+    monkeypatch.setattr("mlx_distill.backends.mlx.loading.for_mlx", told)
     monkeypatch.setattr(arithmetic, "settle", lambda model, meaning: ())
     result = CliRunner().invoke(app, ["doctor", "--model", str(folder)])
     assert result.exit_code == 1

@@ -18,6 +18,7 @@ from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import INDEX, read_generation_config, read_weights
 from mlx_distill.models.shards import in_shards, index_of, places_in
 from mlx_distill.models.tokenizer import make_open_as_file
+from mlx_distill.models.translation import portable
 from mlx_distill.readers import read_json
 
 SHARD_BYTES = 5 * 2**30
@@ -93,7 +94,7 @@ def not_for_mlx_lm(folder: Path) -> str:
         return f"not tried, mlx-lm cannot be imported here ({all_lines(error)})"
     with read_weights(folder, str(folder)).alone() as alone:
         try:
-            load_model(alone, lazy=True, model_config=Meaning(folder, str(folder)).portable())
+            load_model(alone, lazy=True, model_config=portable(Meaning(folder, str(folder))))
         except (
             Exception
         ) as error:  # a family's code, run on a config it was not written for, fails in any way
@@ -116,7 +117,7 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
 
 
 def _write_configs(base: Path, folder: Path, dtype: str, stop_ids: list[int]) -> None:
-    config, generation = Meaning(base, str(base)).portable(), read_generation_config(base)
+    config, generation = portable(Meaning(base, str(base))), read_generation_config(base)
     ends = sorted({*stop_ids, *config_stop_ids(config, generation)})
     config = _without_left_overs(config) | {"eos_token_id": ends}
     if dtype:

@@ -14,8 +14,8 @@ from mlx_distill.backends.protocol import DeviceInfo
 from mlx_distill.data.prepare import Prepared, count_tokens
 from mlx_distill.data.sequences import Segment
 from mlx_distill.machine import git_commit, processor_name, versions
-from mlx_distill.models.config import reading_of
 from mlx_distill.models.hub import model_fingerprint
+from mlx_distill.models.reading import reading_of
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.manifest import DataAccount, KnownModel, Manifest, SegmentTokens, Start
 

@@ -17,7 +17,9 @@ from mlx_distill.backends.mlx import loading as mlx_loading
 from mlx_distill.backends.torch import loading as torch_loading
 from mlx_distill.errors import ModelError
 from mlx_distill.models import hub
-from mlx_distill.models.config import TESTED, Meaning, reading_of
+from mlx_distill.models.config import TESTED, Meaning
+from mlx_distill.models.reading import reading_of
+from mlx_distill.models.translation import for_mlx, portable
 from mlx_distill.recipe.tables import StudentTable
 
 README = Path(__file__).parents[2] / "README.md"
@@ -133,11 +135,11 @@ def test_the_test_sees_what_mlx_lm_alone_does_not_read(name: str, folder):
 def test_the_exported_config_is_read_right_by_all(name: str, folder, tmp_path: Path):
     """transformers, this program, and mlx-lm without a word of ours."""
     wanted = transformers_logits(folder(name))
-    portable = changed(folder(name), tmp_path / "portable", **Meaning(folder(name), "m").portable())
-    for found in (transformers_logits(portable), mlx_logits(portable), plain_logits(portable)):
+    path = changed(folder(name), tmp_path / "portable", **portable(Meaning(folder(name), "m")))
+    for found in (transformers_logits(path), mlx_logits(path), plain_logits(path)):
         assert distance(found, wanted) < TOLERANCE
-    again = Meaning(portable, "m").portable()
-    assert again == json.loads((portable / "config.json").read_text())
+    again = portable(Meaning(path, "m"))
+    assert again == json.loads((path / "config.json").read_text())
 
 
 OLD_FORM = {
@@ -206,6 +208,11 @@ REFUSED = {
         "llama",
         {"rope_scaling": {"type": "linear", "factor": 2.0}},
         "rope_scaling has rope_type = linear, but rope_param",
+    ),
+    "two lists of factors": (
+        "phi3-longrope",
+        {"rope_scaling": {"type": "su", "short_factor": [9.0] * 8}},
+        r"rope_scaling has short_factor = \[9\.0, .*, but rope_parameters has \[1\.0, ",
     ),
     "activation": (
         "llama",
@@ -409,7 +416,7 @@ def test_a_family_that_was_not_compared_is_said(tmp_path: Path):
 )
 def test_the_check_sees_a_wrong_rotation(attribute: str, value, expected: str, folder, monkeypatch):
     model, _ = mlx_lm.utils.load_model(
-        folder("llama"), model_config=Meaning(folder("llama"), "m").for_mlx()
+        folder("llama"), model_config=for_mlx(Meaning(folder("llama"), "m"))
     )
     monkeypatch.setattr(
         rotary, "GivenRotary", lambda rotary: model.layers[2].self_attn.rope
@@ -446,7 +453,7 @@ def test_the_check_sees_a_wrong_rotation(attribute: str, value, expected: str, f
 )
 def test_the_check_sees_a_wrong_number(name: str, path: str, value: float, expected: str, folder):
     model, _ = mlx_lm.utils.load_model(
-        folder(name), model_config=Meaning(folder(name), "m").for_mlx()
+        folder(name), model_config=for_mlx(Meaning(folder(name), "m"))
     )
     arithmetic.settle(model, Meaning(folder(name), "m"))
     owner, _, attribute = path.rpartition(".")

@@ -24,6 +24,7 @@ from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import WIDTHS
 from mlx_distill.models.keys import HARMLESS, INITIAL_OR_KERNEL
 from mlx_distill.models.ranges import ACTIVATIONS
+from mlx_distill.models.translation import keys_for_mlx
 
 HANDLED = {  # keys that are checked by what they do
     "rope_parameters",
@@ -123,7 +124,7 @@ def _is_missed(key: str, known: dict[str, Any], meaning: Meaning) -> bool:
 
 def _check_stray(args: Any, meaning: Meaning, known: dict[str, Any]) -> None:
     """A key that mlx-lm obeys and transformers does not, where both know the family."""
-    told = meaning.keys_for_mlx()
+    told = keys_for_mlx(meaning)
     for key, value in meaning.stored.items():
         stray = key in known and key not in {"model_type", "head_dim", *meaning.declared, *told}
         if stray and meaning.tested and value is not None and value != known[key].default:

@@ -20,6 +20,7 @@ from mlx_distill.backends.mlx.weights import cast, stored_weights
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import Weights, read_config, read_generation_config, read_weights
+from mlx_distill.models.translation import for_mlx
 from mlx_distill.recipe.tables import StudentTable
 
 Notes = tuple[str, ...]
@@ -88,7 +89,7 @@ def _load(
     weights.refuse_unusable(read_config(folder, name), name)
     meaning = Meaning(folder, name)
     _refuse_missing_head(weights, meaning)
-    told = meaning.for_mlx(None if student else _tied(folder, meaning))
+    told = for_mlx(meaning, None if student else _tied(folder, meaning))
     with weights.alone() as alone:
         try:
             model, config = mlx_lm.utils.load_model(alone, lazy=lazy, model_config=told)
