@@ -25,7 +25,7 @@ def main() -> None:
     command_line()
 
 
-def _stop_at_once(*_) -> None:
+def _stop_at_once(*_: object) -> None:
     """While modules are imported nothing is under way that could be lost, and an exception might be
     swallowed by one of them.
     """

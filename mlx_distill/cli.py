@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -22,7 +22,7 @@ from mlx_distill.view import Screen, View
 
 
 class _Commands(TyperGroup):
-    def invoke(self, context):
+    def invoke(self, context: Any) -> Any:
         """Ctrl-C in a command that says nothing of it itself."""
         try:
             return super().invoke(context)

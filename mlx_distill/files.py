@@ -92,7 +92,7 @@ def remedy(error: BaseException) -> str:
         said = str(error).lower()
         found = (number for words, number in WORDS_OF_LIBRARIES.items() if words in said)
         number = next(found, None)
-    return REMEDIES.get(number, ANY_REMEDY)
+    return ANY_REMEDY if number is None else REMEDIES.get(number, ANY_REMEDY)
 
 
 @contextmanager

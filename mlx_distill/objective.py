@@ -255,6 +255,7 @@ def loss(
     """
     terms = {}
     if objective.needs_teacher:
+        assert teacher_logits is not None, "the objective needs a teacher"
         terms["kd"] = divergence(student_logits, teacher_logits, objective)
     if objective.needs_targets:
         terms["ce"] = cross_entropy(student_logits, targets)
@@ -285,6 +286,7 @@ def grad(
     """d loss[n] / d student_logits[n, v], as float64[N, V]."""
     gradient = np.zeros(student_logits.shape)
     if objective.needs_teacher:
+        assert teacher_logits is not None, "the objective needs a teacher"
         gradient += objective.kd_weight * divergence_grad(student_logits, teacher_logits, objective)
     if objective.needs_targets:
         gradient += (1 - objective.kd_weight) * cross_entropy_grad(student_logits, targets)

@@ -20,7 +20,7 @@ import tomllib
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from mlx_distill.errors import DataError, DistillError, NotFound, RecipeError
 
@@ -167,7 +167,7 @@ def path_of(text: str, where: str, error: Error = RecipeError) -> Path:
 # the bytes of a file
 
 
-def _opened(path: Path, name: str, error: Error) -> IO[bytes]:
+def _opened(path: Path, name: str, error: Error) -> BinaryIO | gzip.GzipFile:
     """The file's bytes, unpacked where its name ends in .gz."""
     try:
         kind = path.stat().st_mode

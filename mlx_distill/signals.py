@@ -7,7 +7,7 @@ its children with SIGINT ignored, `nohup` with SIGHUP: who wrote that meant it.
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -40,7 +40,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _handled(handler) -> Iterator[None]:
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Signals have handlers in the main thread alone."""
     here = threading.current_thread() is threading.main_thread()
     before = {which: signal.getsignal(which) for which in STOPS if here}

@@ -29,7 +29,7 @@ def read_calls(value: Any, unused: Counter[str]) -> list[dict[str, Any]]:
         for part in (call, function):
             count_unused(part, CALL_KEYS, "key", unused)
         arguments = function.get("arguments", function.get("parameters"))
-        named = {
+        named: dict[str, Any] = {
             "name": as_text(function["name"]),
             "arguments": arguments if has_content(arguments) else {},
         }

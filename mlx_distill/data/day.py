@@ -9,7 +9,7 @@ the first of them to choose one writes it beside them.
 import datetime
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlx_distill.data.template import reads_clock
 from mlx_distill.errors import DataError, NotFound, RunError
@@ -64,7 +64,7 @@ def shared_day(runs: Path) -> str:
     return kept_as_day(text, str(path))
 
 
-def kept_as_day(text: object, where: str) -> str:
+def kept_as_day(text: Any, where: str) -> str:
     """A day as it was kept, "" for none; raises `RunError` for what is no day."""
     try:
         return datetime.date.fromisoformat(text).isoformat() if text else ""

@@ -88,7 +88,8 @@ def _channels(text: str) -> tuple[str, str]:
     """Harmony (gpt-oss): `analysis` is reasoning; `final` and what `commentary` says to the user
     are the answer.
     """
-    analysis, visible = [], []
+    analysis: list[str] = []
+    visible: list[str] = []
     for message in _messages(text):
         if "to=" in message["recipient"] or message["end"] == "<|call|>":
             raise Skip("its answer is a tool call")

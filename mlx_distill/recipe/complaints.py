@@ -19,7 +19,7 @@ def describe(error: ValidationError) -> str:
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
     table, field, *rest = (*first["loc"], "")
-    where = (f"[{table}] {field}" if field != "" else table) + "".join(
+    where = (f"[{table}] {field}" if field != "" else str(table)) + "".join(
         f"[{part}]" for part in rest if part != ""
     )
     found = first.get("input")

@@ -77,7 +77,9 @@ class Recipe(Table):
 
 
 TABLES: dict[str, type[Table]] = {
-    name: info.annotation for name, info in Recipe.model_fields.items()
+    name: info.annotation
+    for name, info in Recipe.model_fields.items()
+    if isinstance(info.annotation, type)
 }
 
 

@@ -95,7 +95,7 @@ class Checkpoints:
 
         Says which were passed over. Raises `RunError` where all are damaged.
         """
-        damaged = []
+        damaged: list[str] = []
         for step in reversed(self.steps()):
             reason = self.damage(step)
             if not reason:

@@ -9,6 +9,7 @@ what a kill leaves, and is not worth a word.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from pydantic import ValidationError
 
@@ -17,14 +18,16 @@ from mlx_distill.files import one_line, write_text
 from mlx_distill.readers import parse_json
 from mlx_distill.runs.rows import Row
 
+AnyRow = TypeVar("AnyRow", bound=Row)
+
 
 @dataclass
-class Lines:
+class Lines(Generic[AnyRow]):
     """What a log holds: its rows, each with the text of its line, and the numbers of unreadable
     lines.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[AnyRow] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     unreadable: list[int] = field(default_factory=list)
     torn_end: bool = False
@@ -36,11 +39,11 @@ def append(path: Path, row: Row) -> None:
         file.write(json.dumps(row.content()) + "\n")
 
 
-def read(path: Path, kind: type[Row]) -> Lines:
+def read(path: Path, kind: type[AnyRow]) -> Lines[AnyRow]:
     """The log's lines, none where there is no file; raises `RunError` where the file cannot be
     read.
     """
-    found = Lines()
+    found: Lines[AnyRow] = Lines()
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -60,14 +63,14 @@ def read(path: Path, kind: type[Row]) -> Lines:
     return found
 
 
-def _row(line: bytes, kind: type[Row]) -> Row | None:
+def _row(line: bytes, kind: type[AnyRow]) -> AnyRow | None:
     try:
         return kind.model_validate(parse_json(line, "", RunError))
     except (RunError, ValidationError):
         return None
 
 
-def cut(path: Path, kind: type[Row], step: int) -> Lines:
+def cut(path: Path, kind: type[AnyRow], step: int) -> Lines[AnyRow]:
     """Drop what was logged after `step`, and lines that cannot be read; returns what the log held
     before.
 

@@ -311,7 +311,9 @@ class RunFolder(SmallFiles):
             if state.step:
                 self._prune(state, keep)
 
-    def save_checkpoint(self, state: TrainState, write: Callable[[Path], None], keep: str) -> None:
+    def save_checkpoint(
+        self, state: TrainState, write: Callable[[Path | None], None], keep: str
+    ) -> None:
         """A complete checkpoint appears by one rename; then those that `keep` does not name are
         removed.
 
@@ -340,7 +342,7 @@ class RunFolder(SmallFiles):
         """Whether training is complete."""
         return self.exported.is_complete(bool(self.steps()))
 
-    def write_student(self, write: Callable[[Path], None]) -> None:
+    def write_student(self, write: Callable[[Path | None], None]) -> None:
         """The exported student, whole or not at all."""
         self.exported.write(write)
 

@@ -39,11 +39,13 @@ def make_sample(
     """A training example as a run learns it."""
     return Sample(
         [
-            SampleToken(
-                text=tokenizer.decode([int(token)], skip_special_tokens=False),
-                segment=run.segment.name.lower(),
-                kept=run.kept,
-                supervised=bool(learned),
+            SampleToken.model_validate(
+                {
+                    "text": tokenizer.decode([int(token)], skip_special_tokens=False),
+                    "segment": run.segment.name.lower(),
+                    "kept": run.kept,
+                    "supervised": bool(learned),
+                }
             )
             for run in token_runs(prepared.train_whole[example], recipe)
             for token, learned in zip(run.tokens, run.learned, strict=True)

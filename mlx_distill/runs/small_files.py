@@ -23,7 +23,7 @@ from mlx_distill.runs.seals import BrokenSeal, sealed, unsealed
 
 INTACT = "the checkpoints are intact"
 Say = Callable[[str], None]
-R = TypeVar("R", Record, Sample)
+R = TypeVar("R", bound="Record | Sample")
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 

@@ -51,7 +51,7 @@ class Generation:
     @classmethod
     def of(cls, row: dict[str, Any]) -> "Generation | None":
         """The generation that a row says; None for a row that says none."""
-        fields = {name: row.get(name) for name in cls.__annotations__}
+        fields: dict[str, Any] = {name: row.get(name) for name in cls.__annotations__}
         for name, kind in cls.__annotations__.items():
             value = fields[name]
             if kind is float and type(value) is int:

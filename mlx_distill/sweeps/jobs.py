@@ -80,7 +80,8 @@ def side_by_side(
     On Ctrl-C the children get it too; those that end then are still yielded, and
     `KeyboardInterrupt` follows.
     """
-    waiting, running = list(jobs), {}
+    waiting = list(jobs)
+    running: dict[Job, tuple[subprocess.Popen, float]] = {}
     environment = _environment(at_once)
     try:
         while waiting or running:

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -19,7 +19,9 @@ from mlx_distill.view import one_line, show_what_can_be_shown
 
 LONGEST_LINE = 2000  # characters of an error
 # typer brings click under two names
-(UsageError,) = (kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+UsageError: type[Exception] = next(
+    kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError"
+)
 # what the operating system refuses whatever a program does; a file that is missing is not among
 # them
 REFUSALS = {
@@ -32,6 +34,7 @@ REFUSALS = {
 def run_to_its_end(command: Callable[[], int | None]) -> NoReturn:
     """Call a command that returns its exit code (None for 0), and end the process with it."""
     show_what_can_be_shown()
+    code: int | str | None
     try:
         _refuse_deleted_folder()
         code = command() or 0
@@ -71,7 +74,7 @@ def _say_error(text: str) -> int:
     return 2
 
 
-def _say_usage(error: Exception) -> int:
+def _say_usage(error: Any) -> int:
     """A wrong option or argument; without any, the help is what was asked for."""
     if type(error).__name__ == "NoArgsIsHelpError":
         error.show()
@@ -90,7 +93,7 @@ def _say_refusal(error: OSError) -> int:
     except (OSError, ValueError):
         _drop_output()
         return _say_error(f"the output cannot be written: {error.strerror}")
-    return _say_error(error.strerror)
+    return _say_error(error.strerror or str(error))
 
 
 def _drop_output() -> None:
@@ -107,7 +110,7 @@ def say_last(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _end(code: int) -> NoReturn:
+def _end(code: int | str | None) -> NoReturn:
     """End the process; one of several ranks at once, without taking the interpreter down.
 
     A thread of torch's group that lets go of a tensor meanwhile would abort it (pytorch issue
@@ -120,5 +123,5 @@ def _end(code: int) -> NoReturn:
             _drop_output()
             code = code or 2
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code)
+        os._exit(code if isinstance(code, int) else int(code is not None))
     sys.exit(code)

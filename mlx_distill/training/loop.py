@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError
@@ -64,7 +64,7 @@ class Training:
     inputs_digest: str = ""
     stop_asked: Callable[[], bool] = lambda: False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.objective = Objective.from_table(self.recipe.objective)
         # one yardstick for every recipe: forward KL at temperature 1, weighed as the recipe weighs
         # its divergence
@@ -207,9 +207,10 @@ class Training:
         seconds: float,
         flops: dict[str, float],
     ) -> None:
+        terms: dict[str, Any] = loss_terms(sums, self.objective)
         row = MetricsRow(
             step=self.state.step,
-            **loss_terms(sums, self.objective),
+            **terms,
             grad_norm=norm,
             learning_rate=rate,
             tokens=step.tokens,

@@ -45,6 +45,7 @@ class Child:
         if self.process is None:
             self.process = _start()
         try:
+            assert self.process.stdin and self.process.stdout  # `_start` asks for both
             self.process.stdin.write(question)
             self.process.stdin.flush()
             return self.process.stdout.readline()
@@ -66,6 +67,7 @@ class Child:
         process, self.process = self.process, None
         if process is None:
             return 0
+        assert process.stdin and process.stdout
         with suppress(OSError):  # what the child did not read
             process.stdin.close()
         process.stdout.close()

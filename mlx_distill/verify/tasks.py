@@ -148,7 +148,7 @@ def _problems(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
     """Problems in order; the same text twice is one problem, since it could not be told apart when
     runs are compared.
     """
-    found = {}
+    found: dict[str, Problem] = {}
     for prompt, expected, compared in rows:
         key = hashlib.sha256(f"{prompt}\0{expected}".encode(errors="surrogatepass")).hexdigest()[
             :12
