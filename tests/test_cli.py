@@ -387,8 +387,11 @@ def test_help_and_recipes_import_no_framework(tiny_recipe):
     assert imported("", code) == ("[]", "[]")
 
 
-def test_show_imports_no_framework_itself(tiny_recipe):
-    """transformers reads the tokenizer, and may itself look at torch where that is installed."""
-    found, ours = imported(f"'show', {str(tiny_recipe)!r}", MAIN)
-    assert ours == "['transformers']"
-    assert "mlx" not in found
+@pytest.mark.parametrize("command", ["show", "plan", "sweep"])
+def test_what_computes_nothing_imports_no_framework(command, tiny_recipe, tmp_path):
+    """transformers reads the tokenizer, and takes torch for not installed."""
+    sweep = tmp_path / "sweep.toml"
+    sweep.write_text(f'recipe = "{tiny_recipe}"\nfolder = "{tmp_path}"\n')
+    words = [command, str(sweep if command == "sweep" else tiny_recipe)]
+    words += ["--dry-run"] if command == "sweep" else []
+    assert imported(", ".join(map(repr, words)), MAIN) == ("['transformers']", "['transformers']")
