@@ -252,7 +252,7 @@ def render(rows: list[dict[str, str]]) -> str:
     ]
     lines += [
         f"| {backend} ({row['device']}) | {name} | {row['moment']} | {' | '.join(cells(row))} |"
-        for (backend, name), row in newest.items()
+        for (backend, name), row in sorted(newest.items(), key=lambda pair: pair[0][0])
     ]
     return "\n".join([*lines, "", *promises(newest)])
 
