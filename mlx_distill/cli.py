@@ -277,7 +277,7 @@ def _keep_torch_out() -> None:
     """
     if sys.modules.keys() & {"torch", "transformers"}:
         return
-    sys.modules["torch"] = None
+    sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         import transformers  # noqa: F401  which looks for torch once, here
     finally:

@@ -415,7 +415,7 @@ def test_a_chunk_nobody_asked_for_is_the_backends(machine: Machine, chunk: int):
     walks = [
         memory_of(
             {"objective": {"kd_weight": 0.0, "chunk_tokens": asked}}, machine=machine
-        )._walk_bytes(Micro(4, 1025, 4096), 1.0, alone=True)
+        )._walk_bytes(Micro(4, 1025, 4096), 1.0, None)
         for asked in (0, chunk, chunk // 2)
     ]
     assert walks[0] == walks[1] > walks[2]
@@ -437,8 +437,8 @@ def test_the_moments_of_an_eager_backend():
     assert found["update"].optimizer == 8 * weights
     other = {**teacher, "objective": objective | {"divergence": "jsd"}}
     walks = [
-        memory_of(tables, machine=TORCH, teacher=CONFIG)._walk_bytes(micro, 1.0, alone=False)
-        for tables in (teacher, other)
+        made._walk_bytes(micro, 1.0, made.teacher)
+        for made in (memory_of(it, machine=TORCH, teacher=CONFIG) for it in (teacher, other))
     ]
     assert walks[1] - walks[0] == 3 * 4 * 16 * 512
 

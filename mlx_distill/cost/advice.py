@@ -7,6 +7,7 @@ fits. Decided here: which changes are worth a try.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mlx_distill.data.prepare import Prepared, cut_sequence
 from mlx_distill.machine import Machine
@@ -71,7 +72,7 @@ class Setting:
         peak = self.peak_of(self.recipe, self.prepared)
         return Change(what, peak, peak <= self.memory_bytes)
 
-    def having(self, table: str, **values) -> "Setting":
+    def having(self, table: str, **values: Any) -> "Setting":
         return replace(self, recipe=with_values(self.recipe, **{table: values}))
 
     def cut_to(self, max_tokens: int) -> "Setting":

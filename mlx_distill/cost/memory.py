@@ -143,23 +143,28 @@ class Memory:
         return DTYPE_BYTES[self.dtype]
 
     @property
-    def teaches(self) -> bool:
-        return self.teacher is not None and self.recipe.objective.kd_weight > 0
+    def asked(self) -> Dense | None:
+        """The teacher that a training step asks; validation asks it even at `kd_weight = 0`."""
+        return self.teacher if self.recipe.objective.kd_weight > 0 else None
 
     # weights, gradients, optimizer
 
     @property
     def blocks(self) -> int:
         """Blocks that gradients reach."""
-        layers = self.student.shape.layers
-        adapters = Adapters.of(self.table, self.student.shape)
+        layers, adapters = self.student.shape.layers, self.adapters
         return min(adapters.blocks, layers) if adapters else layers
 
+    @property
+    def adapters(self) -> Adapters | None:
+        return Adapters.of(self.table, self.student.shape)
+
     def trainable(self) -> int:
-        if self.full:
+        """Numbers that train."""
+        if self.adapters is None:
             return self.student.parameters
         magnitudes = self.blocks * sum(self._adapted_outputs()) if self._is_dora else 0
-        return Adapters.of(self.table, self.student.shape).weights + magnitudes
+        return self.adapters.weights + magnitudes
 
     def optimizer_numbers(self) -> int:
         """Numbers of state: Adafactor has a row and a column of each matrix."""
@@ -266,27 +271,23 @@ class Memory:
         widths = 3 * self.student.shape.width + (self.teacher.shape.width if self.teacher else 0)
         return float(FLOAT * micro.positions * widths)
 
-    def _walk_bytes(self, micro: Micro, temperature: float, alone: bool) -> float:
+    def _walk_bytes(self, micro: Micro, temperature: float, teacher: Dense | None) -> float:
         """Logits [C, V] of each model (MLX: once more at a temperature other than 1) and what is
-        under way in blocks of them; on a GPU the heads' blocks in float32.
+        under way in blocks of them; on a GPU the frozen heads' blocks in float32.
         """
-        vocabulary = self.student.shape.vocabulary
-        widths = 0 if self.full else self.student.shape.width
-        if not alone:
-            vocabulary = min(vocabulary, self.teacher.shape.vocabulary)
-            widths += self.teacher.shape.width
+        shapes = [self.student.shape, *([teacher.shape] if teacher else [])]
+        vocabulary = min(shape.vocabulary for shape in shapes)
         rows, blocks = self._chunk(micro, vocabulary)
         block = FLOAT * rows * vocabulary / blocks
-        models = 1 if alone else 2
-        promoted = FLOAT * vocabulary / blocks * widths if self.machine.dtype != "float32" else 0.0
+        frozen = sum(shape.width for shape in (shapes[1:] if self.full else shapes))
+        promoted = FLOAT * vocabulary / blocks * frozen if self.machine.dtype != "float32" else 0.0
         if self.habits.lazy:
-            models += not alone and temperature != 1
-            return models * (blocks + self.habits.blocks_under_way) * block + promoted
+            logits = len(shapes) + (teacher is not None and temperature != 1)
+            return logits * (blocks + self.habits.blocks_under_way) * block + promoted
         at_once = min(rows, chunks.TORCH_ROWS_AT_ONCE) if self.machine.device == "cpu" else rows
-        kl = alone or self.recipe.objective.divergence in ("forward_kl", "reverse_kl")
+        kl = not teacher or self.recipe.objective.divergence in ("forward_kl", "reverse_kl")
         buffers = TORCH_WALK_BUFFERS[not (kl and temperature == 1)]
-        workspace = buffers * FLOAT * at_once * vocabulary
-        return models * block + workspace + promoted
+        return len(shapes) * block + buffers * FLOAT * at_once * vocabulary + promoted
 
     def _chunk(self, micro: Micro, vocabulary: int) -> tuple[int, int]:
         """Positions whose logits exist at once, and the blocks that their vocabulary is cut into."""
@@ -321,14 +322,25 @@ class Memory:
 
         return max(training, key=peak)
 
-    def _moment(self, name: str, holes: float = 0.0, updating: float = 0.0, **parts) -> Moment:
+    def _moment(
+        self,
+        name: str,
+        holes: float = 0.0,
+        updating: float = 0.0,
+        gradients: float = 0.0,
+        activations: float = 0.0,
+        loss: float = 0.0,
+    ) -> Moment:
+        """With what is held at all of them."""
         return Moment(
             name,
             teacher=self.teacher_bytes(),
             student=self.student_bytes(),
+            gradients=gradients,
             optimizer=FLOAT * self.optimizer_numbers() + updating,
+            activations=activations,
+            loss=loss,
             allocator=holes + (RESIDENT_CODE if self._resident else 0.0),
-            **{"gradients": 0.0, "activations": 0.0, "loss": 0.0} | parts,
         )
 
     def _training_moments(self, micro: Micro, accumulates: bool) -> Iterator[Moment]:
@@ -337,10 +349,10 @@ class Memory:
         held = gradients if accumulates else 0.0
         shape, kept = self.student.shape, self._kept_bytes(micro)
         head = float(FLOAT * shape.vocabulary * shape.width) if self.full else 0.0
-        if self.teaches:
-            forward = self._forward_bytes(self.teacher, micro)
+        if self.asked:
+            forward = self._forward_bytes(self.asked, micro)
             yield self._moment("teacher", holes, gradients=held, activations=lazy * kept + forward)
-        walk = self._walk_bytes(micro, self.recipe.objective.temperature, not self.teaches)
+        walk = self._walk_bytes(micro, self.recipe.objective.temperature, self.asked)
         loss = max(walk, head if lazy else 0.0) + self._hidden_bytes(micro) + head
         yield self._moment("loss", holes, gradients=held, activations=kept, loss=loss)
         under_way = self._under_way_bytes(micro)
@@ -356,7 +368,7 @@ class Memory:
         models = [self.student, *([self.teacher] if self.teacher else [])]
         forward = max(self._forward_bytes(model, micro) for model in models)
         yield self._moment("validation", activations=forward)
-        loss = self._walk_bytes(micro, 1.0, self.teacher is None) + self._hidden_bytes(micro)
+        loss = self._walk_bytes(micro, 1.0, self.teacher) + self._hidden_bytes(micro)
         yield self._moment("validation's loss", loss=loss)
 
     def _update_bytes(self, gradients: float, head: float) -> float:

@@ -11,7 +11,7 @@ from functools import partial
 
 from mlx_distill.cost.advice import Advice, Setting, advise
 from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
-from mlx_distill.cost.flops import Adapters, training_flops
+from mlx_distill.cost.flops import training_flops
 from mlx_distill.cost.memory import Memory, Micro, Moment
 from mlx_distill.cost.work import Work
 from mlx_distill.data.prepare import Prepared, count_tokens
@@ -215,11 +215,11 @@ def _flops(recipe: Recipe, work: Work, memory: Memory) -> dict[str, float]:
     parts = work.flops(
         partial(
             training_flops,
-            teacher=memory.teacher.shape if memory.teaches else None,
+            teacher=memory.asked.shape if memory.asked else None,
             student=memory.student.shape,
             full=memory.full,
             checkpointing=recipe.student.gradient_checkpointing,
-            adapters=Adapters.of(recipe.student, memory.student.shape),
+            adapters=memory.adapters,
         )
     )
     if recipe.teacher.cache == "hidden":

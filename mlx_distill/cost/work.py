@@ -107,4 +107,5 @@ def _sizes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and supervised tokens of each sequence."""
     counts = [(len(sequence), int(sequence.supervised(segments).sum())) for sequence in sequences]
-    return tuple(np.array(counts, np.int64).reshape(-1, 2).T)
+    lengths, positions = np.array(counts, np.int64).reshape(-1, 2).T
+    return lengths, positions
