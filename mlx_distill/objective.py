@@ -143,12 +143,22 @@ def skew_reverse_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
     return _times(u, log_ratio), _times(u, log_ratio + 1 - alpha * np.exp(log_ratio))
 
 
+def tvd(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
+    """Total variation distance ½ Σ |s - t|: at most 1, and no id weighs more than its probability.
+
+    Wen et al. 2023 (f-distill, arXiv 2307.15190). Where s = t the gradient of that id is taken as 0.
+    """
+    difference = np.exp(u) - np.exp(v)
+    return np.abs(difference) / 2, _times(u, np.sign(difference) / 2)
+
+
 DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
 }
 
 

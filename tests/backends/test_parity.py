@@ -57,6 +57,7 @@ DIVERGENCES = [
     ("full", Objective("jsd", 0.3, kd_weight=0.5)),
     ("lora", Objective("jsd", 0.3, **HOT)),
     ("full", Objective("skew_kl", temperature=2.0)),
+    ("full", Objective("tvd")),
     ("lora", Objective("skew_reverse_kl")),
 ]
 TRAJECTORIES = [  # what errors compound over: the other families and objectives are compared in one pass

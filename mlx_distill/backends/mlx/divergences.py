@@ -51,12 +51,17 @@ def skew_reverse_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, alpha: m
     return s * mx.log(ratio), s * (mx.log(ratio) - alpha * ratio)
 
 
+def tvd(u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array) -> Pair:
+    return 0.5 * mx.abs(s - t), 0.5 * s * mx.sign(s - t)
+
+
 PAIRS = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
 }
 
 

@@ -78,12 +78,19 @@ def skew_reverse_kl(u: Tensor, v: Tensor, s: Tensor, alpha: float) -> Pair:
     return f, torch.sub(f, ratio.mul_(s), alpha=alpha)
 
 
+def tvd(u: Tensor, v: Tensor, s: Tensor, parameter: float) -> Pair:
+    difference = torch.sub(s, v.exp_(), out=u)
+    g = torch.sign(difference, out=v).mul_(s).mul_(0.5)
+    return difference.abs_().mul_(0.5), g
+
+
 PAIRS = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
 }
 
 # Σ g where it is known without a sum, as -Σ t is: on CUDA the compiled kernel then writes no [C, V]
