@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Protocol
@@ -130,17 +131,18 @@ def _asked(*command: str) -> int:
 
 def versions() -> dict[str, str]:
     """Of the packages that matter, as far as they are installed."""
-    return {name: version(name) for name in PACKAGES if is_installed(name)}
+    return {name: found for name in PACKAGES if (found := _version(name))}
 
 
-def is_installed(package: str) -> bool:
+@cache  # while a process lives; reading it takes a millisecond or two
+def _version(package: str) -> str:
     try:
-        version(package)
+        return version(package)
     except PackageNotFoundError:
-        return False
-    return True
+        return ""
 
 
+@cache  # what runs is what was loaded, whatever the checkout becomes meanwhile
 def git_commit() -> str:
     """The commit of the program's checkout, with "+changes" where it has some; "" for an installed
     package.

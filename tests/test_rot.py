@@ -35,7 +35,7 @@ from mlx_distill.view import View
 
 BASE = (
     "truncation.fraction=0.7",
-    "optim.steps=2",
+    "optim.steps=1",
     "batch.global_batch_size=3",
     "data.validation_examples=2",
     "data.train_examples=8",
@@ -53,6 +53,7 @@ SCORED = (
     "eval.score_base=false",
 )
 LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0")
+TWICE = ("optim.steps=2",)  # what only a second step shows
 OFTEN = ("optim.steps=3", "run.validate_every=1")
 SAMPLED = (*SCORED, "eval.temperature=0.9", "eval.max_new_tokens=6")
 
@@ -123,11 +124,11 @@ CASES = {
     "batch.pad_multiple": ("5", ()),
     "optim.optimizer": ("lion", ()),
     "optim.learning_rate": ("2e-3", ()),
-    "optim.schedule": ("linear", ()),
-    "optim.warmup_fraction": ("0.5", ()),
+    "optim.schedule": ("linear", TWICE),
+    "optim.warmup_fraction": ("0.5", TWICE),
     "optim.weight_decay": ("0.1", ()),
-    "optim.beta1": ("0.5", ()),
-    "optim.beta2": ("0.5", ()),
+    "optim.beta1": ("0.5", TWICE),
+    "optim.beta2": ("0.5", TWICE),
     "optim.eps": ("1e-2", ()),
     "optim.max_grad_norm": ("0.01", ("optim.optimizer=adafactor", "optim.eps=1e-8")),
     "optim.epochs": ("2", ("optim.steps=0",)),
@@ -146,8 +147,8 @@ CASES = {
     "run.name": ("other", ()),
     "run.folder": ("{out}/other", ()),
     "run.seed": ("7", ()),
-    "run.checkpoint_every": ("1", ("run.keep_checkpoints=all",)),
-    "run.validate_every": ("1", ()),
+    "run.checkpoint_every": ("1", ("run.keep_checkpoints=all", *TWICE)),
+    "run.validate_every": ("1", TWICE),
     "run.keep_checkpoints": ("all", OFTEN),
     "run.export": ("last", ("optim.learning_rate=0.5", *OFTEN)),
 }
@@ -165,6 +166,7 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     (root / "tiny.toml").write_text(
         (root / "tiny.toml").read_text().replace(str(tiny_recipe.parent), str(root))
     )
+    model_folder(root / "teacher", bytes_tokenizer("qwen2_5"), seed=1, layers=1)
     model_folder(root / "wide", bytes_tokenizer("qwen2_5"), seed=3, layers=1, width=64)
     model_folder(root / "clock", bytes_tokenizer("clock"), seed=2)
     rows_file(root / "other.jsonl", seed=9)
