@@ -72,9 +72,9 @@ def rows_of(path: Path) -> dict[str, study.Row]:
     }
 
 
-def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_path):
+def test_a_sweep_runs_reports_and_tells_what_failed(write, sweep_line, command_line, tmp_path):
     path = write(FRACTIONS + BAD)
-    result = command_line("sweep", path, "--jobs", "2", "--backend", "mlx")
+    result = sweep_line(path, "--jobs", "2", "--backend", "mlx")
     assert result.code == 2 and "Traceback" not in result.out + result.err
     (line,) = result.err.strip().splitlines()
     assert "1 of 3 runs failed, the others are kept" in line and f"{BAD_RUN}: step 2: the " in line
@@ -114,9 +114,8 @@ def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_pat
     best = load_recipe(tmp_path / "mine" / "best" / "budget-1.00.toml")
     assert best.run.name == "mine-budget-1.00" and best.optim.steps == 2 and best.eval.score_base
 
-    again = command_line(
-        "sweep", path, "--backend", "mlx", fork_jobs=True
-    )  # tries the failed one alone
+    # tries the failed one alone, and that in a program of its own
+    again = command_line("sweep", path, "--backend", "mlx")
     assert (
         again.code == 2
         and "3 runs, 2 of them done before" in again.out
@@ -126,7 +125,7 @@ def test_a_sweep_runs_reports_and_tells_what_failed(write, command_line, tmp_pat
     shutil.rmtree(tmp_path / "cache")  # to free some disk: what was made of it stays
     shutil.rmtree(tmp_path / "mine")
     path.write_text(path.read_text().replace(BAD, ""))
-    rebuilt = command_line("sweep", path, "--backend", "mlx", fork_jobs=True)
+    rebuilt = sweep_line(path, "--backend", "mlx")
     assert rebuilt.code == 0 and set(rows_of(path)) == {
         "seed=42",
         "fraction=1.0_seed=42",
