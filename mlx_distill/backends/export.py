@@ -15,10 +15,11 @@ from typing import Any
 from mlx_distill.errors import ModelError
 from mlx_distill.files import all_lines
 from mlx_distill.models.config import Meaning
-from mlx_distill.models.folder import INDEX, read_generation_config, read_weights
-from mlx_distill.models.shards import in_shards, index_of, places_in
-from mlx_distill.models.tokenizer import make_open_as_file
+from mlx_distill.models.folder import read_generation_config
+from mlx_distill.models.shards import write_shards
+from mlx_distill.models.tokenizer import OTHER_TEMPLATES, make_open_as_file
 from mlx_distill.models.translation import portable
+from mlx_distill.models.weights import read_weights
 from mlx_distill.readers import read_json
 
 SHARD_BYTES = 5 * 2**30
@@ -39,7 +40,6 @@ TOKENIZER_FILES = (
         "chat_template.json",
     ),
 )
-OTHER_TEMPLATES = "additional_chat_templates"  # where transformers keeps the named ones
 LEFT_OUT = (
     *(
         "auto_map",
@@ -76,11 +76,11 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     _copy_tokenizer(base, folder)
     sizes = {key: tensor.nbytes for key, tensor in tensors.items()}
-    shards = in_shards(sizes, SHARD_BYTES)
-    for file, keys in shards.items():
-        save({key: tensors[key] for key in keys}, folder / file)
-    if len(shards) > 1:
-        _write_json(folder / INDEX, index_of(places_in(shards), sum(sizes.values())))
+
+    def save_some(keys: list[str], path: Path) -> None:
+        save({key: tensors[key] for key in keys}, path)
+
+    write_shards(sizes, SHARD_BYTES, folder, save_some)
     _write_configs(base, folder, dtype, stop_ids)
 
 

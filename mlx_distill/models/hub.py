@@ -15,14 +15,16 @@ from pathlib import Path
 import mlx_distill
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.files import sha256_of
-from mlx_distill.models.folder import WEIGHT_FILES, read_config, read_weights, weight_files
-from mlx_distill.models.tokenizer import load_tokenizer
+from mlx_distill.models.folder import read_config
+from mlx_distill.models.shards import WEIGHT_FILES
+from mlx_distill.models.tokenizer import TOKENIZER_FILES, load_tokenizer
+from mlx_distill.models.weight_files import weight_files
+from mlx_distill.models.weights import read_weights
 from mlx_distill.readers import path_of
 
 __all__ = ["cache_folder", "load_tokenizer", "model_fingerprint", "model_folder"]
 
 EMBEDDED_WEIGHTS = Path(mlx_distill.__file__).parent / "embedded" / "weights"
-TOKENIZER_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WHOLE_HASH_BYTES = 2 * 1024**3
 SAMPLE_BYTES = 1024**2
@@ -192,7 +194,7 @@ def _downloaded(name: str, revision: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    patterns = [*TOKENIZER_FILES, WEIGHT_FILES] if weights else TOKENIZER_FILES
+    patterns = [*TOKENIZER_FILES, *([WEIGHT_FILES] if weights else [])]
     try:
         return Path(
             snapshot_download(

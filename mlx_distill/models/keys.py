@@ -51,6 +51,27 @@ INITIAL_OR_KERNEL = {  # what random weights are made by, how long texts may be,
 }
 
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+WIDTHS = (
+    "vocab_size",
+    "hidden_size",
+    "n_embd",
+    "d_model",
+    "dim",
+    "intermediate_size",
+    "n_inner",
+    "head_dim",
+    "ffn_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "n_head",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_intermediate_size",
+)
+
+
 def own_fields(config_class: type) -> list[str]:
     """The keys of a config class of transformers beside those that every one has."""
     from transformers import PreTrainedConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Layer, Meaning, with_rope_type
-from mlx_distill.models.folder import read_weights
 from mlx_distill.models.keys import HARMLESS
 from mlx_distill.models.translation import keys_for_mlx
+from mlx_distill.models.weights import read_weights
 
 TRANSLATION = "1"  # raise it when a folder that mlx-lm alone reads wrong is computed otherwise
 OWN_PARTS = ("gemma", "starcoder2", "gemma3_text")  # whose activation or embedding we replace

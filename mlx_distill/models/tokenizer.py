@@ -7,18 +7,20 @@ file's on a text of all kinds, and the file's are taken.
 """
 
 import json
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import one_line
+from mlx_distill.files import one_line, sha256_of
 from mlx_distill.readers import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+OTHER_TEMPLATES = "additional_chat_templates"  # where transformers keeps the named ones
 FILE_CLASS = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it is
 PROBES = (
     "In 2024, 1,234,567 of 89 x 3.14 = 10^6; 70 % and 1 000.",
@@ -34,11 +36,32 @@ PROBES = (
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a local model folder, without network and without running code from the
-    folder.
+    folder. The same object as long as the files stay the same, so nobody may change it.
 
     Raises `ModelError` where the folder has no tokenizer that `transformers` reads as a fast (Rust)
     one, or none that gives the ids of its `tokenizer.json`.
     """
+    return _loaded(folder, _content(folder))
+
+
+def _content(folder: Path) -> tuple[tuple[Path, str], ...]:
+    """The files that a tokenizer is read from, with their digests: 11 ms for a vocabulary of
+    150,000, where reading the tokenizer takes a second.
+    """
+    patterns = (*TOKENIZER_FILES, f"{OTHER_TEMPLATES}/*.jinja")
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return tuple((file, _digest(file)) for file in files)
+
+
+def _digest(file: Path) -> str:
+    try:
+        return sha256_of(file)
+    except OSError:  # a folder, or a file that transformers will complain about if it needs it
+        return ""
+
+
+@lru_cache(maxsize=4)
+def _loaded(folder: Path, content: tuple[tuple[Path, str], ...]) -> "PreTrainedTokenizerFast":
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise ModelError(
             f"tokenizer in {folder}: there is no tokenizer.json; copy it from the model it "

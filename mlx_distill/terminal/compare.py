@@ -15,8 +15,9 @@ import numpy as np
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.files import one_line
 from mlx_distill.models.config import Meaning
-from mlx_distill.models.folder import read_config, read_weights
+from mlx_distill.models.folder import read_config
 from mlx_distill.models.tokenizer import PROBES, load_tokenizer
+from mlx_distill.models.weights import read_weights
 
 SHORTEST = 256
 LONGEST = 2048  # a window of more tokens is not seen

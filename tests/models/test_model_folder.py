@@ -18,8 +18,8 @@ from tiny import llama_config, random_weights
 from mlx_distill.backends.mlx import loading as mlx_loading
 from mlx_distill.backends.torch import loading as torch_loading
 from mlx_distill.errors import ModelError
-from mlx_distill.models.folder import read_weights
 from mlx_distill.models.hub import model_fingerprint, model_folder
+from mlx_distill.models.weights import read_weights
 
 CONFIG = llama_config(width=16, vocabulary=40)
 TENSORS = random_weights(CONFIG, seed=0)
@@ -460,7 +460,7 @@ def test_not_finite_is_seen_in_every_format(dtype: str, value: float, size: int,
 
 
 def finite_of(tensor) -> bool:
-    from mlx_distill.models.folder import is_finite
+    from mlx_distill.models.weights import is_finite
 
     return is_finite(tensor)
 

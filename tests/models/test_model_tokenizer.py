@@ -1,6 +1,7 @@
 """A folder's tokenizer gives the ids of its tokenizer.json, whatever class its config names."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,14 @@ def test_and_is_left_alone_where_it_does(tmp_path: Path):
     before = (folder / "tokenizer_config.json").read_bytes()
     make_open_as_file(folder)
     assert (folder / "tokenizer_config.json").read_bytes() == before
+
+
+def test_a_tokenizer_is_read_once_as_long_as_its_files_are_the_same(tmp_path: Path):
+    folder = tokenizer_folder(tmp_path)
+    first = load_tokenizer(folder)
+    assert load_tokenizer(folder) is first
+    config = folder / "tokenizer_config.json"
+    before = config.stat()
+    config.write_text(config.read_text().replace(TEMPLATE, TEMPLATE[::-1]))
+    os.utime(config, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert load_tokenizer(folder).chat_template == TEMPLATE[::-1] != first.chat_template

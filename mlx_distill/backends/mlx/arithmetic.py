@@ -21,8 +21,7 @@ from mlx_distill.backends.mlx.rotary import settle_rotary
 from mlx_distill.errors import ModelError
 from mlx_distill.files import one_line
 from mlx_distill.models.config import Meaning
-from mlx_distill.models.folder import WIDTHS
-from mlx_distill.models.keys import HARMLESS, INITIAL_OR_KERNEL
+from mlx_distill.models.keys import HARMLESS, INITIAL_OR_KERNEL, WIDTHS
 from mlx_distill.models.ranges import ACTIVATIONS
 from mlx_distill.models.translation import keys_for_mlx
 

@@ -19,8 +19,9 @@ from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.backends.mlx.weights import cast, stored_weights
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
-from mlx_distill.models.folder import Weights, read_config, read_generation_config, read_weights
+from mlx_distill.models.folder import read_config, read_generation_config
 from mlx_distill.models.translation import for_mlx
+from mlx_distill.models.weights import Weights, read_weights
 from mlx_distill.recipe.tables import StudentTable
 
 Notes = tuple[str, ...]

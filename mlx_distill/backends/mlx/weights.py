@@ -8,7 +8,7 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_distill.backends import export, refusals
-from mlx_distill.models.folder import read_weights
+from mlx_distill.models.weights import read_weights
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -17,8 +17,9 @@ from mlx_distill.backends.torch.adapters import add_adapters
 from mlx_distill.backends.torch.model import SplitModel
 from mlx_distill.backends.torch.weights import cast_frozen, stored_weights
 from mlx_distill.errors import ModelError
-from mlx_distill.models.folder import read_config, read_generation_config, read_weights
+from mlx_distill.models.folder import read_config, read_generation_config
 from mlx_distill.models.ranges import ACTIVATIONS, refuse_impossible
+from mlx_distill.models.weights import read_weights
 from mlx_distill.recipe.tables import StudentTable
 
 transformers.utils.logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlx_distill.backends import export
-from mlx_distill.models.folder import read_weights
+from mlx_distill.models.weights import read_weights
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:

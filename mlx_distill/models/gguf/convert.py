@@ -17,12 +17,11 @@ import numpy as np
 
 from mlx_distill.errors import ModelError
 from mlx_distill.files import made_whole, one_line, told_as
-from mlx_distill.models.folder import INDEX
 from mlx_distill.models.gguf.config import generation_config, model_config
 from mlx_distill.models.gguf.file import GGUFFile, read_gguf
 from mlx_distill.models.gguf.tensors import check_shapes, number_type, read_tensor, tensor_names
 from mlx_distill.models.gguf.tokenizer import build_tokenizer, tokenizer_config
-from mlx_distill.models.shards import in_shards, index_of, places_in
+from mlx_distill.models.shards import write_shards
 
 CONVERTER_VERSION = 2  # raise it when the output changes: cached conversions are then made again
 SHARD_BYTES = 4 * 1000**3
@@ -70,16 +69,15 @@ def _write_weights(
     theirs = {ours: name for name, ours in names.items()}
     itemsize = np.dtype(number).itemsize
     sizes = {ours: int(file.tensors[name].n_elements) * itemsize for name, ours in names.items()}
-    shards = in_shards(sizes, SHARD_BYTES)
-    for name, keys in shards.items():
+
+    def save(keys: list[str], path: Path) -> None:
         arrays = {key: _stored(file, theirs[key], number) for key in keys}
         try:
-            save_file(arrays, folder / name, metadata={"format": "pt"})
+            save_file(arrays, path, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(one_line(error)) from error
-    if len(shards) > 1:
-        document = index_of(places_in(shards), sum(sizes.values()))
-        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+
+    write_shards(sizes, SHARD_BYTES, folder, save)
 
 
 def _stored(file: GGUFFile, name: str, number: type[np.floating[Any]]) -> np.ndarray:
