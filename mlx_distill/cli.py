@@ -230,10 +230,10 @@ def evaluate(
     """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens. Started
     again, it goes on.
     """
-    from mlx_distill import pipeline
+    from mlx_distill.scoring.of_model import score_model
 
     with _stoppable() as view:
-        pipeline.score_model(model, task, tuple(set_ or ()), view, backend, out)
+        score_model(model, task, tuple(set_ or ()), view, backend, out)
 
 
 @app.command()

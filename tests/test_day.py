@@ -15,6 +15,7 @@ from mlx_distill.data import day as days
 from mlx_distill.errors import DataError, RunError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring import score as scoring
 from mlx_distill.view import View
 
 SETTINGS = (
@@ -104,9 +105,9 @@ def test_two_days_are_two_caches(call):
 
 def test_scores_are_asked_on_the_day_of_the_run(call, monkeypatch):
     asked = []
-    score = pipeline.evaluate.score
+    score = scoring.score
     monkeypatch.setattr(
-        pipeline.evaluate,
+        scoring,
         "score",
         lambda *given, **named: asked.append((given, named)) or score(*given, **named),
     )

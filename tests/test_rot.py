@@ -29,6 +29,7 @@ from mlx_distill.backends.mlx import student as mlx_student
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.training import loop, schedule
 from mlx_distill.view import View
@@ -355,10 +356,10 @@ def test_a_field_that_is_ignored_would_be_found(field, world, tmp_path, calls, m
             lambda self, *rest: made(self, *rest) or setattr(self, "chunk_tokens", 16),
         )
     else:
-        scored = pipeline.evaluate.score
+        scored = scoring.score
         ignored = {field.split(".")[1]: 3}
         monkeypatch.setattr(
-            pipeline.evaluate,
+            scoring,
             "score",
             lambda model, tokenizer, task, settings, *rest: scored(
                 model, tokenizer, task, settings.model_copy(update=ignored), *rest

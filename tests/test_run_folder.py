@@ -18,20 +18,24 @@ from rich.console import Console
 from safetensors.numpy import save_file
 
 from mlx_distill import pipeline
-from mlx_distill.backends import choose_backend
+from mlx_distill.backends.pair import Pair
+from mlx_distill.data.sequences import stop_ids
 from mlx_distill.errors import OutOfMemory, RankLost, RunError
 from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.runs.disk import refuse_full_disk
 from mlx_distill.runs.manifest import Manifest, Start
 from mlx_distill.runs.provenance import identity
 from mlx_distill.runs.rows import LOGS, MetricsRow, ValidationRow
 from mlx_distill.runs.run_folder import RunFolder, TrainState
+from mlx_distill.scoring.of_run import stops
 from mlx_distill.scoring.score import Score
 from mlx_distill.scoring.stops import stops_of
 from mlx_distill.scoring.task_scores import TaskScores, forget_score
+from mlx_distill.teaching.of_recipe import cache_of
 from mlx_distill.training.loop import restore
-from mlx_distill.view import View, silent
+from mlx_distill.view import View
 
 
 def make_recipe(folder: Path, **tables) -> Recipe:
@@ -615,16 +619,14 @@ def test_free_disk_is_checked_before_the_first_step(tiny_recipe, tmp_path, monke
         {},
         {"keep_checkpoints": "all", "validate_every": 1},
     ):
-        made = pipeline.Pipeline(
-            recipe.model_copy(update={"run": recipe.run.model_copy(update=change)}), None, None
-        )
+        table = recipe.run.model_copy(update=change)
         student = type(
             "Student", (), {"state_bytes": lambda self: 1000, "export_bytes": lambda self: 10}
         )()
         for free in range(0, 10**5, 10):
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage(0, 0, free))
             try:
-                made._check_disk(RunFolder(tmp_path / "tiny"), student, 6)
+                refuse_full_disk(RunFolder(tmp_path / "tiny"), table, student, 6)
             except RunError:
                 continue
             needed.append(free)
@@ -838,32 +840,29 @@ def test_a_run_of_a_version_that_computed_the_teacher_otherwise_is_refused(
 
 def test_a_cache_and_kept_texts_say_whose_arithmetic_they_are_of(world, tmp_path):
     recipe = load_recipe(world, ("teacher.cache=top_k", f"teacher.cache_folder={tmp_path}/answers"))
-    made = pipeline.Pipeline(recipe, silent(), choose_backend("mlx"))
-    assert made.open_cache().fields.arithmetic == "1"
-    assert identity(made.teacher_folder)["arithmetic"] == "1" and set(
-        identity(made.student_folder)
-    ) == {"fingerprint"}
+    pair = Pair.of(recipe)
+    assert cache_of(pair, "").fields.arithmetic == "1"
+    assert identity(pair.teacher)["arithmetic"] == "1"
+    assert set(identity(pair.student)) == {"fingerprint"}
     table = recipe.teacher.model_copy(update={"model": recipe.student.model})
-    plain = pipeline.Pipeline(
-        recipe.model_copy(update={"teacher": table}), silent(), choose_backend("mlx")
-    )
-    assert plain.open_cache().fields.arithmetic == ""
+    plain = Pair.of(recipe.model_copy(update={"teacher": table}))
+    assert cache_of(plain, "").fields.arithmetic == ""
 
 
 def test_texts_end_where_configs_tokenizer_or_template_say(world):
     recipe = load_recipe(world, ())
-    made = pipeline.Pipeline(recipe, silent(), choose_backend("mlx"))
-    folder, common = made.teacher_folder, set(made.stop_ids)
+    pair = Pair.of(recipe)
+    folder, common = pair.teacher, set(stop_ids(pair.tokenizer))
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": [7, 10**6]}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text('{"eos_token_id": 9}')
-    assert made._stops("teacher", folder) == common | {7, 9}
-    assert not {7, 9} & made._stops("base", made.student_folder)
-    assert stops_of(folder, load_tokenizer(made.student_folder)) == common | {7, 9}
+    assert stops(pair, "teacher", folder) == common | {7, 9}
+    assert not {7, 9} & stops(pair, "base", pair.student)
+    assert stops_of(folder, load_tokenizer(pair.student)) == common | {7, 9}
     file = folder / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": None}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    assert made._stops("teacher", folder) == common | {7, 9}
+    assert stops(pair, "teacher", folder) == common | {7, 9}
 
 
 # what was changed by hand

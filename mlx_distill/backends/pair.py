@@ -1,14 +1,18 @@
-"""Whether two models can be teacher and student, as far as their files say it without their
-weights.
+"""Teacher and student of a recipe, as far as their files say it without their weights.
+
+In: a recipe. Out: a `Pair` of folders and tokenizers. Decided here: which models cannot be teacher
+and student, which is refused before any weight is read.
 """
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.backends import refusals
 from mlx_distill.models.folder import read_config
-from mlx_distill.models.hub import load_tokenizer
+from mlx_distill.models.hub import load_tokenizer, model_folder
 from mlx_distill.models.ranges import refuse_impossible
 from mlx_distill.models.vocabulary import common_rows, head_rows
 from mlx_distill.recipe.recipe import Recipe
@@ -17,28 +21,58 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def refuse_pair(
-    recipe: Recipe, teacher: Path | None, student: Path, tokenizer: "PreTrainedTokenizerFast"
-) -> "PreTrainedTokenizerFast | None":
-    """Raise `ModelError` for models that cannot be teacher and student, as their configs and
-    tokenizers say; no weights are read. Returns the teacher's tokenizer.
-    """
-    for folder, name in ((student, recipe.student.model), (teacher, recipe.teacher.model)):
-        if folder:
-            refuse_impossible(read_config(folder, name), f"{name}: {folder / 'config.json'}")
-    if any(
-        key in read_config(student, recipe.student.model)
-        for key in ("quantization", "quantization_config")
-    ):
-        raise refusals.quantised_student(recipe.student.model)
-    if teacher is None:
-        return None
-    config = read_config(teacher, recipe.teacher.model)
-    stored = config.get("quantization") or config.get("quantization_config")
+@dataclass(frozen=True)
+class Pair:
+    """The two models' folders and tokenizers; the teacher's are None for a recipe without one."""
+
+    recipe: Recipe
+    student: Path
+    teacher: Path | None
+    tokenizer: "PreTrainedTokenizerFast"
+    teacher_tokenizer: "PreTrainedTokenizerFast | None"
+
+    @classmethod
+    def of(cls, recipe: Recipe, weights: bool = True) -> "Pair":
+        """The models of a recipe, their weights too where they have to be fetched. Raises
+        `ModelError` for two that cannot be teacher and student.
+        """
+        named = recipe.teacher
+        student = model_folder(recipe.student.model, recipe.student.revision, weights=weights)
+        teacher = (
+            model_folder(named.model, named.revision, weights=weights) if named.model else None
+        )
+        tokenizer = load_tokenizer(student)
+        _refuse_configs(recipe, student, teacher)
+        theirs = tokenizer if teacher == student else teacher and load_tokenizer(teacher)
+        pair = cls(recipe, student, teacher, tokenizer, theirs)
+        if teacher:
+            pair.common_rows(*(head_rows(path) or sys.maxsize for path in (teacher, student)))
+        return pair
+
+    def models(self) -> Iterator[tuple[str, str, Path]]:
+        """(role, name in the recipe, folder) of each."""
+        yield "student", self.recipe.student.model, self.student
+        if self.teacher:
+            yield "teacher", self.recipe.teacher.model, self.teacher
+
+    def common_rows(self, teacher_rows: int, student_rows: int) -> int:
+        """Rows of both heads that the loss compares; raises `ModelError` as
+        `models.vocabulary.common_rows` does.
+        """
+        theirs, ours = self.teacher_tokenizer.get_vocab(), self.tokenizer.get_vocab()
+        return common_rows(theirs, ours, teacher_rows, student_rows)
+
+
+def _refuse_configs(recipe: Recipe, student: Path, teacher: Path | None) -> None:
+    name = recipe.student.model
+    config = read_config(student, name)
+    refuse_impossible(config, f"{name}: {student / 'config.json'}")
+    theirs = read_config(teacher, recipe.teacher.model) if teacher else {}
+    if teacher:
+        refuse_impossible(theirs, f"{recipe.teacher.model}: {teacher / 'config.json'}")
+    if config.keys() & {"quantization", "quantization_config"}:
+        raise refusals.quantised_student(name)
+    stored = theirs.get("quantization") or theirs.get("quantization_config")
     if stored and recipe.teacher.quantize_bits:
         bits = stored.get("bits", "fewer") if isinstance(stored, dict) else "fewer"
         raise refusals.quantised_already(recipe.teacher.model, recipe.teacher.quantize_bits, bits)
-    theirs = tokenizer if teacher == student else load_tokenizer(teacher)
-    rows = [head_rows(folder) or sys.maxsize for folder in (teacher, student)]
-    common_rows(theirs.get_vocab(), tokenizer.get_vocab(), *rows)
-    return theirs

@@ -11,10 +11,13 @@ counted at the loss positions only, and the loss as the elementwise passes of it
 logit. Norms, activations, DoRA's column norms and the optimizer are left out (below 1 %).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlx_distill.data.batches import Step
+from mlx_distill.models.folder import read_config
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import StudentTable
 
 # Elementwise operations a logit in the walk of backends/*/dense.py, an exponential counted as one:
@@ -180,6 +183,30 @@ def _trained_trunk(
     spared = 0.0 if adapters else 2.0 * shape.layers * shape.width * shape.ffn * tokens
     again = share * (forward - spared) + low_rank if checkpointing else 0.0
     return share * shape.trunk(lengths, passes, 3) + (1 - share) * forward + 3 * low_rank + again
+
+
+def flops_counter(
+    recipe: Recipe, teacher: Path | None, student: Path
+) -> Callable[[Step], dict[str, float]]:
+    """What a step of a recipe costs by part; {} where a model is not a dense decoder of a known
+    kind. Hidden states that are kept cost no pass through the teacher's trunk.
+    """
+    table, kind = recipe.student, recipe.teacher.cache
+    ours = Shape.of(read_config(student))
+    teaches = recipe.objective.kd_weight > 0 and kind in ("off", "hidden")
+    theirs = Shape.of(read_config(teacher)) if teaches else None
+    if ours is None or (teaches and theirs is None):
+        return lambda step: {}
+    adapters = Adapters.of(table, ours)
+
+    def counted(step: Step) -> dict[str, float]:
+        full = table.tuning == "full"
+        parts = step_flops(step, theirs, ours, full, table.gradient_checkpointing, adapters)
+        if kind == "hidden":
+            parts.pop("teacher", None)
+        return parts
+
+    return counted
 
 
 def total_flops(steps: Iterable[dict[str, float]]) -> dict[str, float]:

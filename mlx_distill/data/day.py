@@ -7,7 +7,7 @@ the first of them to choose one writes it beside them.
 """
 
 import datetime
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,22 @@ def choose_day(
             "no clock; leave it empty"
         )
     return ""
+
+
+def day_of_run(
+    data: DataTable,
+    tokenizer: "PreTrainedTokenizerFast",
+    kept: str,
+    cached: Callable[[], Iterable[str]],
+    runs: Path,
+) -> str:
+    """The day that all prompts of a run say, "" without a clock: the recipe's, else the one with
+    which it began (`kept`), else its teacher cache's (`cached`), agreed with the other `runs`.
+    """
+    day = choose_day(data, tokenizer, [kept])
+    if not day or data.date or kept:
+        return day
+    return agreed_day(runs, choose_day(data, tokenizer, cached()))
 
 
 def share_day(runs: Path, day: str = "") -> None:

@@ -10,6 +10,7 @@ import platform
 import time
 from pathlib import Path
 
+from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import DeviceInfo
 from mlx_distill.data.prepare import Prepared, count_tokens
 from mlx_distill.data.sequences import Segment
@@ -20,16 +21,9 @@ from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.manifest import DataAccount, KnownModel, Manifest, SegmentTokens, Start
 
 
-def make_manifest(
-    recipe: Recipe,
-    device: DeviceInfo,
-    models: dict[str, tuple[str, Path]],
-    prepared: Prepared,
-    steps: int,
-) -> Manifest:
-    """The manifest of a run that begins; `models` maps teacher and student to (name in the recipe,
-    folder).
-    """
+def make_manifest(pair: Pair, device: DeviceInfo, prepared: Prepared, steps: int) -> Manifest:
+    """The manifest of a run that begins."""
+    recipe = pair.recipe
     return Manifest(
         name=recipe.run.name,
         recipe_digest=recipe.digest(),
@@ -47,8 +41,7 @@ def make_manifest(
         git_commit=git_commit(),
         seed=recipe.run.seed,
         models={
-            part: KnownModel(name=name, **identity(folder))
-            for part, (name, folder) in models.items()
+            role: KnownModel(name=name, **identity(folder)) for role, name, folder in pair.models()
         },
         data=data_account(prepared, recipe),
         data_digest=data_digest(prepared),

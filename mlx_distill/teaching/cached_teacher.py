@@ -41,6 +41,15 @@ class CachedTeacher:
             return found
         return self.backend.cached_targets(found, self.head)
 
+    def refuse_other_rows(self, rows: int) -> None:
+        """Raises `CacheError` where student and teacher compare other rows of their heads than were
+        kept.
+        """
+        if self.cache.fields.kind != "hidden" and rows != self.vocabulary_rows:
+            raise CacheError(
+                f"{self.cache.path}: vocabulary_rows {rows} asked, {self.vocabulary_rows} found"
+            )
+
     def _record(self, batch: Batch, row: int) -> Record:
         tokens = batch.tokens[row, : batch.lengths[row]]
         record = self.cache.find(batch.ids[row], tokens)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.backends.pair import refuse_pair
+from mlx_distill.backends.pair import Pair
 from mlx_distill.cost.memory import PARTS
 from mlx_distill.cost.plan import MEASURED, SECONDS_FACTOR, Measured, Plan, make_plan
 from mlx_distill.cost.probe import ProbeFailed, Question, kept_answer, probe
@@ -24,7 +24,6 @@ from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.machine import Machine, this_machine
 from mlx_distill.models.folder import read_config
-from mlx_distill.models.hub import load_tokenizer, model_folder
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.terminal.show import account, count_table
@@ -54,16 +53,10 @@ def plan_of(
     Raises `DistillError` as `prepare` and `make_plan` do.
     """
 
-    def folder(name: str, revision: str) -> Path | None:
-        return model_folder(name, revision, weights=weights) if name else None
-
-    student = folder(recipe.student.model, recipe.student.revision)
-    teacher = folder(recipe.teacher.model, recipe.teacher.revision)
-    tokenizer = load_tokenizer(student)
-    refuse_pair(recipe, teacher, student, tokenizer)
-    day = choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()])
-    prepared = prepare(recipe, tokenizer, day)
-    return prepared, *_planned(recipe, prepared, student, teacher, machine, advised)
+    pair = Pair.of(recipe, weights)
+    day = choose_day(recipe.data, pair.tokenizer, [RunFolder.of(recipe).kept_day()])
+    prepared = prepare(recipe, pair.tokenizer, day)
+    return prepared, *_planned(recipe, prepared, pair.student, pair.teacher, machine, advised)
 
 
 def _planned(

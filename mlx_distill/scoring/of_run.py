@@ -1,0 +1,108 @@
+"""Scoring a run: teacher, base and student each answer the recipe's task once.
+
+In: a run folder with its student. Out: `eval.json`, after each model, and `generations.jsonl`.
+Decided here: what is kept of an earlier scoring, and that no model is scored that is not the one
+the run began with, or wrote.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_distill.backends.pair import Pair
+from mlx_distill.backends.protocol import Backend
+from mlx_distill.runs.inputs import refuse_changed_model, refuse_older_arithmetic
+from mlx_distill.runs.provenance import identity
+from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring import score as scoring
+from mlx_distill.scoring.generations import FILE, Generations
+from mlx_distill.scoring.score import Score, describe
+from mlx_distill.scoring.stops import stops_of
+from mlx_distill.scoring.task_scores import GenerationsFile, TaskScores
+from mlx_distill.verify.tasks import Task
+from mlx_distill.view import View
+
+
+def score_run(
+    folder: RunFolder, pair: Pair, task: Task, day: str, backend: Backend, view: View
+) -> None:
+    """Score what is not scored yet; a score that is kept is not made again, nor is a kept
+    generation. Raises `RunError` for a model that changed.
+    """
+    scores = _kept_scores(folder, view)
+    missing = [one for one in _scored(folder, pair) if one[0] not in scores]
+    if missing:
+        view.say(task.describe())
+    for part, path, bits in missing:
+        refuse_older_arithmetic(folder, pair)
+        if part == "student":
+            folder.exported.refuse_changed()
+        else:
+            role = "student" if part == "base" else part
+            refuse_changed_model(folder, role, path, part)
+        made_by = identity(path) | {"bits": bits, "backend": backend.name}
+        generations = Generations(folder.path / FILE, part, made_by, view.say)
+        scores[part] = _score(part, path, bits, pair, task, day, backend, view, generations)
+        folder.write(
+            TaskScores(
+                task=task.name,
+                compared=task.compared(),
+                generations=GenerationsFile(**generations.reference()),
+                scores=scores,
+            )
+        )
+        backend.release()
+
+
+def _score(
+    part: str,
+    path: Path,
+    bits: int,
+    pair: Pair,
+    task: Task,
+    day: str,
+    backend: Backend,
+    view: View,
+    generations: Generations,
+) -> Score:
+    settings = pair.recipe.eval
+    found = scoring.score(
+        backend.load_teacher(path, part, bits),
+        pair.tokenizer,
+        task,
+        settings,
+        view.count(f"scoring {part}", len(task.problems) * settings.samples),
+        stops(pair, part, path),
+        day,
+        generations,
+    )
+    view.say(f"{part}: {describe(found)}")
+    return found
+
+
+def stops(pair: Pair, part: str, path: Path) -> frozenset[int]:
+    """Where texts of the teacher, the base or the student end; only the teacher has a tokenizer of
+    its own.
+    """
+    own = [pair.teacher_tokenizer] if part == "teacher" else []
+    return stops_of(path, pair.tokenizer, *own)
+
+
+def _scored(folder: RunFolder, pair: Pair) -> Iterator[tuple[str, Path, int]]:
+    """What is scored, where it lies, and to how many bits it is quantised."""
+    settings = pair.recipe.eval
+    if pair.teacher and settings.score_teacher:
+        yield "teacher", pair.teacher, pair.recipe.teacher.quantize_bits
+    if settings.score_base:
+        yield "base", pair.student, 0
+    yield "student", folder.student, 0
+
+
+def _kept_scores(folder: RunFolder, view: View) -> dict[str, Score]:
+    """Those of eval.json that can be read; of the others it is said that they are made again."""
+    kept = folder.readable(TaskScores, view.say, "what it held is scored again")
+    for part in kept.broken:
+        view.say(
+            f"note: {folder.path / kept.FILE}: the score of the {part} is incomplete "
+            "and is made again"
+        )
+    return kept.whole
