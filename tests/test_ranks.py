@@ -101,7 +101,7 @@ def assert_same_run(found: Path, expected: Path, tolerance: float = 1e-5) -> Non
     """The same files, steps and losses, and students that differ by rounding."""
     assert files(found) == files(expected)
     for log in ("metrics.jsonl", "validation.jsonl"):
-        ours, theirs = RunFolder(found).rows(log), RunFolder(expected).rows(log)
+        ours, theirs = logged(found, log), logged(expected, log)
         assert [row["step"] for row in ours] == [row["step"] for row in theirs]
         for row, other in zip(ours, theirs, strict=True):
             for name in {"loss", "ce", "grad_norm", "tokens_seen", "loss_tokens"} & other.keys():

@@ -49,10 +49,10 @@ def test_a_framework_that_is_not_installed_is_named_with_how_to_get_it(
 def test_our_own_modules_import_no_framework():
     modules = (
         "cli",
-        "recipe",
+        "recipe.load",
         "backends.protocol",
         "pipeline",
-        "train",
+        "training.loop",
         "scoring.score",
         "reporting.runs_page",
         "terminal.show",
