@@ -10,8 +10,8 @@ from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import DeviceInfo
 from mlx_distill.data.prepare import Prepared
 from mlx_distill.errors import RunError
-from mlx_distill.models.reading import reading_of
 from mlx_distill.models.hub import model_fingerprint
+from mlx_distill.models.reading import reading_of
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.provenance import inputs_digest, make_manifest, make_start
 from mlx_distill.runs.run_folder import RunFolder

@@ -12,8 +12,8 @@ from mlx_distill.backends.protocol import Backend, LiveTeacher
 from mlx_distill.data.prepare import Prepared
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError
-from mlx_distill.models.reading import reading_of
 from mlx_distill.models.hub import model_fingerprint
+from mlx_distill.models.reading import reading_of
 from mlx_distill.models.vocabulary import head_rows
 from mlx_distill.teaching.fields import CacheFields
 from mlx_distill.teaching.fill import fill
