@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -43,7 +44,8 @@ class Words:
         return "user: " + " ".join(turn["content"] for turn in turns)
 
     def __call__(self, text, **_):
-        return {"input_ids": self.encode(text)}
+        places = [word.span() for word in re.finditer(r"\S+", text)]
+        return {"input_ids": self.encode(text), "offset_mapping": places}
 
 
 class Scripted:

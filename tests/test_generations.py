@@ -2,7 +2,6 @@
 says what was written.
 """
 
-import dataclasses
 import hashlib
 import json
 import random
@@ -58,7 +57,7 @@ def scored(
     drawn = Drawn(tokenizer, dies)
     kept = Generations(path, model, fields or {"fingerprint": "f"}, said.append)
     result = score(drawn, tokenizer, task or make_task(), settings, kept=kept)
-    return dataclasses.replace(result, seconds=0.0), drawn, said, kept
+    return result.model_copy(update={"seconds": 0.0}), drawn, said, kept
 
 
 def rows(path):
