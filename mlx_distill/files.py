@@ -53,6 +53,8 @@ ANY_REMEDY = (  # a library that says no cause: most often there is no room, in 
     "free some disk (or raise your quota, or `ulimit -f`) and run the same command again"
 )
 LEFT_OVER = re.compile(r"\.(?P<name>.+?)(-[0-9a-f]{8})?\.tmp")  # no digits: of an older version
+LEFT_BY_SYSTEMS = (".DS_Store", "lost+found")  # in every folder that a Mac showed, on new disks
+COMPANION = "._"  # macOS keeps beside `x`, in `._x`, what FAT and network disks cannot hold of it
 FREE, HELD, UNKNOWN = "free", "held", "unknown"
 ONE_LINE_CHARACTERS = 300
 
@@ -167,6 +169,11 @@ def left_overs(parent: Path, name: re.Pattern) -> list[Path]:
         if ours and _lock_of(path) is FREE:
             found.append(path)
     return found
+
+
+def is_left_by_a_system(name: str) -> bool:
+    """Whether an operating system makes files of this name by itself, in anybody's folder."""
+    return name in LEFT_BY_SYSTEMS or name.startswith(COMPANION)
 
 
 # through to the disk

@@ -16,6 +16,7 @@ import pytest
 from endings import STUDENT, arguments, assert_same
 from rich.console import Console
 from safetensors.numpy import save_file
+from tiny import left_by_a_mac
 
 from mlx_distill import pipeline
 from mlx_distill.backends.pair import Pair
@@ -287,6 +288,36 @@ def test_fresh_removes_our_files_alone_and_says_what_stays(tmp_path):
         and "keeps .step-000004.tmp, manifest.json.bak" in said[0]
         and "which no run made" in said[0]
     )
+
+
+def test_what_a_mac_leaves_in_a_run_harms_nothing(tmp_path):
+    """Beside each file in one of its own, where the disk is FAT or a network's."""
+    run, said = RunFolder.open(make_recipe(tmp_path)), []
+
+    def written(path: Path) -> None:
+        write()(path)
+        left_by_a_mac(path)
+
+    run.save_checkpoint(TrainState(2), written, "last")
+    sums = (run.checkpoint(2) / "SHA256SUMS").read_text()
+    assert len(sums.splitlines()) == 3 and "._" not in sums
+    run.write(Manifest(exported_step=2))
+    run.write_student(lambda path: (path / "config.json").write_text("{}"))
+    for folder in (run.path, run.checkpoints, run.checkpoint(2), run.student):
+        left_by_a_mac(folder)
+    again = RunFolder.open(make_recipe(tmp_path))
+    assert again.last_state() == TrainState(2) and again.has_student()
+    again.save_checkpoint(TrainState(2), write(), "last")
+    changed = make_recipe(tmp_path, run={"seed": 1})
+    assert RunFolder.open(changed, fresh=True, say=said.append).last_state() == TrainState()
+    assert said == []
+
+
+def test_the_companion_of_a_persons_file_stays_with_it(tmp_path):
+    run = RunFolder.open(make_recipe(tmp_path))
+    mine = [add(run.path / name) for name in ("thesis.txt", "._thesis.txt")]
+    RunFolder.open(make_recipe(tmp_path, run={"seed": 1}), fresh=True)
+    assert all(path.read_text() == "mine" for path in mine)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import family_folder, llama_config
+from tiny import family_folder, left_by_a_mac, llama_config
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums
@@ -573,6 +573,22 @@ def test_a_full_disk_is_one_line_and_loses_nothing(root, tmp_path, monkeypatch):
     cache = TeacherCache(tmp_path, fields("top_k"))
     assert [path.name for path in cache.path.glob("*part*")] == ["part-000000"] and cache.size()[0]
     assert written(tmp_path, fields("top_k"), backend, teacher).size()[0] == len(SEQUENCES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_mac_leaves_in_a_cache_harms_nothing(root, tmp_path, kind):
+    backend = choose_backend("torch")
+    teacher, said = backend.load_teacher(root / "teacher", "teacher"), []
+    cache = written(tmp_path, fields(kind), backend, teacher, SEQUENCES[:4])
+    left_by_a_mac(cache.path)
+    again = written(tmp_path, fields(kind), backend, teacher, said=said)
+    assert again.size()[:2] == (6, TOKENS) and said == []
+    batch, live = make_batch(SEQUENCES, ALL), tmp_path / "live"
+    wanted = written(live, fields(kind), backend, teacher)
+    found, wanted = (CachedTeacher(one, backend).targets(batch) for one in (again, wanted))
+    learner = student(backend, root)
+    sums = [learner.score(batch, one, Objective()).stacked() for one in (found, wanted)]
+    np.testing.assert_allclose(*sums, rtol=1e-6)
 
 
 def test_a_cache_may_move(backend, teacher, tmp_path):

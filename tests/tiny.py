@@ -176,3 +176,13 @@ def texts(model: Model, prompts: list[list[int]], count: int, **sampling) -> lis
     """What a model writes after each prompt, in the prompts' order: at most `count` new ids."""
     found = dict(model.generate(prompts, Sampling(count, **sampling)))
     return [found[place] for place in range(len(prompts))]
+
+
+def left_by_a_mac(folder: Path) -> None:
+    """What macOS puts into a folder: the Finder's file, and beside each file and folder one of what
+    the disk cannot hold of it (AppleDouble).
+    """
+    for path in list(folder.iterdir()):
+        if not path.name.startswith("."):
+            path.with_name(f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X\xff")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1\xff")

@@ -106,7 +106,7 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if templates := sorted((base / OTHER_TEMPLATES).glob("*.jinja")):
+    if templates := sorted((base / OTHER_TEMPLATES).glob("[!.]*.jinja")):
         (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
         for file in templates:
             shutil.copyfile(file, folder / OTHER_TEMPLATES / file.name)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx_distill
 from mlx_distill.errors import ModelError, NotFound
-from mlx_distill.files import sha256_of
+from mlx_distill.files import COMPANION, sha256_of
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.shards import WEIGHT_FILES
 from mlx_distill.models.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -125,7 +125,8 @@ def _other_weights(folder: Path) -> str | None:
         for pattern in ("*.bin", "*.safetensors", "*.gguf")
         for file in folder.glob(pattern)
     )
-    return next((file for file in found if not file.startswith("adapter")), None)
+    others = ("adapter", COMPANION)
+    return next((file for file in found if not file.startswith(others)), None)
 
 
 def _shown(name: str) -> str:
@@ -141,7 +142,7 @@ def _advice(folder: Path) -> str:
             "it is an adapter: fuse it into its base model (peft's merge_and_unload) and name "
             "the folder of the result"
         )
-    if found := sorted(folder.glob("*.gguf")):
+    if found := sorted(folder.glob("[!.]*.gguf")):
         return f"name the file in it: {found[0]}"
     if found := sorted(folder.glob("*/config.json")):
         return f"a model lies one level down: {found[0].parent}"

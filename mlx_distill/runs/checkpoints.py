@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mlx_distill.errors import DistillError, NotFound, RunError
-from mlx_distill.files import left_overs, made_whole, one_line, sha256_of
+from mlx_distill.files import is_left_by_a_system, left_overs, made_whole, one_line, sha256_of
 from mlx_distill.readers import read_json, read_text
 from mlx_distill.runs import own_files
 from mlx_distill.runs.small_files import Say, quiet
@@ -199,9 +199,11 @@ def _holds_own(folder: Path) -> bool:
 
 
 def all_files(folder: Path) -> list[str]:
-    """The files in a folder, at any depth, by their paths in it."""
+    """The files in a folder, at any depth, by their paths in it, but for a system's own."""
     return sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and not is_left_by_a_system(path.name)
     )
 
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from mlx_distill.files import COMPANION, LEFT_BY_SYSTEMS
+
 FILES = (
     "manifest.json",
     "recipe.toml",
@@ -26,10 +28,6 @@ FILES = (
 LOCK = "run.lock"
 STARTING_OVER = ".starting-over"  # stands while the files of an earlier run are being removed
 CHECKPOINT = ("state.json", "weights.safetensors", "optimizer.safetensors", "SHA256SUMS")
-LEFT_BY_SYSTEMS = (
-    ".DS_Store",
-    "lost+found",
-)  # in every folder that a Mac showed, on every new disk
 STUDENT = re.compile(  # what a run writes there, where its manifest does not say
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab"
     r"|chat_template|preprocessor_config|processor_config|model\.safetensors\.index)\.json"
@@ -84,7 +82,8 @@ def remove_named(folder: Path, own: Own) -> None:
 
 
 def _is_own(folder: Path, path: Path, own: Own) -> bool:
-    return path.name in LEFT_BY_SYSTEMS or own(path.relative_to(folder).as_posix())
+    owner = path.with_name(path.name.removeprefix(COMPANION))
+    return path.name in LEFT_BY_SYSTEMS or own(owner.relative_to(folder).as_posix())
 
 
 def _files(folder: Path) -> list[Path]:

@@ -21,7 +21,7 @@ from typing import Self
 from mlx_distill import files
 from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
-from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
+from mlx_distill.files import InUse, flush_folder, is_left_by_a_system, one_line, remedy, told_as
 from mlx_distill.readers import read_text
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
@@ -95,7 +95,7 @@ class RunFolder(SmallFiles):
                 )
             return
         try:
-            names = {entry.name for entry in self.path.iterdir()} - set(own_files.LEFT_BY_SYSTEMS)
+            names = {entry.name for entry in _of_people(self.path)}
             begun = not names or self._is_begun(names)
         except OSError as error:
             raise RunError(
@@ -244,9 +244,9 @@ class RunFolder(SmallFiles):
         self._remove_own()
         with told_as(RunError, mark):
             mark.unlink()
-        known = {"checkpoints", own_files.LOCK, *own_files.LEFT_BY_SYSTEMS}
-        kept = sorted(entry for entry in self.path.iterdir() if entry.name not in known)
-        kept += sorted(self.checkpoints.iterdir())
+        known = ("checkpoints", own_files.LOCK)
+        kept = [entry for entry in _of_people(self.path) if entry.name not in known]
+        kept += _of_people(self.checkpoints)
         if kept:
             say(f"note: {self.path} keeps {own_files.few(kept, self.path)}, which no run made")
 
@@ -378,3 +378,8 @@ class SilentFolder(RunFolder):
 
     def write_student(self, write: Callable[[Path | None], None]) -> None:
         write(None)
+
+
+def _of_people(folder: Path) -> list[Path]:
+    """What lies in a folder, in order, but for what a system put there."""
+    return sorted(entry for entry in folder.iterdir() if not is_left_by_a_system(entry.name))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tiny import llama_config, random_weights
+from tiny import left_by_a_mac, llama_config, random_weights
 
 from mlx_distill.backends.mlx import loading as mlx_loading
 from mlx_distill.backends.torch import loading as torch_loading
@@ -73,6 +73,26 @@ def truth(tmp_path_factory) -> np.ndarray:
 
 
 # folders as people have them
+
+
+def test_what_a_mac_leaves_in_a_folder_harms_nothing(tmp_path: Path, truth: np.ndarray):
+    folder = sharded(tmp_path / "model")
+    before = model_fingerprint(folder)
+    left_by_a_mac(folder)
+    assert len(list(folder.glob("._*"))) == 5
+    assert model_fingerprint(model_folder(str(folder))) == before
+    for load in LOADERS:
+        np.testing.assert_allclose(load(folder), truth, atol=1e-5)
+
+
+def test_a_companion_of_a_mac_is_no_model(tmp_path: Path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    left_by_a_mac(tmp_path)
+    with pytest.raises(ModelError, match=r"name the file in it: .*/a\.gguf"):
+        model_folder(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ModelError, match=r"weights found: a\.gguf"):
+        model_folder(str(tmp_path))
 
 
 def hub_snapshot(folder: Path) -> Path:
