@@ -9,8 +9,8 @@ forward KL where the student forbids what the teacher gives, reverse KL where th
 what the student gives. Axes: `N` loss positions, `V` vocabulary.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
 from typing import Literal, TypeVar
@@ -21,6 +21,8 @@ from scipy import special
 from mlx_distill.recipe.tables import ObjectiveTable
 from mlx_distill.recipe.values import Divergence
 
+# the cross-entropy of what follows a cut, which learns from the text alone
+ENDING = "ending"
 Values = TypeVar("Values", float, np.ndarray)
 
 
@@ -59,9 +61,19 @@ class Objective:
         ce = {"ce": 1 - self.kd_weight}
         return {"kd": self.kd_weight, **ce} if self.needs_teacher else ce
 
+    def weights_of(self, terms: Collection[str]) -> dict[str, float]:
+        """The same of a run whose terms are these: `ENDING` may be one, and counts whole."""
+        return self.weights | ({ENDING: 1.0} if ENDING in terms else {})
+
+    @property
+    def text_alone(self) -> "Objective":
+        """What is minimised where no teacher is asked: the cross-entropy, and all of it."""
+        return replace(self, kd_weight=0.0)
+
     def total(self, terms: Mapping[str, Values]) -> Values:
         """The loss: the weighted sum of its terms. One that counts nothing may be missing."""
-        return reduce(add, (share * terms[name] for name, share in self.weights.items() if share))
+        shares = self.weights_of(terms).items()
+        return reduce(add, (share * terms[name] for name, share in shares if share))
 
     @property
     def parameter(self) -> float:

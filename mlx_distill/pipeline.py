@@ -32,8 +32,9 @@ from mlx_distill.runs.provenance import make_start
 from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder, SilentFolder, TrainState
 from mlx_distill.runs.sample import make_sample
+from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.of_run import score_run
-from mlx_distill.scoring.task_scores import forget_score
+from mlx_distill.scoring.task_scores import TaskScores, forget_score
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.folder import TeacherCache
@@ -261,6 +262,8 @@ class Pipeline:
     def _finish(self, folder: RunFolder) -> None:
         folder.update(Manifest, finished=True)
         report([folder.path], folder.path)
+        if note := unfinished_note(self.recipe, folder.readable(TaskScores).whole):
+            self.view.say(f"note: {note}")
         self.view.say(f"report: {folder.path / 'report.html'}")
 
 

@@ -10,7 +10,9 @@ from safetensors.numpy import load_file
 STUDENT = "mlx_distill.backends.mlx.student:MlxStudent"
 TORCH_STUDENT = "mlx_distill.backends.torch.student:TorchStudent"
 SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
-LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0", "truncation.token_share=0.5")
+CUT = ("token_share=0.5", "span=cot", "ending=answer", "whole_share=0.3")
+LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0")
+LORA += tuple(f"truncation.{setting}" for setting in CUT)
 MODES = {"full": SHORT, "lora": (*SHORT, *LORA), "torch": SHORT, "torch lora": (*SHORT, *LORA)}
 TIMES = {
     "seconds",

@@ -217,6 +217,32 @@ def test_flops_are_those_of_the_steps_and_of_their_padding():
     assert (plan.work.steps, plan.work.tokens_read, plan.work.loss_tokens) == (2, 52, 46)
 
 
+def test_what_follows_a_cut_costs_the_student_alone():
+    """The teacher's head is not asked there; by hand, at 3 tokens of each of 6 sequences."""
+    lengths = [5, 9, 16, 3, 12, 7]
+    table = {"micro_batch_size": 2, "global_batch_size": 3, "pad_multiple": 4}
+    teacher = llama_config(layers=2, width=32, vocabulary=512)
+    asked = recipe(batch=table, teacher={"model": "it"}, objective={"kd_weight": 0.5})
+    rows = [replace(one, ending=min(3, len(one) - 1)) for one in sequences(lengths)]
+    made = replace(prepared(lengths), train=tuple(rows))
+    plan, plain = (make_plan(asked, one, teacher, CONFIG, CPU) for one in (made, prepared(lengths)))
+    shapes = Shape.of(teacher), Shape.of(CONFIG)
+    parts = [
+        step_flops(step, *shapes, full=True) for step in Steps(rows, ("cot",), asked.batch, 42)
+    ]
+    for part in ("teacher", "student", "head", "loss"):
+        assert plan.flops[part] == pytest.approx(sum(found[part] for found in parts))
+    endings = 5 * 3 + 2
+    assert plan.work.endings.sum() == endings
+    assert plan.flops["teacher"] == plain.flops["teacher"]
+    heads = 3 * shapes[1].head(plan.work.loss_tokens) + shapes[0].head(
+        plan.work.loss_tokens - endings
+    )
+    assert plan.flops["head"] == pytest.approx(heads)
+    said = "".join(str(part) for part in printing.render(plan, CPU, asked))
+    assert f"{endings} of them follow a cut, and learn from the text alone" in said
+
+
 # moments
 
 

@@ -49,7 +49,7 @@ def test_an_unknown_field_is_refused_with_table_field_nearest_name_and_choices(w
         f"{write('x').parent / 'mine.toml'}: [truncation] has no field 'fracton'; did you mean "
         "'fraction'? "
     )
-    assert message.endswith("Choices: keep, span, fraction, max_tokens, context, token_share")
+    assert message.endswith("context, token_share, whole_share, ending")
 
 
 def test_an_unknown_table_is_refused_likewise(write):
@@ -516,7 +516,8 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
         "eval": {"compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST
-    assert {"data": {"date"}, "objective": {"skew_alpha"}} == NEWER
+    newer = {"data": {"date"}, "objective": {"skew_alpha"}}
+    assert newer | {"truncation": {"whole_share", "ending"}} == NEWER
 
 
 def test_the_resolved_text_loads_as_an_equal_recipe(write, tmp_path):

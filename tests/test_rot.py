@@ -112,6 +112,8 @@ CASES = {
     "truncation.max_tokens": ("88", ()),
     "truncation.context": ("keep", ("truncation.keep=suffix",)),
     "truncation.token_share": ("0.5", ()),
+    "truncation.whole_share": ("0.5", ()),
+    "truncation.ending": ("answer", ()),
     "objective.segments": ('["prompt"]', ()),
     "objective.divergence": ("reverse_kl", ()),
     "objective.jsd_beta": ("0.2", ("objective.divergence=jsd",)),

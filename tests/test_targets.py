@@ -189,6 +189,9 @@ CUTS = {
 }
 
 
+ENDED = ("half", "most", "half of the cot", "up to </think>", "middle in context")
+
+
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("kind", ["hidden", "top_k"])
 def test_cached_and_live_are_equal(backend, root, teacher, caches, kind, divergence):
@@ -213,6 +216,24 @@ def test_one_cache_serves_every_cut_and_segment_set(backend, root, teacher, cach
     for kind in ("hidden", "top_k"):
         found = learner.score(batch, caches[kind].targets(batch), Objective())
         np.testing.assert_allclose(found.stacked(), live.stacked(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("segments", [("cot",), ("answer",), ALL], ids="+".join)
+@pytest.mark.parametrize("cut", [CUTS[name] for name in ENDED], ids=ENDED)
+def test_one_cache_serves_every_cut_with_an_ending(backend, root, teacher, caches, cut, segments):
+    whole = [dataclasses.replace(one, closing=one.cot_end - 1) for one in SEQUENCES]
+    table = TruncationTable(**cut, ending="answer")
+    sequences = [truncate(one, table) for one in whole] + whole[:1]
+    sequences = [one for one in sequences if one.supervised(segments).any()]
+    assert any(one.ending for one in sequences)
+    batch = make_batch(sequences[::-1], segments, 8, endings=True)
+    live = update(backend, root, batch, teacher.targets(batch), Objective())
+    assert live[0].ending_tokens.sum() > 0
+    for kind in ("hidden", "top_k"):
+        cached = update(backend, root, batch, caches[kind].targets(batch), Objective())
+        assert_equal(cached, live, 1e-5)
+    sampled = student(backend, root).score(batch, caches["sampled"].targets(batch), Objective())
+    np.testing.assert_allclose(sampled.terms["ending"], live[0].terms["ending"], rtol=1e-5)
 
 
 def test_a_cut_that_drops_context_is_refused_by_id(caches):

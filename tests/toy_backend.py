@@ -31,6 +31,9 @@ class ToyTeacher:
         self.vocabulary_rows, self.parameters = len(weights), weights.size
 
     def targets(self, batch) -> np.ndarray:
+        return self.logits(batch)[: batch.taught]
+
+    def logits(self, batch) -> np.ndarray:
         check_indices("tokens", batch.tokens, len(self.weights))
         check_indices("loss positions", batch.positions, batch.tokens.size)
         return self.weights[batch.tokens.ravel()[batch.positions]]
@@ -52,24 +55,23 @@ class ToyStudent(ToyTeacher):
 
     def rows(self, batch, targets, objective) -> LossSums:
         check_indices("targets", batch.targets, len(self.weights))
-        logits = self.targets(batch)
-        teaches = targets is not None and objective.needs_teacher
-        kd = definition.divergence(logits, targets, objective) if teaches else np.zeros(len(logits))
+        logits, taught = self.logits(batch), batch.taught
+        kd, agree = np.zeros((2, len(logits)))
+        if targets is not None:
+            agree[:taught] = definition.same_choice(logits[:taught], targets)
+        if targets is not None and objective.needs_teacher:
+            kd[:taught] = definition.divergence(logits[:taught], targets, objective)
         ce = definition.cross_entropy(logits, batch.targets)
-        agree = (
-            definition.same_choice(logits, targets)
-            if targets is not None
-            else np.zeros(len(logits))
-        )
         return LossSums.of(batch, {"kd": kd, "ce": ce, "agree": agree})
 
     def accumulate(self, batch, targets, objective, loss_tokens) -> LossSums:
         rows = self.rows(batch, targets, objective)
-        gradient = (
-            definition.grad(self.targets(batch), targets, batch.targets, objective)
-            * batch.weight[:, None]
-            / loss_tokens
+        logits, taught = self.logits(batch), batch.taught
+        gradient = definition.cross_entropy_grad(logits, batch.targets)
+        gradient[:taught] = definition.grad(
+            logits[:taught], targets, batch.targets[:taught], objective
         )
+        gradient = gradient * batch.weight[:, None] / loss_tokens
         np.add.at(self.gradient, batch.tokens.ravel()[batch.positions], gradient)
         return self.poisoned(rows, "accumulate", batch)
 

@@ -7,14 +7,14 @@ opaque to all but the same backend's student. Axes: `B` sequences, `T` tokens, `
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from mlx_distill.data.batches import Batch
-from mlx_distill.objective import Objective
+from mlx_distill.objective import ENDING, Objective
 from mlx_distill.recipe.recipe import Recipe
 
 Targets = (
@@ -58,35 +58,54 @@ class LossSums:
     float64[3].
 
     terms by name, kd: divergence in nats (temperature scaling included), ce: cross-entropy in nats,
-    agree: positions of `objective.same_choice`. Those that `Objective.weights` names make the loss.
-    tokens: sum of weights, by which all of them are divided.
+    agree: positions of `objective.same_choice`, each where the teacher is asked; `ENDING`:
+    cross-entropy at the other positions, in runs that have some. Those that `Objective.weights_of`
+    names make the loss. tokens: sum of weights, by which terms are divided; ending_tokens divide
+    `ENDING`.
     """
 
     terms: dict[str, np.ndarray]
     tokens: np.ndarray
+    ending_tokens: np.ndarray = field(default_factory=lambda: np.zeros(3))
 
     @classmethod
     def of(cls, batch: Batch, rows: Mapping[str, np.ndarray]) -> "LossSums":
         """From rows [N] of any float type by name; rows of weight 0 do not count."""
+
+        def sums(weight: np.ndarray, row: np.ndarray) -> np.ndarray:
+            return np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3)
+
         weight = batch.weight.astype(np.float64)
-        terms = {
-            name: np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3)
-            for name, row in rows.items()
-        }
-        return cls(terms, np.bincount(batch.segment, weight, 3))
+        if batch.endings is None:
+            return cls({name: sums(weight, row) for name, row in rows.items()}, sums(weight, 1.0))
+        taught = np.arange(len(weight)) < batch.taught
+        asked, alone = weight * taught, weight * ~taught
+        terms = {name: sums(asked, row) for name, row in rows.items()}
+        terms[ENDING] = sums(alone, rows["ce"])
+        return cls(terms, sums(asked, 1.0), sums(alone, 1.0))
+
+    def tokens_of(self, term: str) -> np.ndarray:
+        """What a term's sums are divided by, float64[3]."""
+        return self.ending_tokens if term == ENDING else self.tokens
+
+    @property
+    def loss_tokens(self) -> float:
+        """Positions that make the loss."""
+        return float(self.tokens.sum() + self.ending_tokens.sum())
 
     def stacked(self) -> np.ndarray:
-        """The terms in their order, then the tokens: float64[terms + 1, 3]."""
-        return np.stack([*self.terms.values(), self.tokens])
+        """The terms in their order, then the tokens of both kinds: float64[terms + 2, 3]."""
+        return np.stack([*self.terms.values(), self.tokens, self.ending_tokens])
 
     def over_ranks(self, all_sum: Callable[[np.ndarray], np.ndarray]) -> "LossSums":
         """The sums over all ranks, which name the same terms, by one `Backend.all_sum`."""
-        *terms, tokens = all_sum(self.stacked())
-        return LossSums(dict(zip(self.terms, terms, strict=True)), tokens)
+        *terms, tokens, ending_tokens = all_sum(self.stacked())
+        return LossSums(dict(zip(self.terms, terms, strict=True)), tokens, ending_tokens)
 
     def __add__(self, other: "LossSums") -> "LossSums":
         terms = {name: values + other.terms[name] for name, values in self.terms.items()}
-        return LossSums(terms, self.tokens + other.tokens)
+        tokens, ending_tokens = self.tokens + other.tokens, self.ending_tokens + other.ending_tokens
+        return LossSums(terms, tokens, ending_tokens)
 
 
 def check_indices(name: str, indices: np.ndarray, stop: int) -> None:
@@ -152,7 +171,8 @@ class Teacher(Protocol):
     def vocabulary_rows(self) -> int:
         """Rows of the head that the answers are over, padding included."""
 
-    def targets(self, batch: Batch) -> Targets: ...
+    def targets(self, batch: Batch) -> Targets:
+        """At the first `batch.taught` positions."""
 
 
 class Model(Protocol):

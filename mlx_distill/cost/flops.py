@@ -137,7 +137,10 @@ def step_flops(
     """
     lengths = [int(t) for batch in step.batches for t in batch.lengths]
     positions = sum(float(batch.weight.sum()) for batch in step.batches)
-    return training_flops(lengths, positions, teacher, student, full, checkpointing, adapters)
+    alone = sum(float(batch.weight[batch.taught :].sum()) for batch in step.batches)
+    return training_flops(
+        lengths, positions, teacher, student, full, checkpointing, adapters, alone
+    )
 
 
 def training_flops(
@@ -148,25 +151,23 @@ def training_flops(
     full: bool,
     checkpointing: bool = False,
     adapters: Adapters | None = None,
+    alone: float = 0.0,
 ) -> dict[str, float]:
     """Operations by part of training on sequences of these lengths, with so many loss positions in
-    all of them.
+    all of them, `alone` of which learn from the text alone.
 
     `full` trains every matrix; otherwise they are frozen and `adapters` train (None: all blocks,
     their own cost left out).
     """
     passes = 3 if full else 2  # the gradient of frozen matrices is not computed
     trunk = _trained_trunk(lengths, student, passes, checkpointing, adapters)
-    heads, per_logit = passes * student.head(positions), LOSS_OPERATIONS_ALONE
+    heads, loss = passes * student.head(positions), LOSS_OPERATIONS_ALONE * positions
     parts = {}
     if teacher:
         parts["teacher"] = teacher.trunk(lengths)
-        heads, per_logit = heads + teacher.head(positions), LOSS_OPERATIONS
-    return parts | {
-        "student": trunk,
-        "head": heads,
-        "loss": float(per_logit * positions * student.vocabulary),
-    }
+        heads += teacher.head(positions - alone)
+        loss = LOSS_OPERATIONS * (positions - alone) + LOSS_OPERATIONS_ALONE * alone
+    return parts | {"student": trunk, "head": heads, "loss": float(loss * student.vocabulary)}
 
 
 def _trained_trunk(

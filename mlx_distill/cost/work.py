@@ -51,6 +51,7 @@ class Work:
     steps: int
     lengths: np.ndarray  # int[S, G]: tokens of each example of each step
     positions: np.ndarray  # int[S, G]: those that carry loss
+    endings: np.ndarray  # int[S, G]: those that follow a cut and learn from the text alone
     training: Counter[Micro]
     validation: Counter[Micro]
 
@@ -74,6 +75,7 @@ class Work:
             len(steps),
             lengths[rows],
             positions[rows],
+            np.array([sequence.ending for sequence in prepared.train], np.int64)[rows],
             shapes(lengths[rows], positions[rows]),
             held_out,
         )
@@ -91,8 +93,9 @@ class Work:
         """Padded tokens of the longest micro-batch."""
         return max(micro.length for micro in self.training)
 
-    def flops(self, count: Callable[[Sequence[int], float], dict[str, float]]) -> dict[str, float]:
+    def flops(self, count: Callable[..., dict[str, float]]) -> dict[str, float]:
         """Operations by part of all steps, and those spent on padding."""
+        count = partial(count, alone=float(self.endings.sum()))
         parts = count(self.lengths.ravel().tolist(), float(self.positions.sum()))
         lengths, positions = [], 0
         for micro, times in self.training.items():

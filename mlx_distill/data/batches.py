@@ -27,7 +27,9 @@ class Batch:
     `[B*T]`, targets `int32[N]`, segment `int8[N]` (the `Segment` of the target), weight
     `float32[N]` (1, or 0 where N itself is padded), lengths `int32[B]` (real tokens), ids
     `tuple[str, ...]` of length B. Positions with weight 0 point at position 0 and target 0: valid
-    to gather, and never to be counted.
+    to gather, and never to be counted. endings `int32[B]` are the tokens at the end of each row
+    that follow a cut (`TokenSequence.ending`), None in a run that has none. The teacher is asked at
+    the first `taught` positions alone; the others, those of endings, learn from the text.
     """
 
     tokens: np.ndarray
@@ -37,6 +39,16 @@ class Batch:
     weight: np.ndarray
     lengths: np.ndarray
     ids: tuple[str, ...]
+    endings: np.ndarray | None = None
+
+    @property
+    def taught(self) -> int:
+        """How many of the N positions are the teacher's to answer, all where there are no endings."""
+        if self.endings is None:
+            return len(self.weight)
+        row, place = np.divmod(self.positions, self.tokens.shape[1])
+        before_the_ending = place + 1 < (self.lengths - self.endings)[row]
+        return int((before_the_ending & (self.weight > 0)).sum())
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,8 @@ class Steps:
                 "training examples carry loss; lower it"
             )
         self._sequences, self._segments, self._batch, self._seed = sequences, segments, batch, seed
+        # of any example, so that all ranks make batches of one kind
+        self._endings = any(sequence.ending for sequence in sequences)
         self._count = steps or -(-epochs * len(sequences) // batch.global_batch_size)
 
     def __len__(self) -> int:
@@ -88,7 +102,7 @@ class Steps:
         size = self._batch.global_batch_size
         taken = _by_length([self._sequences[row] for row in self.rows(index * size, size)])
         batches = tuple(
-            make_batch(group, self._segments, self._batch.pad_multiple)
+            make_batch(group, self._segments, self._batch.pad_multiple, self._endings)
             for group in _groups(taken, self._batch)
         )
         loss_tokens = sum(float(batch.weight.sum(dtype=np.float64)) for batch in batches)
@@ -129,13 +143,17 @@ def share_of(batches: Sequence[Batch], rank: int, size: int) -> list[Batch]:
 
 
 def make_batch(
-    sequences: Sequence[TokenSequence], segments: tuple[str, ...], pad_multiple: int = 1
+    sequences: Sequence[TokenSequence],
+    segments: tuple[str, ...],
+    pad_multiple: int = 1,
+    endings: bool = False,
 ) -> Batch:
     """Pad sequences to one `[B, T]` and shift: target `tokens[b, t]` is predicted at position `b*T
     + t - 1`.
 
-    T and N are rounded up to `pad_multiple`, to keep shapes few. Raises `DataError` for a batch
-    with more positions than 32 bits count, `ValueError` for indices that do not fit.
+    T and N are rounded up to `pad_multiple`, to keep shapes few. `endings` says whether the run has
+    sequences with some, whose positions then stand last. Raises `DataError` for a batch with more
+    positions than 32 bits count, `ValueError` for indices that do not fit.
     """
     if not sequences:
         raise ValueError("a batch needs at least one sequence")
@@ -154,6 +172,10 @@ def make_batch(
         carries[row, : lengths[row]] = sequence.supervised(segments)
         kinds[row, : lengths[row]] = sequence.segments()
     places = np.flatnonzero(carries)  # row-major: b*T + t of each supervised token
+    follows_a_cut = np.zeros((len(sequences), width), bool)
+    for row, sequence in enumerate(sequences):
+        follows_a_cut[row, lengths[row] - sequence.ending : lengths[row]] = True
+    places = places[np.argsort(follows_a_cut.ravel()[places], kind="stable")]
     _check(tokens, places, width)
     padding = _round_up(len(places), pad_multiple) - len(places)
     return Batch(
@@ -164,6 +186,7 @@ def make_batch(
         weight=np.pad(np.ones(len(places), np.float32), (0, padding)),
         lengths=lengths,
         ids=tuple(sequence.id for sequence in sequences),
+        endings=np.array([one.ending for one in sequences], np.int32) if endings else None,
     )
 
 

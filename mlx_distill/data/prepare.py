@@ -19,9 +19,9 @@ from mlx_distill.data.examples import Example, Skip, Turns, shuffled
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import Segment, TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
-from mlx_distill.data.truncate import thin, truncate
+from mlx_distill.data.truncate import stays_whole, thin, truncate
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.recipe.tables import DataTable, TruncationTable
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Prepared:
     the same order. `validation` are whole. `examples` has the text of all of them by id. `skipped`
     has the rows not used by reason; rows that were not needed are in none of these. `unused` has
     what used and skipped rows carry besides, by kind and name ("column source"), with how often.
-    `day` is what prompts say, "" where their template reads no clock.
+    `day` is what prompts say, "" where their template reads no clock. `stay_whole` counts the
+    training examples that `whole_share` leaves uncut.
     """
 
     train: tuple[TokenSequence, ...]
@@ -49,6 +50,19 @@ class Prepared:
     skipped: dict[str, int]
     unused: dict[str, int] = field(default_factory=dict)
     day: str = ""
+    stay_whole: int = 0
+
+    def about_endings(self) -> list[str]:
+        """For a person: how many examples are not cut, and how many end in an answer after it."""
+        lines, count = [], len(self.train_whole)
+        if self.stay_whole:
+            lines.append(f"{self.stay_whole:,} of {count:,} examples stay whole")
+        if ended := [sequence.ending for sequence in self.train if sequence.ending]:
+            lines.append(
+                f"{len(ended):,} of {count:,} examples end in </think> and the answer after the "
+                f"cut: {sum(ended):,} tokens, learned from the text alone"
+            )
+        return lines
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,7 @@ class TokenCounts:
     examples: int
     tokens: np.ndarray
     supervised: np.ndarray
+    ending: int = 0  # of the tokens, those that follow a cut
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,7 @@ def learnable(
         skipped=dict(Counter(chosen.skipped) + causes),
         unused=chosen.unused,
         day=chosen.day,
+        stay_whole=sum(_stays_whole(sequence, recipe) for sequence in whole),
     )
 
 
@@ -211,7 +227,7 @@ CUT_AWAY = "no supervised token left after the cut"
 
 def _why_nothing_is_left(whole: TokenSequence, recipe: Recipe) -> str:
     """Why the cut and the share leave a sequence nothing to learn."""
-    cut = truncate(whole, recipe.truncation)
+    cut = cut_sequence(whole, with_values(recipe, truncation={"token_share": 1.0}))
     if cut.supervised(recipe.objective.segments).any():
         return SHARE_IS_NONE
     ends_in_prompt = recipe.truncation.keep in ("prefix", "cot") and len(cut) <= whole.prompt_end
@@ -245,11 +261,16 @@ def _longer(cut: TruncationTable) -> str:
 
 
 def cut_sequence(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:
-    """One whole sequence as the recipe trains on it: truncated, then thinned to its share of
-    supervised tokens.
+    """One whole sequence as the recipe trains on it: truncated, unless it is among those that stay
+    whole, then thinned to its share of supervised tokens.
     """
-    cut = truncate(sequence, recipe.truncation)
+    whole = _stays_whole(sequence, recipe)
+    cut = sequence if whole else truncate(sequence, recipe.truncation)
     return thin(cut, recipe.truncation.token_share, recipe.objective.segments, recipe.run.seed)
+
+
+def _stays_whole(sequence: TokenSequence, recipe: Recipe) -> bool:
+    return stays_whole(sequence, recipe.truncation.whole_share, recipe.run.seed)
 
 
 def count_tokens(sequences: Sequence[TokenSequence], segments: tuple[str, ...]) -> TokenCounts:
@@ -259,19 +280,21 @@ def count_tokens(sequences: Sequence[TokenSequence], segments: tuple[str, ...]) 
         kinds = sequence.segments()
         tokens += np.bincount(kinds, minlength=3)
         supervised += np.bincount(kinds[sequence.supervised(segments)], minlength=3)
-    return TokenCounts(len(sequences), tokens, supervised)
+    ending = sum(sequence.ending for sequence in sequences)
+    return TokenCounts(len(sequences), tokens, supervised, ending)
 
 
 @dataclass(frozen=True)
 class TokenRun:
     """Neighbouring tokens of one segment that are all kept or all cut; `learned` `bool[n]` says
-    which carry loss.
+    which carry loss, `ending` whether they follow the cut and learn from the text alone.
     """
 
     segment: Segment
     kept: bool
     tokens: np.ndarray
     learned: np.ndarray
+    ending: bool = False
 
 
 def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[TokenRun]:
@@ -281,13 +304,19 @@ def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[TokenRun]:
     cut = cut_sequence(
         replace(whole, tokens=np.arange(len(whole), dtype=np.int32)), recipe
     )  # tokens are now places
-    kept, learned = np.zeros(len(whole), bool), np.zeros(len(whole), bool)
+    kept, learned, ending = np.zeros((3, len(whole)), bool)
     kept[cut.tokens] = True
     learned[cut.tokens[cut.supervised(recipe.objective.segments)]] = True
+    ending[cut.tokens[len(cut) - cut.ending :]] = True
     segments = whole.segments()
-    changes = np.flatnonzero((np.diff(segments) != 0) | (np.diff(kept) != 0)) + 1
+    kinds = np.stack([segments, kept, ending])
+    changes = np.flatnonzero((np.diff(kinds) != 0).any(axis=0)) + 1
     for places in np.split(np.arange(len(whole)), changes):
         first = places[0]
         yield TokenRun(
-            Segment(int(segments[first])), bool(kept[first]), whole.tokens[places], learned[places]
+            Segment(int(segments[first])),
+            bool(kept[first]),
+            whole.tokens[places],
+            learned[places],
+            bool(ending[first]),
         )

@@ -1,7 +1,7 @@
 """`Example` → `TokenSequence`: token ids that know where the prompt and the chain of thought end.
 
-In: an example and a fast tokenizer with a chat template. Out: `int32[T]` and two half-open segment
-ends. Decided here:
+In: an example and a fast tokenizer with a chat template. Out: `int32[T]`, two half-open segment ends
+and where `</think>` begins. Decided here:
 
 - The layout `{prompt}<think>\\n{cot}\\n</think>\\n\\n{answer}{end of turn}`, where only `{prompt}`
   goes through the chat template (templates rewrite, move or delete reasoning). `<think>`,
@@ -51,7 +51,9 @@ class TokenSequence:
 
     prompt = [0, prompt_end), cot = [prompt_end, cot_end), answer = [cot_end, T).
     `allowed` `bool[T]` says which tokens a truncation lets carry loss; the segments to supervise
-    are chosen later.
+    are chosen later. `closing` is the token with which `</think>` begins, -1 where there is none.
+    The last `ending` tokens were put after a cut: they carry loss whatever the segments are, and
+    learn from the text alone, for a teacher's answers to the whole sequence are not to them.
     """
 
     id: str
@@ -59,6 +61,8 @@ class TokenSequence:
     prompt_end: int
     cot_end: int
     allowed: np.ndarray
+    closing: int = -1
+    ending: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -78,6 +82,7 @@ class TokenSequence:
         """
         chosen = np.isin(self.segments(), [Segment[name.upper()] for name in segments])
         mask = chosen & self.allowed
+        mask[len(self) - self.ending :] = True
         mask[:1] = False
         return mask
 
@@ -96,15 +101,18 @@ def render(
     """
     _refuse_control_text(example, tokenizer)
     prompt, opening = _opened(prompt_text(example.turns, tokenizer, example.tools, day, unused))
-    before_answer = f"{prompt}{opening}{example.cot}\n</think>\n\n"
+    before_closing = f"{prompt}{opening}{example.cot}\n"
+    before_answer = f"{before_closing}</think>\n\n"
     text = f"{before_answer}{example.answer}{end_of_turn(tokenizer)}"
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins = _begins(encoded["offset_mapping"])
     prompt_end, cot_end = np.searchsorted(begins, (len(prompt), len(before_answer)))
+    closing = np.searchsorted(begins, len(before_closing))
+    if begins[closing] > len(before_closing):  # a token straddles the line break before the tag
+        closing -= 1
     tokens = np.asarray(encoded["input_ids"], np.int32)
-    return TokenSequence(
-        example.id, tokens, int(prompt_end), int(cot_end), np.ones(len(tokens), bool)
-    )
+    allowed = np.ones(len(tokens), bool)
+    return TokenSequence(example.id, tokens, int(prompt_end), int(cot_end), allowed, int(closing))
 
 
 class GenerationPrompt(NamedTuple):

@@ -2,10 +2,9 @@
 carry loss.
 
 In: whole sequences and the `[truncation]` table. Out: sequences whose segment ends are clamped to
-what is left. Decided here: where the kept window lies (`WINDOWS`, one function per `keep`), what
-happens to the tokens around it, and which random share of the supervised tokens carries loss. Ids
-are cut, never text. What comes after the window is always removed: in a causal model it cannot
-matter.
+what is left. Decided here: which examples stay whole, where the kept window lies (`WINDOWS`, one
+function per `keep`), what happens to the tokens around it, what of the sequence's end follows a
+cut, and which random share of the supervised tokens carries loss. Ids are cut, never text.
 """
 
 import hashlib
@@ -18,6 +17,7 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.recipe.tables import TruncationTable
 
 Window = tuple[int, int]  # half-open, in tokens of the whole sequence
+WHOLE = 1  # random numbers for which examples stay whole
 
 
 def truncate(sequence: TokenSequence, truncation: TruncationTable) -> TokenSequence:
@@ -30,8 +30,10 @@ def truncate(sequence: TokenSequence, truncation: TruncationTable) -> TokenSeque
     answer only where the window reaches the end of the chain of thought.
 
     `context = "drop"` removes the tokens before the window (not the prompt under `span = "cot"`),
-    `"keep"` leaves them to be read and takes their loss away. The result may have no supervised
-    token; the caller drops such sequences.
+    `"keep"` leaves them to be read and takes their loss away. What comes after the window goes: in
+    a causal model it cannot matter. `ending = "answer"` leaves of it what begins with `</think>`,
+    where the window reaches the chain of thought. The result may have no supervised token; the
+    caller drops such sequences.
     """
     first = sequence.prompt_end if truncation.span == "cot" else 0
     last = sequence.cot_end if truncation.span == "cot" else len(sequence)
@@ -45,10 +47,19 @@ def truncate(sequence: TokenSequence, truncation: TruncationTable) -> TokenSeque
     inside = (position >= start) & (position < stop)
     exempt = position < first
     if truncation.context == "keep":
-        return _select(
-            replace(sequence, allowed=sequence.allowed & (inside | exempt)), position < stop
-        )
-    return _select(sequence, inside | exempt)
+        sequence = replace(sequence, allowed=sequence.allowed & (inside | exempt))
+    kept = position < stop if truncation.context == "keep" else inside | exempt
+    ending = np.zeros(len(sequence), bool)
+    if truncation.ending == "answer" and sequence.closing >= 0 and stop > sequence.prompt_end:
+        ending[max(stop, sequence.closing) :] = True
+    return replace(_select(sequence, kept | ending), ending=int(ending.sum()))
+
+
+def stays_whole(sequence: TokenSequence, share: float, seed: int) -> bool:
+    """Whether an example is among the `share` of all examples that are not cut: a pure function of
+    the seed and its id. Those of a smaller share are among those of a larger one.
+    """
+    return _generator(seed, sequence.id, WHOLE).random() < share
 
 
 def thin(
@@ -58,18 +69,23 @@ def thin(
     carry loss.
 
     Which ones is a pure function of the seed and the example's id, whatever else is in the data
-    set. n is counted after the cut; a share of 1 changes nothing.
+    set. n is counted after the cut and without what follows it, all of which carries loss; a share
+    of 1 changes nothing.
     """
     if share == 1:
         return sequence
-    supervised = np.flatnonzero(sequence.supervised(segments))
-    digest = int.from_bytes(hashlib.sha256(sequence.id.encode()).digest()[:8], "little")
-    chosen = np.random.default_rng([seed, digest]).permutation(supervised)[
-        : round(share * len(supervised))
-    ]
+    window = len(sequence) - sequence.ending
+    supervised = np.flatnonzero(sequence.supervised(segments)[:window])
+    shuffled = _generator(seed, sequence.id).permutation(supervised)
     allowed = np.zeros(len(sequence), bool)
-    allowed[chosen] = True
+    allowed[shuffled[: round(share * len(supervised))]] = True
     return replace(sequence, allowed=allowed)
+
+
+def _generator(seed: int, example: str, *purpose: int) -> np.random.Generator:
+    """Random numbers of one example, the same in whatever data set it stands."""
+    digest = int.from_bytes(hashlib.sha256(example.encode()).digest()[:8], "little")
+    return np.random.default_rng([seed, digest, *purpose])
 
 
 def _select(sequence: TokenSequence, kept: np.ndarray) -> TokenSequence:
@@ -82,7 +98,12 @@ def _select(sequence: TokenSequence, kept: np.ndarray) -> TokenSequence:
         int(kept[: sequence.prompt_end].sum()),
         int(kept[: sequence.cot_end].sum()),
         sequence.allowed[kept],
+        int(kept[: sequence.closing].sum()) if _has_closing(sequence, kept) else -1,
     )
+
+
+def _has_closing(sequence: TokenSequence, kept: np.ndarray) -> bool:
+    return sequence.closing >= 0 and bool(kept[sequence.closing])
 
 
 def _prefix(first: int, last: int, length: int, cot_end: int) -> Window:

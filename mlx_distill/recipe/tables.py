@@ -168,6 +168,12 @@ class TruncationTable(Table):
     token_share: Fraction = 1.0
     """A seeded random share of the supervised tokens left carries loss."""
 
+    whole_share: Annotated[Weight, Mark.NEWER] = 0.0
+    """A seeded share of the training examples is not cut at all."""
+
+    ending: Annotated[Literal["none", "answer"], Mark.NEWER] = "none"
+    """After a cut: nothing, or </think>, answer and end of turn, learned from the text alone."""
+
 
 class ObjectiveTable(Table):
     segments: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)] = ("cot",)

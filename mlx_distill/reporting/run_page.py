@@ -32,6 +32,7 @@ from mlx_distill.reporting.run_charts import SEGMENT_NAMES, charts_of
 from mlx_distill.reporting.run_cost import cost_tiles
 from mlx_distill.reporting.run_words import headline, kl_sentence, leads, progress, shared
 from mlx_distill.runs.manifest import DataAccount
+from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.words import DASH, duration, number, percent, points
 
@@ -107,6 +108,8 @@ def _scores(run: Run) -> list[Block]:
         return missing
     ways = ", ".join(f"{count:,} as {way}" for way, count in run.ways.items())
     told = [Note(f"Answers are compared with the expected ones: {ways}.")] if ways else []
+    if run.recipe and (said := unfinished_note(run.recipe, run.scores)):
+        told.insert(0, Note(f"{said}.", strong=True))
     bars = [score_bar(label, remark, role, score) for label, remark, role, score in scored]
     return [*missing, *told, Bars(bars), *_against(run), _score_table(run, scored)]
 
@@ -238,8 +241,11 @@ def _data(run: Run) -> list[Block]:
     if data is None:
         return []
     unused = ", ".join(unused_lines(data.not_used))
-    not_used = [Note(f"Not used: {unused}.")] if unused else []
-    return [Beside([_examples_table(data), _tokens_table(data)]), *not_used]
+    notes = [Note(f"Not used: {unused}.")] if unused else []
+    if data.ending_tokens:
+        said = f"{data.ending_tokens:,} tokens follow a cut, and learn from the text alone."
+        notes.insert(0, Note(said))
+    return [Beside([_examples_table(data), _tokens_table(data)]), *notes]
 
 
 def _examples_table(data: DataAccount) -> Table:
@@ -248,6 +254,8 @@ def _examples_table(data: DataAccount) -> Table:
         *(("sub", f"dropped: {reason}", count) for reason, count in data.dropped.items()),
         ("sum", "kept", data.kept),
         ("sub", "for training", data.train),
+        *((("sub", "that stay whole", data.whole),) if data.whole else ()),
+        *((("sub", "with an answer after the cut", data.ended),) if data.ended else ()),
         ("sub", "for validation", data.validation),
     ]
     cells = [[Cell(text, look=look), Cell(f"{count:,}", look=look)] for look, text, count in rows]

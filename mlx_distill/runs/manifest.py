@@ -29,7 +29,8 @@ class SegmentTokens(Record):
 
 class DataAccount(Record):
     """Examples that were read, kept and dropped (by reason), what of the rows nothing read (by
-    name), and training tokens by segment.
+    name), and training tokens by segment. whole: training examples that `truncation.whole_share`
+    leaves uncut; ended: those that have an ending after their cut, of so many tokens in all.
     """
 
     read: Count = 0
@@ -39,6 +40,9 @@ class DataAccount(Record):
     dropped: dict[str, Count] = Field(default_factory=dict)
     not_used: dict[str, Count] = Field(default_factory=dict)
     segments: dict[str, SegmentTokens] = Field(default_factory=dict)
+    whole: Count = 0
+    ended: Count = 0
+    ending_tokens: Count = 0
 
 
 class Start(Record):

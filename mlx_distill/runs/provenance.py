@@ -101,15 +101,20 @@ def data_account(prepared: Prepared, recipe: Recipe) -> DataAccount:
             )
             for segment in Segment
         },
+        whole=prepared.stay_whole,
+        ended=sum(sequence.ending > 0 for sequence in prepared.train),
+        ending_tokens=cut.ending,
     )
 
 
 def data_digest(prepared: Prepared) -> str:
-    """16 hex digits over every token, segment end and loss mask of training and validation, in
-    order.
+    """16 hex digits over every token, segment end, loss mask and ending of training and validation,
+    in order.
     """
     digest = hashlib.sha256()
     for sequence in (*prepared.train, *prepared.validation):
         digest.update(f"{sequence.id} {sequence.prompt_end} {sequence.cot_end}".encode())
         digest.update(sequence.tokens.tobytes() + sequence.allowed.tobytes())
+        if sequence.ending:
+            digest.update(f"ending {sequence.ending}".encode())
     return digest.hexdigest()[:16]

@@ -23,7 +23,7 @@ from mlx_distill.recipe.complaints import short
 from mlx_distill.recipe.contradictions import cache_serves
 from mlx_distill.recipe.load import build_recipe
 from mlx_distill.recipe.recipe import OUTSIDE_DIGEST, Recipe, with_values
-from mlx_distill.recipe.tables import TeacherTable
+from mlx_distill.recipe.tables import TeacherTable, TruncationTable
 from mlx_distill.reporting.study import MATCHED
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
@@ -39,8 +39,6 @@ from mlx_distill.sweeps.file import (
 
 LONGEST_NAME = 120  # bytes of a run folder's name, before its digest
 MOST_RUNS = 10_000
-# keep, span, context and max_tokens of a cut that leaves `fraction` of all tokens
-GROWS_WITH_FRACTION = ("prefix", "sequence", "drop", 0)
 # base and teacher are the same for all runs, and scored once
 SCORED_ALONE = {"eval.score_teacher": False, "eval.score_base": False, "eval.compare": []}
 CACHE_FIELDS = tuple(name for name in TeacherTable.model_fields if name.startswith("cache"))
@@ -133,11 +131,11 @@ class Builder:
                 f"{self.path}: token_matched asks for more examples, but data.train_examples is "
                 "0, which is all: set it"
             )
-        if (cut.keep, cut.span, cut.context, cut.max_tokens) != GROWS_WITH_FRACTION:
+        if cut != TruncationTable(fraction=cut.fraction, token_share=cut.token_share):
             raise RecipeError(
                 f"{self.path}: token_matched needs a cut whose tokens grow with its fraction: "
-                'keep = "prefix", span = "sequence", context = "drop" and max_tokens = 0 in the '
-                "base"
+                'keep = "prefix", span = "sequence", context = "drop", max_tokens = 0, '
+                'whole_share = 0.0 and ending = "none" in the base'
             )
         if 1 in self.file.token_matched:
             raise RecipeError(

@@ -59,8 +59,10 @@ def shared_scores(one: Sweep) -> dict[str, tuple[Run, Point]]:
     """The first finished run that scored the base, and the teacher, where all runs share them."""
     found: dict[str, tuple[Run, Point]] = {}
     for point in one.points:
-        run = read_run(point.folder.path) if point.done else None
-        for role in sorted(one.shared & run.scores.keys() - found.keys()) if run else ():
+        if not point.done:
+            continue
+        run = read_run(point.folder.path)
+        for role in sorted(one.shared & run.scores.keys() - found.keys()):
             found[role] = run, point
     return found
 

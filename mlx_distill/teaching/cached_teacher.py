@@ -1,8 +1,8 @@
 """A teacher whose answers come from disk.
 
 In: a `TeacherCache` and a batch. Out: the targets at the batch's positions, as a live teacher gives
-them, without the teacher's weights. Decided here: each row of the batch must be the start of a kept
-sequence of its example.
+them, without the teacher's weights. Decided here: each row of the batch, without what follows a cut, must be
+the start of a kept sequence of its example.
 """
 
 from functools import cached_property
@@ -26,11 +26,14 @@ class CachedTeacher:
         self.vocabulary_rows = cache.fields.vocabulary_rows
 
     def targets(self, batch: Batch) -> Targets:
-        """Raises `CacheError`, which names the example, where a row is not the start of a kept
-        sequence.
+        """At the first `batch.taught` positions; None where that is none. Raises `CacheError`, which
+        names the example, where a row is not the start of a kept sequence.
         """
         check_indices("loss positions", batch.positions, batch.tokens.size)
-        rows, places = np.divmod(batch.positions.astype(np.int64), batch.tokens.shape[1])
+        positions = batch.positions[: batch.taught].astype(np.int64)
+        if not len(positions):
+            return None
+        rows, places = np.divmod(positions, batch.tokens.shape[1])
         asked = []
         for row in np.unique(rows):
             where = np.flatnonzero(rows == row)
@@ -51,7 +54,8 @@ class CachedTeacher:
             )
 
     def _record(self, batch: Batch, row: int) -> Record:
-        tokens = batch.tokens[row, : batch.lengths[row]]
+        ending = 0 if batch.endings is None else batch.endings[row]
+        tokens = batch.tokens[row, : batch.lengths[row] - ending]
         record = self.cache.find(batch.ids[row], tokens)
         if record is None:
             raise CacheError(

@@ -197,6 +197,8 @@ def render(plan: Plan, machine: Machine, recipe: Recipe) -> Iterator[Table | Tex
         f"{plan.micro_batch_size} × up to {plan.work.longest:,} tokens:\n"
         f"{plan.work.tokens_read:,} tokens are read, {plan.work.loss_tokens:,} carry loss"
     )
+    if endings := int(plan.work.endings.sum()):
+        yield Text(f"{endings:,} of them follow a cut, and learn from the text alone")
     yield _flops_table(plan)
     yield _memory_table(plan)
     yield Text(

@@ -115,6 +115,8 @@ def account(prepared: Prepared) -> Text:
     lengths = [len(sequence) for sequence in prepared.validation]
     mean = f", {np.mean(lengths):,.0f} tokens each on average" if lengths else ""
     text = Text(f"validation: {len(lengths)} whole examples{mean}\n")
+    for line in prepared.about_endings():
+        text.append(f"{line}\n")
     for reason, count in sorted(prepared.skipped.items(), key=lambda item: (-item[1], item[0])):
         text.append(f"not used: {count:,} × {reason}\n", "magenta")
     for line in unused_lines(prepared.unused):
@@ -135,6 +137,10 @@ def _title(recipe: Recipe) -> str:
         parts.append("reads what lies before")
     if cut.token_share < 1:
         parts.append(f"a random {cut.token_share:.0%} of tokens")
+    if cut.ending == "answer":
+        parts.append("then </think> and the answer")
+    if cut.whole_share:
+        parts.append(f"{cut.whole_share:.0%} of examples whole")
     return ", ".join(parts)
 
 
@@ -184,6 +190,8 @@ def _heading(run: TokenRun) -> Text:
     )
     if 0 < learned < len(run.tokens):
         state = f"kept, {learned:,} learned"
+    if run.ending:
+        state = "after the cut, learned from the text alone"
     text = f"▌{run.segment.name.lower()} · {len(run.tokens):,} tokens · {state}"
     return Text(text, f"{COLOURS[run.segment]} {'reverse' if run.kept else 'dim'}")
 

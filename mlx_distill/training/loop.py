@@ -222,7 +222,7 @@ class Training:
             **dataclasses.asdict(self.backend.memory()),
         )
         self.run.append(row)
-        self.view.step(row.step, row.numbers, self.objective.weights)
+        self.view.step(row.step, row.numbers, self.objective.weights_of(sums.terms))
 
     def _validate(self) -> bool:
         """Score the whole held-out sequences; True if the loss of the supervised segments is the
@@ -286,9 +286,9 @@ def _added(totals: dict[str, float] | None, flops: dict[str, float]) -> dict[str
 
 def loss_terms(sums: LossSums, objective: Objective) -> dict[str, float]:
     """Means over loss tokens: `loss`, and its terms as a whole and by segment (`kd`, `kd_cot`, …)."""
-    terms = {name: sums.terms[name] for name in objective.weights}
-    means = {name: values.sum() / sums.tokens.sum() for name, values in terms.items()}
-    row = {"loss": objective.total(means), **means, **_by_segment(terms, sums.tokens)}
+    terms = {name: sums.terms[name] for name in objective.weights_of(sums.terms)}
+    loss = {name: values.sum() / sums.loss_tokens for name, values in terms.items()}
+    row = {"loss": objective.total(loss), **_means(terms, sums)}
     return {name: float(value) for name, value in row.items()}
 
 
@@ -308,17 +308,25 @@ def validation_terms(
         for name, values in sums.terms.items()
         if teacher or name in objective.weights
     }
-    means = {name: values.sum() / sums.tokens.sum() for name, values in terms.items()}
     counts = {f"tokens_{s.name.lower()}": sums.tokens[s] for s in Segment if sums.tokens[s]}
-    row = {"loss": objective.total(loss), **means, **_by_segment(terms, sums.tokens), **counts}
+    row = {"loss": objective.total(loss), **_means(terms, sums), **counts}
     return {name: float(value) for name, value in row.items()}
 
 
-def _by_segment(terms: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, float]:
-    """`name_segment`: the mean of each term over the tokens of each segment that has some."""
-    return {
-        f"{name}_{segment.name.lower()}": values[segment] / tokens[segment]
+def _means(terms: dict[str, np.ndarray], sums: LossSums) -> dict[str, float]:
+    """Each term's mean, by its name, then those of the segments (`name_segment`), where a term has
+    tokens.
+    """
+    tokens = {name: sums.tokens_of(name) for name in terms}
+    means = {
+        name: values.sum() / tokens[name].sum()
+        for name, values in terms.items()
+        if tokens[name].sum()
+    }
+    by_segment = {
+        f"{name}_{segment.name.lower()}": values[segment] / tokens[name][segment]
         for segment in Segment
         for name, values in terms.items()
-        if tokens[segment]
+        if tokens[name][segment]
     }
+    return means | by_segment

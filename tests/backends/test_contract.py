@@ -297,6 +297,53 @@ def test_padding_and_dead_positions_do_not_matter(backend: Backend, root: Path, 
     assert_close(gradients(two, teacher, [loose]), gradients(one, teacher, [tight]))
 
 
+ENDED = [dataclasses.replace(one, ending=3) for one in SEQUENCES[:3]] + SEQUENCES[3:]
+
+
+@with_the_toy
+@pytest.mark.parametrize("segments", [("cot",), ("prompt", "answer"), ("answer",)], ids="+".join)
+@pytest.mark.parametrize("kd_weight", [0.0, 0.7, 1.0])
+def test_what_follows_a_cut_learns_from_the_text_alone(
+    backend: Backend,
+    root: Path,
+    teacher: Teacher,
+    segments: tuple[str, ...],
+    kd_weight: float,
+):
+    """One batch is two: what comes before the endings, with the teacher, and the endings without."""
+    objective, together = Objective(kd_weight=kd_weight), make_batch(ENDED, segments, 8, True)
+    before, after = [], []
+    for one in ENDED:
+        stop = len(one) - one.ending
+        before.append(
+            dataclasses.replace(one, tokens=one.tokens[:stop], allowed=one.allowed[:stop], ending=0)
+        )
+        if one.ending:
+            after.append(dataclasses.replace(one, ending=0, allowed=np.arange(len(one)) >= stop))
+    parts, total = [], float(together.weight.sum())
+    asked = teacher if objective.needs_teacher else None
+    one, two = load_student(backend, root), load_student(backend, root)
+    found = one.accumulate(together, asked and asked.targets(together), objective, total)
+    if any(sequence.supervised(segments).any() for sequence in before):
+        batch = make_batch(before, segments, 8)
+        parts.append(two.accumulate(batch, asked and asked.targets(batch), objective, total))
+    alone = two.accumulate(make_batch(after, ALL, 8), None, Objective(kd_weight=0.0), total)
+    assert together.taught == sum(part.tokens.sum() for part in parts)
+    np.testing.assert_array_equal(found.ending_tokens, alone.tokens)
+    np.testing.assert_allclose(found.terms["ending"], alone.terms["ce"], rtol=1e-5)
+    for name in ("kd", "ce", "agree"):
+        expected = sum(part.terms[name] for part in parts) if parts else np.zeros(3)
+        np.testing.assert_allclose(found.terms[name], expected, rtol=1e-5, atol=1e-9)
+    before_weights = weights(one)
+    for student in (one, two):
+        student.apply(SGD["learning_rate"])
+    moved, expected = (
+        {key: (before_weights[key].astype(np.float64) - array) for key, array in made.items()}
+        for made in map(weights, (one, two))
+    )
+    assert_close(moved, expected, 2e-5)
+
+
 @with_the_toy
 def test_sums_belong_to_their_segments(backend: Backend, root: Path, teacher: Teacher):
     student = load_student(backend, root)

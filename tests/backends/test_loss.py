@@ -243,6 +243,25 @@ def test_a_real_vocabulary_is_summed_no_worse_than_densely(divergence: str):
         assert_no_worse(got, naive, want)
 
 
+@pytest.mark.parametrize("taught", [0, 1, 8, 11, 19])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("kd_weight", [0.4, 1.0])
+def test_beyond_the_taught_positions_the_loss_is_the_cross_entropy(
+    walker: Framework, taught: int, temperature: float, kd_weight: float
+):
+    objective, case = Objective("jsd", 0.3, kd_weight, temperature), make_case(3, rows=19)
+    first = replace(case, weight=case.weight * (np.arange(19) < taught))
+    rest = replace(case, weight=case.weight * (np.arange(19) >= taught))
+    with_teacher, alone = exact(first, objective), exact(rest, Objective(kd_weight=0.0))
+    want = {name: with_teacher[name] + alone[name] for name in NAMES} | {"kd": with_teacher["kd"]}
+    asked = replace(case, teacher_hidden=case.teacher_hidden[:taught])
+    got = answer(walker, asked, objective, 8, taught=taught)
+    for name in NAMES:
+        assert got[name] == near(want[name], rel=1e-5, abs=2e-6), name
+    if taught == 19:
+        assert got["loss"] == answer(walker, case, objective, 8)["loss"]
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 17])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])

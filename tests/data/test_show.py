@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import DataTable, StudentTable, TruncationTable
+from mlx_distill.runs.provenance import data_account
 from mlx_distill.terminal.show import show
 
 OR_SPAN = ', or set truncation.span = "cot", which keeps prompts whole'
@@ -168,6 +170,24 @@ def test_long_and_unrenderable_rows_are_counted(recipe, tmp_path, bytes_tokenize
         "no reasoning": 1,
     }
     assert len(prepared.train) + len(prepared.validation) == 20
+
+
+def test_endings_and_whole_examples_are_shown_and_counted(recipe, bytes_tokenizer):
+    asked = changed(recipe, truncation={"ending": "answer", "whole_share": 0.25})
+    prepared = prepare(asked, bytes_tokenizer("qwen2_5"))
+    whole = [len(a) == len(b) for a, b in zip(prepared.train, prepared.train_whole, strict=True)]
+    ended = [one for one in prepared.train if one.ending]
+    assert 0 < sum(whole) < 16 and len(ended) == 16 - sum(whole)
+    page = printed(asked, example=whole.index(False) + 1)
+    assert f"{sum(whole)} of 16 examples stay whole" in page
+    assert f"{len(ended)} of 16 examples end in </think> and the answer after the cut" in page
+    assert f"{sum(one.ending for one in ended)} tokens, learned from the text alone" in page
+    assert re.search("answer · [23] tokens · after the cut, learned from the text alone", page)
+    assert "then </think> and the answer, 25% of examples whole" in page
+    assert "CUT" not in printed(asked, example=whole.index(True) + 1)
+    account = data_account(prepared, asked)
+    assert (account.whole, account.ended) == (sum(whole), len(ended))
+    assert account.ending_tokens == sum(one.ending for one in ended)
 
 
 def test_a_random_share_is_drawn_from_the_seed_of_the_run(recipe, bytes_tokenizer):

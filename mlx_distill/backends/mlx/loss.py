@@ -20,7 +20,7 @@ float32 block by block. Chunks and blocks are ordered by `mx.depends`: a lazy gr
 hold all of them. Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,6 +56,7 @@ def kd_loss(
     chunk_tokens: int,
     train_head: bool,
     vocab: int = 0,
+    taught: int | None = None,
 ) -> LossRows:
     """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's
     formula says.
@@ -63,7 +64,9 @@ def kd_loss(
     Differentiable in student_hidden, and in student_weight [V, D] where `train_head` (it is a
     constant otherwise). Both heads are cut to their first `vocab` ids (0: all of the student's).
     With a `SparseHead` there are no teacher_hidden. Without a teacher kd and agree are 0, and the
-    objective's kd_weight must be 0. Targets must be below `vocab`: MLX does not check indices.
+    objective's kd_weight must be 0. What the teacher says is of the first `taught` positions (None:
+    of all); at the others the loss is the cross-entropy alone. Targets must be below `vocab`: MLX
+    does not check indices.
     """
     loss_tokens = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
     walk = _Walk(
@@ -76,6 +79,7 @@ def kd_loss(
         chunk_tokens,
         train_head,
         vocab,
+        taught,
     )
     if train_head:
         outputs = _with_saved_gradients(walk)(student_hidden, student_weight)
@@ -95,6 +99,7 @@ def score_rows(
     objective: Objective,
     chunk_tokens: int,
     vocab: int = 0,
+    taught: int | None = None,
 ) -> LossRows:
     """The same rows with no gradient work; `loss` is the weighted sum, divided by nothing."""
     walk = _Walk(
@@ -107,6 +112,7 @@ def score_rows(
         chunk_tokens=chunk_tokens,
         train_head=False,
         vocab=vocab,
+        taught=taught,
         gradients=False,
     )
     return LossRows(*walk(student_hidden, student_weight))
@@ -141,6 +147,7 @@ class _Walk:
     chunk_tokens: int
     train_head: bool
     vocab: int
+    taught: int | None
     gradients: bool = True
 
     def __call__(self, hidden: mx.array, head_weight: mx.array) -> tuple[mx.array, ...]:
@@ -150,8 +157,8 @@ class _Walk:
         vocab = self.vocab or head_weight.shape[0]
         blocks = blocks_of(vocab, min(self.chunk_tokens, hidden.shape[0]), self._splits)
         rows, hidden_grads, head_grads, done = [], [], [], []
-        for start in range(0, hidden.shape[0], self.chunk_tokens):
-            chunk = self._chunk(hidden, slice(start, start + self.chunk_tokens), done)
+        for place in self._places(hidden.shape[0]):
+            chunk = self._chunk(hidden, place, done)
             terms = self._first_pass(chunk, head_weight, blocks)
             rows.append(self._rows(chunk, terms))
             done = list(rows[-1])
@@ -169,6 +176,13 @@ class _Walk:
             outputs.append(_whole(head_grads, head_weight))
         return tuple(outputs)
 
+    def _places(self, count: int) -> Iterator[slice]:
+        """The chunks: none holds positions of which the teacher says something and others."""
+        taught = count if self.taught is None else self.taught
+        for first, last in ((0, taught), (taught, count)):
+            for start in range(first, last, self.chunk_tokens):
+                yield slice(start, min(start + self.chunk_tokens, last))
+
     @property
     def _splits(self) -> bool:
         """Whether a block of the vocabulary costs only its share."""
@@ -179,7 +193,11 @@ class _Walk:
         """C positions, once `done` is computed."""
         weight = after(self.weight[place, None].astype(mx.float32), done)
         inputs = _supervised(weight, hidden[place])
-        return _Chunk(place, inputs, self.targets[place, None].astype(mx.int32), weight)
+        alone = self.taught is not None and place.start >= self.taught
+        objective = self.objective.text_alone if alone else self.objective
+        teacher = None if alone else self.teacher_head
+        targets = self.targets[place, None].astype(mx.int32)
+        return _Chunk(place, inputs, targets, weight, objective, teacher)
 
     def _first_pass(self, chunk: "_Chunk", head_weight: mx.array, blocks: Blocks) -> Terms:
         """The logits of a chunk, and what its positions are told by them."""
@@ -187,21 +205,22 @@ class _Walk:
         def student_logits(start: int, stop: int, done: list[mx.array]) -> mx.array:
             return floor(after(chunk.inputs, done) @ _promoted(head_weight, start, stop).T)
 
-        if self.teacher_head is None:
-            return against_nothing(student_logits, chunk.targets, blocks, self.objective)
-        if isinstance(self.teacher_head, SparseHead):
-            teacher = SparseHead(*(column[chunk.place] for column in self.teacher_head))
-            return against_some_ids(student_logits, teacher, chunk.targets, blocks, self.objective)
+        head, arguments = chunk.teacher_head, (chunk.targets, blocks, chunk.objective)
+        if head is None:
+            return against_nothing(student_logits, *arguments)
+        if isinstance(head, SparseHead):
+            teacher = SparseHead(*(column[chunk.place] for column in head))
+            return against_some_ids(student_logits, teacher, *arguments)
         teacher_inputs = _supervised(chunk.weight, self.teacher_hidden[chunk.place])
 
         def teacher_logits(start: int, stop: int, done: list[mx.array]) -> mx.array:
-            return floor(self.teacher_head.logits(after(teacher_inputs, done), start, stop))
+            return floor(head.logits(after(teacher_inputs, done), start, stop))
 
-        return against_logits(student_logits, teacher_logits, chunk.targets, blocks, self.objective)
+        return against_logits(student_logits, teacher_logits, *arguments)
 
     def _rows(self, chunk: "_Chunk", terms: Terms) -> tuple[mx.array, ...]:
         """(weight * loss / loss_tokens, kd, ce, agree), each [C]."""
-        kd_weight = self.objective.kd_weight
+        kd_weight = chunk.objective.kd_weight
         loss = kd_weight * terms.kd + (1 - kd_weight) * terms.ce
         columns = (loss * (chunk.weight / self.loss_tokens), terms.kd, terms.ce, terms.agree)
         return tuple(mx.where(chunk.weight != 0, column, 0)[:, 0] for column in columns)
@@ -222,8 +241,8 @@ class _Walk:
         for block, (start, stop) in enumerate(blocks):
             share = after(chunk.weight / self.loss_tokens, done)
             gradient = terms.gradient(block, share)
-            if self.objective.needs_targets:
-                ce_share = (1 - self.objective.kd_weight) * share
+            if chunk.objective.needs_targets:
+                ce_share = (1 - chunk.objective.kd_weight) * share
                 gradient = add_at(gradient, chunk.targets, start, -ce_share)
             hidden_grad = mx.addmm(hidden_grad, gradient, _promoted(head_weight, start, stop))
             done = [hidden_grad]
@@ -237,12 +256,16 @@ class _Walk:
 
 
 class _Chunk(NamedTuple):
-    """C positions: their place, hidden states [C, D], targets [C, 1] and weights [C, 1]."""
+    """C positions: their place, hidden states [C, D], targets [C, 1] and weights [C, 1], and what
+    they are to learn.
+    """
 
     place: slice
     inputs: mx.array
     targets: mx.array
     weight: mx.array
+    objective: Objective
+    teacher_head: Head | SparseHead | None
 
 
 def _supervised(weight: mx.array, hidden: mx.array) -> mx.array:

@@ -94,7 +94,14 @@ class MlxStudent(MlxModel):
         loss_tokens: float,
     ) -> tuple[mx.array, dict[str, mx.array]]:
         arguments = self._arguments(weights, batch, targets, objective)
-        rows = kd_loss(*arguments, loss_tokens, self.chunk_tokens, self.full, self.compared_ids)
+        rows = kd_loss(
+            *arguments,
+            loss_tokens,
+            self.chunk_tokens,
+            self.full,
+            self.compared_ids,
+            batch.taught,
+        )
         return rows.loss, _terms(rows)
 
     def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
@@ -103,7 +110,8 @@ class MlxStudent(MlxModel):
             arguments = self._arguments(self.weights, batch, targets, objective)
         finally:
             self.split.model.update(self.weights)
-        terms = _terms(score_rows(*arguments, self.chunk_tokens, self.compared_ids))
+        rows = score_rows(*arguments, self.chunk_tokens, self.compared_ids, batch.taught)
+        terms = _terms(rows)
         mx.eval(terms)
         return _sums(batch, terms)
 

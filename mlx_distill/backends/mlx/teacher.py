@@ -28,7 +28,7 @@ class MlxTeacher(MlxModel):
         self._head = split.loss_head()
 
     def targets(self, batch: Batch) -> tuple[mx.array, Head]:
-        return self.gather(batch.tokens, batch.positions), self._head
+        return self.gather(batch.tokens, batch.positions[: batch.taught]), self._head
 
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self._by_chunk(batch, rows, partial(_top_k, k=k))

@@ -20,7 +20,7 @@ block on a CPU; on CUDA the products take bfloat16 and sum in float32 where the 
 bfloat16. Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D` width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -73,6 +73,7 @@ def kd_loss(
     train_head: bool,
     vocab: int = 0,
     dtype: torch.dtype = torch.float32,
+    taught: int | None = None,
 ) -> LossRows:
     """The loss of hidden states [N, D] and [N, Dt], targets int[N] and weights [N], as the module's
     formula says.
@@ -80,8 +81,9 @@ def kd_loss(
     Differentiable in student_hidden, and in student_weight [V, D] where `train_head`; backward may
     run once. Both heads are cut to their first `vocab` ids (0: all of the student's). With a
     `SparseHead` there are no teacher_hidden. Without a teacher kd and agree are 0, and the
-    objective's kd_weight must be 0. `dtype` is what products take on CUDA; sums and logits are
-    float32 everywhere.
+    objective's kd_weight must be 0. What the teacher says is of the first `taught` positions
+    (None: of all); at the others the loss is the cross-entropy alone. `dtype` is what products take
+    on CUDA; sums and logits are float32 everywhere.
     """
     loss_tokens = loss_tokens or 1.0  # nothing supervised: 0, not 0 / 0
     walk = _Walk(
@@ -94,6 +96,7 @@ def kd_loss(
         chunk_tokens,
         vocab,
         dtype,
+        taught,
     )
     trained = student_weight if train_head else student_weight.detach()
     return LossRows(*_SavedGradients.apply(walk, student_hidden, trained))
@@ -111,10 +114,20 @@ def score_rows(
     chunk_tokens: int,
     vocab: int = 0,
     dtype: torch.dtype = torch.float32,
+    taught: int | None = None,
 ) -> LossRows:
     """The same rows with no gradient work; `loss` is the weighted sum, divided by nothing."""
     walk = _Walk(
-        teacher_hidden, teacher_head, targets, weight, objective, 1.0, chunk_tokens, vocab, dtype
+        teacher_hidden,
+        teacher_head,
+        targets,
+        weight,
+        objective,
+        1.0,
+        chunk_tokens,
+        vocab,
+        dtype,
+        taught,
     )
     rows, _, _ = walk(student_hidden, student_weight, False, False)
     return rows
@@ -156,6 +169,7 @@ class _Walk:
     chunk_tokens: int
     vocab: int
     dtype: torch.dtype
+    taught: int | None
 
     @torch.no_grad()
     def __call__(
@@ -166,13 +180,13 @@ class _Walk:
         """
         matrix = head_weight[: self.vocab or len(head_weight)]
         matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
-        size = even_chunk(len(hidden), self.chunk_tokens)  # a small last one costs nearly as much
+        places = list(self._places(len(hidden)))
+        size = max(place.stop - place.start for place in places)
         work = None if matrix.is_cuda else self._work(size, len(matrix))
         hidden_grad = torch.empty_like(hidden) if train_hidden else None
         head_grad = torch.empty(head_weight.shape, device=hidden.device) if train_head else None
         rows = []
-        for start in range(0, len(hidden), size):
-            place = slice(start, start + size)
+        for place in places:
             inputs, gradient, columns = self._chunk(
                 hidden, matrix, place, work, train_hidden or train_head
             )
@@ -180,12 +194,21 @@ class _Walk:
             if train_hidden:
                 hidden_grad[place] = product(gradient, matrix)
             if train_head:
-                add_product(head_grad[: len(matrix)], gradient.T, inputs, first=start == 0)
+                add_product(head_grad[: len(matrix)], gradient.T, inputs, first=place.start == 0)
         loss, kd, ce, agree = (torch.cat(column) for column in zip(*rows, strict=True))
         if train_head:
             head_grad[len(matrix) :] = 0  # of a head that is cut
             head_grad = head_grad.to(head_weight.dtype)
         return LossRows(loss.sum(), kd, ce, agree), hidden_grad, head_grad
+
+    def _places(self, count: int) -> Iterator[slice]:
+        """The chunks: none holds positions of which the teacher says something and others."""
+        taught = count if self.taught is None else self.taught
+        for first, last in ((0, taught), (taught, count)):
+            if first < last:  # a small last chunk costs nearly as much as a whole one
+                size = even_chunk(last - first, self.chunk_tokens)
+                for start in range(first, last, size):
+                    yield slice(start, min(start + size, last))
 
     def _work(self, size: int, vocab: int) -> Work:
         teacher = size if self.teacher_hidden is not None else 0
@@ -203,19 +226,26 @@ class _Walk:
         logits = project(inputs, matrix, work and work.student[: len(inputs)])
         teacher = self._teacher_outputs(place, weight, len(matrix), work)
         targets, share = self.targets[place, None].long(), weight / self.loss_tokens
-        arguments = (targets, share, self.objective, wants_gradient)
+        objective = self.objective.text_alone if self._alone(place) else self.objective
+        arguments = (targets, share, objective, wants_gradient)
         if work:
             gradient, kd, ce, agree = _by_rows(logits, teacher, work.spare, *arguments)
         else:
             at_once = _at_once if isinstance(teacher, SparseHead) else _compiled(_at_once)
             gradient, kd, ce, agree = at_once(logits, teacher, *arguments, self.dtype)
-        loss = (self.objective.kd_weight * kd + (1 - self.objective.kd_weight) * ce) * share
+        loss = (objective.kd_weight * kd + (1 - objective.kd_weight) * ce) * share
         columns = (loss, kd, ce, agree)
         return inputs, gradient, tuple(_supervised(weight, column)[:, 0] for column in columns)
+
+    def _alone(self, place: slice) -> bool:
+        """Whether the teacher says nothing of a chunk."""
+        return self.taught is not None and place.start >= self.taught
 
     def _teacher_outputs(
         self, place: slice, weight: Tensor, vocab: int, work: Work | None
     ) -> TeacherOutputs:
+        if self._alone(place):
+            return None
         if self.teacher_head is None or isinstance(self.teacher_head, SparseHead):
             return _rows_of(self.teacher_head, place)
         hidden = _supervised(weight, self.teacher_hidden[place])

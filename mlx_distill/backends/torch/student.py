@@ -89,6 +89,7 @@ class TorchStudent(TorchModel):
                 self.full,
                 self.compared_ids,
                 self.dtype,
+                batch.taught,
             )
             rows.loss.backward()
             return _sums(batch, rows)
@@ -98,7 +99,9 @@ class TorchStudent(TorchModel):
         """The same sums without gradients."""
         with explained("validation"):
             arguments = self._arguments(batch, targets, objective)
-            rows = score_rows(*arguments, self.chunk_tokens, self.compared_ids, self.dtype)
+            rows = score_rows(
+                *arguments, self.chunk_tokens, self.compared_ids, self.dtype, batch.taught
+            )
             return _sums(batch, rows)
 
     def _arguments(self, batch: Batch, targets: Targets, objective: Objective) -> tuple:

@@ -33,7 +33,7 @@ class TorchTeacher(TorchModel):
     @torch.no_grad()
     def targets(self, batch: Batch) -> tuple[Tensor, Head]:
         with explained("the teacher's forward pass"):
-            return self.gather(batch.tokens, batch.positions), self._head
+            return self.gather(batch.tokens, batch.positions[: batch.taught]), self._head
 
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

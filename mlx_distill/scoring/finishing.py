@@ -1,0 +1,41 @@
+"""Whether a student finishes what it says, and what to change where it does not.
+
+In: a recipe and the scores of its models. Out: a sentence, "" where all is well. Decided here: from
+which share on it is said (`WORTH_SAYING`), and which remedy belongs to which cause: a student ends
+its answers if its training showed it `</think>`, an answer and an end of turn that carry loss.
+"""
+
+from collections.abc import Mapping
+
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.scoring.score import Score
+from mlx_distill.words import percent
+
+WORTH_SAYING = 0.01  # of the answers
+
+
+def unfinished_note(recipe: Recipe, scores: Mapping[str, Score]) -> str:
+    """What share of the student's answers did not finish, and the remedy."""
+    student, teacher = scores.get("student"), scores.get("teacher")
+    if student is None or student.unfinished < WORTH_SAYING:
+        return ""
+    limit = f"{recipe.eval.max_new_tokens:,} tokens"
+    said = f"{percent(student.unfinished)} of the student's answers did not finish in {limit}"
+    if teacher and teacher.unfinished >= WORTH_SAYING:
+        also = f"nor did {percent(teacher.unfinished)} of its teacher's"
+        return f"{said}, {also}: raise eval.max_new_tokens"
+    return f"{said}: {_remedy(recipe)}"
+
+
+def _remedy(recipe: Recipe) -> str:
+    cut, segments = recipe.truncation, recipe.objective.segments
+    cuts = cut.keep == "cot" or cut.fraction < 1 or cut.max_tokens > 0
+    if cuts and cut.ending == "none" and not cut.whole_share:
+        shown = "" if "answer" in segments else ' with "answer" in objective.segments'
+        return (
+            "its training ended in the cut and never showed it an end; set truncation.ending = "
+            f'"answer", or truncation.whole_share = 0.25{shown}'
+        )
+    if "answer" not in segments and cut.ending == "none":
+        return 'the answer and the end of turn carried no loss; add "answer" to objective.segments'
+    return "train longer, or raise eval.max_new_tokens if its texts are still under way"

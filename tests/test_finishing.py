@@ -1,0 +1,56 @@
+"""What a run says of a student that does not finish its answers: the remedy of its cause."""
+
+import pytest
+
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.scoring.finishing import unfinished_note
+from mlx_distill.scoring.score import Score
+
+
+def score(unfinished: float) -> Score:
+    return Score.model_construct(unfinished=unfinished)
+
+
+def note(student: float, teacher: float | None = None, **tables) -> str:
+    recipe = Recipe.model_validate({"data": {"source": "x.jsonl"}} | tables)
+    scores = {"student": score(student)} | (
+        {"teacher": score(teacher)} if teacher is not None else {}
+    )
+    return unfinished_note(recipe, scores)
+
+
+HALF = {"fraction": 0.5}
+ENDED, SHARED = HALF | {"ending": "answer"}, HALF | {"whole_share": 0.1}
+BOTH = ("cot", "answer")
+
+
+@pytest.mark.parametrize(
+    ("truncation", "segments", "remedy"),
+    [
+        (HALF, ("cot",), '"answer", or truncation.whole_share = 0.25 with "answer" in'),
+        (HALF, BOTH, '"answer", or truncation.whole_share = 0.25$'),
+        ({"max_tokens": 9}, BOTH, "set truncation.ending"),
+        ({"keep": "cot"}, BOTH, "set truncation.ending"),
+        ({}, ("cot",), 'add "answer" to objective.segments'),
+        (SHARED, ("cot",), 'add "answer" to objective.segments'),
+        (ENDED, ("cot",), "train longer, or raise eval.max_new_tokens"),
+        (SHARED, BOTH, "train longer, or raise eval.max_new_tokens"),
+    ],
+)
+def test_the_remedy_belongs_to_the_cause(truncation, segments, remedy):
+    import re
+
+    said = note(0.5, truncation=truncation, objective={"segments": segments})
+    assert said.startswith("50.0\u00a0% of the student's answers did not finish in 512 tokens: ")
+    assert re.search(remedy, said)
+
+
+def test_a_teacher_that_does_not_finish_either_needs_more_room():
+    said = note(0.5, 0.25, truncation=HALF)
+    assert said.endswith("nor did 25.0\u00a0% of its teacher's: raise eval.max_new_tokens")
+    assert "truncation" in note(0.5, 0.0, truncation=HALF)
+
+
+def test_nothing_is_said_where_all_is_well():
+    assert note(0.0, truncation=HALF) == "" and note(0.009) == ""
+    assert unfinished_note(Recipe.model_validate({"data": {"source": "x"}}), {}) == ""
