@@ -118,7 +118,8 @@ class Meaning:
         """Whether a model of this file without `key` would be another one, to the family's code in
         transformers.
         """
-        if not self.tested and key not in named_by_the_code(type(self.config)):
+        family: Any = type(self.config)
+        if not self.tested and key not in named_by_the_code(family):
             return False
         rest = {name: value for name, value in self.stored.items() if name != key}
         try:
@@ -162,7 +163,7 @@ class Meaning:
 
     @property
     def head_dim(self) -> int:
-        config = self.config
+        config: Any = self.config
         return _value(config, "head_dim") or config.hidden_size // config.num_attention_heads
 
     def _layer_types(self) -> list[str] | None:

@@ -6,7 +6,9 @@ in one folder are refused, because mlx-lm would merge them and transformers woul
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_document
@@ -55,8 +57,7 @@ def read_index(folder: Path, name: str) -> dict[str, str]:
     if not path.exists():
         return {}
     places = read_document(path, name).get("weight_map")
-    is_map = isinstance(places, dict) and places
-    if not is_map or not all(isinstance(file, str) for file in places.values()):
+    if not isinstance(places, dict) or not places or not _all_text(places.values()):
         raise ModelError(f"{name}: {path} has no weight_map from tensors to files; fetch it again")
     for file in places.values():
         if Path(file).name != file or file in (".", ".."):
@@ -70,6 +71,10 @@ def read_index(folder: Path, name: str) -> dict[str, str]:
                 "rename them"
             )
     return places
+
+
+def _all_text(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 def _only_set(folder: Path, found: list[str], name: str) -> list[str]:

@@ -55,8 +55,9 @@ def generation_config(file: GGUFFile) -> dict[str, Any]:
     """Greedy by default; stops on the end of text, of turn and of message, whichever the file
     names.
     """
-    ends = {file.token_id(name) for name in ("eos", "eot", "eom")} - {None}
-    return special_token_ids(file) | {"eos_token_id": sorted(ends)}
+    named = (file.token_id(name) for name in ("eos", "eot", "eom"))
+    ends = sorted({number for number in named if number is not None})
+    return {**special_token_ids(file), "eos_token_id": ends}
 
 
 def special_token_ids(file: GGUFFile) -> dict[str, int]:
