@@ -34,11 +34,8 @@ from dataclasses import dataclass, fields
 from itertools import chain
 
 from mlx_distill.backends import chunks
-from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense, teacher_bytes
-from mlx_distill.cost.flops import Adapters
-from mlx_distill.machine import Machine
-from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import StudentTable
+from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
+from mlx_distill.cost.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -50,15 +47,26 @@ class Habits:
     scores_kept: int  # attention matrices [n, T] a head keeps; a fused kernel keeps none
     dora_kept: int  # outputs of an adapted matrix that DoRA keeps
     recomputing: float  # blocks under way where each is computed again; otherwise there is one
-    blocks_under_way: int  # of logits, for each model whose logits the walk holds
+    blocks_under_way: int  # of logits [C, V / blocks], beside those of each model
 
 
 HABITS = {
-    # kept of the MLP: gate, its sigmoid, their product, up, and the product with up. MLX trains
-    # through unfused attention. Execution runs ahead of what frees memory.
-    "mlx": Habits(True, 5, 1, 1, 3.0, 7),
-    # gate, its activation, up, and the product; a block computed again and its gradients
-    "torch": Habits(False, 4, 0, 2, 2.0, 0),
+    "mlx": Habits(
+        lazy=True,
+        ffn_kept=5,  # gate, its sigmoid, their product, up, and the product with up
+        scores_kept=1,  # it trains through unfused attention
+        dora_kept=1,
+        recomputing=3.0,  # execution runs ahead of what frees memory
+        blocks_under_way=7,
+    ),
+    "torch": Habits(
+        lazy=False,
+        ffn_kept=4,  # gate, its activation, up, and the product
+        scores_kept=0,
+        dora_kept=2,
+        recomputing=2.0,  # what the block keeps anew, and its gradients
+        blocks_under_way=0,
+    ),
 }
 # [rows, V] float32 that the elementwise part of torch's walk works in, for a KL at temperature 1
 # and for anything else
@@ -112,97 +120,12 @@ PARTS = tuple(field.name for field in fields(Moment))[1:]
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The formula: two models, a recipe and a machine. `teacher` is None where none is loaded."""
-
-    recipe: Recipe
-    teacher: Dense | None
-    student: Dense
-    machine: Machine
+class Memory(Weights):
+    """The formula: what is held throughout, and what each moment adds."""
 
     @property
     def habits(self) -> Habits:
         return HABITS[self.machine.backend]
-
-    @property
-    def table(self) -> StudentTable:
-        return self.recipe.student
-
-    @property
-    def full(self) -> bool:
-        return self.table.tuning == "full"
-
-    @property
-    def dtype(self) -> str:
-        asked = self.table.compute_dtype
-        return self.machine.dtype if asked == "auto" else asked
-
-    @property
-    def number(self) -> int:
-        """Bytes of a computed number."""
-        return DTYPE_BYTES[self.dtype]
-
-    @property
-    def asked(self) -> Dense | None:
-        """The teacher that a training step asks; validation asks it even at `kd_weight = 0`."""
-        return self.teacher if self.recipe.objective.kd_weight > 0 else None
-
-    # weights, gradients, optimizer
-
-    @property
-    def blocks(self) -> int:
-        """Blocks that gradients reach."""
-        layers, adapters = self.student.shape.layers, self.adapters
-        return min(adapters.blocks, layers) if adapters else layers
-
-    @property
-    def adapters(self) -> Adapters | None:
-        return Adapters.of(self.table, self.student.shape)
-
-    def trainable(self) -> int:
-        """Numbers that train."""
-        if self.adapters is None:
-            return self.student.parameters
-        magnitudes = self.blocks * sum(self._adapted_outputs()) if self._is_dora else 0
-        return self.adapters.weights + magnitudes
-
-    def optimizer_numbers(self) -> int:
-        """Numbers of state: Adafactor has a row and a column of each matrix."""
-        kind = self.recipe.optim.optimizer
-        if kind != "adafactor":
-            return self.trainable() * {"adamw": 2, "lion": 1}[kind]
-        shape = self.student.shape
-        if self.full:
-            ends = sum(map(sum, shape.matrices().values()))
-            vocabulary = (1 if self.student.tied else 2) * (shape.vocabulary + shape.width)
-            return vocabulary + shape.layers * ends + self.student.vectors
-        ends = sum(sum(shape.matrices()[name]) + 2 * self.table.rank for name in self._targets())
-        return self.blocks * (ends + (sum(self._adapted_outputs()) if self._is_dora else 0))
-
-    def student_bytes(self) -> float:
-        """float32 weights and the copy that is computed in; frozen ones in the computed format
-        beside float32 adapters.
-        """
-        weights = self.student.parameters
-        if self.full:
-            return weights * (FLOAT + (self.number if self.dtype != "float32" else 0))
-        return weights * self.number + FLOAT * self.trainable()
-
-    def teacher_bytes(self) -> float:
-        if not self.teacher:
-            return 0.0
-        return teacher_bytes(self.teacher, self.recipe.teacher.quantize_bits, self.machine.dtype)
-
-    @property
-    def _is_dora(self) -> bool:
-        return self.table.tuning == "dora"
-
-    def _targets(self) -> list[str]:
-        matrices = self.student.shape.matrices()
-        return [name for name in self.table.lora_targets if name in matrices]
-
-    def _adapted_outputs(self) -> list[int]:
-        return [self.student.shape.matrices()[name][1] for name in self._targets()]
 
     # activations
 
@@ -217,7 +140,7 @@ class Memory:
         """
         if self.full:
             return _all_kept_per_token(self.student, self.habits)
-        shape, names = self.student.shape, set(self._targets())
+        shape, names = self.student.shape, set(self.targets())
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
         fused = not self.habits.scores_kept
         kept = 2 * shape.width + queries + 2 * keys + (self.habits.ffn_kept - 1) * shape.ffn
@@ -226,7 +149,7 @@ class Memory:
         kept += shape.width * bool(names & {"gate_proj", "up_proj"})
         kept += queries * (fused or "o_proj" in names) + shape.ffn * ("down_proj" in names)
         kept += self.table.rank * len(names)
-        return kept + (self.habits.dora_kept * sum(self._adapted_outputs()) if self._is_dora else 0)
+        return kept + (self.habits.dora_kept * sum(self.adapted_outputs()) if self.is_dora else 0)
 
     def _block_bytes(self, micro: Micro) -> float:
         """What one block keeps without checkpointing."""

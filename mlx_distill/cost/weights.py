@@ -1,0 +1,101 @@
+"""What a run holds from its start to its end: the weights of both models and the optimizer's state.
+
+In: a recipe, the two models as their config.json describes them, a machine. Out: bytes, and how
+many numbers train. Decided here: nothing; these are the sizes of what the backends make, exactly.
+"""
+
+from dataclasses import dataclass
+
+from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense, teacher_bytes
+from mlx_distill.cost.flops import Adapters
+from mlx_distill.machine import Machine
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import StudentTable
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Two models, a recipe and a machine. `teacher` is None where none is loaded."""
+
+    recipe: Recipe
+    teacher: Dense | None
+    student: Dense
+    machine: Machine
+
+    @property
+    def table(self) -> StudentTable:
+        return self.recipe.student
+
+    @property
+    def full(self) -> bool:
+        return self.table.tuning == "full"
+
+    @property
+    def dtype(self) -> str:
+        asked = self.table.compute_dtype
+        return self.machine.dtype if asked == "auto" else asked
+
+    @property
+    def number(self) -> int:
+        """Bytes of a computed number."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def asked(self) -> Dense | None:
+        """The teacher that a training step asks; validation asks it even at `kd_weight = 0`."""
+        return self.teacher if self.recipe.objective.kd_weight > 0 else None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that gradients reach."""
+        layers, adapters = self.student.shape.layers, self.adapters
+        return min(adapters.blocks, layers) if adapters else layers
+
+    @property
+    def adapters(self) -> Adapters | None:
+        return Adapters.of(self.table, self.student.shape)
+
+    def trainable(self) -> int:
+        """Numbers that train."""
+        if self.adapters is None:
+            return self.student.parameters
+        magnitudes = self.blocks * sum(self.adapted_outputs()) if self.is_dora else 0
+        return self.adapters.weights + magnitudes
+
+    def optimizer_numbers(self) -> int:
+        """Numbers of state: Adafactor has a row and a column of each matrix."""
+        kind = self.recipe.optim.optimizer
+        if kind != "adafactor":
+            return self.trainable() * {"adamw": 2, "lion": 1}[kind]
+        shape = self.student.shape
+        if self.full:
+            ends = sum(map(sum, shape.matrices().values()))
+            vocabulary = (1 if self.student.tied else 2) * (shape.vocabulary + shape.width)
+            return vocabulary + shape.layers * ends + self.student.vectors
+        ends = sum(sum(shape.matrices()[name]) + 2 * self.table.rank for name in self.targets())
+        return self.blocks * (ends + (sum(self.adapted_outputs()) if self.is_dora else 0))
+
+    def student_bytes(self) -> float:
+        """float32 weights and the copy that is computed in; frozen ones in the computed format
+        beside float32 adapters.
+        """
+        weights = self.student.parameters
+        if self.full:
+            return weights * (FLOAT + (self.number if self.dtype != "float32" else 0))
+        return weights * self.number + FLOAT * self.trainable()
+
+    def teacher_bytes(self) -> float:
+        if not self.teacher:
+            return 0.0
+        return teacher_bytes(self.teacher, self.recipe.teacher.quantize_bits, self.machine.dtype)
+
+    @property
+    def is_dora(self) -> bool:
+        return self.table.tuning == "dora"
+
+    def targets(self) -> list[str]:
+        matrices = self.student.shape.matrices()
+        return [name for name in self.table.lora_targets if name in matrices]
+
+    def adapted_outputs(self) -> list[int]:
+        return [self.student.shape.matrices()[name][1] for name in self.targets()]
