@@ -195,7 +195,7 @@ def flops_counter(
     table, kind = recipe.student, recipe.teacher.cache
     ours = Shape.of(read_config(student))
     teaches = recipe.objective.kd_weight > 0 and kind in ("off", "hidden")
-    theirs = Shape.of(read_config(teacher)) if teaches else None
+    theirs = Shape.of(read_config(teacher)) if teaches and teacher else None
     if ours is None or (teaches and theirs is None):
         return lambda step: {}
     adapters = Adapters.of(table, ours)
