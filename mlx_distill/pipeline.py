@@ -25,6 +25,7 @@ from mlx_distill.errors import OutOfMemory, RecipeError
 from mlx_distill.machine import Machine
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.runs_page import report
+from mlx_distill.runs import logs
 from mlx_distill.runs.disk import refuse_full_disk
 from mlx_distill.runs.inputs import begin, refuse_older_arithmetic
 from mlx_distill.runs.manifest import Manifest
@@ -34,7 +35,7 @@ from mlx_distill.runs.run_folder import RunFolder, SilentFolder, TrainState
 from mlx_distill.runs.sample import make_sample
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.of_run import score_run
-from mlx_distill.scoring.task_scores import TaskScores, forget_score
+from mlx_distill.scoring.task_scores import TaskScores, changed_generations, forget_score
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.folder import TeacherCache
@@ -127,11 +128,15 @@ class Pipeline:
         return load_task(asked.task, asked.examples, asked.seed) if asked.task else None
 
     def _say_damage(self, folder: RunFolder) -> None:
-        """The owner of a student that was changed may have meant it; it is not scored as this
-        run's.
+        """The owner of a file that was changed may have meant it; such a student is not scored as
+        this run's.
         """
-        if wrong := folder.exported.damage():
-            self.view.say(f"note: {wrong}")
+        manifest = folder.read(Manifest)
+        wrong = [folder.exported.damage(), *logs.changes(folder.path, manifest.logs).values()]
+        if manifest.finished:
+            wrong.append(changed_generations(folder.path, folder.readable(TaskScores)))
+        for sentence in filter(None, wrong):
+            self.view.say(f"note: {sentence}")
 
     def prepare(self) -> Prepared:
         """The sequences of this run."""
@@ -253,6 +258,7 @@ class Pipeline:
             tokens_read=state.tokens_seen,
             loss_tokens=state.loss_tokens_seen,
             flops=total_flops(counted),
+            logs=logs.kept_digests(folder.path),
             **for_mlx_lm,
         )
         forget_score(folder, "student")

@@ -25,7 +25,7 @@ TIMES = {
     "git_commit",
     "starts",
 }
-TIMES |= {"sha256"}  # of generations.jsonl, which says how long each took
+TIMES |= {"sha256", "logs"}  # digests of files that say how long each step or text took
 
 
 def timeless(content):

@@ -4,9 +4,11 @@ longer one.
 
 import math
 import random
+import shutil
 from pathlib import Path
 
 from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.runs.logs import kept_digests
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.rows import MetricsRow, ValidationRow
 from mlx_distill.runs.sample import Sample, SampleToken
@@ -148,6 +150,7 @@ def write_run(
         "exported_step": max(0, steps - 50),
         "elapsed_seconds": 252.4,
         "flops": {"teacher": 1.8e12, "student": 2.7e12, "head": 0.4e12, "total": 4.9e12},
+        "logs": kept_digests(folder),
         "data": made.data.model_copy(update={"not_used": unused}),
     }
     files.write(made.model_copy(update=longer))
@@ -156,6 +159,7 @@ def write_run(
         "base": make_score(119, unfinished=0.036),
         "student": make_score(student),
     }
+    shutil.copy(real / "generations.jsonl", folder)
     scored = kept.read(TaskScores)
     files.write(scored.model_copy(update={"task": "embedded:chain", "scores": scores}))
     files.write(Sample(make_tokens()))

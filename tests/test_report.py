@@ -4,7 +4,9 @@ nothing else.
 
 import json
 import re
+import shutil
 from html import unescape
+from pathlib import Path
 
 import pytest
 from drawn import Drawn
@@ -210,6 +212,19 @@ def test_a_broken_part_is_no_crash(tmp_path, part, content, write_run):
     run = write_run(tmp_path / "run", steps=20)
     (run / part).write_bytes(content.encode("utf-8", "surrogateescape"))
     page_of(run, out=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "validation.jsonl", "generations.jsonl"])
+def test_a_digit_that_was_changed_after_the_run_is_said(whole_run, tmp_path, name):
+    run = Path(shutil.copytree(whole_run("full"), tmp_path / "run"))
+    said = f"{run / name} is damaged: its SHA-256 is not the one it was saved with."
+    assert "is damaged" not in page_of(run, out=tmp_path)[1]
+    text = (run / name).read_text()
+    place = text.index("seconds") + 12
+    changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+    (run / name).write_text(changed)
+    assert said in page_of(run, out=tmp_path)[1]
+    assert said in (tmp_path / "report.md").read_text().replace("\\", "")
 
 
 def test_nothing_known_is_nothing_invented(tmp_path):

@@ -184,6 +184,11 @@ def test_a_finished_run_only_writes_its_report_again(run_tiny, tmp_path):
         assert run_tiny(at=place).code == 0, "a model was loaded"
     assert (folder / "report.html").is_file()
     assert {path: path.read_bytes() for path in before} == before
+    for name in ("metrics.jsonl", "generations.jsonl"):
+        (folder / name).write_text(
+            (folder / name).read_text().replace('"seconds": 0', '"seconds": 1')
+        )
+        assert f"note: {folder / name} is damaged" in run_tiny().out
 
 
 def test_a_torn_last_line_of_the_log_is_cut(run_tiny, never_stopped, tmp_path):

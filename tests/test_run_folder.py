@@ -467,6 +467,19 @@ def test_a_recipe_that_a_person_wrote_makes_no_run_folder(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_a_folder_of_somebody_else_that_has_a_lock_and_a_report_is_not_ours(tmp_path):
+    (tmp_path / "one" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "one" / "run.lock").touch()
+    mine = add(tmp_path / "one" / "report.md")
+    for fresh in (False, True):
+        with pytest.raises(RunError, match="holds no run"):
+            RunFolder.open(make_recipe(tmp_path), fresh)
+    assert mine.read_text() == "mine"
+    RunFolder(tmp_path / "one").write(Manifest(recipe_digest="of a run that lost its recipe"))
+    RunFolder.open(make_recipe(tmp_path), fresh=True)
+    assert not mine.exists()
+
+
 @pytest.mark.parametrize(
     "name", ["run.lock", "metrics.jsonl", "recipe.toml", "manifest.json", "state"]
 )

@@ -20,8 +20,9 @@ from mlx_distill.runs.rows import MetricsRow, ValidationRow
 from mlx_distill.runs.sample import Sample, SampleToken
 from mlx_distill.runs.small_files import AnyRow, R, SmallFiles
 from mlx_distill.scoring.score import Difference, Score, compare
-from mlx_distill.scoring.task_scores import TaskScores
+from mlx_distill.scoring.task_scores import TaskScores, changed_generations
 
+NOT_KNOWN = "versions, machine, data and cost are not known"
 SEGMENTS = ("prompt", "cot", "answer")
 NOT_THE_METHOD = {
     ("run", "name"),
@@ -98,11 +99,15 @@ def _read_parts(folder: Path) -> Run:
         )
     if "student" not in scored.whole:
         notes.setdefault("eval.json", "eval.json holds no score of the student.")
-    unknown = "versions, machine, data and cost are not known"
+    manifest = _record(folder, Manifest, notes, NOT_KNOWN)
+    for name, wrong in logs.changes(folder, manifest.logs).items():
+        notes.setdefault(name, f"{wrong}.")
+    if manifest.finished and (wrong := changed_generations(folder, scored)):
+        notes["generations.jsonl"] = f"{wrong}."
     return Run(
         folder=folder,
         recipe=_recipe(folder, notes),
-        manifest=_record(folder, Manifest, notes, unknown),
+        manifest=manifest,
         metrics=_rows(folder, MetricsRow, notes, "there are no training curves"),
         validation=_rows(folder, ValidationRow, notes, "there are no validation curves"),
         task=scored.task,

@@ -296,10 +296,12 @@ def write(page: Page, out: Path) -> Report:
 
 
 def _refuse_foreign(there: Report) -> None:
-    """A run or a sweep knows its files by name; elsewhere a page of ours says so in its title, and
-    the Markdown beside it is of the same page."""
+    """A run (which has a recipe) or a sweep (results) knows its files by name; elsewhere a page of
+    ours says so in its title, and the Markdown beside it is of the same page."""
     paths = [path for path in (there.html, there.markdown) if path.exists()]
-    if not paths or (there.html.parent / LOCK).exists() or _is_a_page(there.html):
+    beside = {path.name for path in there.html.parent.iterdir()}
+    ours = LOCK in beside and beside & {"recipe.toml", "results.csv"}
+    if not paths or ours or _is_a_page(there.html):
         return
     raise RunError(
         f"{paths[0]} is there, and mlx-distill did not write it: move it away, or name another "

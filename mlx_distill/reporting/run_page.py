@@ -102,7 +102,7 @@ def _missing(run: Run, *names: str) -> list[Block]:
 
 def _scores(run: Run) -> list[Block]:
     broken = [name for name in run.notes if name.startswith("eval.json ")]
-    missing = _missing(run, "eval.json", *broken)
+    missing = _missing(run, "eval.json", "generations.jsonl", *broken)
     scored = _scored(run)
     if not scored:
         return missing

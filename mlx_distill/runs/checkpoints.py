@@ -12,8 +12,7 @@ no digests: of theirs only the length of the files is checked.
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from math import inf
 from pathlib import Path
@@ -22,9 +21,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mlx_distill.errors import DistillError, NotFound, RunError
-from mlx_distill.files import is_left_by_a_system, left_overs, made_whole, one_line, sha256_of
+from mlx_distill.files import left_overs, made_whole
 from mlx_distill.readers import read_json, read_text
 from mlx_distill.runs import own_files
+from mlx_distill.runs.digests import all_files, changed, digests
 from mlx_distill.runs.small_files import Say, quiet
 
 SUMS = "SHA256SUMS"
@@ -196,44 +196,6 @@ def _holds_own(folder: Path) -> bool:
 
 
 # state.json
-
-
-def all_files(folder: Path) -> list[str]:
-    """The files in a folder, at any depth, by their paths in it, but for a system's own."""
-    return sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file() and not is_left_by_a_system(path.name)
-    )
-
-
-def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Name → SHA-256 of files in a folder, read side by side: one thread is slower than a fast
-    disk.
-    """
-    names = list(names)
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(sha256_of, [folder / name for name in names]))
-    return dict(zip(names, found, strict=True))
-
-
-def changed(folder: Path, kept: dict[str, str]) -> str:
-    """The first file that is missing or has another SHA-256 than was kept, as a sentence; "" if
-    none.
-    """
-    try:
-        missing = [name for name in kept if not (folder / name).is_file()]
-        found = {} if missing else digests(folder, kept)
-    except OSError as error:
-        return f"{folder} cannot be read ({one_line(error)})"
-    if missing:
-        return f"{folder / missing[0]} is missing"
-    wrong = [name for name, digest in kept.items() if found[name] != digest]
-    return (
-        f"{folder / wrong[0]} is damaged: its SHA-256 is not the one it was saved with"
-        if wrong
-        else ""
-    )
 
 
 def _damage(folder: Path, step: int) -> str:

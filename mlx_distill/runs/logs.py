@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from mlx_distill.errors import RunError
 from mlx_distill.files import one_line, write_text
 from mlx_distill.readers import parse_json
-from mlx_distill.runs.rows import Row
+from mlx_distill.runs.digests import changed, digests
+from mlx_distill.runs.rows import LOGS, Row
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 
@@ -61,6 +62,23 @@ def read(path: Path, kind: type[AnyRow]) -> Lines[AnyRow]:
         else:
             found.torn_end = bool(line.strip())
     return found
+
+
+def kept_digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of both logs of a run, by their names."""
+    return digests(folder, [kind.FILE for kind in LOGS if (folder / kind.FILE).is_file()])
+
+
+def changes(folder: Path, kept: dict[str, str]) -> dict[str, str]:
+    """Of each log that is not as it was `kept` what is wrong, as a sentence; {} where all are, or
+    an older version kept nothing.
+    """
+    found = {
+        kind.FILE: changed(folder, {kind.FILE: kept[kind.FILE]})
+        for kind in LOGS
+        if kind.FILE in kept
+    }
+    return {name: wrong for name, wrong in found.items() if wrong}
 
 
 def _row(line: bytes, kind: type[AnyRow]) -> AnyRow | None:

@@ -59,8 +59,8 @@ class Start(Record):
 
 class Manifest(Record):
     """exported_step: whose weights became the student, None before that. elapsed_seconds,
-    tokens_read, loss_tokens and flops (by part, and `total`) are of the whole training.
-    student_files: the SHA-256 of each file of the student. prompt_date, tokens_read, loss_tokens
+    tokens_read, loss_tokens and flops (by part, and `total`) are of the whole training. logs,
+    student_files: the SHA-256 of both logs and of each file of the student. prompt_date, tokens_read, loss_tokens
     and student_files are None in manifests of versions that did not keep them.
     """
 
@@ -91,6 +91,7 @@ class Manifest(Record):
     loss_tokens: Count | None = None
     flops: dict[str, Number] = Field(default_factory=dict)
     not_for_mlx_lm: str = ""
+    logs: dict[str, str] = Field(default_factory=dict)
     student_files: dict[str, str] | None = None
     finished: bool = False
 

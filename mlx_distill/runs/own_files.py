@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlx_distill.files import COMPANION, LEFT_BY_SYSTEMS
 
+REPORTS = ("report.md", "report.html")
 FILES = (
     "manifest.json",
     "recipe.toml",
@@ -22,8 +23,7 @@ FILES = (
     "sample.json",
     "eval.json",
     "generations.jsonl",
-    "report.md",
-    "report.html",
+    *REPORTS,
 )
 LOCK = "run.lock"
 STARTING_OVER = ".starting-over"  # stands while the files of an earlier run are being removed

@@ -111,16 +111,14 @@ class RunFolder(SmallFiles):
         """Whether a run made this folder, going by the names in it."""
         if "checkpoints" in names and not self.checkpoints.is_dir():
             return False
-        if own_files.LOCK in names and names & {
-            "checkpoints",
-            "recipe.toml",
-            own_files.STARTING_OVER,
-        }:
+        if own_files.LOCK in names and names & {"recipe.toml", own_files.STARTING_OVER}:
             return True
-        if (
-            "recipe.toml" in names
-        ):  # a person may have one of that name: ours has every field, in our order
-            return self._recipe_is_ours() or self.readable(Manifest).recipe_digest
+        if self.readable(Manifest).recipe_digest:
+            return True
+        if "recipe.toml" in names:  # a person may have one: ours has every field, in our order
+            return self._recipe_is_ours()
+        if own_files.LOCK in names and "checkpoints" in names:  # a report comes after a recipe
+            return not names & set(own_files.REPORTS)
         return names <= {"checkpoints", ".recipe.toml.tmp"} and not any(self.checkpoints.iterdir())
 
     def _recipe_is_ours(self) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 from mlx_distill.errors import DistillError, RunError
 from mlx_distill.files import first_line, left_overs, made_whole, remedy
 from mlx_distill.runs import own_files
-from mlx_distill.runs.checkpoints import UNWRITTEN, all_files, changed, digests
+from mlx_distill.runs.checkpoints import UNWRITTEN
+from mlx_distill.runs.digests import all_files, changed, digests
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.small_files import INTACT, SmallFiles
 

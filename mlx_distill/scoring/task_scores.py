@@ -1,11 +1,14 @@
 """A run's `eval.json`: the task, and what teacher, base and student scored on it."""
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError, field_validator
 
+from mlx_distill.runs.digests import changed
 from mlx_distill.runs.record import Count, Record
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring.generations import FILE
 from mlx_distill.scoring.score import Score
 
 
@@ -46,6 +49,13 @@ class TaskScores(Record):
     def broken(self) -> list[str]:
         """The models whose score cannot be read."""
         return [model for model, score in self.scores.items() if not score]
+
+
+def changed_generations(folder: Path, scored: TaskScores) -> str:
+    """What is wrong with the file that the scores of a finished run were made from, as a sentence;
+    "" if nothing is.
+    """
+    return changed(folder, {FILE: scored.generations.sha256}) if scored.generations else ""
 
 
 def forget_score(folder: RunFolder, model: str) -> None:
