@@ -14,7 +14,8 @@ from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
 from mlx_distill.cost.flops import training_flops
 from mlx_distill.cost.memory import Memory, Micro, Moment
 from mlx_distill.cost.work import Work
-from mlx_distill.data.prepare import Prepared, count_tokens
+from mlx_distill.data.counts import count_tokens
+from mlx_distill.data.prepare import Prepared
 from mlx_distill.errors import OutOfMemory
 from mlx_distill.machine import Machine
 from mlx_distill.recipe.recipe import Recipe

@@ -8,16 +8,14 @@ chosen before they are cut (so the same ones at every fraction), and what counts
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mlx_distill.data.account import listed, remedy
 from mlx_distill.data.examples import Example, Skip, Turns, shuffled
 from mlx_distill.data.formats import read_examples
-from mlx_distill.data.sequences import Segment, TokenSequence, render
+from mlx_distill.data.sequences import TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
 from mlx_distill.data.truncate import stays_whole, thin, truncate
 from mlx_distill.errors import DataError
@@ -63,18 +61,6 @@ class Prepared:
                 f"cut: {sum(ended):,} tokens, learned from the text alone"
             )
         return lines
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Tokens of some sequences by segment (index `Segment`), and how many of them carry loss:
-    `int64[3]` each.
-    """
-
-    examples: int
-    tokens: np.ndarray
-    supervised: np.ndarray
-    ending: int = 0  # of the tokens, those that follow a cut
 
 
 @dataclass(frozen=True)
@@ -271,52 +257,3 @@ def cut_sequence(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:
 
 def _stays_whole(sequence: TokenSequence, recipe: Recipe) -> bool:
     return stays_whole(sequence, recipe.truncation.whole_share, recipe.run.seed)
-
-
-def count_tokens(sequences: Sequence[TokenSequence], segments: tuple[str, ...]) -> TokenCounts:
-    """Tokens and supervised tokens by segment, summed over sequences."""
-    tokens, supervised = np.zeros(3, np.int64), np.zeros(3, np.int64)
-    for sequence in sequences:
-        kinds = sequence.segments()
-        tokens += np.bincount(kinds, minlength=3)
-        supervised += np.bincount(kinds[sequence.supervised(segments)], minlength=3)
-    ending = sum(sequence.ending for sequence in sequences)
-    return TokenCounts(len(sequences), tokens, supervised, ending)
-
-
-@dataclass(frozen=True)
-class TokenRun:
-    """Neighbouring tokens of one segment that are all kept or all cut; `learned` `bool[n]` says
-    which carry loss, `ending` whether they follow the cut and learn from the text alone.
-    """
-
-    segment: Segment
-    kept: bool
-    tokens: np.ndarray
-    learned: np.ndarray
-    ending: bool = False
-
-
-def token_runs(whole: TokenSequence, recipe: Recipe) -> Iterator[TokenRun]:
-    """A whole sequence as runs that are of one segment and all kept or all cut, in order and
-    without gaps.
-    """
-    cut = cut_sequence(
-        replace(whole, tokens=np.arange(len(whole), dtype=np.int32)), recipe
-    )  # tokens are now places
-    kept, learned, ending = np.zeros((3, len(whole)), bool)
-    kept[cut.tokens] = True
-    learned[cut.tokens[cut.supervised(recipe.objective.segments)]] = True
-    ending[cut.tokens[len(cut) - cut.ending :]] = True
-    segments = whole.segments()
-    kinds = np.stack([segments, kept, ending])
-    changes = np.flatnonzero((np.diff(kinds) != 0).any(axis=0)) + 1
-    for places in np.split(np.arange(len(whole)), changes):
-        first = places[0]
-        yield TokenRun(
-            Segment(int(segments[first])),
-            bool(kept[first]),
-            whole.tokens[places],
-            learned[places],
-            bool(ending[first]),
-        )

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import DeviceInfo
-from mlx_distill.data.prepare import Prepared, count_tokens
+from mlx_distill.data.counts import count_tokens
+from mlx_distill.data.prepare import Prepared
 from mlx_distill.data.sequences import Segment
 from mlx_distill.machine import git_commit, processor_name, versions
 from mlx_distill.models.hub import model_fingerprint

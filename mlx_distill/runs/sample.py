@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import RootModel
 
-from mlx_distill.data.prepare import Prepared, token_runs
+from mlx_distill.data.counts import token_runs
+from mlx_distill.data.prepare import Prepared
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.record import Record
 

@@ -16,15 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_distill.data.account import unused_lines
+from mlx_distill.data.counts import TokenCounts, TokenRun, count_tokens, token_runs
 from mlx_distill.data.day import about_day, choose_day
-from mlx_distill.data.prepare import (
-    Prepared,
-    TokenCounts,
-    TokenRun,
-    count_tokens,
-    prepare,
-    token_runs,
-)
+from mlx_distill.data.prepare import Prepared, prepare
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.models.hub import load_tokenizer, model_folder

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_distill.data.batches import ALL_SEGMENTS, Steps, make_batch
+from mlx_distill.data.counts import count_tokens, token_runs
 from mlx_distill.data.examples import make_example
-from mlx_distill.data.prepare import count_tokens, cut_sequence, learnable, token_runs
+from mlx_distill.data.prepare import cut_sequence, learnable
 from mlx_distill.data.sequences import Segment, TokenSequence, render
 from mlx_distill.data.truncate import stays_whole, truncate
 from mlx_distill.recipe.recipe import Recipe, with_values

@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from test_examples import INSTRUCTION
 
-from mlx_distill.data.prepare import count_tokens, prepare, token_runs
+from mlx_distill.data.counts import count_tokens, token_runs
+from mlx_distill.data.prepare import prepare
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.load import load_recipe
