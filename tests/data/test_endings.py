@@ -96,6 +96,7 @@ QWEN3 = (  # 2+3? in twelve tokens; <think>\n Two and three .\n </think> \n\n 5 
 )
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(
     ("cut", "kept", "ending"),
     [
@@ -118,14 +119,28 @@ def test_exact_ids_with_qwen3(qwen3_tokenizer, cut, kept, ending):
     assert ended.segments().tolist() == [0] * 12 + [1] * len(cot[kept] + cot[ending]) + [2] * 2
 
 
-def test_a_tag_of_several_tokens_is_whole_after_a_cut(bytes_tokenizer, bytes_ids):
-    tokenizer = bytes_tokenizer("qwen2_5")
-    whole = render(make_example("2+3?", "Two and three.", "5"), tokenizer)
-    for fraction in np.linspace(0.4, 1, 40):
-        table = TruncationTable(span="cot", fraction=float(fraction), ending="answer")
+@pytest.mark.network
+def test_a_tag_of_several_tokens_is_whole_after_every_cut(smollm2_tokenizer):
+    whole = render(make_example("2+3?", "Two and three.", "5"), smollm2_tokenizer)
+    tag = whole.tokens[whole.closing :].tolist()
+    assert smollm2_tokenizer.decode(tag) == "</think>\n\n5<|im_end|>"
+    assert tag[:3] == [9617, 17400, 46] and tag[-1] == 2  # </ think > … <|im_end|>
+    cots = whole.cot_end - whole.prompt_end
+    for stop in range(whole.prompt_end + 1, len(whole) + 1):
+        share = min(1.0, (stop - whole.prompt_end + 0.5) / cots)
+        table = TruncationTable(span="cot", fraction=share, ending="answer")
         ended = truncate(whole, table)
-        text = tokenizer.decode(ended.tokens)
-        assert text.endswith("</think>\n\n5<|im_end|>") and text.count("</think>") == 1
+        kept = min(stop, whole.closing)
+        assert ended.tokens.tolist() == whole.tokens[:kept].tolist() + tag
+
+
+def test_a_token_over_the_line_break_before_the_tag_belongs_to_the_ending(bytes_tokenizer):
+    tokenizer = bytes_tokenizer("qwen2_5", think_tokens=False, merges=(("Ċ", "<"),))
+    whole = render(make_example("2+3?", "Two and three.", "5"), tokenizer)
+    assert tokenizer.decode(whole.tokens[whole.closing]) == "\n<"
+    ended = truncate(whole, TruncationTable(span="cot", fraction=0.3, ending="answer"))
+    kept = len(ended) - ended.ending
+    assert tokenizer.decode(ended.tokens[kept:]) == "\n</think>\n\n5<|im_end|>"
 
 
 # which examples stay whole
