@@ -44,8 +44,8 @@ class Words:
         return "user: " + " ".join(turn["content"] for turn in turns)
 
     def __call__(self, text, **_):
-        places = [word.span() for word in re.finditer(r"\S+", text)]
-        return {"input_ids": self.encode(text), "offset_mapping": places}
+        offsets = [found.span() for found in re.finditer(r"\S+", text)]
+        return {"input_ids": self.encode(text), "offset_mapping": offsets}
 
 
 class Scripted:
@@ -160,7 +160,7 @@ def test_a_score_counts_what_was_generated():
     assert seen == [1] * 6
     prompts, sampling = model.asked
     assert prompts[0] == tokenizer.encode("user: q1")
-    assert sampling == Sampling(9, 0.0, 1.0, 5, 64, frozenset([STOP]))
+    assert sampling == Sampling(9, 0.0, 1.0, 5, 64, frozenset([STOP]), (0,) * 6)
 
 
 def test_samples_of_a_problem_stand_together():

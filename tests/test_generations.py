@@ -11,7 +11,7 @@ from test_evaluate import Words, end_of_turn  # noqa: F401
 
 from mlx_distill.recipe.tables import EvalTable
 from mlx_distill.scoring.generations import Generations
-from mlx_distill.scoring.score import batch_seed, score
+from mlx_distill.scoring.score import score
 from mlx_distill.verify.tasks import Problem, Task
 
 SETTINGS = EvalTable(samples=2, temperature=0.7, batch_size=3, seed=5)
@@ -186,8 +186,3 @@ def test_what_is_written_cannot_hurt_a_terminal(tmp_path):
     score(Rude(tokenizer), tokenizer, make_task(), EvalTable(), kept=Generations(path, "m", {}))
     assert path.read_bytes().isascii() and b"\x1b" not in path.read_bytes()
     assert rows(path)[0]["text"] == "</think> \x1b[2J\u202e\ud83d"
-
-
-def test_each_batch_has_a_seed_of_its_own():
-    seeds = {batch_seed(seed, number) for seed in range(20) for number in range(20)}
-    assert len(seeds) == 400 and batch_seed(42, 0) == 42

@@ -153,7 +153,8 @@ class Ranks:
 @dataclass(frozen=True)
 class Sampling:
     """How texts are generated: `temperature` 0 is greedy; `stop_ids` end a text, and so do
-    `max_new_tokens`; `batch_size` of them are made at once. `seed` is of all of them together.
+    `max_new_tokens`; `batch_size` of them are made at once. A text is drawn with random numbers of
+    its own: of `seed`, its prompt, and which answer to it this is (`samples`, 0 for all by default).
     """
 
     max_new_tokens: int
@@ -162,6 +163,7 @@ class Sampling:
     seed: int = 0
     batch_size: int = 1
     stop_ids: frozenset[int] = frozenset()
+    samples: tuple[int, ...] = ()
 
 
 class Teacher(Protocol):

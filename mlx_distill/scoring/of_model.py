@@ -6,6 +6,7 @@ In: a name, a task, settings. Out: a score, kept beside the generations that it 
 from pathlib import Path
 
 from mlx_distill.backends import choose_backend
+from mlx_distill.backends.stops import stops_of
 from mlx_distill.data.day import about_day, choose_day
 from mlx_distill.errors import NotFound
 from mlx_distill.models.hub import load_tokenizer, model_folder
@@ -16,7 +17,6 @@ from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.generations import Evaluation, Generations
 from mlx_distill.scoring.score import Score, describe
-from mlx_distill.scoring.stops import stops_of
 from mlx_distill.verify.tasks import load_task
 from mlx_distill.view import View
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend
+from mlx_distill.backends.stops import stops_of
 from mlx_distill.runs.inputs import refuse_changed_model, refuse_older_arithmetic
 from mlx_distill.runs.provenance import identity
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.generations import FILE, Generations
 from mlx_distill.scoring.score import Score, describe
-from mlx_distill.scoring.stops import stops_of
 from mlx_distill.scoring.task_scores import GenerationsFile, TaskScores
 from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View

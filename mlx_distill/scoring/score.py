@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Annotated, Any
 
-import numpy as np
 from pydantic import Field
 
 from mlx_distill import verify
+from mlx_distill.backends import draws
 from mlx_distill.backends.protocol import Model, Sampling
 from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import generation_prompt
@@ -98,8 +98,8 @@ def score(
     `model` needs nothing but `generate`. `stop_ids` are token ids that end an answer besides the
     tokenizer's own, `day` is what prompts say where their template reads the clock. With `kept`
     each batch is written down as it is judged, and one that is there already is not generated
-    again: the batches and the seed of each depend on the arguments alone, so the score is the same
-    either way. Raises `DataError` for a task without problems (there is no accuracy of nothing) or
+    again: batches and random numbers depend on the arguments alone, so the score is the same either
+    way. Raises `DataError` for a task without problems (there is no accuracy of nothing) or
     with one that the chat template refuses.
     """
     if not task.problems:
@@ -119,9 +119,10 @@ def score(
             stops=sorted(stops),
             verifier=verify.VERSION,
             settings=settings.model_dump(include=set(KEYED)),
+            **({"draws": draws.VERSION} if settings.temperature else {}),
         )
     found = dict(kept.kept) if kept else {}
-    for number, batch in enumerate(batches):
+    for batch in batches:
         if all(one in found for one in batch):
             progress(len(batch))
             continue
@@ -129,9 +130,10 @@ def score(
             settings.max_new_tokens,
             settings.temperature,
             settings.top_p,
-            batch_seed(settings.seed, number),
+            settings.seed,
             settings.batch_size,
             stops,
+            tuple(sample for _, sample in batch),
         )
         started = time.perf_counter()
         texts = {}
@@ -147,13 +149,6 @@ def score(
         if kept:
             kept.add(rows)
     return summarize(task.problems, found, settings.samples)
-
-
-def batch_seed(seed: int, number: int) -> int:
-    """The seed of a batch: its own, so that a batch is sampled alike whether those before it are
-    generated or kept.
-    """
-    return seed if number == 0 else int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
 def _batches(prompts: dict[str, list[int]], settings: EvalTable) -> list[list[tuple[str, int]]]:

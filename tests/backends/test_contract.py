@@ -811,21 +811,38 @@ def test_sampling_is_a_function_of_the_seed(backend: Backend, teacher: Teacher):
     assert sample(4, top_p=1e-6) == sample(5, temperature=1e-6) == greedy
 
 
-def test_the_temperature_comes_before_the_cut_to_top_p():
-    """As in transformers and vLLM, which published scores are made with."""
-    from mlx_distill.backends.mlx.generate import _sampler
+def test_a_text_depends_on_nothing_that_it_is_drawn_beside(backend: Backend, teacher: Teacher):
+    drawn = {"temperature": 1.0, "seed": 1}
+    together = texts(teacher, PROMPTS, 12, batch_size=8, **drawn)
+    for place, prompt in enumerate(PROMPTS):
+        assert texts(teacher, [prompt], 12, batch_size=1, **drawn) == [together[place]]
+    twice = [PROMPTS[0]] * 3
+    first, second, again = texts(teacher, twice, 12, batch_size=2, samples=(0, 1, 0), **drawn)
+    assert first == again == together[0] != second
 
-    rows = mx.log(mx.array([[0.5, 0.3, 0.2]] * 400))
-    mx.random.seed(0)
-    found = {
-        (t, p): set(_sampler(t, p)(rows).tolist())
-        for t, p in ((2.0, 0.75), (1.0, 0.75), (0.5, 0.6), (1.0, 0.6), (1.0, 1.0))
-    }
-    # at T = 2 the probabilities are 0.42, 0.32, 0.26; at T = 0.5 they are 0.66, 0.24, 0.11
-    assert found == {
-        (2.0, 0.75): {0, 1, 2},
-        (1.0, 0.75): {0, 1},
-        (0.5, 0.6): {0},
-        (1.0, 0.6): {0, 1},
-        (1.0, 1.0): {0, 1, 2},
-    }
+
+def test_texts_are_drawn_as_often_as_their_probability_says(backend: Backend, teacher: Teacher):
+    """The first token of many samples against the model's own distribution, cut as transformers
+    cuts it: temperature before `top_p`.
+    """
+    count, prompt = 600, PROMPTS[0]
+    logits = LOGITS[backend.name](teacher, prompt)[-1].astype(np.float64) / 0.5
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    order = np.argsort(-probs, kind="stable")
+    kept = order[np.cumsum(probs[order]) - probs[order] < 0.8]
+    expected = np.zeros_like(probs)
+    expected[kept] = probs[kept] / probs[kept].sum()
+    found = texts(
+        teacher,
+        [prompt] * count,
+        1,
+        batch_size=count,
+        temperature=0.5,
+        top_p=0.8,
+        samples=tuple(range(count)),
+    )
+    drawn = np.bincount([ids[0] for ids in found], minlength=len(probs))
+    assert not drawn[expected == 0].any() and len(kept) > 3
+    deviation = np.sqrt(count * expected * (1 - expected)) + 1
+    assert (np.abs(drawn - count * expected) < 4 * deviation).all()

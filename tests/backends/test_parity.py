@@ -294,6 +294,15 @@ def test_greedy_generations_agree(backends: list[Backend], root: Path):
     assert compared > 60
 
 
+def test_drawn_texts_agree(backends: list[Backend], root: Path):
+    """The same numbers draw them, so they part only where a sum lies within rounding of one."""
+    ours, theirs = teachers(backends, root)
+    drawn = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
+    one, other = (texts(model, PROMPTS, 24, batch_size=4, **drawn) for model in (ours, theirs))
+    assert sum(a == b for a, b in zip(one, other, strict=True)) >= len(PROMPTS) - 1
+    assert one != texts(ours, PROMPTS, 24, batch_size=4, **(drawn | {"seed": 4}))
+
+
 # State
 
 

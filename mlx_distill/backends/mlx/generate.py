@@ -5,13 +5,17 @@ finished, by mlx-lm's batch generator.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_distill.backends.draws import draws_of
 from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.backends.mlx.weights import parameter_count
 from mlx_distill.backends.protocol import Sampling, check_indices
+
+Sampler = Callable[[mx.array], mx.array]
 
 
 class MlxModel:
@@ -43,17 +47,16 @@ class MlxModel:
         """(which prompt, its new ids) as they finish, the stop id included where one came."""
         from mlx_lm.generate import BatchGenerator
 
-        mx.random.seed(sampling.seed)
+        samplers = _samplers(sampling, prompts)
         generator = BatchGenerator(
             self.split.model,
             max_tokens=sampling.max_new_tokens,
             stop_tokens=[[i] for i in sorted(sampling.stop_ids)],
-            sampler=_sampler(sampling.temperature, sampling.top_p),
             completion_batch_size=sampling.batch_size,
             prefill_batch_size=sampling.batch_size,
         )
         try:
-            names = generator.insert([list(prompt) for prompt in prompts])
+            names = generator.insert([list(prompt) for prompt in prompts], samplers=samplers)
             places = {name: place for place, name in enumerate(names)}
             tokens: dict[int, list[int]] = {name: [] for name in names}
             while responses := generator.next_generated():
@@ -65,13 +68,27 @@ class MlxModel:
             generator.close()
 
 
-def _sampler(temperature: float, top_p: float) -> Callable[[mx.array], mx.array]:
-    """Log-probabilities → token. The temperature comes before the cut to `top_p`, as in
-    transformers (mlx-lm has it after).
-    """
-    from mlx_lm.sample_utils import make_sampler
+def _samplers(sampling: Sampling, prompts: Sequence[Sequence[int]]) -> list[Sampler] | None:
+    """For each prompt: log-probabilities [1, V] → token [1]; None is the generator's own, greedy."""
+    if not sampling.temperature:
+        return None
+    return [
+        partial(_drawn, sampling=sampling, numbers=numbers)
+        for numbers in draws_of(sampling, prompts)
+    ]
 
-    if not temperature:
-        return make_sampler(0.0)
-    sample = make_sampler(1.0, top_p=top_p if top_p < 1 else 0.0)
-    return lambda logprobs: sample((logprobs - logprobs.max(axis=-1, keepdims=True)) / temperature)
+
+def _drawn(log_probs: mx.array, sampling: Sampling, numbers: Iterator[float]) -> mx.array:
+    """The token at which the cumulated probability first exceeds the position's number.
+
+    The temperature comes before the cut to `top_p`, as in transformers (mlx-lm has it after).
+    """
+    probs = mx.softmax(log_probs.astype(mx.float32) / sampling.temperature, axis=-1)
+    if sampling.top_p < 1:
+        order = mx.argsort(-probs, axis=-1)
+        ranked = mx.take_along_axis(probs, order, axis=-1)
+        before = mx.cumsum(ranked, axis=-1) - ranked
+        kept = mx.where(before < sampling.top_p, ranked, 0.0)
+        probs = mx.put_along_axis(mx.zeros_like(probs), order, kept, axis=-1)
+    cumulated = mx.cumsum(probs, axis=-1)
+    return mx.argmax(cumulated > next(numbers) * cumulated[:, -1:], axis=-1)

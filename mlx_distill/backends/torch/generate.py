@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from mlx_distill.backends.draws import draws_of
 from mlx_distill.backends.protocol import Sampling, check_indices
 from mlx_distill.backends.torch.adapters import parameter_count
 from mlx_distill.backends.torch.failures import explained
@@ -51,17 +52,20 @@ class TorchModel:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> Iterator[tuple[int, list[int]]]:
         """(which prompt, its new ids), a batch at a time, the stop id included where one came."""
-        torch.manual_seed(sampling.seed)
+        numbers = draws_of(sampling, prompts)
         self.split.model.generation_config = _generation(sampling)
         # the longest first: they need the most memory
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), sampling.batch_size):
             group = order[start : start + sampling.batch_size]
             with self.precision(), explained("generating"):
-                texts = self._generate([prompts[i] for i in group], sampling.stop_ids)
+                drawn = _Drawn(sampling, [numbers[i] for i in group])
+                texts = self._generate([prompts[i] for i in group], sampling.stop_ids, drawn)
             yield from zip(group, texts, strict=True)
 
-    def _generate(self, prompts: list[Sequence[int]], stop_ids: frozenset[int]) -> list[list[int]]:
+    def _generate(
+        self, prompts: list[Sequence[int]], stop_ids: frozenset[int], drawn: "_Drawn"
+    ) -> list[list[int]]:
         """One batch, padded at the left."""
         width = max(map(len, prompts))
         tokens = self.tensor(
@@ -70,21 +74,45 @@ class TorchModel:
         mask = self.tensor(
             np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         )
-        texts = self.split.model.generate(tokens, attention_mask=mask)[:, width:].tolist()
+        processors = transformers.LogitsProcessorList([drawn] if drawn.sampling.temperature else [])
+        texts = self.split.model.generate(tokens, attention_mask=mask, logits_processor=processors)[
+            :, width:
+        ].tolist()
         return [
             text[: next((i + 1 for i, token in enumerate(text) if token in stop_ids), None)]
             for text in texts
         ]
 
 
+class _Drawn(transformers.LogitsProcessor):
+    """Leaves one token of each row's logits [B, V]: the one at which the cumulated probability first
+    exceeds the row's number for this position.
+    """
+
+    def __init__(self, sampling: Sampling, numbers: Sequence[Iterator[float]]):
+        self.sampling, self._numbers = sampling, numbers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probs = torch.softmax(scores.float() / self.sampling.temperature, dim=-1)
+        if self.sampling.top_p < 1:
+            ranked, order = probs.sort(dim=-1, descending=True, stable=True)
+            before = ranked.cumsum(dim=-1) - ranked
+            kept = ranked.where(before < self.sampling.top_p, 0.0)
+            probs = torch.zeros_like(probs).scatter(-1, order, kept)
+        cumulated = probs.cumsum(dim=-1)
+        numbers = cumulated.new_tensor([[next(row)] for row in self._numbers])
+        token = (cumulated > numbers * cumulated[:, -1:]).int().argmax(dim=-1, keepdim=True)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
 def _generation(sampling: Sampling) -> transformers.GenerationConfig:
-    """Greedy or sampled, and nothing of what the model's own `generation_config.json` asks for."""
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    """The likeliest token, which is the drawn one where texts are drawn, and nothing of what the
+    model's own `generation_config.json` asks for.
+    """
     return transformers.GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=sorted(sampling.stop_ids) or None,
         pad_token_id=0,
         use_cache=True,
-        do_sample=sampling.temperature > 0,
-        **(drawn if sampling.temperature else {}),
+        do_sample=False,
     )
