@@ -312,10 +312,16 @@ def write_run(whole_run) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def run_tiny(tiny_recipe, command_line, tmp_path):
-    """Run `tiny.toml` in `tmp_path`; keywords say where to stop it. Its page is without charts,
-    which cost as much as the run; those of `whole_run` and of tests/test_report.py are drawn.
+def without_charts(monkeypatch) -> None:
+    """Pages without charts, which cost as much as a tiny run. Those of tests/test_report.py and of
+    the runs in `whole_run` are drawn.
     """
+    monkeypatch.setattr("mlx_distill.reporting.drawing.drawn", lambda *_: "<svg></svg>")
+
+
+@pytest.fixture
+def run_tiny(tiny_recipe, command_line, tmp_path):
+    """Run `tiny.toml` in `tmp_path`; keywords say where to stop it. Its page is without charts."""
     from endings import arguments
 
     drawn = {"mlx_distill.reporting.drawing:drawn": "<svg></svg>"}

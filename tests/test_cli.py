@@ -348,50 +348,54 @@ WATCHED = """
 import sys
 class Watch:
     def find_spec(self, name, path=None, target=None):
-        if name in ("mlx", "torch", "transformers"):
+        if name in FRAMEWORKS:
             frame = sys._getframe(1)
             while "importlib" in frame.f_code.co_filename:
                 frame = frame.f_back
-            asked.append((name, "mlx_distill" in frame.f_globals.get("__name__", "")))
-asked = []
+            ours.append((name, "mlx_distill" in frame.f_globals.get("__name__", "")))
+FRAMEWORKS = ("mlx", "torch", "transformers")
+ours = []
 sys.meta_path.insert(0, Watch())
-sys.argv = ["mlx-distill", {words}]
-try:
-    {code}
-except SystemExit:
-    pass
-print("IMPORTED", sorted({{name for name in ("mlx", "torch", "transformers") if name in sys.modules}}))
-print("OURS", sorted({{name for name, ours in asked if ours}}))
+for words in {commands}:
+    sys.argv = ["mlx-distill", *words]
+    try:
+        {code}
+    except SystemExit as end:
+        assert not end.code, words
+    found = [name for name in FRAMEWORKS if name in sys.modules]
+    print("IMPORTED", found, sorted({{name for name, by_us in ours if by_us}}))
 """
 MAIN = "from mlx_distill.cli import main; main()"
 
 
-def imported(words: str, code: str) -> tuple[str, str]:
-    """(of mlx, torch and transformers those imported, those imported by a module of ours)."""
-    result = subprocess.run(
-        [sys.executable, "-c", WATCHED.format(words=words, code=code)],
-        capture_output=True,
-        text=True,
-    )
+def imported(*commands: list[str], code: str = MAIN) -> list[str]:
+    """After each command: of mlx, torch and transformers those imported, those imported by a module
+    of ours.
+    """
+    program = WATCHED.format(commands=commands, code=code)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    return lines[-2].removeprefix("IMPORTED "), lines[-1].removeprefix("OURS ")
+    lines = [line for line in result.stdout.splitlines() if line.startswith("IMPORTED ")]
+    return [line.removeprefix("IMPORTED ") for line in lines]
 
 
 def test_help_and_recipes_import_no_framework(tiny_recipe):
-    assert imported("'--help'", MAIN) == ("[]", "[]")
+    assert imported(["--help"]) == ["[] []"]
     code = (
         "from pathlib import Path; from mlx_distill.recipe.load import load_recipe; "
         f"load_recipe(Path({str(tiny_recipe)!r}))"
     )
-    assert imported("", code) == ("[]", "[]")
+    assert imported([], code=code) == ["[] []"]
 
 
-@pytest.mark.parametrize("command", ["show", "plan", "sweep"])
-def test_what_computes_nothing_imports_no_framework(command, tiny_recipe, tmp_path):
+def test_what_computes_nothing_imports_no_framework(tiny_recipe, tmp_path):
     """transformers reads the tokenizer, and takes torch for not installed."""
     sweep = tmp_path / "sweep.toml"
-    sweep.write_text(f'recipe = "{tiny_recipe}"\nfolder = "{tmp_path}"\n')
-    words = [command, str(sweep if command == "sweep" else tiny_recipe)]
-    words += ["--dry-run"] if command == "sweep" else []
-    assert imported(", ".join(map(repr, words)), MAIN) == ("['transformers']", "['transformers']")
+    axes = "[axes]\ntruncation.fraction = [0.5, 1.0]\n"
+    sweep.write_text(f'recipe = "{tiny_recipe}"\nfolder = "{tmp_path}"\n{axes}')
+    commands = (
+        ["show", str(tiny_recipe)],
+        ["plan", str(tiny_recipe)],
+        ["sweep", str(sweep), "--dry-run"],
+    )
+    assert imported(*commands) == ["['transformers'] ['transformers']"] * 3

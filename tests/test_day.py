@@ -18,6 +18,7 @@ from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring import score as scoring
 from mlx_distill.view import View
 
+pytestmark = pytest.mark.usefixtures("without_charts")
 SETTINGS = (
     "optim.steps=2",
     "eval.examples=1",

@@ -31,6 +31,8 @@ from mlx_distill.training import loop
 from mlx_distill.training.loop import Interrupted, Training
 from mlx_distill.view import View
 
+pytestmark = pytest.mark.usefixtures("without_charts")
+
 
 def sequences(count, seed=0):
     random = np.random.default_rng(seed)
