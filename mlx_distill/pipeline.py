@@ -233,7 +233,8 @@ class Pipeline:
 
     def _load_teacher(self) -> LiveTeacher:
         asked = self.recipe.teacher
-        teacher = self.backend.load_teacher(self.pair.teacher, asked.model, asked.quantize_bits)
+        folder, _ = self.pair.named_teacher()
+        teacher = self.backend.load_teacher(folder, asked.model, asked.quantize_bits)
         self._say_notes(teacher)
         return teacher
 

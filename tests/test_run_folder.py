@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from endings import STUDENT, arguments, assert_same
+from mlx_distill.scoring.stops import stops_of
 from rich.console import Console
 from safetensors.numpy import save_file
 from tiny import left_by_a_mac
@@ -32,7 +33,6 @@ from mlx_distill.runs.rows import LOGS, MetricsRow, ValidationRow
 from mlx_distill.runs.run_folder import RunFolder, TrainState
 from mlx_distill.scoring.of_run import stops
 from mlx_distill.scoring.score import Score
-from mlx_distill.scoring.stops import stops_of
 from mlx_distill.scoring.task_scores import TaskScores, forget_score
 from mlx_distill.teaching.of_recipe import cache_of
 from mlx_distill.training.loop import restore

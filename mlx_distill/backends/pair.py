@@ -59,8 +59,14 @@ class Pair:
         """Rows of both heads that the loss compares; raises `ModelError` as
         `models.vocabulary.common_rows` does.
         """
-        theirs, ours = self.teacher_tokenizer.get_vocab(), self.tokenizer.get_vocab()
+        _, tokenizer = self.named_teacher()
+        theirs, ours = tokenizer.get_vocab(), self.tokenizer.get_vocab()
         return common_rows(theirs, ours, teacher_rows, student_rows)
+
+    def named_teacher(self) -> "tuple[Path, PreTrainedTokenizerFast]":
+        """Folder and tokenizer of the teacher, where the recipe names one."""
+        assert self.teacher is not None and self.teacher_tokenizer is not None
+        return self.teacher, self.teacher_tokenizer
 
 
 def _refuse_configs(recipe: Recipe, student: Path, teacher: Path | None) -> None:

@@ -72,7 +72,7 @@ class LossSums:
     def of(cls, batch: Batch, rows: Mapping[str, np.ndarray]) -> "LossSums":
         """From rows [N] of any float type by name; rows of weight 0 do not count."""
 
-        def sums(weight: np.ndarray, row: np.ndarray) -> np.ndarray:
+        def sums(weight: np.ndarray, row: np.ndarray | float) -> np.ndarray:
             return np.bincount(batch.segment, weight * np.asarray(row, np.float64), 3)
 
         weight = batch.weight.astype(np.float64)

@@ -9,7 +9,7 @@ from mlx_distill.files import all_lines
 
 
 def unloadable(
-    name: str, folder: Path, library: str, error: Exception, seen: Path | None = None
+    name: str, folder: Path, library: str, error: BaseException, seen: Path | None = None
 ) -> ModelError:
     """`seen` is where the library thought that the folder is."""
     reason = all_lines(error)

@@ -5,9 +5,10 @@ without pictures states in words. Decided here: what is left out, and how many p
 Roles name colours of the pages' style sheet.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from mlx_distill.words import finite, is_number, number, percent
 
@@ -193,7 +194,7 @@ class Scatter:
         ]
 
 
-def line_chart(title: str, unit: str, series: Sequence[Series], **more) -> Curves | None:
+def line_chart(title: str, unit: str, series: Sequence[Series], **more: Any) -> Curves | None:
     """A chart of the series that have a point, None without one; `more` are fields of `Curves`."""
     drawn = tuple(one for one in series if one.known)
     return Curves(title, unit, drawn, **more) if drawn else None
@@ -213,7 +214,9 @@ def smoothed(values: Sequence[float | None]) -> tuple[float | None, ...]:
     if half == 0:
         return tuple(values)
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
-    known = ([value for value in window if is_number(value)] for window in windows)
+    known = (
+        [value for value in window if value is not None and is_number(value)] for window in windows
+    )
     return tuple(sum(window) / len(window) if window else None for window in known)
 
 
@@ -227,6 +230,6 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [points[0], *means[1:-1], points[-1]]
 
 
-def _mean(values) -> float:
+def _mean(values: Iterable[float]) -> float:
     known = list(values)
     return sum(known) / len(known)

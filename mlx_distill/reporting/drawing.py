@@ -12,10 +12,14 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from mlx_distill.reporting import ticks
 from mlx_distill.reporting.charts import LOG_RATIO, Curves, Scatter, Series
 from mlx_distill.words import number
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SMALL = ((300, 220), (430, 236))  # pixels: on a phone, and as one of two beside each other
 LARGE = ((300, 270), (560, 310), (880, 350))
@@ -59,11 +63,14 @@ def drawn(chart: Curves | Scatter, width: int, height: int) -> str:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(LOOK)
         figure = Figure(figsize=(width / 72, height / 72), dpi=72, frameon=False)
-        draw, right = (_draw_curves, 10) if isinstance(chart, Curves) else (_draw_points, 26)
+        right = 10 if isinstance(chart, Curves) else 26
         inside = width - LEFT - right, height - TOP - BOTTOM
         place = LEFT / width, BOTTOM / height, inside[0] / width, inside[1] / height
         axes = figure.add_axes(place, frame_on=False)
-        draw(axes, chart, *inside)
+        if isinstance(chart, Curves):
+            _draw_curves(axes, chart, *inside)
+        else:
+            _draw_points(axes, chart, *inside)
         axes.minorticks_off()
         axes.tick_params(length=0, pad=9, labelcolor=_colour("soft"))
         axes.grid(axis="y", color=_colour("hair"), linewidth=1)
@@ -85,21 +92,23 @@ def _variable(colour: re.Match) -> str:
 
 def _for_a_page(svg: str, width: int) -> str:
     """matplotlib's SVG without what the page decides: header, ids, fonts, size, colours."""
-    box = re.search(r'viewBox="[^"]*"', svg)[0]
+    box = svg[svg.index('viewBox="') :].split('"')[1]
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>|</?g[^>]*>", "", body, flags=re.S)
     body = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", body)
     body = re.sub(r"#0000([0-9a-f]{2})", _variable, body)
     body = re.sub(r'(?<=[\s"])(-?\d+\.\d\d)\d+(?=[\s"])', r"\1", body)  # not in the text of ticks
-    return f'<svg class="w{width}" {box}>' + re.sub(r"\s*\n\s*", " ", body).strip()
+    return f'<svg class="w{width}" viewBox="{box}">' + re.sub(r"\s*\n\s*", " ", body).strip()
 
 
-def _line(axes, points: Sequence[tuple[float, float]], role: str, width: float, **look) -> None:
+def _line(
+    axes: "Axes", points: Sequence[tuple[float, float]], role: str, width: float, **look: Any
+) -> None:
     xs, ys = zip(*points, strict=True)
     axes.plot(xs, ys, color=_colour(role), linewidth=width, clip_on=False, **look)
 
 
-def _disc(axes, at: tuple[float, float], role: str, size: float, **look) -> None:
+def _disc(axes: "Axes", at: tuple[float, float], role: str, size: float, **look: Any) -> None:
     """A line of no length with round ends."""
     _line(axes, [at, at], role, size, **look)
 
@@ -107,7 +116,7 @@ def _disc(axes, at: tuple[float, float], role: str, size: float, **look) -> None
 # curves
 
 
-def _draw_curves(axes, chart: Curves, width: int, height: int) -> None:
+def _draw_curves(axes: "Axes", chart: Curves, width: int, height: int) -> None:
     low, high = min(chart.ys), max(chart.ys)
     if chart.log:
         axes.set_yscale("log")
@@ -132,7 +141,7 @@ def _draw_curves(axes, chart: Curves, width: int, height: int) -> None:
         _draw_series(axes, one)
 
 
-def _draw_series(axes, one: Series) -> None:
+def _draw_series(axes: "Axes", one: Series) -> None:
     points = one.drawn
     if one.faint:
         _line(axes, points, one.role, 1, alpha=0.22)
@@ -145,7 +154,7 @@ def _draw_series(axes, one: Series) -> None:
     _disc(axes, points[-1], one.role, 7)
 
 
-def _axis_of_steps(axes, chart: Curves, width: int) -> None:
+def _axis_of_steps(axes: "Axes", chart: Curves, width: int) -> None:
     xs = [x for one in chart.series for x, _ in one.known]
     low = min(xs) if min(xs) > 1 else 0.0
     high = max(*xs, low + max(1.0, low / 1000))
@@ -154,7 +163,7 @@ def _axis_of_steps(axes, chart: Curves, width: int) -> None:
     axes.set_xlim(low, high)
 
 
-def _axis_of_values(axes, chart: Curves, width: int) -> None:
+def _axis_of_values(axes: "Axes", chart: Curves, width: int) -> None:
     """Ticks at the values; the axis starts at 0 where they come near it."""
     values = sorted({*chart.x_values, *(x for one in chart.series for x, _ in one.known)})
     low, high = values[0], values[-1]
@@ -167,13 +176,13 @@ def _axis_of_values(axes, chart: Curves, width: int) -> None:
     _show(axes, values, said, width)
 
 
-def _show(axes, marks: Sequence[float], said: Sequence[str], width: int) -> None:
+def _show(axes: "Axes", marks: Sequence[float], said: Sequence[str], width: int) -> None:
     """Those ticks of x that have room."""
     shown = ticks.with_room([width * _share(axes, mark, 1.0)[0] for mark in marks], said)
     axes.set_xticks([marks[i] for i in shown], [said[i] for i in shown])
 
 
-def _share(axes, x: float, y: float) -> tuple[float, float]:
+def _share(axes: "Axes", x: float, y: float) -> tuple[float, float]:
     """Where a point lies between the ends of the axes."""
     return tuple(axes.transLimits.transform(axes.transScale.transform((x, y))))
 
@@ -181,7 +190,7 @@ def _share(axes, x: float, y: float) -> tuple[float, float]:
 # points
 
 
-def _draw_points(axes, chart: Scatter, width: int, height: int) -> None:
+def _draw_points(axes: "Axes", chart: Scatter, width: int, height: int) -> None:
     least, most = chart.points[0].x, chart.points[-1].x
     if chart.log:
         axes.set_xscale("log")
@@ -204,7 +213,7 @@ def _draw_points(axes, chart: Scatter, width: int, height: int) -> None:
     _number(axes, chart, width, height)
 
 
-def _number(axes, chart: Scatter, width: int, height: int) -> None:
+def _number(axes: "Axes", chart: Scatter, width: int, height: int) -> None:
     shares = [_share(axes, point.x, point.y) for point in chart.points]
     shifts = apart([(x * width, y * height) for x, y in shares], width, height)
     for i, (point, shift) in enumerate(zip(chart.points, shifts, strict=True), 1):
@@ -236,5 +245,6 @@ def apart(places: Sequence[tuple[float, float]], width: float, height: float) ->
 
     for x, y in places:
         free = [(x + right, y + up) for right, up in AROUND]
-        numbers.append(min(free, key=lambda at, x=x, y=y: (covered(at), math.dist(at, (x, y)))))
+        costs = [(covered(at), math.dist(at, (x, y))) for at in free]
+        numbers.append(free[costs.index(min(costs))])
     return [(at[0] - x, at[1] - y) for at, (x, y) in zip(numbers, places, strict=True)]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from mlx_distill.errors import RunError
 from mlx_distill.files import told_as, write_text
@@ -321,7 +321,7 @@ def _joined(parts: Iterable[str]) -> str:
 
 
 @cache
-def _template():
+def _template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

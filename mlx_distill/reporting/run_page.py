@@ -268,17 +268,16 @@ def _tokens_table(data: DataAccount) -> Table:
         for part, tokens in data.segments.items()
     }
     rows = [
-        _token_cells(Cell(SEGMENT_NAMES.get(part, part), dot=part), *three)
+        _token_cells(Cell(SEGMENT_NAMES.get(part, part), dot=part), three)
         for part, three in counts.items()
     ]
-    totals = [sum(column) for column in zip(*counts.values(), strict=True)] or [0, 0, 0]
-    rows.append(_token_cells(Cell("all", look="sum"), *totals, look="sum"))
+    before, after, supervised = (sum(three[i] for three in counts.values()) for i in range(3))
+    rows.append(_token_cells(Cell("all", look="sum"), (before, after, supervised), look="sum"))
     return Table(["tokens", "whole", "after the cut", "kept", "with loss"], rows, "lrrrr")
 
 
-def _token_cells(
-    name: Cell, before: int, after: int, supervised: int, look: str = ""
-) -> list[Cell]:
+def _token_cells(name: Cell, counts: tuple[int, int, int], look: str = "") -> list[Cell]:
+    before, after, supervised = counts
     kept = percent(after / before) if before else DASH
     texts = f"{before:,}", f"{after:,}", kept, f"{supervised:,}"
     return [name, *(Cell(text, look=look) for text in texts)]

@@ -40,7 +40,10 @@ def leads(runs: Sequence[Run]) -> list[str]:
     """
     if len(runs) == 1:
         return subline(runs[0])
-    best, *others = _ranked(runs) or [None]
+    ranked = _ranked(runs)
+    if not ranked:
+        return []
+    best, *others = ranked
     return [
         difference_sentence(
             best.name, other.name, compare(best.scores["student"], other.scores["student"])

@@ -97,12 +97,12 @@ def _summary_row(run: Run) -> list[Cell]:
     kept = retention(student, base, teacher) if student and base and teacher else None
     return [
         Cell(run.name),
-        Cell(_percent(base and base.accuracy)),
-        Cell(_percent(student and student.accuracy), look="strong"),
+        Cell(_percent(base.accuracy if base else None)),
+        Cell(_percent(student.accuracy if student else None), look="strong"),
         Cell(f"{percent(student.low)} to {percent(student.high)}" if student else DASH),
-        Cell(_percent(teacher and teacher.accuracy)),
-        Cell(_percent(kept and kept.accuracy)),
-        Cell(_percent(kept and kept.gain)),
+        Cell(_percent(teacher.accuracy if teacher else None)),
+        Cell(_percent(kept.accuracy if kept else None)),
+        Cell(_percent(kept.gain if kept else None)),
         *(Cell(DASH if kl is None else number(kl)) for kl in kl_before_after(run)),
     ]
 

@@ -11,7 +11,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,8 +107,10 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(fields: dict[str, str]) -> Row:
     kinds = {field.name: field.type for field in dataclasses.fields(Row)}
-    read = {str: str, int: int, float: float}
-    values = {name: read[kinds[name]](text) for name, text in fields.items() if kinds[name] in read}
+    read: dict[Any, Callable[[str], Any]] = {str: str, int: int, float: float}
+    values: dict[str, Any] = {
+        name: read[kinds[name]](text) for name, text in fields.items() if kinds[name] in read
+    }
     right = fields["right"]
     shares = right.split() if " " in right or "." in right else right
     return Row(

@@ -5,6 +5,7 @@ In: `Findings`. Out: `Curves`, a `Scatter`, `Bar`s. Decided here: what is drawn 
 """
 
 from itertools import product
+from typing import Any
 
 from mlx_distill.reporting.charts import Curves, Level, Point, Scatter, Series, line_chart, scatter
 from mlx_distill.reporting.page import Bar
@@ -57,6 +58,8 @@ def quality_chart(found: Findings) -> Curves | None:
     seeds.
     """
     x = x_axis(found.swept)
+    if x is None:
+        return None
     series = [_accuracies(label, i, x, members) for i, (label, members) in enumerate(curves(found))]
     if not series:
         return None
@@ -90,7 +93,7 @@ def _accuracies(label: str, i: int, x: str, members: list[Condition]) -> Series:
 def cost_chart(found: Findings) -> Curves | None:
     """Costs of the first curve against the x axis, as shares of those at its largest x."""
     x, drawn = x_axis(found.swept), curves(found)
-    if not drawn or drawn[0][1][0].label or len(drawn[0][1]) < 2:
+    if x is None or not drawn or drawn[0][1][0].label or len(drawn[0][1]) < 2:
         return None
     members = drawn[0][1]
     last = members[-1]
@@ -108,7 +111,7 @@ def cost_chart(found: Findings) -> Curves | None:
 
 
 def _over(
-    x: str, found: Findings, title: str, unit: str, series: list[Series], **more
+    x: str, found: Findings, title: str, unit: str, series: list[Series], **more: Any
 ) -> Curves | None:
     """A large chart of shares over the x axis, its ticks at the values of the sweep."""
     values = tuple(found.swept.axes[x])

@@ -135,7 +135,9 @@ def same(a: Any, b: Any) -> bool:
 def cheapest_kept(found: Findings) -> Condition | None:
     """The cheapest condition that keeps most of the full one's accuracy, where that is a saving."""
     full = found.full
-    for one in pareto_front(found.students) if full else []:
+    if full is None:
+        return None
+    for one in pareto_front(found.students):
         share = retention(one, full)
         if (
             one is not full

@@ -7,7 +7,8 @@ from `study.py`.
 
 from pathlib import Path
 
-from mlx_distill.reporting.page import Bars, Block, Charts, Note, Page, Section, write
+from mlx_distill.reporting.charts import Curves, Scatter
+from mlx_distill.reporting.page import Bars, Block, Charts, Note, Page, Section, Table, write
 from mlx_distill.reporting.sweep_charts import bars, cost_chart, pareto_chart, quality_chart
 from mlx_distill.reporting.sweep_findings import Findings, Swept, findings
 from mlx_distill.reporting.sweep_tables import budgets, costs, failures, quality
@@ -58,7 +59,7 @@ def _costs(found: Findings) -> list[Block]:
     return [*([Note(taught)] if taught else []), *_charts(cost_chart(found)), *_table(costs(found))]
 
 
-def _charts(chart) -> list[Block]:
+def _charts(chart: Curves | Scatter | None) -> list[Block]:
     return [Charts([chart])] if chart else []
 
 
@@ -67,5 +68,5 @@ def _bars(found: Findings) -> list[Block]:
     return [Bars(drawn)] if drawn else []
 
 
-def _table(table) -> list[Block]:
+def _table(table: Table) -> list[Block]:
     return [table] if table.rows else []

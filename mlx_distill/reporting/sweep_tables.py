@@ -4,6 +4,7 @@ In: `Findings`. Out: `Table`s. What was not measured is a dash.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -99,7 +100,7 @@ def costs(found: Findings) -> Table:
 
 
 def _cost_row(found: Findings, one: Condition) -> list[Cell]:
-    def cell(name: str, text) -> Cell:
+    def cell(name: str, text: Callable[[float], str]) -> Cell:
         value = one.cost(name)
         return Cell(text(value) if value else DASH)
 
@@ -120,7 +121,9 @@ def budgets(found: Findings) -> Table:
     """
     dearest = max(found.students, key=lambda one: one.cost("flops"), default=None)
     rows = []
-    for share in BUDGETS if dearest and dearest.cost("flops") else ():
+    for share in BUDGETS:
+        if dearest is None or not dearest.cost("flops"):
+            break
         best, budget = best_within(found.students, share), number(share, percent=True, places=0)
         rows.append(
             [

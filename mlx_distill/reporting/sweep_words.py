@@ -28,8 +28,8 @@ def headline_of(found: Findings) -> str:
             else f"{found.swept.name}: there is no run yet."
         )
     kept = cheapest_kept(found)
-    if kept:
-        return _kept_sentence(found, kept)
+    if kept and found.full:
+        return _kept_sentence(found, kept, found.full)
     best = max(found.students, key=lambda one: one.accuracy.mean)
     others = [one for one in found.students if one is not best]
     if not others:
@@ -41,22 +41,24 @@ def headline_of(found: Findings) -> str:
     )
 
 
-def _kept_sentence(found: Findings, one: Condition) -> str:
-    """What a condition keeps of the full one, and at what cost."""
-    share = retention(one, found.full)
+def _kept_sentence(found: Findings, one: Condition, full: Condition) -> str:
+    """What a condition keeps of the full one, and at what cost; "" without a shared seed."""
+    share = retention(one, full)
     return (
         f"{found.name(one)} keeps {percent(share.mean)} of the accuracy of "
-        f"{found.name(found.full)} ({_interval(share)}) "
-        f"at {ratio(one, found.full, 'flops')} of its arithmetic."
+        f"{found.name(full)} ({_interval(share)}) "
+        f"at {ratio(one, full, 'flops')} of its arithmetic."
+        if share
+        else ""
     )
 
 
-def _short_sentence(found: Findings, one: Condition) -> str:
-    """The same of another condition, the full one being named already; "" without a shared seed."""
-    share = retention(one, found.full)
+def _short_sentence(found: Findings, one: Condition, full: Condition) -> str:
+    """The same of another condition, the full one being named already."""
+    share = retention(one, full)
     return (
         f"{found.name(one)} keeps {percent(share.mean)} ({range_of(share)}) "
-        f"at {ratio(one, found.full, 'flops')}."
+        f"at {ratio(one, full, 'flops')}."
         if share
         else ""
     )
@@ -87,12 +89,12 @@ def leads(found: Findings) -> list[str]:
     ]
     said = "; ".join(models)
     lines = [f"{said[0].upper()}{said[1:]}."] if said else []
-    named = cheapest_kept(found)
-    if named:
+    named, full = cheapest_kept(found), found.full
+    if named and full:
         others = [
-            _short_sentence(found, one)
+            _short_sentence(found, one, full)
             for one in pareto_front(found.students)
-            if one not in (named, found.full)
+            if one not in (named, full)
         ]
         lines += [*filter(None, others)]
     elif found.students and found.swept.full and found.full is None:

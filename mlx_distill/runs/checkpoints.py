@@ -51,7 +51,7 @@ class TrainState:
 
 
 NUMBER = (int, float)
-KINDS = {
+KINDS: dict[str, type | tuple[type, ...]] = {
     "step": int,
     "tokens_seen": int,
     "loss_tokens_seen": int,

@@ -5,6 +5,7 @@ In: a run folder, and models as they lie there now. Out: the manifest, written o
 """
 
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import DeviceInfo
@@ -42,7 +43,7 @@ def begin(
         raise _changed(folder, "the data")
     if last.inputs_digest not in ("", inputs):
         raise _changed(folder, "a model's files or the data")
-    known = {"teacher_cache": teacher_cache} if teacher_cache else {}
+    known: dict[str, Any] = {"teacher_cache": teacher_cache} if teacher_cache else {}
     known |= {name: getattr(kept, name) for name in kept.model_fields_set}
     known["starts"] = [*kept.starts, make_start(device, last.step)]
     folder.write(manifest.model_copy(update=known))

@@ -7,7 +7,7 @@ is done instead.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -43,7 +43,7 @@ class SmallFiles:
             files.write_text(self.path / name, text)
 
     def write(self, record: Record | Sample) -> None:
-        content = record.content()
+        content: Any = record.content()
         with told_as(RunError, self.path / record.FILE, INTACT):
             files.write_json(self.path / record.FILE, sealed(content) if record.SEALED else content)
 
@@ -65,7 +65,8 @@ class SmallFiles:
         try:
             if kind.SEALED and isinstance(content, dict):
                 content = unsealed(content)
-            return kind.model_validate(content)
+            # of the two kinds that R can be mypy sees the union
+            return cast(R, kind.model_validate(content))
         except ValidationError as error:
             raise RunError(f"{path} is damaged: {damage(error)}") from None
         except BrokenSeal:

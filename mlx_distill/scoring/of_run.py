@@ -47,7 +47,7 @@ def score_run(
                 task=task.name,
                 compared=task.compared(),
                 generations=GenerationsFile(**generations.reference()),
-                scores=scores,
+                scores={**scores},
             )
         )
         backend.release()

@@ -62,15 +62,16 @@ def _root(pair: Pair) -> Path:
 
 
 def _fields(pair: Pair, day: str = "") -> CacheFields:
-    table, teacher_rows = pair.recipe.teacher, _head_rows(pair.teacher)
+    teacher, tokenizer = pair.named_teacher()
+    table, teacher_rows = pair.recipe.teacher, _head_rows(teacher)
     rows = pair.common_rows(teacher_rows, _head_rows(pair.student))
     return CacheFields.of(
         table,
-        model_fingerprint(pair.teacher),
-        pair.teacher_tokenizer.get_vocab(),
+        model_fingerprint(teacher),
+        tokenizer.get_vocab(),
         teacher_rows if table.cache == "hidden" else rows,
         day,
-        reading_of(pair.teacher),
+        reading_of(teacher),
     )
 
 

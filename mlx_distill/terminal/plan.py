@@ -92,7 +92,7 @@ def plan(
         # a run reads it first, and refuses what it can't use
         load_task(recipe.eval.task, recipe.eval.examples, recipe.eval.seed)
     prepared, made, question = plan_of(recipe, machine, weights=probed)
-    trouble = None
+    trouble: OutOfMemory | ProbeFailed | None = None
     if probed and not made.measured:
         try:
             made = made.with_measured(probe(question))
@@ -177,7 +177,7 @@ def shortage(
         peak = expected.peak.total
         less = int(0.8 * min(peak, machine.memory_bytes or peak))
         configs = read_config(teacher) if teacher else None, read_config(student)
-        advice = make_plan(recipe, prepared, *configs, replace(machine, memory_bytes=less)).advice
+        tight = make_plan(recipe, prepared, *configs, replace(machine, memory_bytes=less))
     except ModelError:
         return (
             "lower batch.micro_batch_size or truncation.max_tokens, or set "
@@ -185,7 +185,7 @@ def shortage(
         )
     saves = (
         f"{change.what} (saves {amount(peak - change.peak_bytes, 'B')})"
-        for change in advice.changes[:3]
+        for change in (tight.advice.changes[:3] if tight.advice else ())
     )
     return f"planned was {expected.verdict()}; set {', or '.join(saves)}"
 

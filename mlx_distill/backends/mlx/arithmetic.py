@@ -8,7 +8,7 @@ off the modules.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -117,7 +117,8 @@ def _is_missed(key: str, known: dict[str, Any], meaning: Meaning) -> bool:
     """
     if key in ACTIVATIONS or key in WIDTHS or key in INITIAL_OR_KERNEL:
         return False
-    aliases = {alias for alias, name in type(meaning.config).attribute_map.items() if name == key}
+    kind: Any = type(meaning.config)  # transformers' own class, which is not read
+    aliases = {alias for alias, name in kind.attribute_map.items() if name == key}
     return not known.keys() & aliases and meaning.asks_for(key)
 
 
@@ -139,7 +140,8 @@ def _settle_activation(owner: nn.Module, meaning: Meaning) -> list[str]:
     key = next((key for key in ACTIVATIONS if meaning.declared.get(key)), None)
     if key is None:
         return []
-    default = next(field.default for field in fields(type(meaning.config)) if field.name == key)
+    kind: Any = type(meaning.config)
+    default = next(field.default for field in fields(kind) if field.name == key)
     asked, computed = meaning.declared[key], OWN_ACTIVATION.get(meaning.family, default)
     if asked == computed or any({asked, computed} <= equal for equal in EQUAL_ACTIVATIONS):
         return []
@@ -183,7 +185,7 @@ def _settle_embedding(owner: nn.Module, meaning: Meaning) -> list[str]:
 
 def _settle_windows(owner: nn.Module, meaning: Meaning) -> list[str]:
     """Give each layer the window that it is asked to have, unless the family's own code does."""
-    asked = [layer.window for layer in meaning.layers]
+    asked = [layer.window for layer in meaning.layers or ()]
     own = _own_windows(owner)
     if own == asked:
         return []
@@ -203,7 +205,7 @@ def _own_windows(owner: nn.Module) -> list[int | None]:
     return [cache.max_size if isinstance(cache, RotatingKVCache) else None for cache in caches]
 
 
-def _within(plain: type, window: int):
+def _within(plain: type, window: int) -> Callable[..., mx.array]:
     """A block's call with a mask of its own: a token sees itself and the `window` - 1 before it."""
 
     def call(self: nn.Module, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
@@ -222,7 +224,7 @@ def _for_each_head(mask: mx.array | None, layer: nn.Module) -> mx.array | None:
     return mx.expand_dims(mask, 2) if grouped and mask is not None and mask.ndim == 4 else mask
 
 
-def _specialise(module: nn.Module, call) -> None:
+def _specialise(module: nn.Module, call: Callable[..., mx.array]) -> None:
     """The module with another `__call__`; no other module of its class changes."""
     plain = type(module)
     module.__class__ = type(

@@ -33,7 +33,8 @@ def against_nothing(
     student_logits: Logits, targets: mx.array, blocks: Blocks, objective: Objective
 ) -> Terms:
     """Without a teacher: the cross-entropy alone."""
-    softmax, target_logit, done = Softmax(), Picked(targets), []
+    softmax, target_logit = Softmax(), Picked(targets)
+    done: list[mx.array] = []
     for start, stop in blocks:
         z = student_logits(start, stop, done)
         done = [*target_logit.add(z, start), *softmax.add(z, z.max(axis=1, keepdims=True))]

@@ -104,7 +104,8 @@ class Pointwise:
 
     def close(self, student: Softmax, teacher: Softmax) -> mx.array:
         kept, self.kept = self.kept, []
-        values, totals, done = [], [], []
+        values, totals = [], []
+        done: list[mx.array] = []
         tops = (student.top, student.log_sum, teacher.top, teacher.log_sum)
         for block, arrays in enumerate(kept):
             scales = after(student.scales[block], done), teacher.scales[block]
@@ -130,7 +131,17 @@ def _terms_of(pair: Callable) -> Callable:
 
     @mx.compile
     def terms(
-        s, t, u, v, scale, teacher_scale, top, log_sum, teacher_top, teacher_log_sum, parameter
+        s: mx.array,
+        t: mx.array,
+        u: mx.array,
+        v: mx.array,
+        scale: mx.array,
+        teacher_scale: mx.array,
+        top: mx.array,
+        log_sum: mx.array,
+        teacher_top: mx.array,
+        teacher_log_sum: mx.array,
+        parameter: mx.array,
     ) -> tuple[mx.array, mx.array, mx.array]:
         u, v = (u - top) - log_sum, (v - teacher_top) - teacher_log_sum
         s, t = s * scale, t * teacher_scale
@@ -188,7 +199,7 @@ class ReverseKL:
         )
 
 
-LINEAR = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
+LINEAR: dict[str, Callable[[], Divergence]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
 
 
 @mx.compile

@@ -22,7 +22,8 @@ class Head(Protocol):
     of the whole.
     """
 
-    splits: bool
+    @property
+    def splits(self) -> bool: ...
 
     def logits(self, hidden: mx.array, start: int, stop: int) -> mx.array:
         """float32 logits [C, stop - start] of the ids `start:stop` from float32 hidden states [C,

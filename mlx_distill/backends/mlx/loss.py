@@ -22,7 +22,7 @@ hold all of them. Axes: `N` loss positions, `C` positions per chunk, `V` vocabul
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -127,7 +127,7 @@ def _with_saved_gradients(
     function = mx.custom_function(walk)
 
     @function.vjp
-    def saved(primals, cotangents, outputs):
+    def saved(primals: Any, cotangents: Any, outputs: Any) -> Any:
         gradients = [(cotangents[0] * gradient).astype(gradient.dtype) for gradient in outputs[4:]]
         return gradients[0] if len(gradients) == 1 else tuple(gradients)
 
@@ -156,7 +156,9 @@ class _Walk:
         """
         vocab = self.vocab or head_weight.shape[0]
         blocks = blocks_of(vocab, min(self.chunk_tokens, hidden.shape[0]), self._splits)
-        rows, hidden_grads, head_grads, done = [], [], [], []
+        rows, hidden_grads = [], []
+        head_grads: list[mx.array] = []
+        done: list[mx.array] = []
         for place in self._places(hidden.shape[0]):
             chunk = self._chunk(hidden, place, done)
             terms = self._first_pass(chunk, head_weight, blocks)
@@ -211,6 +213,7 @@ class _Walk:
         if isinstance(head, SparseHead):
             teacher = SparseHead(*(column[chunk.place] for column in head))
             return against_some_ids(student_logits, teacher, *arguments)
+        assert self.teacher_hidden is not None  # a head is of no use without them
         teacher_inputs = _supervised(chunk.weight, self.teacher_hidden[chunk.place])
 
         def teacher_logits(start: int, stop: int, done: list[mx.array]) -> mx.array:

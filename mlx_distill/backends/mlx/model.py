@@ -9,6 +9,7 @@ may cut into blocks.
 import inspect
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -70,7 +71,8 @@ class SplitModel:
         """`[V, D]`, if the head is that matrix and nothing else; None for quantised, biased, capped
         or scaled heads.
         """
-        return self._head_module.weight if self._head_is_matrix else None
+        module = self._head_module
+        return module.weight if module is not None and self._head_is_matrix else None
 
     def head_rows(self) -> int:
         return self._probe_logits.shape[-1]
@@ -146,10 +148,11 @@ class SplitModel:
         probe = mx.array(
             np.random.default_rng(0).normal(size=(3, self._probe_width)).astype(np.float32)
         )
+        plain = self._head_by_blocks(None)
+        if plain is None:
+            return False
         try:
-            probe = probe * (
-                PROBE_LOGIT / mx.abs(self._head_by_blocks(None).logits(probe, 0, rows)).max()
-            )
+            probe = probe * (PROBE_LOGIT / mx.abs(plain.logits(probe, 0, rows)).max())
             blocks = mx.concatenate(
                 [head.logits(probe, 0, middle), head.logits(probe, middle, rows)], axis=-1
             )
@@ -184,8 +187,10 @@ def checkpoint_layers(split: SplitModel) -> None:
     for layer in split.layers:
         plain = type(layer)
 
-        def call(self, *args, _forward=plain.__call__, **kwargs):
-            def run(parameters, *args):
+        def call(
+            self: nn.Module, *args: Any, _forward: Callable = plain.__call__, **kwargs: Any
+        ) -> Any:
+            def run(parameters: dict, *args: Any) -> Any:
                 self.update(parameters)
                 return _forward(self, *args, **kwargs)
 
@@ -208,10 +213,8 @@ class _AfterTrunk:
         )
 
     def __call__(self, output: mx.array) -> mx.array:
-        self._trunk.output = output.reshape(1, -1, output.shape[-1])
-        logits = self._owner(
-            mx.zeros(self._trunk.output.shape[:2], mx.int32)
-        )  # tokens that nobody reads
+        self._trunk.output = given = output.reshape(1, -1, output.shape[-1])
+        logits = self._owner(mx.zeros(given.shape[:2], mx.int32))  # tokens that nobody reads
         self._trunk.output = None
         return logits.reshape(*output.shape[:-1], -1)
 
@@ -222,13 +225,14 @@ class _StandIn:
     """
 
     def __init__(self, trunk: nn.Module, parts: dict[str, "_PassOn"]):
-        self._trunk, self.output = trunk, None
+        self._trunk = trunk
+        self.output: mx.array | None = None
         self.__dict__.update(parts)
 
-    def __call__(self, *args, **kwargs) -> mx.array:
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         return self.output
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._trunk, name)
 
 
@@ -243,8 +247,10 @@ class _PassOn:
 
 def _find_trunk(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     for owner in (model, getattr(model, "language_model", None)):
-        for trunk in ("model", "transformer", "backbone") if owner is not None else ():
-            if isinstance(owner.get(trunk), nn.Module):  # a part, no property that looks into one
+        for trunk in ("model", "transformer", "backbone"):
+            if owner is not None and isinstance(
+                owner.get(trunk), nn.Module
+            ):  # a part, no property that looks into one
                 return owner, trunk
     raise refusals.no_trunk(name, type(model))
 
@@ -256,7 +262,8 @@ def _required_arguments(trunk: nn.Module) -> int:
 
 def _with_parts(owner: nn.Module, parts: dict[str, _StandIn | _PassOn]) -> nn.Module:
     """A view of `owner` with other parts; every remaining one is shared with the original."""
-    view = type(owner).__new__(type(owner))
+    kind: Any = type(owner)
+    view = kind.__new__(kind)
     nn.Module.__init__(view)
     view.__dict__.update(owner.__dict__)
     dict.update(view, owner)  # Module.update would descend into the shared parts

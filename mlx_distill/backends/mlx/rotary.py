@@ -60,7 +60,7 @@ def settle_rotary(owner: nn.Module, meaning: Meaning) -> list[str]:
 
     Raises `ModelError` where what is left still differs.
     """
-    asked = [layer.rotary for layer in meaning.layers]
+    asked = [layer.rotary for layer in meaning.layers or ()]
     modules = [
         next((getattr(layer, name) for name in ATTENTION if name in layer), None)
         for layer in owner.layers

@@ -41,8 +41,9 @@ def _mean_loss(
     head, rows = mx.array(matrix), len(targets)
 
     def total(hidden: mx.array) -> mx.array:
-        rest = (mx.array(teacher), MatrixHead(head), mx.array(targets), mx.ones(rows))
-        return kd_loss(hidden, head, *rest, objective, rows, 4, False).loss
+        kept, ids, weight = mx.array(teacher), mx.array(targets), mx.ones(rows)
+        made = kd_loss(hidden, head, kept, MatrixHead(head), ids, weight, objective, rows, 4, False)
+        return made.loss
 
     value, gradient = mx.value_and_grad(total)(mx.array(student))
     return value.item(), np.array(gradient)

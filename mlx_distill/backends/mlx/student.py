@@ -30,6 +30,9 @@ from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
 
 Weights = dict[str, Any]  # arrays by the parts of their names, nested
+Inputs = tuple[
+    mx.array, mx.array, mx.array | None, Head | SparseHead | None, mx.array, mx.array, Objective
+]  # of the loss, as far as training and scoring share them
 
 
 class MlxStudent(MlxModel):
@@ -117,7 +120,7 @@ class MlxStudent(MlxModel):
 
     def _arguments(
         self, weights: Weights, batch: Batch, targets: Targets, objective: Objective
-    ) -> tuple:
+    ) -> Inputs:
         """What both losses begin with."""
         check_indices("targets", batch.targets, self.compared_ids)
         self.split.model.update(cast(weights, self.dtype) if self.full else weights)
@@ -155,6 +158,7 @@ class MlxStudent(MlxModel):
         """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not
         finite nothing changes.
         """
+        assert self.gradients is not None, "a step without a batch"
         gradients, self.gradients = together.sum_gradients(self.gradients), None
         norm = mx.sqrt(
             tree_reduce(

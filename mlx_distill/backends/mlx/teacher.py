@@ -31,12 +31,14 @@ class MlxTeacher(MlxModel):
         return self.gather(batch.tokens, batch.positions[: batch.taught]), self._head
 
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self._by_chunk(batch, rows, partial(_top_k, k=k))
+        ids, log_probs, tail = self._by_chunk(batch, rows, partial(_top_k, k=k))
+        return ids, log_probs, tail
 
     def draw(
         self, batch: Batch, uniform: np.ndarray, rows: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self._by_chunk(batch, rows, _draw, mx.array(uniform))
+        ids, entropy, top = self._by_chunk(batch, rows, _draw, mx.array(uniform))
+        return ids, entropy, top
 
     def states(self, batch: Batch) -> np.ndarray:
         hidden, _ = self.targets(batch)

@@ -55,7 +55,7 @@ def against_logits(
         u, v, t, objective, weight, ce_weight if shared else 0.0, wants_gradient
     )
     kd = kd * objective.divergence_scale
-    if not wants_gradient:
+    if gradient is None:
         return None, kd, ce, agree
     if objective.needs_targets:
         if not shared:

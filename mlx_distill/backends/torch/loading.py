@@ -6,6 +6,7 @@ by name and value.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -105,7 +106,7 @@ def load_student(
 
 
 def _load(
-    folder: Path, name: str, device: torch.device, dtype: torch.dtype | None, **options
+    folder: Path, name: str, device: torch.device, dtype: torch.dtype | None, **options: Any
 ) -> transformers.PreTrainedModel:
     weights = read_weights(folder, name)
     config = read_config(folder, name)

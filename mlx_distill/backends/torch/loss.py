@@ -23,7 +23,7 @@ bfloat16. Axes: `N` loss positions, `C` positions per chunk, `V` vocabulary, `D`
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ from mlx_distill.backends.torch.products import add_product, product, project
 from mlx_distill.backends.torch.sparse import against_some_ids
 from mlx_distill.objective import Objective
 
-TeacherOutputs = Tensor | SparseHead | None  # the teacher's logits [C, V], or what is known of them
+# the teacher's logits [C, V], or what is known of them
+TeacherOutputs: TypeAlias = Tensor | SparseHead | None
 
 
 class Work(NamedTuple):
@@ -137,7 +138,7 @@ class _SavedGradients(torch.autograd.Function):
     """Runs a walk, keeps the gradients that it made, and scales them when they are asked for."""
 
     @staticmethod
-    def forward(ctx, walk: "_Walk", hidden: Tensor, head_weight: Tensor) -> LossRows:
+    def forward(ctx: Any, walk: "_Walk", hidden: Tensor, head_weight: Tensor) -> LossRows:
         rows, *gradients = walk(
             hidden, head_weight, ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         )
@@ -148,7 +149,7 @@ class _SavedGradients(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, of_loss: Tensor, *_) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         return None, *(
             None if gradient is None else gradient.mul_(of_loss) for gradient in ctx.saved_tensors
         )
@@ -191,12 +192,12 @@ class _Walk:
                 hidden, matrix, place, work, train_hidden or train_head
             )
             rows.append(columns)
-            if train_hidden:
+            if hidden_grad is not None:
                 hidden_grad[place] = product(gradient, matrix)
-            if train_head:
+            if head_grad is not None:
                 add_product(head_grad[: len(matrix)], gradient.T, inputs, first=place.start == 0)
         loss, kd, ce, agree = (torch.cat(column) for column in zip(*rows, strict=True))
-        if train_head:
+        if head_grad is not None:
             head_grad[len(matrix) :] = 0  # of a head that is cut
             head_grad = head_grad.to(head_weight.dtype)
         return LossRows(loss.sum(), kd, ce, agree), hidden_grad, head_grad
@@ -248,6 +249,7 @@ class _Walk:
             return None
         if self.teacher_head is None or isinstance(self.teacher_head, SparseHead):
             return _rows_of(self.teacher_head, place)
+        assert self.teacher_hidden is not None  # a head is of no use without them
         hidden = _supervised(weight, self.teacher_hidden[place])
         if work is None:
             return self.teacher_head.logits(hidden, vocab)
@@ -306,7 +308,7 @@ def _at_once(
     gradient, *column = _logit_gradient(
         logits.clone(), teacher, torch.empty_like(logits), targets, objective, wants_gradient
     )
-    return gradient.mul(share).to(dtype) if wants_gradient else None, *column
+    return None if gradient is None else gradient.mul(share).to(dtype), *column
 
 
 def _logit_gradient(

@@ -8,6 +8,7 @@ may multiply with by itself.
 
 import copy
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,8 +124,11 @@ class SplitModel:
         rows = self.head_rows()
         probe = np.random.default_rng(0).normal(size=(3, self._probe_width)).astype(np.float32)
         probe = torch.from_numpy(probe).to(self.device)
+        plain = self._matrix_head(None)
+        if plain is None:
+            return False
         try:
-            probe = probe * (PROBE_LOGIT / self._matrix_head(None).logits(probe, rows).abs().max())
+            probe = probe * (PROBE_LOGIT / plain.logits(probe, rows).abs().max())
             logits = self.head(probe.to(self._head_weight.dtype))
             return all(
                 _close(head.logits(probe, some), logits[:, :some]) for some in (rows, rows // 3)
@@ -197,10 +201,9 @@ class _AfterTrunk:
         )
 
     def __call__(self, output: Tensor) -> Tensor:
-        self._trunk.output = output.reshape(1, -1, output.shape[-1])
-        tokens = torch.zeros(
-            self._trunk.output.shape[:2], dtype=torch.long, device=output.device
-        )  # that nobody reads
+        self._trunk.output = given = output.reshape(1, -1, output.shape[-1])
+        # that nobody reads
+        tokens = torch.zeros(given.shape[:2], dtype=torch.long, device=output.device)
         logits = self._view(tokens, use_cache=False).logits
         self._trunk.output = None
         return logits.reshape(*output.shape[:-1], -1)
@@ -211,9 +214,10 @@ class _StandIn(nn.Module):
 
     def __init__(self, answer: type[ModelOutput]):
         super().__init__()
-        self.answer, self.output = answer, None
+        self.answer = answer
+        self.output: Tensor | None = None
 
-    def forward(self, *args, **kwargs) -> ModelOutput:
+    def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
         return self.answer(last_hidden_state=self.output)
 
 

@@ -7,6 +7,7 @@ With one process everything here does nothing.
 
 import os
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from mlx_distill.backends.protocol import Ranks
 from mlx_distill.errors import RankLost
 from mlx_distill.files import all_lines
+
+if TYPE_CHECKING:
+    from mlx_distill.backends.torch.model import SplitModel
 
 LOST = (
     "Connection closed by peer",
@@ -71,7 +75,7 @@ def all_sum(values: np.ndarray, device: torch.device) -> np.ndarray:
     return total.cpu().numpy()
 
 
-def shard(split, trains: bool = False, dtype: torch.dtype = torch.float32) -> None:
+def shard(split: "SplitModel", trains: bool = False, dtype: torch.dtype = torch.float32) -> None:
     """Spread a split model's frozen and fully trained parameters over the ranks, a block at a time;
     adapters stay whole on each.
 

@@ -1,6 +1,7 @@
 """What `doctor` asks of torch: whether the loss is right here, and how fast matrices are multiplied."""
 
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class TorchSelfTest:
 
     def loss_error(self) -> float:
         """Largest relative error of a tiny loss and its gradient against the float64 definition."""
-        return oracle.loss_error(lambda *case: _mean_loss(*case, device=self._device))
+        return oracle.loss_error(partial(_mean_loss, device=self._device))
 
     def matmul_rate(self, size: int = 0, repeats: int = 8) -> float:
         """Measured operations a second of `size`³ products; by default large enough to keep the

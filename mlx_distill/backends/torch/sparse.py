@@ -41,7 +41,7 @@ def against_some_ids(
         u, v, torch.empty_like(u), objective, kd_weight, ce_weight, wants_gradient
     )
     kd = kd + teacher.offset[:, None]
-    if not wants_gradient:
+    if gradient is None:
         return None, kd, ce, agree
     everywhere = log_share.exp_().mul_(gradient[:, -1:])
     everywhere.scatter_add_(1, ids, torch.where(known, gradient[:, :-1], 0.0))

@@ -33,6 +33,10 @@ from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
 
+Inputs = tuple[
+    Tensor, Tensor, Tensor | None, Head | SparseHead | None, Tensor, Tensor, Objective
+]  # of the loss, as far as training and scoring share them
+
 
 class TorchStudent(TorchModel):
     """A model that trains: float32 weights (full) or adapters, an optimizer, and the gradients of
@@ -104,7 +108,7 @@ class TorchStudent(TorchModel):
             )
             return _sums(batch, rows)
 
-    def _arguments(self, batch: Batch, targets: Targets, objective: Objective) -> tuple:
+    def _arguments(self, batch: Batch, targets: Targets, objective: Objective) -> Inputs:
         """What both losses begin with."""
         check_indices("targets", batch.targets, self.compared_ids)
         with self.precision():

@@ -37,13 +37,15 @@ class TorchTeacher(TorchModel):
 
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self._by_chunk(batch, rows, partial(_top_k, k=k))
+        ids, log_probs, tail = self._by_chunk(batch, rows, partial(_top_k, k=k))
+        return ids, log_probs, tail
 
     @torch.no_grad()
     def draw(
         self, batch: Batch, uniform: np.ndarray, rows: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return self._by_chunk(batch, rows, _draw, self.tensor(uniform))
+        ids, entropy, top = self._by_chunk(batch, rows, _draw, self.tensor(uniform))
+        return ids, entropy, top
 
     @torch.no_grad()
     def states(self, batch: Batch) -> np.ndarray:
@@ -51,12 +53,10 @@ class TorchTeacher(TorchModel):
         return to_bits(hidden)
 
     def head_matrix(self) -> np.ndarray | None:
-        plain = (
-            isinstance(self._head, MatrixHead)
-            and self._head.bias is None
-            and self._head.finish is None
-        )
-        return to_bits(self._head.weight) if plain else None
+        head = self._head
+        if not isinstance(head, MatrixHead) or head.bias is not None or head.finish is not None:
+            return None
+        return to_bits(head.weight)
 
     def _by_chunk(
         self, batch: Batch, rows: int, answer: Callable, *inputs: Tensor
