@@ -145,6 +145,26 @@ def teach(
 
 
 @app.command()
+def write(
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE…", help="Recipes; those that ask the same share texts."),
+    ],
+    set_: SetOption = None,
+    backend: BackendOption = "auto",
+) -> None:
+    """Let a model write once: write or complete the texts that rollouts.by asks for, for any number
+    of runs.
+    """
+    from mlx_distill import pipeline
+
+    with _stoppable() as view:
+        pipeline.write(
+            [load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend
+        )
+
+
+@app.command()
 def sweep(
     sweeps: Annotated[
         list[Path],

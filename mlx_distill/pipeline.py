@@ -19,7 +19,7 @@ from mlx_distill.backends.protocol import Backend, LiveTeacher, Model, Student, 
 from mlx_distill.cost.flops import flops_counter, total_flops
 from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.day import about_day, day_of_run, shared_day
-from mlx_distill.data.prepare import Prepared, prepare
+from mlx_distill.data.prepare import Prepared, choose, learnable
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import OutOfMemory, RecipeError
 from mlx_distill.machine import Machine
@@ -41,9 +41,10 @@ from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.folder import TeacherCache
 from mlx_distill.teaching.of_recipe import asked_of_teacher, cache_of, days_of, filled
 from mlx_distill.terminal.plan import announce, shortage
-from mlx_distill.training.loop import Training, restore
+from mlx_distill.training.loop import Source, Training, restore
 from mlx_distill.verify.tasks import Task, load_task
 from mlx_distill.view import View, silent
+from mlx_distill.writing.of_recipe import Rollouts
 
 
 def run(
@@ -83,6 +84,7 @@ class Pipeline:
         self.pair = Pair.of(recipe)
         self.stop_ids = sorted(stop_ids(self.pair.tokenizer))  # of the exported student
         self.day = ""  # what prompts say: see `choose_day`
+        self.rollouts: Rollouts | None = None  # see `prepare`
 
     def run(self, folder: RunFolder, force: bool) -> None:
         """All stages."""
@@ -93,7 +95,7 @@ class Pipeline:
             self._say_damage(folder)
         else:
             refuse_older_arithmetic(folder, self.pair)
-            self._learn(folder, self.prepare(), force)
+            self._learn(folder, force)
         self.backend.part()
         self.backend.release()
         if self.backend.ranks.first:
@@ -139,13 +141,18 @@ class Pipeline:
             self.view.say(f"note: {sentence}")
 
     def prepare(self) -> Prepared:
-        """The sequences of this run."""
-        return prepare(self.recipe, self.pair.tokenizer, self.day)
+        """The sequences of this run, after a model has written what it is to write."""
+        chosen = choose(self.recipe, self.pair.tokenizer, self.day)
+        if self.recipe.rollouts.by == "data":
+            return learnable(chosen, self.recipe)
+        self.rollouts = Rollouts(self.pair, chosen, self.day)
+        return self.rollouts.written(self._load_writer, self.backend, self.view)
 
     # training
 
-    def _learn(self, folder: RunFolder, prepared: Prepared, force: bool) -> None:
+    def _learn(self, folder: RunFolder, force: bool) -> None:
         """From sequences to the exported student."""
+        prepared = self.prepare()
         device = self.backend.device()
         planned = self.recipe, prepared, self.pair.student, self.pair.teacher, Machine.of(device)
         announce(*planned, self.view.say, force, self.backend.ranks.size)
@@ -172,28 +179,21 @@ class Pipeline:
 
     def _train(self, folder: RunFolder, prepared: Prepared) -> tuple[Student, TrainState]:
         recipe = self.recipe
-        steps = Steps(
-            prepared.train,
-            recipe.objective.segments,
-            recipe.batch,
-            recipe.run.seed,
-            recipe.optim.epochs,
-            recipe.optim.steps,
-        )
+        source = self._source(folder, prepared, lambda: student)
         cached = self._cached_teacher(prepared)
         kept_answers = cached.cache.fields.name if cached else ""
         device, say = self.backend.device(), self.view.say
-        inputs = begin(folder, self.pair, prepared, len(steps), device, kept_answers, say)
+        inputs = begin(folder, self.pair, prepared, len(source), device, kept_answers, say)
         folder.write(make_sample(prepared, recipe, self.pair.tokenizer))
         student, teacher = self._load_models(cached)
-        refuse_full_disk(folder, recipe.run, student, len(steps))
+        refuse_full_disk(folder, recipe.run, student, len(source))
         with asked_to_stop() as asked:
             training = Training(
                 recipe,
                 self.backend,
                 student,
                 teacher,
-                steps,
+                source,
                 validation_batches(prepared.validation, recipe.batch),
                 folder,
                 self.view,
@@ -202,6 +202,22 @@ class Pipeline:
                 asked.is_set,
             )
             return student, training.train()
+
+    def _source(
+        self, folder: RunFolder, prepared: Prepared, student: Callable[[], Student]
+    ) -> Source:
+        """The steps: over rows that lie there, or over what the student writes as it learns."""
+        recipe = self.recipe
+        if recipe.rollouts.refresh_every:
+            return self.rollouts.source(student, folder.path, self.view.say)
+        return Steps(
+            prepared.train,
+            recipe.objective.segments,
+            recipe.batch,
+            recipe.run.seed,
+            recipe.optim.epochs,
+            recipe.optim.steps,
+        )
 
     def _cached_teacher(self, prepared: Prepared) -> CachedTeacher | None:
         """A teacher that answers from the cache; what the cache lacks of training and validation is
@@ -238,6 +254,12 @@ class Pipeline:
         self._say_notes(teacher)
         return teacher
 
+    def _load_writer(self) -> Model:
+        """Who writes once: the teacher, or the student as it is before training."""
+        if self.recipe.rollouts.by == "teacher":
+            return self._load_teacher()
+        return self.backend.load_teacher(self.pair.student, self.recipe.student.model, 0)
+
     def _say_notes(self, model: Model) -> None:
         for note in model.notes:
             self.view.say(f"note: {note}")
@@ -262,6 +284,8 @@ class Pipeline:
             logs=logs.kept_digests(folder.path),
             **for_mlx_lm,
         )
+        if self.rollouts:
+            folder.update(Manifest, written=self.rollouts.account(folder.path, self.view.say))
         forget_score(folder, "student")
         folder.write_student(lambda path: student.export(path, self.stop_ids))
         self.view.say(f"student written to {folder.student} (step {exported})")
@@ -300,3 +324,27 @@ def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
             [sequence for one in pipelines for sequence in asked_of_teacher(one.prepare())]
         )
     return list(shared)
+
+
+def write(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:
+    """Write or complete the texts that recipes ask a model for, before they are run; returns the
+    folders.
+
+    Raises `DistillError`.
+    """
+    for recipe in recipes:
+        if recipe.rollouts.by == "data" or recipe.rollouts.refresh_every:
+            raise RecipeError(
+                f'{recipe.run.name}: [rollouts] by = "{recipe.rollouts.by}", refresh_every = '
+                f"{recipe.rollouts.refresh_every} leaves nothing to be written before a run: set "
+                'by = "teacher" or "student", and refresh_every = 0'
+            )
+    backend = choose_backend(backend_name)
+    folders = []
+    for recipe in recipes:
+        pipeline = Pipeline(recipe, view, backend)
+        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
+        pipeline.announce()
+        pipeline.prepare()
+        folders.append(pipeline.rollouts.folder)
+    return folders

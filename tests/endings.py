@@ -13,9 +13,18 @@ SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
 CUT = ("token_share=0.5", "span=cot", "ending=answer", "whole_share=0.3")
 LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0")
 LORA += tuple(f"truncation.{setting}" for setting in CUT)
+WRITES = ("rollouts.max_new_tokens=6", "rollouts.batch_size=5", "truncation.span=cot")
+TEACHER_WRITES = ("rollouts.by=teacher", "rollouts.samples=2", "rollouts.share=0.6", *WRITES)
+STUDENT_WRITES = ("rollouts.by=student", "rollouts.refresh_every=2", *WRITES)
 MODES = {"full": SHORT, "lora": (*SHORT, *LORA), "torch": SHORT, "torch lora": (*SHORT, *LORA)}
+MODES |= {
+    "teacher writes": (*SHORT, *TEACHER_WRITES),
+    "student writes": (*SHORT, *STUDENT_WRITES),
+    "torch student writes": (*SHORT, *STUDENT_WRITES),
+}
 TIMES = {
     "seconds",
+    "source_seconds",
     "tokens_per_second",
     "active_bytes",
     "cache_bytes",
@@ -26,6 +35,7 @@ TIMES = {
     "starts",
 }
 TIMES |= {"sha256", "logs"}  # digests of files that say how long each step or text took
+TIMES |= {"digest"}  # of a written text, which says the same
 
 
 def timeless(content):
@@ -68,7 +78,8 @@ def ending(folder: Path) -> dict:
     }
     return found | {
         log: timeless(logged(folder, log))
-        for log in ("metrics.jsonl", "validation.jsonl", "generations.jsonl")
+        for log in ("metrics.jsonl", "validation.jsonl", "generations.jsonl", "rollouts.jsonl")
+        if (folder / log).exists()
     }
 
 
@@ -82,6 +93,8 @@ def assert_same(folder: Path, expected: dict) -> None:
 
 def arguments(recipe: Path, folder: Path, mode: str = "full") -> list[str]:
     sets = (f"run.folder={folder}", *MODES[mode])
+    if mode.endswith("writes"):
+        sets += (f"rollouts.folder={folder / 'rollouts'}",)
     backend = "torch" if mode.startswith("torch") else "mlx"
     return [
         "run",

@@ -32,6 +32,7 @@ ORDER = [
     "cost",
     "teaching",
     "runs",
+    "writing",
     "training",
     "scoring",
     "reporting",

@@ -147,6 +147,29 @@ def test_a_whole_number_is_a_number(write):
     [
         ('[student]\nmodel = ""\n', "[student] model is empty"),
         ('[teacher]\nmodel = ""\n', "name a teacher or set kd_weight = 0"),
+        ('format = "prompts"\n', 'set [rollouts] by = "teacher" or "student"'),
+        (
+            'format = "prompts"\n[rollouts]\nby = "teacher"\nshare = 0.5\n',
+            "and share = 1.0",
+        ),
+        ('[rollouts]\nby = "teacher"\nfolder = ""\n', "needs a place for its texts"),
+        (
+            '[teacher]\nmodel = ""\n[objective]\nkd_weight = 0.0\n[rollouts]\nby = "teacher"\n',
+            "[teacher] model is empty: name a teacher",
+        ),
+        (
+            '[rollouts]\nby = "teacher"\nsamples = 2\ntemperature = 0.0\n',
+            "would repeat one greedy text",
+        ),
+        ('[rollouts]\nby = "teacher"\nweigh = "pass_rate"\n', "compares several texts a prompt"),
+        (
+            '[rollouts]\nby = "teacher"\nsamples = 2\nweigh = "pass_rate"\nshare = 0.5\n',
+            "set share = 1.0",
+        ),
+        (
+            '[teacher]\ncache = "hidden"\n[rollouts]\nby = "student"\nrefresh_every = 5\n',
+            "writes texts that no teacher cache holds",
+        ),
         ('[truncation]\nkeep = "cot"\nfraction = 0.5\n', "set fraction = 1.0"),
         ("[batch]\nmicro_batch_size = 16\n", "micro_batch_size 16 exceeds global_batch_size 8"),
         (
@@ -223,18 +246,29 @@ UNREAD = {
     ("data", "response_column", '"r"'): 'format="response"',
     ("data", "messages_column", '"m"'): 'format="conversations"',
     ("teacher", "quantize_bits", "4"): 'model="some"',
+    ("rollouts", "share", "0.5"): 'by="teacher"',
+    ("rollouts", "samples", "4"): 'by="student"',
+    ("rollouts", "temperature", "0.7"): 'by="teacher"',
+    ("rollouts", "top_p", "0.9"): 'by="student"',
+    ("rollouts", "max_new_tokens", "64"): 'by="teacher"',
+    ("rollouts", "batch_size", "8"): 'by="teacher"',
+    ("rollouts", "keep", '"right"'): 'by="teacher"',
+    ("rollouts", "weigh", '"pass_rate"'): 'by="teacher"; rollouts.samples=4',
+    ("rollouts", "refresh_every", "10"): 'by="student"',
+    ("rollouts", "folder", '"elsewhere"'): 'by="teacher"',
 }
 UNREAD_WITH = {
     "objective": 'objective.divergence="reverse_kl"',
     "student": 'student.tuning="full"',
     "optim": 'optim.optimizer="adafactor"',
     "eval": "eval.temperature=0.0",
+    "rollouts": 'rollouts.by="data"',
 }
 
 
 @pytest.mark.parametrize(("table", "field", "value"), UNREAD)
 def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
-    reader = f"{table}.{UNREAD[table, field, value]}"
+    readers = f"{table}.{UNREAD[table, field, value]}".split("; ")
     other = {
         "prompt_column": 'data.format="messages"',
         "cot_column": 'data.format="gsm8k"',
@@ -247,7 +281,7 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
         "cache_samples": "teacher.cache=off",
     }
     deaf = (other.get(field) or UNREAD_WITH[table], "objective.kd_weight=0.0")
-    read = load(write, "", reader, f"{table}.{field}={value}").model_dump(mode="json")
+    read = load(write, "", *readers, f"{table}.{field}={value}").model_dump(mode="json")
     assert read[table][field] == tomllib.loads(f"x={value}")["x"]
     message = refused(write, "", *deaf, f"{table}.{field}={value}")
     assert f"[{table}] {field} is set but nothing reads it here: " in message
@@ -512,11 +546,13 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     )
     outside = {
         "teacher": {"cache_folder"},
+        "rollouts": {"folder"},
         "run": {"name", "folder"},
         "eval": {"compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST
     newer = {"data": {"date"}, "objective": {"skew_alpha"}}
+    newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     assert newer | {"truncation": {"whole_share", "ending"}} == NEWER
 
 

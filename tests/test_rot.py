@@ -60,6 +60,14 @@ SAMPLED = (*SCORED, "eval.temperature=0.9", "eval.max_new_tokens=6")
 
 CACHED = ("teacher.cache=top_k", "teacher.cache_folder={out}/answers")
 DRAWN = ("teacher.cache=sampled", "teacher.cache_folder={out}/answers")
+WRITES = (
+    "rollouts.by=teacher",
+    "rollouts.folder={out}/texts",
+    "rollouts.max_new_tokens=5",
+    "rollouts.samples=3",
+    "truncation.span=cot",
+)
+REWRITES = ("rollouts.by=student", "rollouts.max_new_tokens=5", "truncation.span=cot", *TWICE)
 
 # (table.field, another value, companions); the shipped defaults are the first value
 CASES = {
@@ -106,6 +114,17 @@ CASES = {
         "2026-01-02",
         ("student.model={root}/clock", "eval.task=", "run.validate_every=0"),
     ),
+    "rollouts.by": ("student", WRITES),
+    "rollouts.share": ("0.5", WRITES),
+    "rollouts.samples": ("2", WRITES),
+    "rollouts.temperature": ("0.0", (*WRITES[:3], WRITES[4])),
+    "rollouts.top_p": ("0.5", WRITES),
+    "rollouts.max_new_tokens": ("7", WRITES),
+    "rollouts.batch_size": ("5", WRITES),
+    "rollouts.keep": ("right", WRITES),
+    "rollouts.weigh": ("pass_rate", WRITES),
+    "rollouts.refresh_every": ("1", (*REWRITES, "rollouts.folder={out}/texts")),
+    "rollouts.folder": ("{out}/tiny/texts", WRITES),
     "truncation.keep": ("suffix", ()),
     "truncation.span": ("cot", ()),
     "truncation.fraction": ("0.9", ()),
@@ -239,6 +258,10 @@ def calls(monkeypatch, world) -> set:
     monkeypatch.setattr(
         "mlx_distill.reporting.page.Page.html",
         lambda page: "the page, which takes half of a tiny run's time",
+    )
+    monkeypatch.setattr(
+        "mlx_distill.writing.write.Writing.is_right",  # random weights are never right
+        lambda writing, asked, tokens: int(asked.example[:4], 16) * (asked.sample + 1) % 5 < 2,
     )
     monkeypatch.setattr(mlx_student, "kd_loss", recorded_loss)
     monkeypatch.setattr(mlx_student.MlxStudent, "accumulate", recorded_accumulate)

@@ -21,6 +21,7 @@ from tiny import left_by_a_mac
 
 from mlx_distill import pipeline
 from mlx_distill.backends.pair import Pair
+from mlx_distill.backends.stops import stops_of
 from mlx_distill.data.sequences import stop_ids
 from mlx_distill.errors import OutOfMemory, RankLost, RunError
 from mlx_distill.models.hub import load_tokenizer

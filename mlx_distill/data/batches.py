@@ -25,7 +25,7 @@ class Batch:
 
     tokens `int32[B, T]` (padded at the right with 0), positions `int32[N]` into the flattened
     `[B*T]`, targets `int32[N]`, segment `int8[N]` (the `Segment` of the target), weight
-    `float32[N]` (1, or 0 where N itself is padded), lengths `int32[B]` (real tokens), ids
+    `float32[N]` (its sequence's, or 0 where N itself is padded), lengths `int32[B]` (real tokens), ids
     `tuple[str, ...]` of length B. Positions with weight 0 point at position 0 and target 0: valid
     to gather, and never to be counted. endings `int32[B]` are the tokens at the end of each row
     that follow a cut (`TokenSequence.ending`), None in a run that has none. The teacher is asked at
@@ -63,15 +63,51 @@ class Step:
     tokens: int  # real (unpadded) tokens read
 
 
-class Steps:
-    """The optimizer steps of a run over rows that lie there from the start: `step(i)` is a pure
-    function of what the object was made from and i.
+class Order:
+    """Which examples each step takes, by number: one endless stream, a seeded permutation of all
+    `examples` for each epoch, one after the other.
 
-    Examples come in one endless stream: a seeded permutation of all of them for each epoch, one
-    after the other. Step i takes exactly `global_batch_size` of them, from `i * global_batch_size`
-    on, so a step may hold the end of one epoch and the start of the next. Without `steps` there are
-    as many as it takes to see every example `epochs` times at least.
+    Step i takes exactly `global_batch_size` of them, from `i * global_batch_size` on, so a step may
+    hold the end of one epoch and the start of the next. Without `steps` there are as many as it
+    takes to see every example `epochs` times at least. Raises `DataError` where a step asks for
+    more examples than there are.
     """
+
+    def __init__(self, examples: int, size: int, seed: int, epochs: int = 1, steps: int = 0):
+        if size > examples:
+            raise DataError(
+                f"batch.global_batch_size is {size}, but only {examples} training examples carry "
+                "loss; lower it"
+            )
+        self._examples, self._size, self._seed = examples, size, seed
+        self._count = steps or -(-epochs * examples // size)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def of_step(self, index: int) -> list[int]:
+        """The examples of step `index`, counted from 0. Raises `IndexError` for one that there is
+        not.
+        """
+        if not 0 <= index < self._count:
+            raise IndexError(f"step {index} of {self._count}")
+        return self.rows(index * self._size, self._size)
+
+    def rows(self, start: int, count: int) -> list[int]:
+        """Places in the stream `[start, start + count)` → examples."""
+        n = self._examples
+        first, last = start // n, (start + count - 1) // n
+        stream = np.concatenate(
+            [
+                np.random.default_rng([self._seed, epoch]).permutation(n)
+                for epoch in range(first, last + 1)
+            ]
+        )
+        return stream[start - first * n : start - first * n + count].tolist()
+
+
+class Steps:
+    """The optimizer steps of a run over rows that lie there from the start, in an `Order`."""
 
     def __init__(
         self,
@@ -82,46 +118,39 @@ class Steps:
         epochs: int = 1,
         steps: int = 0,
     ):
-        if batch.global_batch_size > len(sequences):
-            raise DataError(
-                f"batch.global_batch_size is {batch.global_batch_size}, but only {len(sequences)} "
-                "training examples carry loss; lower it"
-            )
-        self._sequences, self._segments, self._batch, self._seed = sequences, segments, batch, seed
+        self.order = Order(len(sequences), batch.global_batch_size, seed, epochs, steps)
+        self._sequences, self._segments, self._batch = sequences, segments, batch
         # of any example, so that all ranks make batches of one kind
         self._endings = any(sequence.ending for sequence in sequences)
-        self._count = steps or -(-epochs * len(sequences) // batch.global_batch_size)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.order)
 
     def step(self, index: int) -> Step:
         """Step `index`, counted from 0. Raises `IndexError` for one that there is not."""
-        if not 0 <= index < self._count:
-            raise IndexError(f"step {index} of {self._count}")
-        size = self._batch.global_batch_size
-        taken = _by_length([self._sequences[row] for row in self.rows(index * size, size)])
-        batches = tuple(
-            make_batch(group, self._segments, self._batch.pad_multiple, self._endings)
-            for group in _groups(taken, self._batch)
-        )
-        loss_tokens = sum(float(batch.weight.sum(dtype=np.float64)) for batch in batches)
-        return Step(index, batches, loss_tokens, sum(map(len, taken)))
+        taken = [self._sequences[row] for row in self.order.of_step(index)]
+        return make_step(index, taken, self._segments, self._batch, self._endings)
 
     def __iter__(self) -> Iterator[Step]:
-        return (self.step(index) for index in range(self._count))
+        return (self.step(index) for index in range(len(self)))
 
-    def rows(self, start: int, count: int) -> list[int]:
-        """Places in the stream `[start, start + count)` → rows of `sequences`."""
-        n = len(self._sequences)
-        first, last = start // n, (start + count - 1) // n
-        stream = np.concatenate(
-            [
-                np.random.default_rng([self._seed, epoch]).permutation(n)
-                for epoch in range(first, last + 1)
-            ]
-        )
-        return stream[start - first * n : start - first * n + count].tolist()
+
+def make_step(
+    index: int,
+    sequences: Sequence[TokenSequence],
+    segments: tuple[str, ...],
+    batch: BatchTable,
+    endings: bool,
+) -> Step:
+    """One optimizer step over these sequences, in micro-batches ordered by length; `endings` as for
+    `make_batch`.
+    """
+    taken = _by_length(sequences)
+    batches = tuple(
+        make_batch(group, segments, batch.pad_multiple, endings) for group in _groups(taken, batch)
+    )
+    loss_tokens = sum(float(batch.weight.sum(dtype=np.float64)) for batch in batches)
+    return Step(index, batches, loss_tokens, sum(map(len, taken)))
 
 
 def validation_batches(sequences: Sequence[TokenSequence], batch: BatchTable) -> list[Batch]:
@@ -176,6 +205,7 @@ def make_batch(
     for row, sequence in enumerate(sequences):
         follows_a_cut[row, lengths[row] - sequence.ending : lengths[row]] = True
     places = places[np.argsort(follows_a_cut.ravel()[places], kind="stable")]
+    weights = np.array([sequence.weight for sequence in sequences], np.float32)[places // width]
     _check(tokens, places, width)
     padding = _round_up(len(places), pad_multiple) - len(places)
     return Batch(
@@ -183,7 +213,7 @@ def make_batch(
         positions=np.pad(places - 1, (0, padding)).astype(np.int32),
         targets=np.pad(tokens.ravel()[places], (0, padding)),
         segment=np.pad(kinds.ravel()[places], (0, padding)),
-        weight=np.pad(np.ones(len(places), np.float32), (0, padding)),
+        weight=np.pad(weights, (0, padding)),
         lengths=lengths,
         ids=tuple(sequence.id for sequence in sequences),
         endings=np.array([one.ending for one in sequences], np.int32) if endings else None,

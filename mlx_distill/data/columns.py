@@ -25,8 +25,11 @@ COLUMNS: dict[str, dict[str, str]] = {
     "messages": {"messages": "messages"},
     "conversations": {"messages": "conversations"},
     "gsm8k": {"prompt": "question", "answer": "answer"},
+    "prompts": {"prompt": "prompt"},
 }
 CHAT_COLUMNS = ("system", "tools", "functions")
+# columns that a recipe can name, read where a row has them
+OPTIONAL_ROLES: dict[str, tuple[str, ...]] = {"prompts": ("answer",)}
 OPTIONAL: dict[str, tuple[str, ...]] = {  # columns that are read where a row has them
     "columns": CHAT_COLUMNS,
     "response": CHAT_COLUMNS,
@@ -34,6 +37,7 @@ OPTIONAL: dict[str, tuple[str, ...]] = {  # columns that are read where a row ha
     "messages": CHAT_COLUMNS,
     "conversations": CHAT_COLUMNS,
     "gsm8k": (),
+    "prompts": CHAT_COLUMNS,
 }
 
 
@@ -125,7 +129,7 @@ class Place:
 
 def column_of(data: DataTable, role: str) -> str:
     """The column that plays a role: as the recipe names it, or by the format's usual name."""
-    return getattr(data, f"{role}_column") or COLUMNS[data.format][role]
+    return getattr(data, f"{role}_column") or COLUMNS[data.format].get(role, role)
 
 
 def _what_holds(value: Any) -> str:

@@ -28,7 +28,8 @@ class Example:
     those keys as JSON. `tools` is the JSON text of what can be called, "" where there is nothing.
     `cot` is the reasoning without its `<think>` tags, `answer` what follows it; both without white
     space around them. `id` is a digest of the content (`example_id`), so it does not depend on the
-    order of the file: two rows that say the same are one example.
+    order of the file: two rows that say the same are one example. Where the data only asks, `cot`
+    is empty, and `answer` too unless it is known.
     """
 
     id: str
@@ -43,6 +44,11 @@ class Example:
     def turns(self) -> Turns:
         """All that stands before the answer, in order."""
         return (*self.history, ("user", self.prompt), *self.after)
+
+    @property
+    def solved(self) -> bool:
+        """Whether there is a solution to learn from."""
+        return bool(self.cot)
 
 
 class Skip(Exception):
@@ -62,13 +68,20 @@ def example_id(
 
 
 def make_example(
-    prompt: str, cot: str, answer: str, history: Turns = (), after: Turns = (), tools: str = ""
+    prompt: str,
+    cot: str,
+    answer: str,
+    history: Turns = (),
+    after: Turns = (),
+    tools: str = "",
+    solved: bool = True,
 ) -> Example:
     """An `Example` with its white space trimmed and its id made; raises `Skip` where a part is
-    empty.
+    empty that it must have. With `solved=False` that is the prompt alone: a model is to answer it.
     """
     cot, answer = cot.strip(), answer.strip()
-    for name, text in (("prompt", prompt.strip()), ("reasoning", cot), ("answer", answer)):
+    parts = {"prompt": prompt.strip()} | ({"reasoning": cot, "answer": answer} if solved else {})
+    for name, text in parts.items():
         if not text:
             raise Skip(f"no {name}")
     content = prompt, cot, answer, history, after, tools

@@ -34,7 +34,7 @@ from typing import Any
 
 from mlx_distill.data.account import listed, remedy, unused_lines
 from mlx_distill.data.calls import read_tools
-from mlx_distill.data.columns import COLUMNS, OPTIONAL, Place, column_of
+from mlx_distill.data.columns import COLUMNS, OPTIONAL, OPTIONAL_ROLES, Place, column_of
 from mlx_distill.data.content import as_text, count_unused, has_content, printable
 from mlx_distill.data.examples import Example, Skip, make_example
 from mlx_distill.data.messages import Message, read_message
@@ -104,6 +104,7 @@ def _read_rows(data: DataTable, unused: Counter[str]) -> Iterator[Example | str]
     read = FORMATS[data.format]
     known = {
         *(column_of(data, role) for role in COLUMNS[data.format]),
+        *(column_of(data, role) for role in OPTIONAL_ROLES.get(data.format, ())),
         *OPTIONAL[data.format],
         *data.where,
     }
@@ -169,6 +170,12 @@ def _gsm8k(row: Row, place: Place) -> Example:
     return make_example(place.text(row, "prompt"), re.sub(r"<<[^<>]*>>", "", steps), answer)
 
 
+def _prompts(row: Row, place: Place) -> Example:
+    """A prompt to be answered and, where it is known, the answer that a text is to state."""
+    answer = place.text(row, "answer") if place.column("answer") in row else ""
+    return _worked(_prompt(row, place), "", answer, row, place, solved=False)
+
+
 FORMATS: dict[str, Callable[[Row, Place], Example]] = {
     "columns": _columns,
     "response": _response,
@@ -176,6 +183,7 @@ FORMATS: dict[str, Callable[[Row, Place], Example]] = {
     "messages": _messages,
     "conversations": _conversations,
     "gsm8k": _gsm8k,
+    "prompts": _prompts,
 }
 
 
@@ -198,13 +206,16 @@ def _last_turn(messages: list[Message], row: Row, place: Place) -> Example:
     return _worked(messages[:last], cot, answer, row, place)
 
 
-def _worked(messages: list[Message], cot: str, answer: str, row: Row, place: Place) -> Example:
+def _worked(
+    messages: list[Message], cot: str, answer: str, row: Row, place: Place, solved: bool = True
+) -> Example:
     """The example of the messages before an answer, the row's system text and tools among them."""
     if calls_a_tool(answer):
         raise Skip("its answer is a tool call")
     messages = _with_system(messages, row.get("system"), place)
     history, prompt, after = before_answer(messages, place.unused)
-    return make_example(prompt, cot, answer, history, after, _tools(messages, row, place))
+    tools = _tools(messages, row, place)
+    return make_example(prompt, cot, answer, history, after, tools, solved)
 
 
 def _with_system(messages: list[Message], column: Any, place: Place) -> list[Message]:

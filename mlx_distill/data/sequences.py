@@ -53,7 +53,8 @@ class TokenSequence:
     `allowed` `bool[T]` says which tokens a truncation lets carry loss; the segments to supervise
     are chosen later. `closing` is the token with which `</think>` begins, -1 where there is none.
     The last `ending` tokens were put after a cut: they carry loss whatever the segments are, and
-    learn from the text alone, for a teacher's answers to the whole sequence are not to them.
+    learn from the text alone, for a teacher's answers to the whole sequence are not to them. `weight` multiplies
+    the loss of each token.
     """
 
     id: str
@@ -63,6 +64,7 @@ class TokenSequence:
     allowed: np.ndarray
     closing: int = -1
     ending: int = 0
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -93,13 +95,16 @@ def render(
     day: str = "",
     unused: Counter[str] | None = None,
 ) -> TokenSequence:
-    """The whole example as a `TokenSequence`; every token may carry loss.
+    """The whole example as a `TokenSequence`; every token may carry loss. One that is not solved is
+    its prompt alone.
 
     `day` and `unused` as for `prompt_text`. Raises `Skip` for text that the tokenizer would read as
     control tokens or that its template refuses or drops, `ModelError` for a tokenizer without
     offsets or chat template.
     """
     _refuse_control_text(example, tokenizer)
+    if not example.solved:
+        return _asked_alone(example, tokenizer, day, unused)
     prompt, opening = _opened(prompt_text(example.turns, tokenizer, example.tools, day, unused))
     before_closing = f"{prompt}{opening}{example.cot}\n"
     before_answer = f"{before_closing}</think>\n\n"
@@ -113,6 +118,18 @@ def render(
     tokens = np.asarray(encoded["input_ids"], np.int32)
     allowed = np.ones(len(tokens), bool)
     return TokenSequence(example.id, tokens, int(prompt_end), int(cot_end), allowed, int(closing))
+
+
+def _asked_alone(
+    example: Example,
+    tokenizer: "PreTrainedTokenizerFast",
+    day: str,
+    unused: Counter[str] | None,
+) -> TokenSequence:
+    """A prompt without a solution: no chain of thought and no answer, until a model writes them."""
+    text, _ = _opened(prompt_text(example.turns, tokenizer, example.tools, day, unused))
+    tokens = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    return TokenSequence(example.id, tokens, len(tokens), len(tokens), np.ones(len(tokens), bool))
 
 
 class GenerationPrompt(NamedTuple):

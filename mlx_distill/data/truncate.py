@@ -59,7 +59,7 @@ def stays_whole(sequence: TokenSequence, share: float, seed: int) -> bool:
     """Whether an example is among the `share` of all examples that are not cut: a pure function of
     the seed and its id. Those of a smaller share are among those of a larger one.
     """
-    return _generator(seed, sequence.id, WHOLE).random() < share
+    return random_of(seed, sequence.id, WHOLE).random() < share
 
 
 def thin(
@@ -76,13 +76,13 @@ def thin(
         return sequence
     window = len(sequence) - sequence.ending
     supervised = np.flatnonzero(sequence.supervised(segments)[:window])
-    shuffled = _generator(seed, sequence.id).permutation(supervised)
+    shuffled = random_of(seed, sequence.id).permutation(supervised)
     allowed = np.zeros(len(sequence), bool)
     allowed[shuffled[: round(share * len(supervised))]] = True
     return replace(sequence, allowed=allowed)
 
 
-def _generator(seed: int, example: str, *purpose: int) -> np.random.Generator:
+def random_of(seed: int, example: str, *purpose: int) -> np.random.Generator:
     """Random numbers of one example, the same in whatever data set it stands."""
     digest = int.from_bytes(hashlib.sha256(example.encode()).digest()[:8], "little")
     return np.random.default_rng([seed, digest, *purpose])
@@ -92,13 +92,13 @@ def _select(sequence: TokenSequence, kept: np.ndarray) -> TokenSequence:
     """The tokens where `kept` `bool[T]` holds; each segment end becomes the number of kept tokens
     before it.
     """
-    return TokenSequence(
-        sequence.id,
-        sequence.tokens[kept],
-        int(kept[: sequence.prompt_end].sum()),
-        int(kept[: sequence.cot_end].sum()),
-        sequence.allowed[kept],
-        int(kept[: sequence.closing].sum()) if _has_closing(sequence, kept) else -1,
+    return replace(
+        sequence,
+        tokens=sequence.tokens[kept],
+        prompt_end=int(kept[: sequence.prompt_end].sum()),
+        cot_end=int(kept[: sequence.cot_end].sum()),
+        allowed=sequence.allowed[kept],
+        closing=int(kept[: sequence.closing].sum()) if _has_closing(sequence, kept) else -1,
     )
 
 

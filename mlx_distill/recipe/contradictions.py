@@ -32,6 +32,7 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             "teacher or set kd_weight = 0"
         )
     yield from cache_contradictions(recipe, teacher.cache)
+    yield from _rollouts_contradictions(recipe)
     if truncation.keep == "cot" and truncation.fraction != 1:
         yield (
             '[truncation] keep = "cot" cuts after </think> and takes no fraction, found '
@@ -51,6 +52,42 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         yield (
             f"[eval] samples = {scoring.samples} at temperature 0 would repeat one greedy answer: "
             "raise temperature"
+        )
+
+
+def _rollouts_contradictions(recipe: "Recipe") -> Iterator[str]:
+    """What cannot be written, or would not be learned."""
+    rollouts, asked = recipe.rollouts, f'[rollouts] by = "{recipe.rollouts.by}"'
+    if recipe.data.format == "prompts" and (rollouts.by == "data" or rollouts.share < 1):
+        yield (
+            '[data] format = "prompts" has nothing to learn from until a model answers all of its '
+            'prompts: set [rollouts] by = "teacher" or "student", and share = 1.0'
+        )
+    if rollouts.by == "data":
+        return
+    if not rollouts.folder:
+        yield f"{asked} needs a place for its texts, but folder is empty: name one"
+    if rollouts.by == "teacher" and not recipe.teacher.model:
+        yield f"{asked}, but [teacher] model is empty: name a teacher"
+    if rollouts.samples > 1 and rollouts.temperature == 0:
+        yield (
+            f"[rollouts] samples = {rollouts.samples} at temperature 0 would repeat one greedy "
+            "text: raise temperature"
+        )
+    if rollouts.weigh == "pass_rate" and rollouts.samples == 1:
+        yield (
+            '[rollouts] weigh = "pass_rate" compares several texts a prompt, samples is 1: '
+            'raise it, or set weigh = "none"'
+        )
+    if rollouts.weigh == "pass_rate" and rollouts.share < 1:
+        yield (
+            '[rollouts] weigh = "pass_rate" weighs written texts, which the data\'s own have no '
+            "rate for: set share = 1.0"
+        )
+    if rollouts.refresh_every and recipe.teacher.cache != "off":
+        yield (
+            f"[rollouts] refresh_every = {rollouts.refresh_every} writes texts that no teacher "
+            'cache holds: set [teacher] cache = "off", or refresh_every = 0'
         )
 
 
@@ -102,6 +139,7 @@ def _wrong_paths(recipe: "Recipe") -> Iterator[str]:
         "[teacher] cache_folder": recipe.teacher.cache_folder,
         "[student] model": recipe.student.model,
         "[data] source": recipe.data.source,
+        "[rollouts] folder": recipe.rollouts.folder,
         "[run] folder": recipe.run.folder,
         "[eval] task": recipe.eval.task.partition(":")[2],
     }

@@ -33,6 +33,12 @@ def choice(table: str, field: str, *values: str) -> Condition:
 ADAPTERS = choice("student", "tuning", "lora", "dora")
 MOMENTA = choice("optim", "optimizer", "adamw", "lion")
 
+WRITTEN = choice("rollouts", "by", "teacher", "student")
+DRAWN = Condition(
+    lambda recipe: WRITTEN.holds(recipe) and recipe.rollouts.temperature > 0,
+    f"{WRITTEN.words} and a temperature above 0",
+)
+
 READ_WHEN = {
     "teacher.quantize_bits": Condition(lambda recipe: bool(recipe.teacher.model), "a teacher"),
     "teacher.cache_folder": choice("teacher", "cache", "top_k", "sampled", "hidden"),
@@ -42,11 +48,23 @@ READ_WHEN = {
     "student.alpha": ADAPTERS,
     "student.lora_layers": ADAPTERS,
     "student.lora_targets": ADAPTERS,
-    "data.prompt_column": choice("data", "format", "columns", "response", "alpaca", "gsm8k"),
+    "data.prompt_column": choice(
+        "data", "format", "columns", "response", "alpaca", "gsm8k", "prompts"
+    ),
     "data.cot_column": choice("data", "format", "columns"),
-    "data.answer_column": choice("data", "format", "columns", "gsm8k"),
+    "data.answer_column": choice("data", "format", "columns", "gsm8k", "prompts"),
     "data.response_column": choice("data", "format", "response", "alpaca"),
     "data.messages_column": choice("data", "format", "messages", "conversations"),
+    "rollouts.share": WRITTEN,
+    "rollouts.samples": WRITTEN,
+    "rollouts.temperature": WRITTEN,
+    "rollouts.top_p": DRAWN,
+    "rollouts.max_new_tokens": WRITTEN,
+    "rollouts.batch_size": WRITTEN,
+    "rollouts.keep": WRITTEN,
+    "rollouts.weigh": WRITTEN,
+    "rollouts.refresh_every": choice("rollouts", "by", "student"),
+    "rollouts.folder": WRITTEN,
     "objective.jsd_beta": choice("objective", "divergence", "jsd"),
     "objective.skew_alpha": choice("objective", "divergence", "skew_kl", "skew_reverse_kl"),
     "optim.beta1": MOMENTA,

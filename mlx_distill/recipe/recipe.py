@@ -15,6 +15,7 @@ from mlx_distill.recipe.tables import (
     EvalTable,
     ObjectiveTable,
     OptimTable,
+    RolloutsTable,
     RunTable,
     StudentTable,
     Table,
@@ -30,6 +31,7 @@ class Recipe(Table):
     teacher: TeacherTable = TeacherTable()
     student: StudentTable = StudentTable()
     data: DataTable = DataTable()
+    rollouts: RolloutsTable = RolloutsTable()
     truncation: TruncationTable = TruncationTable()
     objective: ObjectiveTable = ObjectiveTable()
     batch: BatchTable = BatchTable()
@@ -55,6 +57,8 @@ class Recipe(Table):
                     == TABLES[table].model_fields[field].default
                 ):
                     del content[table][field]
+            if not content[table]:
+                del content[table]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def toml(self) -> str:

@@ -113,9 +113,9 @@ class DataTable(Table):
     split: str = "train"
     """Of a hub or embedded dataset."""
 
-    format: Literal["columns", "response", "alpaca", "messages", "conversations", "gsm8k"] = (
-        "columns"
-    )
+    format: Literal[
+        "columns", "response", "alpaca", "messages", "conversations", "gsm8k", "prompts"
+    ] = "columns"
     """What a row holds; README has a table of them."""
 
     prompt_column: str = ""
@@ -147,6 +147,41 @@ class DataTable(Table):
 
     date: Annotated[Day, Mark.NEWER] = ""
     """The day ("2026-11-26") that a template says which reads the clock; "" = the run's first."""
+
+
+class RolloutsTable(Table):
+    by: Annotated[Literal["data", "teacher", "student"], Mark.NEWER] = "data"
+    """Who wrote what is learned: the data has it, or a model answers the data's prompts."""
+
+    share: Annotated[Fraction, Mark.NEWER] = 1.0
+    """Share of the training examples whose prompts are answered; the others stay the data's."""
+
+    samples: Annotated[int, within(1, 65_536), Mark.NEWER] = 1
+    """Texts a prompt."""
+
+    temperature: Annotated[float, within(0.01, 100.0, or_zero=True), Mark.NEWER] = 1.0
+    """At which texts are drawn; 0 = greedy."""
+
+    top_p: Annotated[Fraction, Mark.NEWER] = 1.0
+    """Draw from the likeliest tokens that have this probability together."""
+
+    max_new_tokens: Annotated[Tokens, Mark.NEWER] = 512
+    """A text that is longer ends there and is learned as a prefix."""
+
+    batch_size: Annotated[int, within(1, 65_536), Mark.NEWER] = 64
+    """Texts written at once."""
+
+    keep: Annotated[Literal["all", "right"], Mark.NEWER] = "all"
+    """Which texts are learned: right = those that state the data's answer."""
+
+    weigh: Annotated[Literal["none", "pass_rate"], Mark.NEWER] = "none"
+    """Weight of a text's loss; pass_rate = p(1 - p) of its prompt's share p of right texts."""
+
+    refresh_every: Annotated[Cadence, Mark.NEWER] = 0
+    """Steps after which the student, as it then is, writes again; 0 = it writes once."""
+
+    folder: Annotated[str, Mark.OUTSIDE] = "rollouts"
+    """Where texts are kept; one folder may serve any number of runs, at once too."""
 
 
 class TruncationTable(Table):

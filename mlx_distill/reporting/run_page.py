@@ -35,6 +35,7 @@ from mlx_distill.runs.manifest import DataAccount
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.words import DASH, duration, number, percent, points
+from mlx_distill.writing.texts import describe
 
 MODELS = {"base": "student before", "student": "student after", "teacher": "teacher"}
 FACTS = {
@@ -245,7 +246,18 @@ def _data(run: Run) -> list[Block]:
     if data.ending_tokens:
         said = f"{data.ending_tokens:,} tokens follow a cut, and learn from the text alone."
         notes.insert(0, Note(said))
-    return [Beside([_examples_table(data), _tokens_table(data)]), *notes]
+    return [Beside([_examples_table(data), _tokens_table(data)]), *notes, *_written(run)]
+
+
+def _written(run: Run) -> list[Block]:
+    """What a model wrote for this run to learn from."""
+    written = run.manifest.written
+    if written is None:
+        return []
+    whole = sum(row.seconds + row.source_seconds for row in run.metrics)
+    share = sum(row.source_seconds for row in run.metrics) / whole if whole else 0.0
+    while_training = f"; {percent(share)} of the training's time" if share > 0.01 else ""
+    return [Note(f"Written by the {written.by}: {describe(written)}{while_training}.")]
 
 
 def _examples_table(data: DataAccount) -> Table:

@@ -45,6 +45,20 @@ class DataAccount(Record):
     ending_tokens: Count = 0
 
 
+class Written(Record):
+    """What a model wrote to be learned from: texts, those that ended by themselves, those held
+    against an answer and those right among them, new tokens, and the seconds that it took.
+    """
+
+    by: str = ""
+    texts: Count = 0
+    finished: Count = 0
+    judged: Count = 0
+    right: Count = 0
+    tokens: Count = 0
+    seconds: Number = 0.0
+
+
 class Start(Record):
     """One start or continuation: a run may move to another backend, machine or version."""
 
@@ -59,8 +73,9 @@ class Start(Record):
 
 class Manifest(Record):
     """exported_step: whose weights became the student, None before that. elapsed_seconds,
-    tokens_read, loss_tokens and flops (by part, and `total`) are of the whole training. logs,
-    student_files: the SHA-256 of both logs and of each file of the student. prompt_date, tokens_read, loss_tokens
+    tokens_read, loss_tokens and flops (by part, and `total`) are of the whole training. written:
+    texts of a model that the run learned. logs, student_files: the SHA-256 of both logs and of each
+    file of the student. prompt_date, tokens_read, loss_tokens
     and student_files are None in manifests of versions that did not keep them.
     """
 
@@ -84,6 +99,7 @@ class Manifest(Record):
     prompt_date: str | None = None
     steps: Count | None = None
     teacher_cache: str = ""
+    written: Written | None = None
     starts: list[Start] = Field(default_factory=list)
     exported_step: Count | None = None
     elapsed_seconds: Number | None = None

@@ -23,6 +23,7 @@ FILES = (
     "sample.json",
     "eval.json",
     "generations.jsonl",
+    "rollouts.jsonl",
     *REPORTS,
 )
 LOCK = "run.lock"

@@ -85,10 +85,9 @@ def data_account(prepared: Prepared, recipe: Recipe) -> DataAccount:
     """What became of the examples, and of the training tokens."""
     whole = count_tokens(prepared.train_whole, recipe.objective.segments)
     cut = count_tokens(prepared.train, recipe.objective.segments)
-    taken = len(prepared.train_whole) + len(prepared.validation)
     lost_to_the_cut = whole.examples - cut.examples
     return DataAccount(
-        read=taken + sum(prepared.skipped.values()) - lost_to_the_cut,
+        read=len(prepared.examples) + sum(prepared.skipped.values()) - lost_to_the_cut,
         kept=len(prepared.train) + len(prepared.validation),
         train=len(prepared.train),
         validation=len(prepared.validation),
@@ -114,7 +113,8 @@ def data_digest(prepared: Prepared) -> str:
     """
     digest = hashlib.sha256()
     for sequence in (*prepared.train, *prepared.validation):
-        digest.update(f"{sequence.id} {sequence.prompt_end} {sequence.cot_end}".encode())
+        weight = "" if sequence.weight == 1 else f" {sequence.weight!r}"
+        digest.update(f"{sequence.id} {sequence.prompt_end} {sequence.cot_end}{weight}".encode())
         digest.update(sequence.tokens.tobytes() + sequence.allowed.tobytes())
         if sequence.ending:
             digest.update(f"ending {sequence.ending}".encode())

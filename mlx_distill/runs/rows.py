@@ -29,7 +29,8 @@ class Row(Record):
 
 
 class MetricsRow(Row):
-    """One optimizer step. tokens, loss_tokens: of this step; tokens_seen: of all so far. flops: its
+    """One optimizer step. tokens, loss_tokens: of this step; tokens_seen: of all so far.
+    source_seconds: what making it took before, the student's writing included. flops: its
     operations by part. The three sizes are the framework's own counters.
     """
 
@@ -42,6 +43,7 @@ class MetricsRow(Row):
     tokens_seen: Count = 0
     loss_tokens: Count = 0
     seconds: Number = 0.0
+    source_seconds: Number = 0.0
     tokens_per_second: Measured = None
     flops: dict[str, Number] = Field(default_factory=dict)
     active_bytes: Count = 0

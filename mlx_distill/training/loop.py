@@ -80,7 +80,9 @@ class Training:
         self._resume()
         self.view.start(len(self.source), self.state.step)
         while self.state.step < len(self.source):
-            self._step(self.source.step(self.state.step))
+            began = time.perf_counter()
+            step = self.source.step(self.state.step)
+            self._step(step, time.perf_counter() - began)
             done = self.state.step == len(self.source)
             improved = self._due(self.recipe.run.validate_every, done) and self._validate()
             stop = self._any(self.stop_asked())
@@ -125,7 +127,7 @@ class Training:
         restore(self.student, folder)
         self.state = last
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: Step, source_seconds: float) -> None:
         started = time.perf_counter()
         self.backend.reset_peak_memory()
         sums = self._accumulate(step)
@@ -144,10 +146,10 @@ class Training:
             step=self.state.step + 1,
             tokens_seen=self.state.tokens_seen + step.tokens,
             loss_tokens_seen=self.state.loss_tokens_seen + int(step.loss_tokens),
-            elapsed_seconds=self.state.elapsed_seconds + seconds,
+            elapsed_seconds=self.state.elapsed_seconds + source_seconds + seconds,
             flops=_added(self.state.flops, flops := self.flops(step)),
         )
-        self._log(step, sums, rate, norm, seconds, flops)
+        self._log(step, sums, rate, norm, seconds, source_seconds, flops)
 
     def _accumulate(self, step: Step) -> LossSums:
         """The sums over all micro-batches of the step, this rank's and the others'."""
@@ -205,6 +207,7 @@ class Training:
         rate: float,
         norm: float,
         seconds: float,
+        source_seconds: float,
         flops: dict[str, float],
     ) -> None:
         terms: dict[str, Any] = loss_terms(sums, self.objective)
@@ -217,6 +220,7 @@ class Training:
             tokens_seen=self.state.tokens_seen,
             loss_tokens=int(step.loss_tokens),
             seconds=seconds,
+            source_seconds=source_seconds,
             tokens_per_second=step.tokens / seconds,
             flops=flops,
             **dataclasses.asdict(self.backend.memory()),

@@ -1,5 +1,7 @@
 """Shift, padding, order and the count of loss tokens, against plain loops over the sequences."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +37,15 @@ def corpus(count, seed=0):
 
 
 # --- one batch ---
+
+
+def test_a_sequences_weight_is_its_positions():
+    one, other = corpus(2)
+    batch = make_batch([one, replace(other, weight=0.25)], ("cot",), 8)
+    first = int(one.supervised(("cot",)).sum())
+    rest = int(other.supervised(("cot",)).sum())
+    assert batch.weight[: first + rest].tolist() == [1.0] * first + [0.25] * rest
+    assert not batch.weight[first + rest :].any()
 
 
 def test_shift_by_hand():
@@ -160,7 +171,7 @@ def test_epochs_see_every_example_so_often_at_least(count, total, epochs, steps)
 
 def ids_of_stream(run, step):
     size = sum(len(batch.ids) for batch in step.batches)
-    names = [f"s{row}" for row in run.rows(step.index * size, size)]
+    names = [f"s{row}" for row in run.order.rows(step.index * size, size)]
     assert sorted(names) == sorted(ids_of(step))
     return names
 
@@ -179,8 +190,8 @@ def test_a_step_is_a_function_of_its_number():
 def test_seed_and_epoch_change_the_order():
     sequences = corpus(40)
     one, other = (Steps(sequences, ("cot",), table(4, 40), seed=seed, epochs=2) for seed in (1, 2))
-    assert one.rows(0, 40) != other.rows(0, 40)
-    assert one.rows(0, 40) != one.rows(40, 40)
+    assert one.order.rows(0, 40) != other.order.rows(0, 40)
+    assert one.order.rows(0, 40) != one.order.rows(40, 40)
 
 
 def test_a_step_that_there_is_not():

@@ -403,7 +403,7 @@ def test_a_system_column_stands_first_or_is_counted(format_, reading):
         "columns": {"prompt": "q", "cot": "c", "answer": "a"}, "response": {"prompt": "q", "response": REPLY["content"]},
         "alpaca": {"instruction": "q", "output": REPLY["content"]}, "messages": {"messages": [USER, REPLY]},
         "conversations": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": REPLY["content"]}]},
-        "gsm8k": {"question": "q", "answer": "c #### a"},
+        "gsm8k": {"question": "q", "answer": "c #### a"}, "prompts": {"prompt": "q"},
     }[format_]  # fmt: skip
     example, unused = reading(usual | {"system": "S"}, format_)
     kept = ((("system", "S"),), {}) if format_ != "gsm8k" else ((), {"column system": 1})
@@ -424,6 +424,18 @@ def test_only_the_instruction_itself_is_dropped(text, reading):
     assert (example.history, unused) == ((), {MARKER_NAME: 1})
     example, unused = reading(row(f"{text}\nKEEPME"))
     assert (example.history, unused) == ((("system", f"{text}\nKEEPME"),), {})
+
+
+def test_prompts_are_asked_and_may_know_their_answer(reading):
+    row = {"prompt": " q ", "answer": 5, "note": "n"}
+    example, unused = reading(row, "prompts")
+    assert (example.prompt, example.cot, example.answer) == (" q ", "", "5")
+    assert not example.solved and unused == {"column note": 1}
+    asked = {"prompt": [{"role": "system", "content": "S"}, USER], "gold": "6", "answer": "7"}
+    example, unused = reading(asked, "prompts", answer_column="gold")
+    assert (example.history, example.answer) == ((("system", "S"),), "6")
+    assert unused == {"column answer": 1}
+    assert reading({"prompt": "q"}, "prompts")[0].answer == ""
 
 
 def test_alpaca_with_history(reading):

@@ -4,7 +4,7 @@ import sys, os, struct, shutil
 from pathlib import Path
 sys.path.insert(0, os.environ["PYTHONPATH"] + "/tests")
 import test_gguf as t
-from mlx_distill.models.gguf import convert
+from mlx_distill.models.gguf.convert import convert
 from mlx_distill.errors import DistillError
 base = t.write(Path("m.gguf"), t.source_model("llama"), t.Written()).read_bytes()
 for key, value in (("tokenizer.ggml.bos_token_id", 2**32 - 1), ("llama.attention.head_count", 2**32 - 1), ("llama.attention.head_count", 3), ("llama.feed_forward_length", 7), ("llama.embedding_length", 63)):

@@ -1,0 +1,1 @@
+"""Text that the teacher or the student writes, to be learned from."""

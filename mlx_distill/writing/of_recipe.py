@@ -1,0 +1,172 @@
+"""The texts that a recipe asks a model for: who writes, where they are kept, what is learned.
+
+In: a recipe's models and its chosen examples. Out: what a run learns from. Decided here: texts that
+are written once lie in `rollouts.folder` and serve every run that asks the same; those that the
+student writes again as it learns lie in its run folder. Held-out examples without a solution are
+validated on one text, written once.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mlx_distill.backends.pair import Pair
+from mlx_distill.backends.protocol import Backend, Model
+from mlx_distill.backends.stops import stops_of
+from mlx_distill.data.batches import Order
+from mlx_distill.data.prepare import Chosen, Prepared, cut_sequence, learnable
+from mlx_distill.data.sequences import TokenSequence
+from mlx_distill.errors import DataError, RunError
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.runs.manifest import Written
+from mlx_distill.runs.provenance import identity
+from mlx_distill.view import View
+from mlx_distill.writing.folder import held_texts, text_folder
+from mlx_distill.writing.rewritten import RewrittenSteps
+from mlx_distill.writing.texts import Asked, Say, Text, TextFile, account, describe
+from mlx_distill.writing.write import Writing, chosen_examples
+
+FILE = "rollouts.jsonl"  # in a run folder
+Sequences = dict[str, list[TokenSequence]]
+
+
+class Rollouts:
+    """What a recipe learns whose texts a model writes."""
+
+    def __init__(self, pair: Pair, chosen: Chosen, day: str):
+        self.pair, self.recipe, self.chosen = pair, pair.recipe, chosen
+        self.table, seed = self.recipe.rollouts, self.recipe.run.seed
+        examples = [example for example, _ in chosen.train]
+        train = chosen_examples(examples, self.table.share, seed)
+        held_out = [example for example, _ in chosen.validation if not example.solved]
+        self._train, self._held_out = {one.id for one in train}, {one.id for one in held_out}
+        stops = stops_of(pair.student, pair.tokenizer)
+        if self.table.by == "teacher":
+            stops |= stops_of(pair.teacher, pair.tokenizer, pair.teacher_tokenizer)
+        self.writing = Writing([*train, *held_out], pair.tokenizer, self.table, seed, stops, day)
+        folder, bits = (
+            (pair.teacher, self.recipe.teacher.quantize_bits)
+            if self.table.by == "teacher"
+            else (pair.student, 0)
+        )
+        self._fields = self.writing.fields({**identity(folder), "quantize_bits": bits})
+        self._root = Path(self.table.folder).expanduser()
+        self._once: list[Text] = []  # what was written once
+
+    @property
+    def folder(self) -> Path:
+        """Where the texts that are written once are kept."""
+        return text_folder(self._root, self._fields)
+
+    def planned(self) -> Prepared:
+        """What may be learned, before anything is written: texts as long as they can be."""
+        return learnable(self.chosen, self.recipe, self._longest(self._train | self._held_out))
+
+    def written(self, load: Callable[[], Model], backend: Backend, view: View) -> Prepared:
+        """What is learned, after what was missing of the texts that are written once was written.
+
+        `load` gives the writer where some are missing. Raises `RunError` where several ranks would
+        have to write.
+        """
+        texts: list[Text] = []
+        if asked := self._asked_once():
+            with held_texts(self._root, self._fields, view.say) as file:
+                writer = _alone(load, backend, self.recipe)
+                texts = self.writing.texts(file, asked, writer, view.count)
+            backend.release()
+            view.say(f"texts in {self.folder}: {describe(account(texts, self.table.by))}")
+        train = [text for text in texts if text.example in self._train]
+        held_out = [text for text in texts if text.example in self._held_out]
+        learned: Sequences = {text.example: [self.writing.sequence(text)] for text in held_out}
+        if self.table.refresh_every:
+            learned |= self._longest(self._train)
+        elif train:
+            learned |= self.writing.sequences(train)
+            self._refuse_nothing(learned, train)
+        self._once = texts
+        return learnable(self.chosen, self.recipe, learned)
+
+    def account(self, folder: Path, say: Say) -> Written:
+        """What was written for the run in `folder`, so far."""
+        texts = [*self._once, *TextFile(folder / FILE, say).everything()]
+        return account(texts, self.table.by)
+
+    def _refuse_nothing(self, learned: Sequences, texts: list[Text]) -> None:
+        if self.table.share == 1 and not any(learned.get(text.example) for text in texts):
+            raise DataError(
+                f"{self.folder}: none of {len(texts):,} texts is learned, {describe(account(texts, self.table.by))}: "
+                'raise rollouts.max_new_tokens or rollouts.samples, or set rollouts.keep = "all"'
+            )
+
+    def source(self, student: Callable[[], Model], folder: Path, say: Say) -> RewrittenSteps:
+        """Steps over what `student()` writes as it learns, kept in the run's `folder`."""
+        recipe, file = self.recipe, TextFile(folder / FILE, say)
+
+        def ask(asked: list[Asked], step: int) -> dict[Asked, TokenSequence]:
+            texts = self.writing.texts(file, asked, student, _quiet, step)
+            return {text.asked: cut_sequence(self.writing.sequence(text), recipe) for text in texts}
+
+        units = self._units()
+        size, optim = recipe.batch.global_batch_size, recipe.optim
+        order = Order(len(units), size, recipe.run.seed, optim.epochs, optim.steps)
+        segments = recipe.objective.segments
+        endings = recipe.truncation.ending == "answer"
+        return RewrittenSteps(
+            order, units, self.table.refresh_every, ask, segments, recipe.batch, endings
+        )
+
+    def _asked_once(self) -> list[Asked]:
+        """All texts of the training side, unless the student writes them as it learns, and one of
+        each held-out example that has no solution.
+        """
+        train = [] if self.table.refresh_every else self._train
+        return [
+            one
+            for one in self.writing.asked()
+            if one.example in train or (one.example in self._held_out and one.sample == 0)
+        ]
+
+    def _units(self) -> list[Asked | TokenSequence]:
+        """What the order of a run counts: answers to be written, or sequences of the data's."""
+        units: list[Asked | TokenSequence] = []
+        for example, said in self.chosen.train:
+            if example.id in self._train:
+                units += [Asked(example.id, n) for n in range(self.table.samples)]
+            elif (
+                (cut := cut_sequence(said, self.recipe))
+                .supervised(self.recipe.objective.segments)
+                .any()
+            ):
+                units.append(cut)
+        return units
+
+    def _longest(self, names: set[str]) -> Sequences:
+        """Stand-ins for what is not written yet."""
+        found: Sequences = {}
+        for name in names:
+            prompt = self.writing.prompts[name]
+            tokens = np.array([*prompt.tokens, *[0] * self.table.max_new_tokens], np.int32)
+            allowed = np.ones(len(tokens), bool)
+            found[name] = [
+                TokenSequence(f"{name}-{sample}", tokens, prompt.end, len(tokens), allowed)
+                for sample in range(self.table.samples)
+            ]
+        return found
+
+
+def _alone(load: Callable[[], Model], backend: Backend, recipe: Recipe) -> Callable[[], Model]:
+    """The writer, which several ranks cannot be together."""
+
+    def refused() -> Model:
+        raise RunError(
+            f"{recipe.run.name}: texts are written by one process, here are {backend.ranks.size}: "
+            "run `mlx-distill write` on the recipe first, without a launcher"
+        )
+
+    return load if backend.ranks.size == 1 else refused
+
+
+def _quiet(what: str, total: int) -> Callable[[int], None]:
+    """The student writes under the bar of the training, which goes on."""
+    return lambda done: None
