@@ -1,4 +1,4 @@
-"""A teacher whose answers come from disk.
+"""A teacher whose outputs come from disk.
 
 In: a `TeacherCache` and a batch. Out: the targets at the batch's positions, as a live teacher gives
 them, without the teacher's weights. Decided here: each row of the batch, without what follows a cut, must be
@@ -14,12 +14,12 @@ from mlx_distill.backends.protocol import Backend, SparseTargets, Targets, check
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import CacheError
 from mlx_distill.teaching.folder import TeacherCache
-from mlx_distill.teaching.kinds import KINDS, Asked
+from mlx_distill.teaching.kinds import KINDS, RowPositions
 from mlx_distill.teaching.parts import Record
 
 
 class CachedTeacher:
-    """The `Teacher` that answers from a cache."""
+    """The `Teacher` whose outputs lie in a cache."""
 
     def __init__(self, cache: TeacherCache, backend: Backend):
         self.cache, self.backend = cache, backend
@@ -33,13 +33,13 @@ class CachedTeacher:
         positions = batch.positions[: batch.taught].astype(np.int64)
         if not len(positions):
             return None
-        rows, places = np.divmod(positions, batch.tokens.shape[1])
-        asked = []
-        for row in np.unique(rows):
-            where = np.flatnonzero(rows == row)
-            asked.append(Asked(self._record(batch, row), where, places[where]))
+        row_of, places = np.divmod(positions, batch.tokens.shape[1])
+        rows = []
+        for row in np.unique(row_of):
+            where = np.flatnonzero(row_of == row)
+            rows.append(RowPositions(self._record(batch, row), where, places[where]))
         fields = self.cache.fields
-        found = KINDS[fields.kind].read(asked, len(rows), fields)
+        found = KINDS[fields.kind].read(rows, len(positions), fields)
         if isinstance(found, SparseTargets):
             return found
         return self.backend.cached_targets(found, self.head)

@@ -1,9 +1,10 @@
 """Asking the teacher once: what a cache lacks of some sequences is computed and written.
 
 In: a cache, whole sequences, and a way to load the teacher. Out: parts on disk. A causal model's
-answers to the start of a text are the start of its answers, so one pass over whole sequences serves
-every cut that keeps what comes before, every segment set and every epoch. Decided here: one process
-writes at a time; a part is written whenever there is enough for one, so a kill loses at most that.
+outputs for the start of a text are the start of its outputs, so one pass over whole sequences
+serves every cut that keeps what comes before, every segment set and every epoch. Decided here: one
+process writes at a time; a part is written whenever there is enough for one, so a kill loses at
+most that.
 """
 
 import re
@@ -95,9 +96,9 @@ def _teach(
     kind, size = KINDS[fields.kind], table.micro_batch_size
     for start in range(0, len(sequences), size):
         group = sequences[start : start + size]
-        answers = kind.ask(teacher, whole_batch(group, table.pad_multiple), fields)
+        outputs = kind.ask(teacher, whole_batch(group, table.pad_multiple), fields)
         if writer:
-            writer.add(group, answers)
+            writer.add(group, outputs)
         progress(len(group))
     if writer:
         writer.write_part()
@@ -114,7 +115,7 @@ def _head_of(teacher: LiveTeacher) -> np.ndarray:
 
 
 def whole_batch(sequences: Sequence[TokenSequence], pad_multiple: int) -> Batch:
-    """A batch that asks for the answer at each token of whole sequences; its targets mean nothing."""
+    """A batch that asks for the outputs at each token; its own targets mean nothing."""
     lengths = np.array([len(sequence) for sequence in sequences], np.int32)
     width = -(-int(lengths.max()) // pad_multiple) * pad_multiple
     tokens = np.zeros((len(sequences), width), np.int32)
@@ -133,7 +134,7 @@ def whole_batch(sequences: Sequence[TokenSequence], pad_multiple: int) -> Batch:
 
 
 class _Writer:
-    """Gathers answers and writes a part whenever there are enough. The caller holds the lock."""
+    """Gathers outputs and writes a part whenever there are enough. The caller holds the lock."""
 
     def __init__(self, cache: TeacherCache, made: dict):
         self.cache = cache
@@ -147,19 +148,19 @@ class _Writer:
 
     def _begin_part(self) -> None:
         self._sequences: list[TokenSequence] = []
-        self._answers: list[dict[str, np.ndarray]] = []
+        self._outputs: list[dict[str, np.ndarray]] = []
         self._tokens = self._bytes = 0
 
     def write_head(self, matrix: np.ndarray) -> None:
         if not (self.cache.path / HEAD).exists():
             self._write(self.cache.path / HEAD, {"head": matrix}, [])
 
-    def add(self, sequences: Sequence[TokenSequence], answers: dict[str, np.ndarray]) -> None:
+    def add(self, sequences: Sequence[TokenSequence], outputs: dict[str, np.ndarray]) -> None:
         tokens = np.concatenate([sequence.tokens for sequence in sequences]).astype(np.int32)
         self._sequences += sequences
-        self._answers.append({"tokens": tokens} | answers)
+        self._outputs.append({"tokens": tokens} | outputs)
         self._tokens += len(tokens)
-        self._bytes += sum(array.nbytes for array in self._answers[-1].values())
+        self._bytes += sum(array.nbytes for array in self._outputs[-1].values())
         if self._tokens >= PART_TOKENS or self._bytes >= PART_BYTES:
             self.write_part()
 
@@ -167,8 +168,8 @@ class _Writer:
         """What was gathered since the last one, if anything was."""
         if self._sequences:
             columns = {
-                name: np.concatenate([answers[name] for answers in self._answers])
-                for name in self._answers[0]
+                name: np.concatenate([outputs[name] for outputs in self._outputs])
+                for name in self._outputs[0]
             }
             self._write(self.cache.next_part(), columns, self._examples(columns))
         self._begin_part()

@@ -1,9 +1,9 @@
-"""A teacher cache on disk: which answers are there, and whether they are those that are asked for.
+"""A teacher cache on disk: which outputs are there, and whether they are of what is asked for.
 
     CACHE_FOLDER/KIND-KEY/  manifest.json   write.lock   head/ (hidden)   part-000000/ …
 
 In: a folder and the `CacheFields` that a recipe asks for. Out: the `Record` of a row of tokens.
-Decided here: a manifest whose fields differ is refused by field. Answers are found by an example's
+Decided here: a manifest whose fields differ is refused by field. Outputs are found by an example's
 id and its tokens: the tokens must be the start of a kept sequence of that id, so another template,
 other data or another order of examples can do no harm. Reading needs no lock, since a part that is
 there is complete.
@@ -100,11 +100,15 @@ class TeacherCache:
         return None
 
     def missing(self, sequences: Sequence[TokenSequence]) -> list[TokenSequence]:
-        """Those without answers, each once, in the order in which they are asked: the same after a
+        """Those without outputs, each once, in the order in which they are asked: the same after a
         kill.
         """
         wanted = {(sequence.id, sequence.tokens.tobytes()): sequence for sequence in sequences}
-        lacking = [one for one in wanted.values() if self.find(one.id, one.tokens) is None]
+        lacking = [
+            sequence
+            for sequence in wanted.values()
+            if self.find(sequence.id, sequence.tokens) is None
+        ]
         return sorted(lacking, key=lambda sequence: (len(sequence), sequence.id))
 
     @cached_property

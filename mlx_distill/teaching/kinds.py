@@ -1,9 +1,9 @@
 """What a teacher cache keeps for each token, in three kinds.
 
-In: a teacher and a batch that asks for every token (`ask`), or where the answers to a batch lie
+In: a teacher and a batch that asks for every token (`ask`), or where the outputs for a batch lie
 (`read`). Out: named arrays [N, …] to keep, or the targets at N positions. Decided here: what each
-kind keeps and in which number format. A kept answer is at temperature 1, and the one at token t is
-to tokens[: t + 1]. Axes: `N` tokens or loss positions, `K` kept ids, `S` draws, `D` width.
+kind keeps and in which number format. Outputs are at temperature 1, and those at token t
+follow tokens[: t + 1]. Axes: `N` tokens or loss positions, `K` kept ids, `S` draws, `D` width.
 """
 
 import hashlib
@@ -19,14 +19,14 @@ from mlx_distill.teaching.parts import Record
 WIDTH_MULTIPLE = 8  # drawn ids are padded to it, which keeps shapes few
 
 
-class Asked(NamedTuple):
+class RowPositions(NamedTuple):
     """The positions of a batch that lie in one of its rows."""
 
-    record: Record  # the answers to that row's sequence
+    record: Record  # of that row's sequence
     where: np.ndarray  # which of the N positions they are
     places: np.ndarray  # at which tokens of the sequence they lie
 
-    def rows(self, name: str) -> np.ndarray:
+    def take(self, name: str) -> np.ndarray:
         """What an array of the part has at these tokens."""
         return self.record.part.array(name)[self.record.start + self.places]
 
@@ -36,10 +36,12 @@ class Kind(Protocol):
 
     @staticmethod
     def ask(teacher: LiveTeacher, batch: Batch, fields: CacheFields) -> dict[str, np.ndarray]:
-        """What the teacher answers at the positions of a batch, as named arrays to keep."""
+        """What the teacher says at the positions of a batch, as named arrays to keep."""
 
     @staticmethod
-    def read(asked: list[Asked], count: int, fields: CacheFields) -> SparseTargets | np.ndarray:
+    def read(
+        rows: list[RowPositions], count: int, fields: CacheFields
+    ) -> SparseTargets | np.ndarray:
         """The targets at `count` positions, or the hidden states [N, D] that make them."""
 
 
@@ -58,14 +60,14 @@ class TopK:
         }
 
     @staticmethod
-    def read(asked: list[Asked], count: int, fields: CacheFields) -> SparseTargets:
+    def read(rows: list[RowPositions], count: int, fields: CacheFields) -> SparseTargets:
         ids = np.empty((count, fields.top_k), np.int32)
         log_probs = np.empty((count, fields.top_k), np.float32)
         tail = np.empty(count, np.float32)
-        for row in asked:
-            ids[row.where] = row.rows("ids")
-            log_probs[row.where] = row.rows("log_probs")
-            tail[row.where] = row.rows("tail")
+        for row in rows:
+            ids[row.where] = row.take("ids")
+            log_probs[row.where] = row.take("log_probs")
+            tail[row.where] = row.take("tail")
         offset = np.zeros(count, np.float32)
         return SparseTargets(ids, log_probs, tail, offset, top=ids[:, 0].copy())
 
@@ -100,17 +102,17 @@ class Sampled:
         }
 
     @staticmethod
-    def read(asked: list[Asked], count: int, fields: CacheFields) -> SparseTargets:
-        most = max(int(row.rows("distinct").max()) for row in asked)
+    def read(rows: list[RowPositions], count: int, fields: CacheFields) -> SparseTargets:
+        most = max(int(row.take("distinct").max()) for row in rows)
         width = -(-most // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
         ids = np.empty((count, width), np.int32)  # -1 where a token has fewer
         counts = np.empty((count, width), np.float32)
         entropy = np.empty(count, np.float32)
         top = np.empty(count, np.int32)
-        for row in asked:
+        for row in rows:
             ids[row.where], counts[row.where] = _drawn(row, width)
-            entropy[row.where] = row.rows("entropy")
-            top[row.where] = row.rows("top")
+            entropy[row.where] = row.take("entropy")
+            top[row.where] = row.take("top")
         share = counts / fields.samples
         with np.errstate(divide="ignore"):
             log_share = np.log(share)
@@ -130,20 +132,20 @@ class Hidden:
         return {"states": teacher.states(batch)}
 
     @staticmethod
-    def read(asked: list[Asked], count: int, fields: CacheFields) -> np.ndarray:
-        found = [row.rows("states") for row in asked]
-        if len({rows.dtype for rows in found}) > 1:  # parts that two backends wrote
-            found = [from_bits(rows) if rows.dtype == np.uint16 else rows for rows in found]
-        states = np.empty((count, found[0].shape[1]), found[0].dtype)
-        for row, rows in zip(asked, found, strict=True):
-            states[row.where] = rows
-        return states
+    def read(rows: list[RowPositions], count: int, fields: CacheFields) -> np.ndarray:
+        states = [row.take("states") for row in rows]
+        if len({some.dtype for some in states}) > 1:  # parts that two backends wrote
+            states = [from_bits(some) if some.dtype == np.uint16 else some for some in states]
+        at_all = np.empty((count, states[0].shape[1]), states[0].dtype)
+        for row, some in zip(rows, states, strict=True):
+            at_all[row.where] = some
+        return at_all
 
 
 KINDS: dict[str, type[Kind]] = {"top_k": TopK, "sampled": Sampled, "hidden": Hidden}
 
 
-def _drawn(row: Asked, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(row: RowPositions, width: int) -> tuple[np.ndarray, np.ndarray]:
     """The different ids that were drawn for some tokens of a sequence, and how often each was:
     [n, width], padded with -1 and 0.
     """

@@ -25,7 +25,7 @@ Example = tuple[str, int, int, int]  # id, start, stop, first draw
 
 
 class Record(NamedTuple):
-    """Where the answers to one sequence lie: in the rows `start` to `stop` of a part, its draws
+    """Where the outputs for a sequence lie: in the rows `start` to `stop` of a part, its draws
     from `first_draw` on.
     """
 
@@ -48,7 +48,7 @@ class Part:
             self._check_first_draws()
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        """Each example's id, and where its answers lie."""
+        """Each example's id, and where its outputs lie."""
         for example, start, stop, first_draw in self.examples:
             yield example, Record(self, start, stop, first_draw)
 
@@ -83,7 +83,7 @@ class Part:
         draws_before = np.append(0, np.cumsum(self.array("distinct"), dtype=np.int64))
         for _, start, _, first_draw in self.examples:
             if start >= len(draws_before) or first_draw != draws_before[start]:
-                raise self._damaged("an example's drawn answers begin elsewhere")
+                raise self._damaged("an example's draws begin elsewhere")
 
     def _damaged(self, found: str) -> CacheError:
         return CacheError(f"{self.path / 'index.json'} is damaged ({found}): {REMEDY}")
