@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from endings import STUDENT, arguments, assert_same
-from mlx_distill.scoring.stops import stops_of
 from rich.console import Console
 from safetensors.numpy import save_file
 from tiny import left_by_a_mac
