@@ -28,7 +28,7 @@ from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.terminal import plan as printing
 
-SHAPES = Costliest(Micro(4, 128, 256), Micro(2, 64, 128), accumulates=True)
+SHAPES = Costliest(Micro(2, 64, 64), Micro(1, 32, 32), accumulates=True)
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +71,10 @@ def peak_of_a_step(asked: Question) -> int:
     backend, before = MlxBackend(), mx.get_active_memory()
     student = backend.load_student(asked.student, "student", asked.recipe)
     teacher = backend.load_teacher(asked.teacher, "teacher")
-    batch = one_step._batch(4, 128, 256, vocabulary=student.vocabulary_rows)
+    batch = one_step._batch(2, 64, 64, vocabulary=student.vocabulary_rows)
     backend.reset_peak_memory()
     for _ in range(2):
-        student.accumulate(batch, teacher.targets(batch), Objective(), 256.0)
+        student.accumulate(batch, teacher.targets(batch), Objective(), 64.0)
     student.apply(1e-4)
     return backend.memory().peak_bytes - before
 
@@ -103,7 +103,7 @@ def test_an_answer_is_kept_by_everything_that_it_depends_on(question, monkeypatc
     found = probe.probe(question)
     recipe = question.recipe
     others = [
-        replace(question, costliest=replace(SHAPES, training=Micro(4, 128, 288))),
+        replace(question, costliest=replace(SHAPES, training=Micro(2, 64, 96))),
         replace(question, machine=replace(CPU, backend="torch")),
         replace(question, machine=replace(CPU, memory_bytes=5)),
         replace(question, recipe=Recipe.model_validate({"objective": {"temperature": 2.0}})),
