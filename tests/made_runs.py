@@ -162,5 +162,5 @@ def write_run(
     shutil.copy(real / "generations.jsonl", folder)
     scored = kept.read(TaskScores)
     files.write(scored.model_copy(update={"task": "embedded:chain", "scores": scores}))
-    files.write(Sample(make_tokens()))
+    files.write(Sample(tokens=make_tokens()))
     return folder

@@ -113,7 +113,7 @@ def _read_parts(folder: Path) -> Run:
         task=scored.task,
         ways=scored.compared,
         scores=scored.whole,
-        sample=_record(folder, Sample, notes, "no example is shown").root,
+        sample=_record(folder, Sample, notes, "no example is shown").tokens,
         notes=notes,
     )
 

@@ -30,7 +30,6 @@ from mlx_distill.runs.checkpoints import UNWRITTEN, Checkpoints, TrainState
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.record import Record
 from mlx_distill.runs.rows import LOGS, Row
-from mlx_distill.runs.sample import Sample
 from mlx_distill.runs.small_files import INTACT, Say, SmallFiles, quiet
 from mlx_distill.runs.students import ExportedStudent
 
@@ -357,7 +356,7 @@ class SilentFolder(RunFolder):
 
     def write_text(self, name: str, text: str) -> None: ...
 
-    def write(self, record: Record | Sample) -> None: ...
+    def write(self, record: Record) -> None: ...
 
     def append(self, row: Row) -> None: ...
 

@@ -1,8 +1,8 @@
 """A run's `sample.json`: one training example, token by token, for whoever looks at the run later."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import RootModel
+from pydantic import Field, model_validator
 
 from mlx_distill.data.counts import token_runs
 from mlx_distill.data.prepare import Prepared
@@ -22,16 +22,20 @@ class SampleToken(Record):
     supervised: bool
 
 
-class Sample(RootModel[list[SampleToken]]):
-    """The tokens of one example, in order."""
+class Sample(Record):
+    """The tokens of one example, in order; the file is a list of them."""
 
     FILE: ClassVar[str] = "sample.json"
-    SEALED: ClassVar[bool] = False
 
-    root: list[SampleToken] = []
+    tokens: list[SampleToken] = Field(default_factory=list)
 
-    def content(self) -> list[dict]:
-        return self.model_dump()
+    @model_validator(mode="before")
+    @classmethod
+    def _of_list(cls, content: Any) -> Any:
+        return {"tokens": content} if isinstance(content, list) else content
+
+    def content(self) -> list[dict[str, Any]]:
+        return [token.content() for token in self.tokens]
 
 
 def make_sample(
@@ -39,7 +43,7 @@ def make_sample(
 ) -> Sample:
     """A training example as a run learns it."""
     return Sample(
-        [
+        tokens=[
             SampleToken.model_validate(
                 {
                     "text": tokenizer.decode([int(token)], skip_special_tokens=False),

@@ -18,12 +18,11 @@ from mlx_distill.readers import read_json
 from mlx_distill.runs import logs
 from mlx_distill.runs.record import Record, damage
 from mlx_distill.runs.rows import LOGS, Row
-from mlx_distill.runs.sample import Sample
 from mlx_distill.runs.seals import BrokenSeal, sealed, unsealed
 
 INTACT = "the checkpoints are intact"
 Say = Callable[[str], None]
-R = TypeVar("R", bound="Record | Sample")
+R = TypeVar("R", bound=Record)
 AnyRow = TypeVar("AnyRow", bound=Row)
 
 
@@ -42,7 +41,7 @@ class SmallFiles:
         with told_as(RunError, self.path / name, INTACT):
             files.write_text(self.path / name, text)
 
-    def write(self, record: Record | Sample) -> None:
+    def write(self, record: Record) -> None:
         content: Any = record.content()
         with told_as(RunError, self.path / record.FILE, INTACT):
             files.write_json(self.path / record.FILE, sealed(content) if record.SEALED else content)
