@@ -208,7 +208,7 @@ class Pipeline:
     ) -> Source:
         """The steps: over rows that lie there, or over what the student writes as it learns."""
         recipe = self.recipe
-        if recipe.rollouts.refresh_every:
+        if self.rollouts and recipe.rollouts.refresh_every:
             return self.rollouts.source(student, folder.path, self.view.say)
         return Steps(
             prepared.train,
@@ -346,5 +346,6 @@ def write(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
         pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
         pipeline.announce()
         pipeline.prepare()
+        assert pipeline.rollouts is not None  # nothing else was let in
         folders.append(pipeline.rollouts.folder)
     return folders

@@ -20,7 +20,7 @@ from mlx_distill.cost.plan import MEASURED, SECONDS_FACTOR, Measured, Plan, make
 from mlx_distill.cost.probe import ProbeFailed, Question, kept_answer, probe
 from mlx_distill.data.account import unused_lines
 from mlx_distill.data.day import choose_day
-from mlx_distill.data.prepare import Prepared, prepare
+from mlx_distill.data.prepare import Prepared
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.machine import Machine, this_machine
 from mlx_distill.models.folder import read_config
@@ -29,6 +29,7 @@ from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.terminal.show import account, count_table
 from mlx_distill.verify.tasks import load_task
 from mlx_distill.words import amount, duration
+from mlx_distill.writing.of_recipe import known_sequences
 
 # A probe loads the models and computes about three micro-batches: a run of fewer than these is its
 # own probe.
@@ -55,7 +56,7 @@ def plan_of(
 
     pair = Pair.of(recipe, weights)
     day = choose_day(recipe.data, pair.tokenizer, [RunFolder.of(recipe).kept_day()])
-    prepared = prepare(recipe, pair.tokenizer, day)
+    prepared, _ = known_sequences(pair, day)
     return prepared, *_planned(recipe, prepared, pair.student, pair.teacher, machine, advised)
 
 

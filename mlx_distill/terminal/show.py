@@ -15,6 +15,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from mlx_distill.backends.pair import Pair
 from mlx_distill.data.account import unused_lines
 from mlx_distill.data.counts import TokenCounts, TokenRun, count_tokens, token_runs
 from mlx_distill.data.day import about_day, choose_day
@@ -24,6 +25,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.models.hub import load_tokenizer, model_folder
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.writing.of_recipe import known_sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -40,12 +42,18 @@ def show(recipe: Recipe, console: Console, example: int = 1) -> None:
     Raises `DataError` for a number that there is not, and whatever `prepare` and the tokenizer
     raise.
     """
-    tokenizer = load_tokenizer(
-        model_folder(recipe.student.model, recipe.student.revision, weights=False)
-    )
-    prepared = prepare(
-        recipe, tokenizer, choose_day(recipe.data, tokenizer, [RunFolder.of(recipe).kept_day()])
-    )
+    kept_day = [RunFolder.of(recipe).kept_day()]
+    if recipe.rollouts.by == "data":
+        revision = recipe.student.revision
+        tokenizer = load_tokenizer(model_folder(recipe.student.model, revision, weights=False))
+        prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, kept_day))
+        about = ""
+    else:
+        pair = Pair.of(recipe, weights=False)
+        tokenizer = pair.tokenizer
+        prepared, about = known_sequences(pair, choose_day(recipe.data, tokenizer, kept_day))
+    if about:
+        console.print(Text(about))
     print_example(prepared, recipe, tokenizer, console, example)
     console.print(Text(f"\n{_title(recipe)}", "bold"))
     console.print(count_table(prepared, recipe))

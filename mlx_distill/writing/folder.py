@@ -20,6 +20,7 @@ from mlx_distill.readers import read_json
 from mlx_distill.writing.texts import Say, TextFile
 
 FORMAT = 1
+TEXTS = "texts.jsonl"
 
 
 def text_folder(root: Path, fields: dict[str, Any]) -> Path:
@@ -40,7 +41,7 @@ def held_texts(root: Path, fields: dict[str, Any], say: Say) -> Iterator[TextFil
         waiting = f"waiting for another process that writes {path}"
         with locked(path / "write.lock", lambda: say(waiting)):
             _compare(path / "manifest.json", _all(fields))
-            yield TextFile(path / "texts.jsonl", say)
+            yield TextFile(path / TEXTS, say)
 
 
 def _all(fields: dict[str, Any]) -> dict[str, Any]:

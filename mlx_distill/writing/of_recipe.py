@@ -7,7 +7,9 @@ validated on one text, written once.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +17,14 @@ from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend, Model
 from mlx_distill.backends.stops import stops_of
 from mlx_distill.data.batches import Order
-from mlx_distill.data.prepare import Chosen, Prepared, cut_sequence, learnable
+from mlx_distill.data.prepare import Chosen, Prepared, choose, cut_sequence, learnable
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.errors import DataError, RunError
+from mlx_distill.errors import DataError, ModelError, RunError
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.manifest import Written
 from mlx_distill.runs.provenance import identity
 from mlx_distill.view import View
-from mlx_distill.writing.folder import held_texts, text_folder
+from mlx_distill.writing.folder import TEXTS, held_texts, text_folder
 from mlx_distill.writing.rewritten import RewrittenSteps
 from mlx_distill.writing.texts import Asked, Say, Text, TextFile, account, describe
 from mlx_distill.writing.write import Writing, chosen_examples
@@ -41,18 +43,21 @@ class Rollouts:
         train = chosen_examples(examples, self.table.share, seed)
         held_out = [example for example, _ in chosen.validation if not example.solved]
         self._train, self._held_out = {one.id for one in train}, {one.id for one in held_out}
-        stops = stops_of(pair.student, pair.tokenizer)
+        folder, tokenizers, bits = pair.student, [pair.tokenizer], 0
         if self.table.by == "teacher":
-            stops |= stops_of(pair.teacher, pair.tokenizer, pair.teacher_tokenizer)
+            folder, tokenizer = pair.named_teacher()
+            tokenizers.append(tokenizer)
+            bits = self.recipe.teacher.quantize_bits
+        stops = stops_of(pair.student, pair.tokenizer) | stops_of(folder, *tokenizers)
         self.writing = Writing([*train, *held_out], pair.tokenizer, self.table, seed, stops, day)
-        folder, bits = (
-            (pair.teacher, self.recipe.teacher.quantize_bits)
-            if self.table.by == "teacher"
-            else (pair.student, 0)
-        )
-        self._fields = self.writing.fields({**identity(folder), "quantize_bits": bits})
+        self._writer = folder, bits
         self._root = Path(self.table.folder).expanduser()
         self._once: list[Text] = []  # what was written once
+
+    @cached_property
+    def _fields(self) -> dict[str, Any]:
+        folder, bits = self._writer
+        return self.writing.fields({**identity(folder), "quantize_bits": bits})
 
     @property
     def folder(self) -> Path:
@@ -62,6 +67,28 @@ class Rollouts:
     def planned(self) -> Prepared:
         """What may be learned, before anything is written: texts as long as they can be."""
         return learnable(self.chosen, self.recipe, self._longest(self._train | self._held_out))
+
+    def known(self) -> tuple[Prepared, str]:
+        """What is learned as far as it is known without writing anything, and a sentence that says
+        which of the two it is.
+        """
+        asked, texts = self._asked_once(), self._lying_there()
+        if texts and texts.keys() >= set(asked) and not self.table.refresh_every:
+            found = [texts[one] for one in asked]
+            return self._learned(found), f"texts of the {self.table.by}, from {self.folder}"
+        longest = self.table.max_new_tokens
+        return self.planned(), (
+            f"texts of the {self.table.by} are not written yet: all are taken as {longest:,} "
+            "tokens long, which they are at most"
+        )
+
+    def _lying_there(self) -> dict[Asked, Text]:
+        """What was written once, as it lies there; nothing where the writer's weights do not."""
+        try:
+            file = TextFile(self.folder / TEXTS, _unsaid)
+        except ModelError:
+            return {}
+        return {text.asked: text for text in file.everything()}
 
     def written(self, load: Callable[[], Model], backend: Backend, view: View) -> Prepared:
         """What is learned, after what was missing of the texts that are written once was written.
@@ -76,6 +103,10 @@ class Rollouts:
                 texts = self.writing.texts(file, asked, writer, view.count)
             backend.release()
             view.say(f"texts in {self.folder}: {describe(account(texts, self.table.by))}")
+        self._once = texts
+        return self._learned(texts)
+
+    def _learned(self, texts: list[Text]) -> Prepared:
         train = [text for text in texts if text.example in self._train]
         held_out = [text for text in texts if text.example in self._held_out]
         learned: Sequences = {text.example: [self.writing.sequence(text)] for text in held_out}
@@ -84,7 +115,6 @@ class Rollouts:
         elif train:
             learned |= self.writing.sequences(train)
             self._refuse_nothing(learned, train)
-        self._once = texts
         return learnable(self.chosen, self.recipe, learned)
 
     def account(self, folder: Path, say: Say) -> Written:
@@ -144,15 +174,26 @@ class Rollouts:
     def _longest(self, names: set[str]) -> Sequences:
         """Stand-ins for what is not written yet."""
         found: Sequences = {}
+        (unknown, *_) = self.pair.tokenizer(".", add_special_tokens=False)["input_ids"]
         for name in names:
             prompt = self.writing.prompts[name]
-            tokens = np.array([*prompt.tokens, *[0] * self.table.max_new_tokens], np.int32)
+            tokens = np.array([*prompt.tokens, *[unknown] * self.table.max_new_tokens], np.int32)
             allowed = np.ones(len(tokens), bool)
             found[name] = [
                 TokenSequence(f"{name}-{sample}", tokens, prompt.end, len(tokens), allowed)
                 for sample in range(self.table.samples)
             ]
         return found
+
+
+def known_sequences(pair: Pair, day: str) -> tuple[Prepared, str]:
+    """What a run of the recipe learns from, as far as it is known before it runs, and a sentence
+    about texts that are to be written, "" where the data has all of them.
+    """
+    chosen = choose(pair.recipe, pair.tokenizer, day)
+    if pair.recipe.rollouts.by == "data":
+        return learnable(chosen, pair.recipe), ""
+    return Rollouts(pair, chosen, day).known()
 
 
 def _alone(load: Callable[[], Model], backend: Backend, recipe: Recipe) -> Callable[[], Model]:
@@ -165,6 +206,10 @@ def _alone(load: Callable[[], Model], backend: Backend, recipe: Recipe) -> Calla
         )
 
     return load if backend.ranks.size == 1 else refused
+
+
+def _unsaid(line: str) -> None:
+    """Nothing is told of a file that is only looked at."""
 
 
 def _quiet(what: str, total: int) -> Callable[[int], None]:

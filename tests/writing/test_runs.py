@@ -17,7 +17,7 @@ from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.view import silent
-from mlx_distill.writing.of_recipe import Rollouts
+from mlx_distill.writing.of_recipe import Rollouts, known_sequences
 
 ADD = "mlx_distill.writing.texts:TextFile.add"
 
@@ -96,6 +96,25 @@ def test_a_plan_counts_texts_as_long_as_they_can_be(tiny_recipe, tmp_path):
     assert len(planned.train_whole) == len(written.train_whole)
     for longest, found in zip(planned.train_whole, written.train_whole, strict=True):
         assert len(longest) >= len(found) and longest.prompt_end == found.prompt_end
+
+
+def test_what_is_shown_and_planned_is_what_lies_there(tiny_recipe, tmp_path):
+    rollouts, backend = made(
+        tiny_recipe,
+        tmp_path,
+        "rollouts.by=teacher",
+        "rollouts.max_new_tokens=5",
+        "truncation.span=cot",
+    )
+    before, about = known_sequences(rollouts.pair, "")
+    assert "not written yet: all are taken as 5 tokens long" in about
+    written = rollouts.written(
+        lambda: backend.load_teacher(rollouts.pair.teacher, "t"), backend, silent()
+    )
+    after, about = known_sequences(rollouts.pair, "")
+    assert str(rollouts.folder) in about
+    found, expected = ([s.tokens.tolist() for s in one.train] for one in (after, written))
+    assert found == expected != [s.tokens.tolist() for s in before.train]
 
 
 KILLS = {
