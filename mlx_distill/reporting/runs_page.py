@@ -62,13 +62,9 @@ def _bars(runs: Sequence[Run]) -> list[Bar]:
     several_tasks = len({run.task for run in runs if "student" in run.scores}) > 1
 
     def remark(run: Run) -> str:
-        return (
-            run.task
-            if several_tasks
-            else ""
-            if run is runs[0]
-            else method_of(run.recipe, runs[0].recipe)
-        )
+        if several_tasks:
+            return run.task
+        return "" if run is runs[0] else method_of(run.recipe, runs[0].recipe)
 
     return [
         score_bar(run.name, remark(run), run_role(i), run.scores["student"])
@@ -112,28 +108,6 @@ def _percent(share: float | None) -> str:
 
 
 def _costs(runs: Sequence[Run]) -> Table:
-    head = [
-        "run",
-        "steps",
-        "tokens read",
-        "with loss",
-        "tokens per second",
-        "training time",
-        "peak memory",
-        "arithmetic",
-    ]
-    rows = [
-        [
-            run.name,
-            cost.steps,
-            cost.tokens,
-            cost.loss_tokens,
-            cost.rate,
-            cost.time,
-            cost.memory,
-            cost.flops,
-        ]
-        for run in runs
-        for cost in [cost_of(run)]
-    ]
-    return Table(head, [[Cell(text) for text in row] for row in rows], "lrrrrrrr")
+    costs = [cost_of(run) for run in runs]
+    rows = [[run.name, *cost.values()] for run, cost in zip(runs, costs, strict=True)]
+    return Table(["run", *costs[0]], [list(map(Cell, row)) for row in rows], "lrrrrrrr")

@@ -21,13 +21,14 @@ from typing import Self
 from mlx_distill import files
 from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
-from mlx_distill.files import InUse, flush_folder, is_left_by_a_system, one_line, remedy, told_as
+from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
 from mlx_distill.readers import read_text
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs import own_files
 from mlx_distill.runs.checkpoints import UNWRITTEN, Checkpoints, TrainState
 from mlx_distill.runs.manifest import Manifest
+from mlx_distill.runs.ownership import of_people, refuse_other_folder
 from mlx_distill.runs.record import Record
 from mlx_distill.runs.rows import LOGS, Row
 from mlx_distill.runs.small_files import INTACT, Say, SmallFiles, quiet
@@ -70,7 +71,7 @@ class RunFolder(SmallFiles):
         else.
         """
         run = cls.of(recipe)
-        run._refuse_other_folder()
+        refuse_other_folder(run.path)
         try:
             run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -79,54 +80,6 @@ class RunFolder(SmallFiles):
         with run.locked():
             run._begin(recipe, fresh, say)
             yield run
-
-    def _refuse_other_folder(self) -> None:
-        if self.path.is_symlink() and not self.path.exists():
-            target = self.path.readlink()
-            raise RunError(
-                f"{self.path} is a link to {target}, which is not there: make that folder or "
-                "remove the link"
-            )
-        if not self.path.is_dir():
-            if self.path.exists():
-                raise RunError(
-                    f"{self.path} is a file: move it away, or choose another --set run.name=NAME"
-                )
-            return
-        try:
-            names = {entry.name for entry in _of_people(self.path)}
-            begun = not names or self._is_begun(names)
-        except OSError as error:
-            raise RunError(
-                f"{self.path} cannot be read ({one_line(error)}): {remedy(error)}"
-            ) from None
-        if not begun:
-            raise RunError(
-                f"{self.path} is not empty and holds no run: choose another --set run.name=NAME "
-                "or move it away"
-            )
-
-    def _is_begun(self, names: set[str]) -> bool:
-        """Whether a run made this folder, going by the names in it."""
-        if "checkpoints" in names and not self.checkpoints.is_dir():
-            return False
-        if own_files.LOCK in names and names & {"recipe.toml", own_files.STARTING_OVER}:
-            return True
-        if self.readable(Manifest).recipe_digest:
-            return True
-        if "recipe.toml" in names:  # a person may have one: ours has every field, in our order
-            return self._recipe_is_ours()
-        if own_files.LOCK in names and "checkpoints" in names:  # a report comes after a recipe
-            return not names & set(own_files.REPORTS)
-        return names <= {"checkpoints", ".recipe.toml.tmp"} and not any(self.checkpoints.iterdir())
-
-    def _recipe_is_ours(self) -> bool:
-        try:
-            return load_recipe(self.path / "recipe.toml").toml() == read_text(
-                self.path / "recipe.toml"
-            )
-        except DistillError:
-            return False
 
     def _begin(self, recipe: Recipe, fresh: bool, say: Say) -> None:
         if fresh or (self.path / own_files.STARTING_OVER).exists():
@@ -242,8 +195,8 @@ class RunFolder(SmallFiles):
         with told_as(RunError, mark):
             mark.unlink()
         known = ("checkpoints", own_files.LOCK)
-        kept = [entry for entry in _of_people(self.path) if entry.name not in known]
-        kept += _of_people(self.checkpoints)
+        kept = [entry for entry in of_people(self.path) if entry.name not in known]
+        kept += of_people(self.checkpoints)
         if kept:
             say(f"note: {self.path} keeps {own_files.few(kept, self.path)}, which no run made")
 
@@ -375,8 +328,3 @@ class SilentFolder(RunFolder):
 
     def write_student(self, write: Callable[[Path | None], None]) -> None:
         write(None)
-
-
-def _of_people(folder: Path) -> list[Path]:
-    """What lies in a folder, in order, but for what a system put there."""
-    return sorted(entry for entry in folder.iterdir() if not is_left_by_a_system(entry.name))
