@@ -248,9 +248,9 @@ def tiny_recipe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command_line() -> Callable[..., SimpleNamespace]:
-    """`mlx-distill ARGUMENTS` in a process of its own: code, out, err. Keywords go to `kill_at.py`,
-    which can stop it anywhere.
+def command_line(tmp_path_factory) -> Callable[..., SimpleNamespace]:
+    """`mlx-distill ARGUMENTS` in a process of its own, in a folder that nobody reads: code, out,
+    err. Keywords go to `kill_at.py`, which can stop it anywhere.
     """
     with tempfile.TemporaryFile() as errors:
         program, offline = (
@@ -264,6 +264,7 @@ def command_line() -> Callable[..., SimpleNamespace]:
             stdout=PIPE,
             stderr=errors,
             env=offline,
+            cwd=tmp_path_factory.mktemp("elsewhere"),
         )
 
         def command(*arguments: str | Path, **job) -> SimpleNamespace:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from endings import STUDENT
 
 COMMANDS = ("run", "plan", "teach", "show", "eval", "report", "doctor")
 
@@ -236,9 +237,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(case, error_of, tiny_recipe, worl
 
 
 def test_an_unfinished_run_has_no_student_to_score(error_of, tiny_recipe, command_line, tmp_path):
-    command_line(
-        "run", tiny_recipe, "--set", f"run.folder={tmp_path}", at="mlx_distill.pipeline:prepare"
-    )
+    words = ("run", tiny_recipe, "--set", f"run.folder={tmp_path}")
+    assert command_line(*words, at=f"{STUDENT}.accumulate").code == -9
     message = error_of("eval", "{out}/tiny", "--task", "jsonl:{tiny}/rows.jsonl")
     assert f"{tmp_path}/tiny holds a run without a finished student" in message
 
