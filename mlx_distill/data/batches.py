@@ -25,8 +25,8 @@ class Batch:
 
     tokens `int32[B, T]` (padded at the right with 0), positions `int32[N]` into the flattened
     `[B*T]`, targets `int32[N]`, segment `int8[N]` (the `Segment` of the target), weight
-    `float32[N]` (its sequence's, or 0 where N itself is padded), lengths `int32[B]` (real tokens), ids
-    `tuple[str, ...]` of length B. Positions with weight 0 point at position 0 and target 0: valid
+    `float32[N]` (its sequence's, or 0 where N itself is padded), lengths `int32[B]` (real tokens),
+    ids `tuple[str, ...]` of length B. Positions that pad N point at position 0 and target 0: valid
     to gather, and never to be counted. endings `int32[B]` are the tokens at the end of each row
     that follow a cut (`TokenSequence.ending`), None in a run that has none. The teacher is asked at
     the first `taught` positions alone; the others, those of endings, learn from the text.
@@ -44,11 +44,11 @@ class Batch:
     @property
     def taught(self) -> int:
         """How many of the N positions are the teacher's to answer, all where there are no endings."""
-        if self.endings is None:
+        if self.endings is None or not self.endings.any():
             return len(self.weight)
         row, place = np.divmod(self.positions, self.tokens.shape[1])
-        before_the_ending = place + 1 < (self.lengths - self.endings)[row]
-        return int((before_the_ending & (self.weight > 0)).sum())
+        alone = np.flatnonzero(place + 1 >= (self.lengths - self.endings)[row])
+        return int(alone[0]) if len(alone) else len(self.weight)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,16 @@ def test_a_run_has_batches_of_one_kind():
     endings = [batch.endings for step in steps for batch in step.batches]
     assert all(one is not None for one in endings) and sum(one.sum() for one in endings) == 5
     whole = [b for s in steps for b in s.batches if not b.endings.any()]
-    assert whole and all(b.taught == b.weight.sum() for b in whole)
+    assert whole and all(b.taught == len(b.weight) for b in whole)
+
+
+def test_a_text_that_weighs_nothing_moves_no_boundary():
+    table = TruncationTable(span="cot", fraction=0.5, ending="answer")
+    sequences = [truncate(places(cot=n, name=str(n)), table) for n in (6, 20, 11)]
+    light = [dataclasses.replace(sequences[0], weight=0.0), *sequences[1:]]
+    batch, plain = (make_batch(rows, ("cot",), 8, endings=True) for rows in (light, sequences))
+    assert batch.taught == plain.taught and batch.positions.tolist() == plain.positions.tolist()
+    assert (batch.weight == 0).sum() > (plain.weight == 0).sum()
 
 
 # what people are shown
