@@ -41,6 +41,7 @@ class Objective:
     temperature: float = 1.0
     temperature_scaling: Literal["none", "hinton"] = "hinton"
     skew_alpha: float = 0.1
+    mixed_weight: float = 0.5
 
     @classmethod
     def from_table(cls, table: ObjectiveTable) -> "Objective":
@@ -82,6 +83,7 @@ class Objective:
             "jsd": self.jsd_beta,
             "skew_kl": self.skew_alpha,
             "skew_reverse_kl": self.skew_alpha,
+            "mixed_kl": self.mixed_weight,
         }.get(self.divergence, 0.0)
 
     @property
@@ -164,6 +166,15 @@ def tvd(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
     return np.abs(difference) / 2, _times(u, np.sign(difference) / 2)
 
 
+def mixed_kl(u: np.ndarray, v: np.ndarray, weight: float) -> Pair:
+    """w KL(t‖s) + (1-w) KL(s‖t): forward and reverse KL at once.
+
+    As the code of *Distilling the Essence* mixes them, with KL where that has the cross-entropy.
+    """
+    forward, reverse = forward_kl(u, v, 0), reverse_kl(u, v, 0)
+    return tuple(weight * a + (1 - weight) * b for a, b in zip(forward, reverse, strict=True))
+
+
 DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -171,6 +182,7 @@ DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "mixed_kl": mixed_kl,
 }
 
 

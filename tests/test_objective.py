@@ -106,6 +106,17 @@ def test_skew_kl_by_hand_bounded_and_forward_kl_in_the_limit():
     assert nearly == pytest.approx(definition.divergence(student, teacher, Objective()), rel=1e-5)
 
 
+def test_mixed_kl_is_both_kls_by_their_weights():
+    student, teacher, _ = random_logits(0)
+    forward, reverse = (
+        definition.divergence(student, teacher, Objective(name))
+        for name in ("forward_kl", "reverse_kl")
+    )
+    mixed = definition.divergence(student, teacher, Objective("mixed_kl", mixed_weight=0.3))
+    assert mixed == pytest.approx(0.3 * forward + 0.7 * reverse)
+    assert np.abs(forward - reverse).max() > 0.1
+
+
 def test_tvd_by_hand_bounded_and_symmetric():
     assert definition.divergence(ONE_QUARTER, ONE_HALF, Objective("tvd")) == pytest.approx(0.25)
     forbids, gives = np.array([[0.0, -np.inf]]), np.array([[-np.inf, 0.0]])
@@ -220,6 +231,7 @@ def test_a_table_becomes_an_objective():
         "divergence": "jsd",
         "jsd_beta": 0.2,
         "skew_alpha": 0.4,
+        "mixed_weight": 0.6,
         "kd_weight": 0.7,
         "temperature": 2.0,
         "temperature_scaling": "none",

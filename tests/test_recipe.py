@@ -232,6 +232,7 @@ UNREAD = {
     ("teacher", "cache_samples", "8"): 'cache="sampled"',
     ("objective", "jsd_beta", "0.3"): 'divergence="jsd"',
     ("objective", "skew_alpha", "0.3"): 'divergence="skew_kl"',
+    ("objective", "mixed_weight", "0.3"): 'divergence="mixed_kl"',
     ("student", "rank", "4"): 'tuning="lora"',
     ("student", "alpha", "8.0"): 'tuning="dora"',
     ("student", "lora_layers", "1"): 'tuning="lora"',
@@ -551,7 +552,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
         "eval": {"compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST
-    newer = {"data": {"date"}, "objective": {"skew_alpha"}}
+    newer = {"data": {"date"}, "objective": {"skew_alpha", "mixed_weight"}}
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     assert newer | {"truncation": {"whole_share", "ending"}} == NEWER
 

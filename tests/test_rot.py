@@ -137,6 +137,7 @@ CASES = {
     "objective.divergence": ("reverse_kl", ()),
     "objective.jsd_beta": ("0.2", ("objective.divergence=jsd",)),
     "objective.skew_alpha": ("0.2", ("objective.divergence=skew_kl",)),
+    "objective.mixed_weight": ("0.2", ("objective.divergence=mixed_kl",)),
     "objective.kd_weight": ("0.9", ()),
     "objective.temperature": ("2.0", ()),
     "objective.temperature_scaling": ("none", ("objective.temperature=2.0",)),

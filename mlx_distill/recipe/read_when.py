@@ -67,6 +67,7 @@ READ_WHEN = {
     "rollouts.folder": WRITTEN,
     "objective.jsd_beta": choice("objective", "divergence", "jsd"),
     "objective.skew_alpha": choice("objective", "divergence", "skew_kl", "skew_reverse_kl"),
+    "objective.mixed_weight": choice("objective", "divergence", "mixed_kl"),
     "optim.beta1": MOMENTA,
     "optim.beta2": MOMENTA,
     "optim.eps": choice("optim", "optimizer", "adamw"),

@@ -223,6 +223,9 @@ class ObjectiveTable(Table):
     skew_alpha: Annotated[float, within(1e-3, 0.999), Mark.NEWER] = 0.1
     """Share that one of the two is lent of the other."""
 
+    mixed_weight: Annotated[float, within(1e-3, 0.999), Mark.NEWER] = 0.5
+    """Weight of forward KL; 1 - mixed_weight weighs reverse KL."""
+
     kd_weight: Weight = 0.5
     """Weight of the divergence; 1 - kd_weight weighs cross-entropy with the text."""
 

@@ -60,7 +60,9 @@ class Mark(Enum):
 
 
 Segment = Literal["prompt", "cot", "answer"]
-Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mixed_kl"
+]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tuples
 Fraction = Annotated[float, within(1e-6, 1.0)]
 Weight = Annotated[float, within(1e-6, 1.0, or_zero=True)]

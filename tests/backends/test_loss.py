@@ -163,6 +163,7 @@ def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, n
             "forward_kl": lambda: kl(t, s),
             "reverse_kl": lambda: kl(s, t),
             "jsd": lambda: beta * kl(t, m) + (1 - beta) * kl(s, m),
+            "mixed_kl": lambda: kl(t, s) / 2 + kl(s, t) / 2,
             "tvd": lambda: xp.abs(xp.exp(s) - xp.exp(t)).sum(-1) / 2,
             "skew_kl": lambda: kl(t, xp.logaddexp(math.log(alpha) + t, math.log1p(-alpha) + s)),
             "skew_reverse_kl": lambda: kl(

@@ -58,6 +58,7 @@ DIVERGENCES = [
     ("lora", Objective("jsd", 0.3, **HOT)),
     ("full", Objective("skew_kl", temperature=2.0)),
     ("full", Objective("tvd")),
+    ("full", Objective("mixed_kl", mixed_weight=0.3)),
     ("lora", Objective("skew_reverse_kl")),
 ]
 TRAJECTORIES = [  # what errors compound over: the other families and objectives are compared in one pass

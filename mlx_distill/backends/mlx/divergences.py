@@ -55,6 +55,11 @@ def tvd(u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array)
     return 0.5 * mx.abs(s - t), 0.5 * s * mx.sign(s - t)
 
 
+def mixed_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, weight: mx.array) -> Pair:
+    reverse = (1 - weight) * s * (u - v)
+    return reverse + weight * t * (v - u), reverse - weight * t
+
+
 PAIRS = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -62,6 +67,7 @@ PAIRS = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "mixed_kl": mixed_kl,
 }
 
 

@@ -84,6 +84,14 @@ def tvd(u: Tensor, v: Tensor, s: Tensor, parameter: float) -> Pair:
     return difference.abs_().mul_(0.5), g
 
 
+def mixed_kl(u: Tensor, v: Tensor, s: Tensor, weight: float) -> Pair:
+    log_ratio = u.sub_(v)
+    t = v.exp_()
+    reverse = (s * log_ratio).mul_(1 - weight)
+    f = torch.sub(reverse, log_ratio.mul_(t), alpha=weight, out=log_ratio)
+    return f, reverse.sub_(t, alpha=weight)
+
+
 PAIRS = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -91,6 +99,7 @@ PAIRS = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
+    "mixed_kl": mixed_kl,
 }
 
 # Σ g where it is known without a sum, as -Σ t is: on CUDA the compiled kernel then writes no [C, V]
