@@ -216,8 +216,8 @@ def render(rows: list[dict[str, str]]) -> str:
     lines = [
         f"This checkout relative to commit {other['checkout']}: medians of ratios within a repetition, "
         f"one BLAS thread. {other['cpu']}, {other['cores']} cores shared with other work, "
-        f"{other['date'][:10]}, commit {other['commit']}. In each cell the smallest and the largest "
-        "of what was measured: both vocabularies, numbers of positions and heads.",
+        f"{other['date'][:10]}, commit {other['commit']}. Each cell is the median, and the smallest and "
+        "the largest, of its rows: vocabularies, numbers of positions and heads.",
         "",
         "| framework | divergence | T | rows | CPU × | peak × | loss differs by | pairs alone, CPU × "
         "| peak × |",
@@ -243,7 +243,9 @@ def render(rows: list[dict[str, str]]) -> str:
 
 def span(rows: list[dict[str, str]], column: str) -> str:
     found = [float(row[column]) for row in rows]
-    return f"{min(found):.2f}–{max(found):.2f}" if found else "–"
+    if not found:
+        return "–"
+    return f"{statistics.median(found):.2f} ({min(found):.2f}–{max(found):.2f})"
 
 
 if __name__ == "__main__":
