@@ -241,7 +241,7 @@ def test_the_headline_is_the_cheapest_that_keeps_most():
     cheap = next(one for one in pareto_front(students) if retention(one, full).mean >= 0.9)
     assert cheap.cost("flops") < 0.9 * full.cost("flops")
     kept = retention(cheap, full)
-    assert headline(swept) == (
+    assert headline(findings(swept)) == (
         f"{cheap.name} keeps {percent(kept.mean)} of the accuracy of fraction 1.0, kd_weight 0.5 "
         f"(95\u00a0% interval {percent(kept.low)} to {percent(kept.high)}) at "
         f"{100 * cheap.cost('flops') / full.cost('flops'):.0f}\u00a0% of its arithmetic."
@@ -251,7 +251,7 @@ def test_the_headline_is_the_cheapest_that_keeps_most():
 def test_without_a_saving_the_headline_compares_the_best_two():
     swept = make_segments()
     best, second = sorted(conditions(swept.rows), key=lambda one: -one.accuracy.mean)[:2]
-    gap, said_first = difference(best, second), headline(swept)
+    gap, said_first = difference(best, second), headline(findings(swept))
     assert best.name in said_first and second.name in said_first
     assert (
         f": {points(gap.mean)} points, 95\u00a0% interval {points(gap.low)} to "
@@ -261,7 +261,7 @@ def test_without_a_saving_the_headline_compares_the_best_two():
     one = make_arms()
     one = dataclasses.replace(one, rows=one.rows[:3])
     assert re.fullmatch(
-        r"short solves \d.* of 120 problems \(95\u00a0% interval .*\)\.", headline(one)
+        r"short solves \d.* of 120 problems \(95\u00a0% interval .*\)\.", headline(findings(one))
     )
 
 
@@ -512,9 +512,9 @@ def test_no_finished_run_is_a_page_that_says_so(tmp_path):
     swept = without(fail(swept, *(row.run for row in swept.rows)), "base", "teacher")
     html, text, markdown = page_of(swept, tmp_path)
     assert (
-        headline(swept) == "fraction: none of 39 runs finished."
-        and headline(swept) in text
-        and headline(swept) in markdown
+        headline(findings(swept)) == "fraction: none of 39 runs finished."
+        and headline(findings(swept)) in text
+        and headline(findings(swept)) in markdown
     )
     assert "<svg" not in html and "%" not in re.sub(r"<style>.*?</style>", "", html, flags=re.S)
     _, text, _ = page_of(dataclasses.replace(swept, rows=[]), tmp_path)

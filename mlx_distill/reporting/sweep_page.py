@@ -12,7 +12,7 @@ from mlx_distill.reporting.page import Bars, Block, Charts, Note, Page, Section,
 from mlx_distill.reporting.sweep_charts import bars, cost_chart, pareto_chart, quality_chart
 from mlx_distill.reporting.sweep_findings import Findings, Swept, findings
 from mlx_distill.reporting.sweep_tables import budgets, costs, failures, quality
-from mlx_distill.reporting.sweep_words import headline_of, leads, notes, teacher_sentence
+from mlx_distill.reporting.sweep_words import headline, leads, notes, teacher_sentence
 from mlx_distill.words import counted
 
 
@@ -32,9 +32,7 @@ def sweep_page(found: Findings) -> Page:
     counts = (len(found.students), "condition"), (runs, "run"), (len(found.seeds), "seed")
     about = [found.swept.name, ", ".join(counted(*each) for each in counts)]
     sections = [section for section in _sections(found) if section.blocks]
-    return Page(
-        about, headline_of(found), found.swept.question, leads(found), sections, notes(found)
-    )
+    return Page(about, headline(found), found.swept.question, leads(found), sections, notes(found))
 
 
 def _sections(found: Findings) -> list[Section]:

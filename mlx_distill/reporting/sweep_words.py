@@ -5,21 +5,16 @@ In: `Findings`. Out: the headline, what follows it, and what intervals and costs
 
 from mlx_distill.reporting.run_words import difference_sentence
 from mlx_distill.reporting.study import Condition, difference, in_words, pareto_front, retention
-from mlx_distill.reporting.sweep_findings import Findings, Swept, cheapest_kept, findings, missing
+from mlx_distill.reporting.sweep_findings import Findings, cheapest_kept, missing
 from mlx_distill.scoring.intervals import Estimate
 from mlx_distill.scoring.score import Difference
 from mlx_distill.words import DASH, amount, counted, number, percent
 
 
-def headline(swept: Swept) -> str:
+def headline(found: Findings) -> str:
     """The first sentence: the cheapest condition that keeps most of the full one's accuracy, else
     the most accurate one.
     """
-    return headline_of(findings(swept))
-
-
-def headline_of(found: Findings) -> str:
-    """The same of what was found."""
     runs = sum(row.role == "student" for row in found.swept.rows)
     if not found.students:
         return (

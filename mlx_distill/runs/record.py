@@ -7,7 +7,6 @@ that does not fit is damage. What was read is a stranger's: numbers are finite, 
 something can have.
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -52,8 +51,3 @@ def damage(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"it has no {where}"
     return f"its {where} is {found}" if where else f"it holds {found}"
-
-
-def numbers(content: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the entries that are numbers."""
-    return {name: float(value) for name, value in content.items() if is_number(value)}

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mlx_distill.runs.record import Count, Measured, Number, Record, numbers
+from mlx_distill.runs.record import Count, Measured, Number, Record
+from mlx_distill.words import is_number
 
 
 class Row(Record):
@@ -20,7 +21,7 @@ class Row(Record):
     @cached_property
     def numbers(self) -> dict[str, float]:
         """Every number of the row by its name, the terms of the loss among them."""
-        return numbers(self.content())
+        return {name: float(value) for name, value in self.content().items() if is_number(value)}
 
     @classmethod
     def expected(cls, step: int) -> set[int]:

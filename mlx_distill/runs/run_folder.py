@@ -259,7 +259,7 @@ class RunFolder(SmallFiles):
         with told_as(RunError, self.checkpoints, INTACT):
             self.saved.tidy()
             if state.step:
-                self._prune(state, keep)
+                self.saved.prune(state, keep)
 
     def save_checkpoint(
         self, state: TrainState, write: Callable[[Path | None], None], keep: str
@@ -281,10 +281,7 @@ class RunFolder(SmallFiles):
                 f"free); {good}; {remedy(error)}"
             ) from error
         with told_as(RunError, self.checkpoints, INTACT):
-            self._prune(state, keep)
-
-    def _prune(self, state: TrainState, keep: str) -> None:
-        self.saved.prune(state, keep)
+            self.saved.prune(state, keep)
 
     # the exported student
 
