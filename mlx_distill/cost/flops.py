@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from mlx_distill.data.batches import Step
 from mlx_distill.models.folder import read_config
 from mlx_distill.recipe.recipe import Recipe
@@ -136,8 +138,8 @@ def step_flops(
     loss); padding is not counted.
     """
     lengths = [int(t) for batch in step.batches for t in batch.lengths]
-    positions = sum(float(batch.weight.sum()) for batch in step.batches)
-    alone = sum(float(batch.weight[batch.taught :].sum()) for batch in step.batches)
+    positions = float(sum(np.count_nonzero(batch.weight) for batch in step.batches))
+    alone = float(sum(np.count_nonzero(batch.weight[batch.taught :]) for batch in step.batches))
     return training_flops(
         lengths, positions, teacher, student, full, checkpointing, adapters, alone
     )

@@ -48,6 +48,7 @@ class Prepared:
     skipped: dict[str, int]
     unused: dict[str, int] = field(default_factory=dict)
     day: str = ""
+    notes: tuple[str, ...] = ()
     stay_whole: int = 0
 
     def about_endings(self) -> list[str]:

@@ -47,7 +47,8 @@ class DataAccount(Record):
 
 class Written(Record):
     """What a model wrote to be learned from: texts, those that ended by themselves, those held
-    against an answer and those right among them, new tokens, and the seconds that it took.
+    against an answer and those right among them, new tokens, the operations and the seconds that
+    it took. flops is 0 where they were not counted.
     """
 
     by: str = ""
@@ -56,6 +57,7 @@ class Written(Record):
     judged: Count = 0
     right: Count = 0
     tokens: Count = 0
+    flops: Number = 0.0
     seconds: Number = 0.0
 
 

@@ -56,7 +56,7 @@ def plan_of(
 
     pair = Pair.of(recipe, weights)
     day = choose_day(recipe.data, pair.tokenizer, [RunFolder.of(recipe).kept_day()])
-    prepared, _ = known_sequences(pair, day)
+    prepared = known_sequences(pair, day)
     return prepared, *_planned(recipe, prepared, pair.student, pair.teacher, machine, advised)
 
 
@@ -103,6 +103,8 @@ def plan(
             trouble = error
     console.print(count_table(prepared, recipe))
     console.print(account(prepared))
+    for note in prepared.notes:
+        console.print(Text(note))
     for renderable in render(made, machine, recipe):
         console.print(renderable)
     if backend:

@@ -47,13 +47,12 @@ def show(recipe: Recipe, console: Console, example: int = 1) -> None:
         revision = recipe.student.revision
         tokenizer = load_tokenizer(model_folder(recipe.student.model, revision, weights=False))
         prepared = prepare(recipe, tokenizer, choose_day(recipe.data, tokenizer, kept_day))
-        about = ""
     else:
         pair = Pair.of(recipe, weights=False)
         tokenizer = pair.tokenizer
-        prepared, about = known_sequences(pair, choose_day(recipe.data, tokenizer, kept_day))
-    if about:
-        console.print(Text(about))
+        prepared = known_sequences(pair, choose_day(recipe.data, tokenizer, kept_day))
+    for note in prepared.notes:
+        console.print(Text(note))
     print_example(prepared, recipe, tokenizer, console, example)
     console.print(Text(f"\n{_title(recipe)}", "bold"))
     console.print(count_table(prepared, recipe))

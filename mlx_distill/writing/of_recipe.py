@@ -6,7 +6,9 @@ student writes again as it learns lie in its run folder. Held-out examples witho
 validated on one text, written once.
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,18 @@ import numpy as np
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend, Model
 from mlx_distill.backends.stops import stops_of
+from mlx_distill.cost.flops import Shape
+from mlx_distill.cost.writing import WritingCost, writing_cost, writing_flops
 from mlx_distill.data.batches import Order
 from mlx_distill.data.prepare import Chosen, Prepared, choose, cut_sequence, learnable
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError, ModelError, RunError
+from mlx_distill.models.folder import read_config
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.manifest import Written
 from mlx_distill.runs.provenance import identity
 from mlx_distill.view import View
+from mlx_distill.words import amount, counted
 from mlx_distill.writing.folder import TEXTS, held_texts, text_folder
 from mlx_distill.writing.rewritten import RewrittenSteps
 from mlx_distill.writing.texts import Asked, Say, Text, TextFile, account, describe
@@ -68,19 +74,21 @@ class Rollouts:
         """What may be learned, before anything is written: texts as long as they can be."""
         return learnable(self.chosen, self.recipe, self._longest(self._train | self._held_out))
 
-    def known(self) -> tuple[Prepared, str]:
-        """What is learned as far as it is known without writing anything, and a sentence that says
-        which of the two it is.
+    def known(self) -> Prepared:
+        """What is learned as far as it is known without writing anything; its notes say which of
+        the two it is, and what writing would cost.
         """
-        asked, texts = self._asked_once(), self._lying_there()
+        asked, texts, by = self._asked_once(), self._lying_there(), self.table.by
         if texts and texts.keys() >= set(asked) and not self.table.refresh_every:
-            found = [texts[one] for one in asked]
-            return self._learned(found), f"texts of the {self.table.by}, from {self.folder}"
-        longest = self.table.max_new_tokens
-        return self.planned(), (
-            f"texts of the {self.table.by} are not written yet: all are taken as {longest:,} "
-            "tokens long, which they are at most"
-        )
+            found = self._learned([texts[one] for one in asked])
+            return replace(found, notes=(f"texts of the {by}, from {self.folder}",))
+        notes = [
+            f"texts of the {by} are not written yet: all are taken as "
+            f"{self.table.max_new_tokens:,} tokens long, which they are at most"
+        ]
+        if cost := self.cost():
+            notes.append(describe_cost(cost))
+        return replace(self.planned(), notes=tuple(notes))
 
     def _lying_there(self) -> dict[Asked, Text]:
         """What was written once, as it lies there; nothing where the writer's weights do not."""
@@ -120,7 +128,12 @@ class Rollouts:
     def account(self, folder: Path, say: Say) -> Written:
         """What was written for the run in `folder`, so far."""
         texts = [*self._once, *TextFile(folder / FILE, say).everything()]
-        return account(texts, self.table.by)
+        found, shape = account(texts, self.table.by), self._shape()
+        if shape is None:
+            return found
+        prompts = [len(self.writing.prompts[text.example].tokens) for text in texts]
+        flops = writing_flops(prompts, [len(text.tokens) for text in texts], shape)
+        return found.model_copy(update={"flops": flops})
 
     def _refuse_nothing(self, learned: Sequences, texts: list[Text]) -> None:
         if self.table.share == 1 and not any(learned.get(text.example) for text in texts):
@@ -128,6 +141,32 @@ class Rollouts:
                 f"{self.folder}: none of {len(texts):,} texts is learned, {describe(account(texts, self.table.by))}: "
                 'raise rollouts.max_new_tokens or rollouts.samples, or set rollouts.keep = "all"'
             )
+
+    def cost(self) -> WritingCost | None:
+        """What writing costs at most, keys and values kept in float32; None where the writer's
+        config does not say its sizes.
+        """
+        shape = self._shape()
+        if shape is None:
+            return None
+        lengths = {name: len(prompt.tokens) for name, prompt in self.writing.prompts.items()}
+        prompts = [lengths[one.example] for one in self._asked_once()]
+        if self.table.refresh_every:
+            units = [unit for unit in self._units() if isinstance(unit, Asked)]
+            passes = len(self._order()) * self.recipe.batch.global_batch_size / len(self._units())
+            again = [lengths[unit.example] for unit in units] * math.ceil(passes)
+            prompts += again[: round(passes * len(units))]
+        longest, at_once = self.table.max_new_tokens, self.table.batch_size
+        return writing_cost(prompts, longest, at_once, shape, number_bytes=4)
+
+    def _shape(self) -> Shape | None:
+        folder, _ = self._writer
+        return Shape.of(read_config(folder))
+
+    def _order(self) -> Order:
+        size, optim = self.recipe.batch.global_batch_size, self.recipe.optim
+        seed = self.recipe.run.seed
+        return Order(len(self._units()), size, seed, optim.epochs, optim.steps)
 
     def source(self, student: Callable[[], Model], folder: Path, say: Say) -> RewrittenSteps:
         """Steps over what `student()` writes as it learns, kept in the run's `folder`."""
@@ -137,9 +176,7 @@ class Rollouts:
             texts = self.writing.texts(file, asked, student, _quiet, step)
             return {text.asked: cut_sequence(self.writing.sequence(text), recipe) for text in texts}
 
-        units = self._units()
-        size, optim = recipe.batch.global_batch_size, recipe.optim
-        order = Order(len(units), size, recipe.run.seed, optim.epochs, optim.steps)
+        units, order = self._units(), self._order()
         segments = recipe.objective.segments
         endings = recipe.truncation.ending == "answer"
         return RewrittenSteps(
@@ -186,13 +223,19 @@ class Rollouts:
         return found
 
 
-def known_sequences(pair: Pair, day: str) -> tuple[Prepared, str]:
-    """What a run of the recipe learns from, as far as it is known before it runs, and a sentence
-    about texts that are to be written, "" where the data has all of them.
-    """
+def describe_cost(cost: WritingCost) -> str:
+    """One line for the plan."""
+    return (
+        f"writing: {counted(cost.texts, 'text')}, at most {amount(cost.tokens)} tokens and "
+        f"{amount(cost.flops)}FLOP; keys and values at most {amount(cost.kv_bytes, 'B')}"
+    )
+
+
+def known_sequences(pair: Pair, day: str) -> Prepared:
+    """What a run of the recipe learns from, as far as it is known before it runs."""
     chosen = choose(pair.recipe, pair.tokenizer, day)
     if pair.recipe.rollouts.by == "data":
-        return learnable(chosen, pair.recipe), ""
+        return learnable(chosen, pair.recipe)
     return Rollouts(pair, chosen, day).known()
 
 

@@ -11,6 +11,8 @@ from endings import STUDENT, TORCH_STUDENT, arguments, assert_same
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.pair import Pair
+from mlx_distill.cost.flops import Shape
+from mlx_distill.cost.writing import writing_cost
 from mlx_distill.data.prepare import choose
 from mlx_distill.data.sequences import generation_prompt
 from mlx_distill.recipe.load import load_recipe
@@ -106,15 +108,32 @@ def test_what_is_shown_and_planned_is_what_lies_there(tiny_recipe, tmp_path):
         "rollouts.max_new_tokens=5",
         "truncation.span=cot",
     )
-    before, about = known_sequences(rollouts.pair, "")
-    assert "not written yet: all are taken as 5 tokens long" in about
+    before = known_sequences(rollouts.pair, "")
+    assert "not written yet: all are taken as 5 tokens long" in before.notes[0]
+    cost = rollouts.cost()
+    assert (cost.texts, cost.tokens) == (len(before.train_whole), 5 * len(before.train_whole))
+    assert "writing: 20 texts, at most 100 tokens" in before.notes[1]
     written = rollouts.written(
         lambda: backend.load_teacher(rollouts.pair.teacher, "t"), backend, silent()
     )
-    after, about = known_sequences(rollouts.pair, "")
-    assert str(rollouts.folder) in about
+    after = known_sequences(rollouts.pair, "")
+    assert str(rollouts.folder) in after.notes[0]
+    found = rollouts.account(tmp_path, lambda line: None)
+    assert 0 < found.flops <= cost.flops and found.texts == cost.texts
     found, expected = ([s.tokens.tolist() for s in one.train] for one in (after, written))
     assert found == expected != [s.tokens.tolist() for s in before.train]
+
+
+def test_the_cost_of_writing_is_one_pass_over_what_is_read_and_written():
+    """Against a plain count over the matrices of a model of one block."""
+    shape = Shape(width=8, layers=1, heads=2, kv_heads=1, head_dim=4, ffn=16, vocabulary=10)
+    cost = writing_cost([3, 5], longest=2, at_once=1, writer=shape, number_bytes=4)
+    block = 2 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16)
+    attention = 2 * 2 * 4  # two products a pair of tokens, half of the pairs
+    expected = block * (5 + 7) + attention * (5**2 + 7**2) + 2 * 8 * 10 * 4
+    assert cost.flops == expected
+    assert cost.kv_bytes == 1 * (5 + 2) * 2 * 1 * 4 * 4
+    assert (cost.texts, cost.tokens) == (2, 4)
 
 
 KILLS = {
