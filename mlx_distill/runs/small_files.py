@@ -7,7 +7,7 @@ is done instead.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -64,8 +64,7 @@ class SmallFiles:
         try:
             if kind.SEALED and isinstance(content, dict):
                 content = unsealed(content)
-            # of the two kinds that R can be mypy sees the union
-            return cast(R, kind.model_validate(content))
+            return kind.model_validate(content)
         except ValidationError as error:
             raise RunError(f"{path} is damaged: {damage(error)}") from None
         except BrokenSeal:
