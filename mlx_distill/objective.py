@@ -171,8 +171,9 @@ def mixed_kl(u: np.ndarray, v: np.ndarray, weight: float) -> Pair:
 
     As the code of *Distilling the Essence* mixes them, with KL where that has the cross-entropy.
     """
-    forward, reverse = forward_kl(u, v, 0), reverse_kl(u, v, 0)
-    return tuple(weight * a + (1 - weight) * b for a, b in zip(forward, reverse, strict=True))
+    (forward, of_forward), (reverse, of_reverse) = forward_kl(u, v, 0), reverse_kl(u, v, 0)
+    value = weight * forward + (1 - weight) * reverse
+    return value, weight * of_forward + (1 - weight) * of_reverse
 
 
 DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
