@@ -12,6 +12,7 @@ from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 
 RUN = "mlx_distill.runs.run_folder:RunFolder"
+PRUNE = "mlx_distill.runs.checkpoints:Checkpoints.prune"
 # 6 steps of 2 micro-batches; checkpoints after 2, 3 (validated, improved), 4, 6; validation (2
 # batches) before 1, after 3 and 6
 KILLS = {
@@ -25,8 +26,8 @@ KILLS = {
     "before a checkpoint's rename": dict(
         at="mlx_distill.files:flush_to_disk", call=3, when="after"
     ),
-    "between rename and prune": dict(at=f"{RUN}._prune", call=2),
-    "between the last rename and prune": dict(at=f"{RUN}._prune", call=4),
+    "between rename and prune": dict(at=PRUNE, call=2),
+    "between the last rename and prune": dict(at=PRUNE, call=4),
     "in a prune": dict(at="os:unlink", call=2),
     "between an export's files": dict(at="mlx.core:save_safetensors", call=9),
     "after the export": dict(at=f"{RUN}.write_student", when="after"),
@@ -62,7 +63,7 @@ def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_sto
         dict(at=save, call=2),
         dict(at=step, call=6),
         dict(at=score, call=1),
-        dict(at=f"{RUN}._prune", call=2),
+        dict(at=PRUNE, call=2),
         dict(at=f"{STUDENT}.apply", call=1, when="after"),
         dict(at=save, call=1, when="after"),
         dict(at=save, call=4),
