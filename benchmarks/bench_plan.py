@@ -68,19 +68,28 @@ RECIPES: dict[str, tuple[dict, dict | None, int, tuple[str, ...]]] = {
         {"width": 512, "heads": 8, "kv_heads": 4, "ffn": 1536, "vocabulary": 16384},
         {"vocabulary": 16384},
         256,
-        ("student.tuning=lora",),
+        (
+            "student.tuning=lora",
+            "student.rank=8",
+            "student.alpha=16.0",
+        ),
     ),
     "LoRA on 4 blocks, long": (
         {"layers": 12},
         {},
         512,
-        ("student.tuning=lora", "student.lora_layers=4"),
+        ("student.tuning=lora", "student.rank=8", "student.alpha=16.0", "student.lora_layers=4"),
     ),
     "LoRA, checkpointing": (
         {"layers": 16, "width": 384, "heads": 6, "ffn": 1024},
         {},
         384,
-        ("student.tuning=lora", "student.gradient_checkpointing=true"),
+        (
+            "student.tuning=lora",
+            "student.rank=8",
+            "student.alpha=16.0",
+            "student.gradient_checkpointing=true",
+        ),
     ),
     "half a trace, 4-bit teacher": (
         {"layers": 12},

@@ -159,6 +159,7 @@ def recipe(name: str, plan: Plan, work: Path) -> Recipe:
                 "learning_rate": plan.learning_rate,
                 "schedule": "cosine",
                 "weight_decay": 0.01,
+                "decayed": "all",
                 "beta2": 0.95,
                 "steps": plan.steps,
             },

@@ -173,9 +173,17 @@ class Peer:
 
 def _recipe(setting: Setting):
     from mlx_distill.recipe.recipe import Recipe
-    from mlx_distill.recipe.tables import ObjectiveTable, OptimTable, StudentTable
+    from mlx_distill.recipe.tables import (
+        DataTable,
+        ObjectiveTable,
+        OptimTable,
+        StudentTable,
+        TeacherTable,
+    )
 
     return Recipe(
+        teacher=TeacherTable(model="teacher"),
+        data=DataTable(source="rows.jsonl"),
         student=StudentTable(
             model="student",
             tuning="full",
@@ -184,6 +192,8 @@ def _recipe(setting: Setting):
         ),
         objective=ObjectiveTable(kd_weight=setting.kd_weight, chunk_tokens=setting.chunk_tokens),
         optim=OptimTable(
-            learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_NORM
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_NORM,
         ),
     )

@@ -135,6 +135,7 @@ ERRORS = {
     "vocabulary mismatch": (
         ("run", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
         (
+            "{wrong}/foreign cannot teach {tiny}/student: ",
             "teacher and student do not share a vocabulary: token ",
             "in the teacher's",
             "in the student's",
@@ -143,7 +144,7 @@ ERRORS = {
     ),
     "vocabulary mismatch in a plan": (
         ("plan", "RECIPE", "--set", "teacher.model={wrong}/foreign"),
-        ("teacher and student do not share a vocabulary: token ", "one family"),
+        ("{wrong}/foreign cannot teach {tiny}/student: ", "one family"),
     ),
     "missing task file in a plan": (
         ("plan", "RECIPE", "--set", "eval.task=jsonl:{tiny}/row.jsonl"),

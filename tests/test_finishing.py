@@ -1,8 +1,8 @@
 """What a run says of a student that does not finish its answers: the remedy of its cause."""
 
 import pytest
+from tiny import recipe_of
 
-from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Score
 
@@ -12,7 +12,7 @@ def score(unfinished: float) -> Score:
 
 
 def note(student: float, teacher: float | None = None, **tables) -> str:
-    recipe = Recipe.model_validate({"data": {"source": "x.jsonl"}} | tables)
+    recipe = recipe_of(**tables)
     scores = {"student": score(student)} | (
         {"teacher": score(teacher)} if teacher is not None else {}
     )
@@ -53,4 +53,4 @@ def test_a_teacher_that_does_not_finish_either_needs_more_room():
 
 def test_nothing_is_said_where_all_is_well():
     assert note(0.0, truncation=HALF) == "" and note(0.009) == ""
-    assert unfinished_note(Recipe.model_validate({"data": {"source": "x"}}), {}) == ""
+    assert unfinished_note(recipe_of(), {}) == ""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 from test_report import PARTS
+from tiny import recipe_of
 
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.prepare import prepare
@@ -195,7 +196,7 @@ def ends_well(what: Callable, *arguments, shown: object = None) -> None:
 RECIPE = Recipe.model_validate(
     {
         "data": {"source": "rows.jsonl", "where": {"level": "3"}, "train_examples": 9},
-        "student": {"tuning": "lora"},
+        "student": {"model": "s", "tuning": "lora"},
         "eval": {
             "task": "jsonl:rows.jsonl",
             "temperature": 0.5,
@@ -203,7 +204,7 @@ RECIPE = Recipe.model_validate(
             "compare": ["other"],
         },
         "run": {"name": "it"},
-        "teacher": {"cache": "top_k"},
+        "teacher": {"model": "t", "cache": "top_k"},
     }
 ).model_dump(mode="json")
 SWEEP = {
@@ -246,7 +247,7 @@ def test_overrides(tmp_path):
 def test_sweeps(tmp_path):
     chance, path = random.Random(3), tmp_path / "sweep.toml"
     (tmp_path / "base.toml").write_bytes(
-        as_toml(RECIPE | {"eval": {"task": "jsonl:rows.jsonl"}, "teacher": {}})
+        as_toml(RECIPE | {"eval": {"task": "jsonl:rows.jsonl"}, "teacher": {"model": "t"}})
     )
     load_sweep_of(path, as_toml(SWEEP))
     for content in inputs(as_toml(SWEEP), lambda good: SWEEP, as_toml, chance, 100):
@@ -325,7 +326,7 @@ def test_rows_become_sequences(tmp_path):
             as_json(changed(ROWS["columns"], chance)) if number % 2 else damaged(lines[2], chance)
         )
         path.write_bytes(b"\n".join(lines))
-        recipe = Recipe.model_validate({"data": {"source": str(path), "validation_examples": 2}})
+        recipe = recipe_of(data={"source": str(path), "validation_examples": 2})
         ends_well(prepare, recipe, tokenizer, shown=lines[2])
 
 

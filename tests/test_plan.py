@@ -20,7 +20,7 @@ import torch
 from endings import arguments
 from mlx.utils import tree_flatten
 from rich.console import Console
-from tiny import llama_config, model_folder, random_weights
+from tiny import llama_config, model_folder, random_weights, recipe_of
 
 from mlx_distill import machine as machines
 from mlx_distill import pipeline
@@ -61,9 +61,7 @@ CONFIG = llama_config(layers=3, width=64, vocabulary=512)
 
 
 def recipe(**tables) -> Recipe:
-    return Recipe.model_validate(
-        {"teacher": {"model": ""}, "objective": {"kd_weight": 0.0}} | tables
-    )
+    return recipe_of(**{"teacher": {"model": ""}, "objective": {"kd_weight": 0.0}} | tables)
 
 
 def memory_of(
@@ -551,11 +549,12 @@ def test_a_step_that_ran_is_not_refused_whatever_the_device_says_that_it_has():
 # what does not fit
 
 
-def tight(bytes_: int):
+def tight(bytes_: int, config: dict = CONFIG):
     """Eight examples of 96 tokens in two micro-batches on a machine with so little memory."""
     return plan_of(
         [96] * 8,
         replace(CPU, memory_bytes=bytes_),
+        config,
         batch={"micro_batch_size": 4, "global_batch_size": 8},
     )
 
@@ -572,8 +571,9 @@ def test_what_fits_needs_no_advice():
 
 
 def test_advice_is_ordered_and_names_the_largest_micro_batch():
-    whole = tight(10**9).peak.total
-    plan = tight(int(whole * 0.75))
+    wide = llama_config(layers=3, width=128, vocabulary=512)  # adapters are small beside it
+    whole = tight(10**9, wide).peak.total
+    plan = tight(int(whole * 0.75), wide)
     assert not plan.fits
     assert [change.peak_bytes for change in plan.advice.changes] == sorted(
         change.peak_bytes for change in plan.advice.changes
@@ -589,7 +589,9 @@ def test_advice_is_ordered_and_names_the_largest_micro_batch():
         0
     ].endswith(", fits")
     sizes = {
-        size: plan_of([96] * 8, batch={"micro_batch_size": size, "global_batch_size": 8}).peak.total
+        size: plan_of(
+            [96] * 8, config=wide, batch={"micro_batch_size": size, "global_batch_size": 8}
+        ).peak.total
         for size in (1, 2, 3, 4)
     }
     fitting = max(size for size, peak in sizes.items() if peak <= plan.memory_bytes)

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 from test_plan import CONFIG, CPU, GPU, TORCH, prepared
 from test_plan import recipe as recipe_of
+from tiny import recipe_of as taught
 
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.cost import one_step, probe
@@ -25,7 +26,6 @@ from mlx_distill.errors import DistillError, ModelError, OutOfMemory
 from mlx_distill.models.hub import model_folder
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.load import load_recipe
-from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.terminal import plan as printing
 
 SHAPES = Costliest(Micro(2, 64, 64), Micro(1, 32, 32), accumulates=True)
@@ -39,7 +39,7 @@ def kept_here(tmp_path, monkeypatch):
 @pytest.fixture
 def question() -> Question:
     folders = model_folder("embedded:student"), model_folder("embedded:teacher")
-    return Question(Recipe(), *folders, SHAPES, CPU)
+    return Question(taught(), *folders, SHAPES, CPU)
 
 
 def child(monkeypatch, code: str) -> None:
@@ -82,7 +82,7 @@ def peak_of_a_step(asked: Question) -> int:
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
 @pytest.mark.parametrize("kind", ["top_k", "sampled", "hidden"])
 def test_a_teacher_whose_answers_lie_on_disk_is_not_loaded(kind, backend, question):
-    recipe = Recipe.model_validate({"teacher": {"cache": kind}})
+    recipe = taught(teacher={"cache": kind})
     found = one_step.measure(replace(question, recipe=recipe).asked() | {"backend": backend})
     student = 423_000
     assert found["training_bytes"] > found["least_bytes"] == pytest.approx(4 * student, rel=0.01)
@@ -106,13 +106,13 @@ def test_an_answer_is_kept_by_everything_that_it_depends_on(question, monkeypatc
         replace(question, costliest=replace(SHAPES, training=Micro(2, 64, 96))),
         replace(question, machine=replace(CPU, backend="torch")),
         replace(question, machine=replace(CPU, memory_bytes=5)),
-        replace(question, recipe=Recipe.model_validate({"objective": {"temperature": 2.0}})),
-        replace(question, recipe=Recipe.model_validate({"optim": {"optimizer": "lion"}})),
+        replace(question, recipe=taught(objective={"temperature": 2.0})),
+        replace(question, recipe=taught(optim={"optimizer": "lion"})),
         replace(question, student=question.teacher),
     ]
     assert [kept_answer(other) for other in others] == [None] * len(others)
     named = {"student": {"model": "/elsewhere"}, "run": {"name": "other"}, "optim": {"epochs": 3}}
-    same = Recipe.model_validate(named)
+    same = taught(**named)
     assert recipe != same
     assert kept_answer(replace(question, recipe=same)) == found == Measured(8e9, 0.0)
     with monkeypatch.context() as context:

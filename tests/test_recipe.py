@@ -2,6 +2,7 @@
 and what to do.
 """
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -9,14 +10,17 @@ from pathlib import Path
 import pytest
 
 from mlx_distill.errors import NotFound, RecipeError
-from mlx_distill.recipe.load import build_recipe, eval_table, load_recipe
+from mlx_distill.recipe.defaults import FOLLOWS
+from mlx_distill.recipe.load import build_recipe, eval_table, load_kept_recipe, load_recipe
 from mlx_distill.recipe.read_when import READ_WHEN
-from mlx_distill.recipe.recipe import NEWER, OUTSIDE_DIGEST, TABLES, Recipe
+from mlx_distill.recipe.recipe import CAME_LATER, OUTSIDE_DIGEST, TABLES, Recipe
 from mlx_distill.recipe.reference import range_of, reference
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 FIELDS = [(table, field) for table, part in TABLES.items() for field in part.model_fields]
 MINIMAL = '[data]\nsource = "rows.jsonl"\n'
+MODELS = ("teacher.model=a/teacher", "student.model=a/student")
+NAMED = (*MODELS, "data.source=rows.jsonl")
 
 
 @pytest.fixture
@@ -29,7 +33,7 @@ def write(tmp_path):
 
 
 def load(write, text: str = "", *overrides: str) -> Recipe:
-    return load_recipe(write(MINIMAL + text), overrides)
+    return load_recipe(write(MINIMAL + text), (*MODELS, *overrides))
 
 
 def refused(write, text: str, *overrides: str) -> str:
@@ -145,18 +149,12 @@ def test_a_whole_number_is_a_number(write):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[student]\nmodel = ""\n', "[student] model is empty"),
-        ('[teacher]\nmodel = ""\n', "name a teacher or set kd_weight = 0"),
         ('format = "prompts"\n', 'set [rollouts] by = "teacher" or "student"'),
         (
             'format = "prompts"\n[rollouts]\nby = "teacher"\nshare = 0.5\n',
             "and share = 1.0",
         ),
         ('[rollouts]\nby = "teacher"\nfolder = ""\n', "needs a place for its texts"),
-        (
-            '[teacher]\nmodel = ""\n[objective]\nkd_weight = 0.0\n[rollouts]\nby = "teacher"\n',
-            "[teacher] model is empty: name a teacher",
-        ),
         (
             '[rollouts]\nby = "teacher"\nsamples = 2\ntemperature = 0.0\n',
             "would repeat one greedy text",
@@ -206,9 +204,100 @@ def test_contradictions_are_refused_with_advice(write, text, said):
     assert "mine.toml: [" in message and said in message
 
 
-def test_a_recipe_without_data_is_refused(write):
-    with pytest.raises(RecipeError, match=r"\[data\] source is empty"):
-        load_recipe(write('[data]\nsource = ""\n'))
+@pytest.mark.parametrize(
+    ("missing", "lines"),
+    [
+        ("student", 'add the two lines [student] and model = "NAME"'),
+        ("teacher", 'add the two lines [teacher] and model = "NAME"'),
+        ("data", 'add the two lines [data] and source = "NAME"'),
+    ],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_recipe_names_its_models_and_its_data(missing, lines, empty):
+    """Nothing takes their place: the toy models are asked for by their names."""
+    field = "source" if missing == "data" else "model"
+    tables = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"source": "r"}}
+    tables[missing] = {field: ""} if empty else {}
+    with pytest.raises(RecipeError, match=rf"^mine.toml: \[{missing}\] {field} is empty") as error:
+        build_recipe(tables, Path("mine.toml"))
+    assert lines in str(error.value)
+    alone = build_recipe({**tables, missing: {field: "x"}}, Path("mine.toml"))
+    assert getattr(getattr(alone, missing), field) == "x"
+
+
+def test_plain_fine_tuning_needs_no_teacher():
+    tables = {"student": {"model": "s"}, "data": {"source": "r"}, "objective": {"kd_weight": 0.0}}
+    assert build_recipe(tables, Path("mine.toml")).teacher.model == ""
+
+
+def test_a_teacher_who_writes_is_named(write):
+    text = '[objective]\nkd_weight = 0.0\n[rollouts]\nby = "teacher"\n'
+    assert "[teacher] model is empty: name a teacher" in refused(write, text, "teacher.model=")
+
+
+# defaults that follow other fields
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("student.tuning=full", (2e-5, 64.0, 0.999)),
+        ("student.tuning=lora", (2e-4, 64.0, 0.999)),
+        ("student.tuning=dora", (2e-4, 64.0, 0.999)),
+        ('student={tuning="lora", rank=16}', (2e-4, 32.0, 0.999)),
+        ("optim.optimizer=lion", (2e-5, 64.0, 0.99)),
+        ("optim.optimizer=adafactor", (2e-5, 64.0, 0.999)),
+    ],
+)
+def test_a_default_follows_other_fields(write, override, expected):
+    def found(recipe: Recipe) -> tuple[float, ...]:
+        return recipe.optim.learning_rate, recipe.student.alpha, recipe.optim.beta2
+
+    table, _, value = override.partition("={")
+    text = ""
+    if value:
+        text, override = f"[{table}]\n" + value.rstrip("}").replace(", ", "\n") + "\n", ""
+    recipe = load(write, text, *filter(None, [override]))
+    assert found(recipe) == expected
+    kept = load_recipe(write(recipe.toml(), "kept.toml"))
+    assert kept == recipe and kept.digest() == recipe.digest()
+
+
+def test_what_is_set_is_kept(write):
+    rates = ("optim.learning_rate=2e-5", "student.alpha=8.0", "optim.beta2=0.999")
+    recipe = load(write, "", "student.tuning=lora", "optim.optimizer=lion", *rates)
+    assert recipe.optim.learning_rate == 2e-5
+    assert (recipe.student.alpha, recipe.optim.beta2) == (8.0, 0.999)
+
+
+def test_the_tables_hold_what_follows_from_the_other_defaults():
+    for path, rule in FOLLOWS.items():
+        table, field = path.split(".")
+        assert TABLES[table].model_fields[field].default == rule.value(Recipe.model_construct())
+
+
+# runs of earlier versions
+
+
+def test_a_run_of_an_earlier_version_keeps_its_digest_and_what_it_did():
+    """Its recipe.toml has fields that nothing reads, at defaults of then, and lacks newer ones."""
+    folder = RECIPES.parent / "benchmarks" / "cot50-ce"
+    kept = load_kept_recipe(folder / "recipe.toml")
+    assert (kept.student.rank, kept.student.alpha, kept.optim.weight_decay) == (8, 16.0, 0.01)
+    assert kept.optim.decayed == "all"
+    assert kept.digest() == json.loads((folder / "manifest.json").read_text())["recipe_digest"]
+    # as a person would write it today, without what nothing reads
+    tables = tomllib.loads((folder / "recipe.toml").read_text())
+    for field in ("rank", "alpha", "lora_layers", "lora_targets"):
+        del tables["student"][field]
+    tables["optim"]["decayed"] = "all"
+    again = build_recipe(tables, folder / "recipe.toml")
+    assert again.student.rank == 32
+    assert again.digest() == kept.digest() and kept.differences(again) == []
+    del tables["optim"]["decayed"]
+    changed = build_recipe(tables, folder / "recipe.toml")
+    assert kept.differences(changed) == ["optim.decayed: 'all' → 'matrices'"]
+    assert changed.digest() != kept.digest()
 
 
 @pytest.mark.parametrize(
@@ -240,6 +329,7 @@ UNREAD = {
     ("optim", "beta1", "0.8"): 'optimizer="lion"',
     ("optim", "beta2", "0.99"): 'optimizer="adamw"',
     ("optim", "eps", "1e-6"): 'optimizer="adamw"',
+    ("optim", "decayed", '"all"'): "weight_decay=0.1",
     ("eval", "top_p", "0.9"): "temperature=0.7",
     ("data", "prompt_column", '"q"'): 'format="gsm8k"',
     ("data", "cot_column", '"c"'): 'format="columns"',
@@ -277,6 +367,7 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
         "response_column": 'data.format="columns"',
         "messages_column": 'data.format="columns"',
         "quantize_bits": "teacher.model=",
+        "decayed": "optim.weight_decay=0.0",
         "cache_folder": "teacher.cache=off",
         "cache_top_k": "teacher.cache=off",
         "cache_samples": "teacher.cache=off",
@@ -386,7 +477,7 @@ def test_a_file_that_no_one_can_read_is_one_line(tmp_path, content, said):
 
 def test_a_mark_and_windows_line_ends_are_read(tmp_path):
     (tmp_path / "windows.toml").write_bytes(b"\xef\xbb\xbf[optim]\r\nsteps = 3\r\n")
-    assert load_recipe(tmp_path / "windows.toml").optim.steps == 3
+    assert load_recipe(tmp_path / "windows.toml", NAMED).optim.steps == 3
 
 
 @pytest.mark.parametrize(
@@ -440,8 +531,8 @@ def test_an_override_is_one_value_and_never_a_second_line_of_toml(write):
 def test_a_file_whose_name_no_run_can_have_is_refused_and_may_name_its_run(write):
     path = write(MINIMAL, "two\nlines.toml")
     with pytest.raises(RecipeError, match=r"set run\.name, which is else the file's"):
-        load_recipe(path)
-    assert load_recipe(path, ("run.name=plain",)).run.name == "plain"
+        load_recipe(path, NAMED)
+    assert load_recipe(path, (*NAMED, "run.name=plain")).run.name == "plain"
 
 
 # ranges
@@ -513,8 +604,9 @@ def test_numbers_that_made_nonsense_in_silence_are_refused_with_their_range(writ
 
 
 def test_a_recipe_without_a_name_is_called_after_its_file(write):
-    assert load_recipe(write(MINIMAL, "cot50.toml")).run.name == "cot50"
-    assert load_recipe(write(MINIMAL + '[run]\nname = "other"\n', "cot50.toml")).run.name == "other"
+    unnamed = write("", "cot50.toml")
+    assert load_recipe(unnamed, NAMED).run.name == "cot50"
+    assert load_recipe(unnamed, (*NAMED, "run.name=other")).run.name == "other"
 
 
 # digest and text
@@ -552,9 +644,13 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
         "eval": {"compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST
-    newer = {"data": {"date"}, "objective": {"skew_alpha", "mixed_weight"}}
+    newer = {"data": {"date"}, "optim": {"decayed"}}
+    newer["objective"] = {"skew_alpha", "mixed_weight"}
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
-    assert newer | {"truncation": {"whole_share", "ending"}} == NEWER
+    newer["truncation"] = {"whole_share", "ending"}
+    assert {(table, field) for table, fields in newer.items() for field in fields} == set(
+        CAME_LATER
+    )
 
 
 def test_the_resolved_text_loads_as_an_equal_recipe(write, tmp_path):
@@ -592,7 +688,11 @@ def test_the_reference_is_what_the_tables_say():
     assert written == reference(), (
         "python -m mlx_distill.recipe.reference > recipes/reference.toml writes it again"
     )
-    assert Recipe.model_validate(tomllib.loads(written)) == Recipe()
+    named = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"source": "r"}}
+    tables = tomllib.loads(written)
+    for table, fields in named.items():
+        tables[table] |= fields
+    assert Recipe.model_validate(tables) == Recipe.model_validate(named)
     assert 'read only with divergence = "skew_kl" or "skew_reverse_kl"' in written
     assert "0, or from 1e-06 to 0.999999" in written
 
@@ -605,7 +705,10 @@ def test_every_line_of_read_when_is_about_a_field_and_tried_above():
     assert {f"{table}.{field}" for table, field, _ in UNREAD} == set(READ_WHEN)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+WHOLE = [path for path in sorted(RECIPES.glob("*.toml")) if path.stem != "reference"]
+
+
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: path.stem)
 def test_every_recipe_loads(path):
     assert load_recipe(path).data.source
 
@@ -613,9 +716,9 @@ def test_every_recipe_loads(path):
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../other"])
 def test_a_run_name_is_a_plain_name(name, tmp_path):
     path = tmp_path / "r.toml"
-    path.write_text("")
+    path.write_text(MINIMAL)
     with pytest.raises(RecipeError, match="is not the plain name of a folder"):
-        load_recipe(path, (f"run.name='{name}'",))
+        load_recipe(path, (*MODELS, f"run.name='{name}'"))
 
 
 @pytest.mark.parametrize("field, kind", [("data.where", "a table"), ("eval.compare", "a list")])

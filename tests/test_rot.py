@@ -150,6 +150,7 @@ CASES = {
     "optim.schedule": ("linear", TWICE),
     "optim.warmup_fraction": ("0.5", TWICE),
     "optim.weight_decay": ("0.1", ()),
+    "optim.decayed": ("all", ("optim.weight_decay=0.1",)),
     "optim.beta1": ("0.5", TWICE),
     "optim.beta2": ("0.5", TWICE),
     "optim.eps": ("1e-2", ()),

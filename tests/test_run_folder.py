@@ -16,7 +16,7 @@ import pytest
 from endings import STUDENT, arguments, assert_same
 from rich.console import Console
 from safetensors.numpy import save_file
-from tiny import left_by_a_mac
+from tiny import left_by_a_mac, recipe_of
 
 from mlx_distill import pipeline
 from mlx_distill.backends.pair import Pair
@@ -40,10 +40,8 @@ from mlx_distill.view import View
 
 
 def make_recipe(folder: Path, **tables) -> Recipe:
-    base = {"data": {"source": "rows.jsonl"}, "run": {"name": "one", "folder": str(folder)}}
-    return Recipe.model_validate(
-        {name: base.get(name, {}) | tables.get(name, {}) for name in base | tables}
-    )
+    run = {"name": "one", "folder": str(folder)} | tables.pop("run", {})
+    return recipe_of(run=run, **tables)
 
 
 @pytest.fixture
@@ -693,13 +691,28 @@ def test_an_equal_recipe_is_continued_and_a_changed_one_refused_with_the_differe
     with pytest.raises(RunError) as error:
         RunFolder.open(changed)
     assert (
-        "(objective.segments: ['cot'] → ['cot', 'answer']; optim.learning_rate: 0.0001 → 0.5)"
+        "(objective.segments: ['cot'] → ['cot', 'answer']; optim.learning_rate: 2e-05 → 0.5)"
         in str(error.value)
     )
     assert "--set run.name=NAME" in str(error.value) and "--fresh" in str(error.value)
     assert snapshot(run.path) == before
     assert RunFolder.open(changed, fresh=True).recipe() == changed
     assert (run.path / "kept").exists(), "no run made it"
+
+
+def test_a_run_from_before_a_field_was_there_goes_on_as_it_began_or_is_refused(tmp_path):
+    """It decayed norms and biases too, and its recipe.toml does not say so."""
+    as_then = make_recipe(tmp_path, optim={"weight_decay": 0.1, "decayed": "all"})
+    run = RunFolder.open(as_then)
+    run.append(ValidationRow(step=0))
+    kept = (run.path / "recipe.toml").read_text()
+    (run.path / "recipe.toml").write_text(kept.replace('decayed = "all"\n', ""))
+    assert run.recipe() == as_then
+    with pytest.raises(RunError, match=r"\(optim.decayed: 'all' → 'matrices'\).* --fresh") as error:
+        RunFolder.open(make_recipe(tmp_path, optim={"weight_decay": 0.1}))
+    assert "\n" not in str(error.value)
+    assert RunFolder.open(as_then).recipe() == as_then
+    assert (run.path / "recipe.toml").read_text() == kept
     assert [path.name for path in tmp_path.iterdir()] == ["one"], (
         "nothing of the old run is left beside"
     )

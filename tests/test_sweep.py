@@ -41,10 +41,13 @@ teacher.cache_folder = "{out}/cache"
 """
 FRACTIONS = "[axes]\ntruncation.fraction = [0.5, 1.0]\n"
 BAD = (
-    '[[arms]]\nname = "too fast"\noptim.learning_rate = 1000.0\noptim.weight_decay = 1000.0\n'
+    '[[arms]]\nname = "too fast"\noptim.learning_rate = 1000.0\noptim.weight_decay = 1000.0\noptim.decayed = "all"\n'
     'optim.schedule = "constant"\noptim.warmup_fraction = 0.0\n'
 )
-BAD_RUN = "learning_rate=1000.0_schedule=constant_warmup_fraction=0.0_weight_decay=1000.0_seed=42"
+BAD_RUN = (
+    "learning_rate=1000.0_schedule=constant_warmup_fraction=0.0_weight_decay=1000.0_decayed=all"
+    "_seed=42"
+)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from mlx_distill.sweeps.sweep import load_sweep
 ROOT = Path(__file__).parents[1]
 SWEEPS = sorted((ROOT / "recipes" / "sweeps").glob("*.toml"))
 BASE = (
+    '[teacher]\nmodel = "t"\n[student]\nmodel = "s"\n'
     '[data]\nsource = "rows.jsonl"\ntrain_examples = 40\n[optim]\nsteps = 30\n[eval]\ntask = '
     '"jsonl:rows.jsonl"\n'
 )

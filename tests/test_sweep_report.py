@@ -339,6 +339,7 @@ def test_runs_that_are_to_come_are_said(tmp_path):
 def test_the_matched_arm_of_a_sweep_file_is_drawn(tmp_path):
     """Its settings are those that a sweep gives it, not made up here."""
     (tmp_path / "base.toml").write_text(
+        '[teacher]\nmodel = "t"\n[student]\nmodel = "s"\n'
         '[data]\nsource = "x"\ntrain_examples = 40\n[eval]\ntask = "jsonl:x"\n'
     )
     (tmp_path / "s.toml").write_text(

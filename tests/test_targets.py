@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import family_folder, left_by_a_mac, llama_config
+from tiny import family_folder, left_by_a_mac, llama_config, recipe_of
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums
@@ -21,7 +21,7 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import truncate
 from mlx_distill.errors import CacheError
 from mlx_distill.objective import Objective, log_softmax
-from mlx_distill.recipe.recipe import Recipe, with_values
+from mlx_distill.recipe.recipe import with_values
 from mlx_distill.recipe.tables import BatchTable, TeacherTable, TruncationTable
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.fields import ADDED_LATER, CacheFields
@@ -79,13 +79,7 @@ def student(backend: Backend, root: Path, learning_rate: float = 1e-3):
     return backend.load_student(
         root / "student",
         "student",
-        Recipe.model_validate(
-            {
-                "objective": {"chunk_tokens": 7},
-                "optim": {"learning_rate": learning_rate},
-                "data": {"source": "rows.jsonl"},
-            }
-        ),
+        recipe_of(objective={"chunk_tokens": 7}, optim={"learning_rate": learning_rate}),
     )
 
 
@@ -150,9 +144,7 @@ def update(
         "eps": 1e6,
         "max_grad_norm": 0.0,
     }  # 1000 times the gradient
-    recipe = Recipe.model_validate(
-        {"objective": {"chunk_tokens": 7}, "data": {"source": "rows.jsonl"}}
-    )
+    recipe = recipe_of(objective={"chunk_tokens": 7})
     one = backend.load_student(
         root / "student", "student", with_values(recipe, optim=descent)
     )  # unchecked

@@ -418,6 +418,8 @@ def test_a_diverging_run_exits_with_2_and_one_line_and_keeps_its_checkpoint(
         "--set",
         "optim.weight_decay=1000",
         "--set",
+        "optim.decayed=all",
+        "--set",
         "optim.warmup_fraction=0.0",
         "--set",
         "run.checkpoint_every=1",

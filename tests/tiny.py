@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerFast
 
 from mlx_distill.backends.protocol import Model, Sampling
+from mlx_distill.recipe.recipe import Recipe
 
 VOCABULARY = 288  # a byte tokenizer's 265 ids and some padding rows
 
@@ -101,6 +102,24 @@ def rows_file(path: Path, count: int = 24, seed: int = 0) -> Path:
         rows.append({"prompt": f"#{index} {a}+{b}?", "cot": steps, "answer": str(a + b)})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+# what a recipe has to name
+NAMED = {"teacher": {"model": "t"}, "student": {"model": "s"}, "data": {"source": "rows.jsonl"}}
+
+
+SMALL_ADAPTERS = {"rank": 8, "alpha": 16.0}
+
+
+def recipe_of(**tables) -> Recipe:
+    """A recipe of these tables' fields, with names of models and data where they give none, and
+    adapters that are small beside a tiny model.
+    """
+    if tables.get("student", {}).get("tuning", "full") != "full":
+        tables["student"] = SMALL_ADAPTERS | tables["student"]
+    return Recipe.model_validate(
+        {name: NAMED.get(name, {}) | tables.get(name, {}) for name in NAMED | tables}
+    )
 
 
 RECIPE = """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.backends import refusals
+from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer, model_folder
 from mlx_distill.models.ranges import refuse_impossible
@@ -56,12 +57,16 @@ class Pair:
             yield "teacher", self.recipe.teacher.model, self.teacher
 
     def common_rows(self, teacher_rows: int, student_rows: int) -> int:
-        """Rows of both heads that the loss compares; raises `ModelError` as
+        """Rows of both heads that the loss compares; raises `ModelError`, naming both models, as
         `models.vocabulary.common_rows` does.
         """
         _, tokenizer = self.named_teacher()
         theirs, ours = tokenizer.get_vocab(), self.tokenizer.get_vocab()
-        return common_rows(theirs, ours, teacher_rows, student_rows)
+        try:
+            return common_rows(theirs, ours, teacher_rows, student_rows)
+        except ModelError as error:
+            names = f"{self.recipe.teacher.model} cannot teach {self.recipe.student.model}"
+            raise ModelError(f"{names}: {error}") from None
 
     def named_teacher(self) -> "tuple[Path, PreTrainedTokenizerFast]":
         """Folder and tokenizer of the teacher, where the recipe names one."""

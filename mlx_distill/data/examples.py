@@ -1,7 +1,7 @@
 """`Example`: one worked problem as plain text.
 
-Decided here: what an example's id depends on, what makes a row nothing to learn from (`Skip`), and
-the order in which examples are taken.
+Decided here: what an example's id depends on, what makes a row nothing to learn from (`Skip`),
+how many are held out, and the order in which examples are taken.
 """
 
 import hashlib
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_distill.readers import is_text
+from mlx_distill.recipe.tables import DataTable
 
+MOST_HELD_OUT = 64  # where the recipe does not say how many are
 Turn = tuple[str, str] | tuple[str, str, str]
 Turns = tuple[Turn, ...]
 
@@ -55,6 +57,13 @@ class Skip(Exception):
     """A row with nothing to learn from; its only argument is the reason under which it is counted.
     Never leaves data/.
     """
+
+
+def held_out_of(rows: int, data: DataTable) -> int:
+    """How many examples of so many rows are for validation: what the recipe says, or a tenth, from
+    1 to `MOST_HELD_OUT`.
+    """
+    return data.validation_examples or max(1, min(rows // 10, MOST_HELD_OUT))
 
 
 def example_id(

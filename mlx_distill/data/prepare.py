@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from mlx_distill.data.account import listed, remedy
-from mlx_distill.data.examples import Example, Skip, Turns, shuffled
+from mlx_distill.data.examples import Example, Skip, Turns, held_out_of, shuffled
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
@@ -170,10 +170,11 @@ def take(
     Raises `DataError` where there are too few among the `rows` that there were.
     """
     drawn = iter(usable)
-    validation = list(islice(drawn, data.validation_examples))
+    asked = held_out_of(rows, data)
+    validation = list(islice(drawn, asked))
     held_out = {_asked(example) for example, _ in validation}
     train = list(islice(_not_asked_in(held_out, drawn, skipped), data.train_examples or None))
-    _refuse_too_few(data, rows, len(train), len(validation), skipped)
+    _refuse_too_few(data, asked, rows, len(train), len(validation), skipped)
     return train, validation
 
 
@@ -194,14 +195,14 @@ def _not_asked_in(
 
 
 def _refuse_too_few(
-    data: DataTable, rows: int, train: int, validation: int, skipped: Counter[str]
+    data: DataTable, asked: int, rows: int, train: int, validation: int, skipped: Counter[str]
 ) -> None:
-    if validation == data.validation_examples and train >= max(1, data.train_examples):
+    if validation == asked and train >= max(1, data.train_examples):
         return
     reasons = f", {listed(skipped)}" if skipped else ""
     fewer = "lower data.validation_examples or data.train_examples, or name a source with more rows"
     raise DataError(
-        f"{data.source}: asked for {data.validation_examples} validation and "
+        f"{data.source}: asked for {asked} validation and "
         f"{data.train_examples or 'at least 1'} training examples, found {validation} and {train} "
         f"usable ones in {rows} examples{reasons}; {remedy(skipped, fewer)}"
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.data.examples import Example, make_example
+from mlx_distill.data.examples import MOST_HELD_OUT, Example, make_example
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import all_lines, one_line
 from mlx_distill.readers import path_of, read_json, read_json_lines, read_lines, read_text
@@ -267,5 +267,6 @@ def embedded_examples(data: DataTable, seed: int) -> Iterator[Example]:
             f"{data.source}: an embedded task has no end; set data.train_examples to a number "
             "above 0"
         )
-    worked = EMBEDDED[name](data.split, data.train_examples + data.validation_examples, seed)
+    held_out = data.validation_examples or MOST_HELD_OUT
+    worked = EMBEDDED[name](data.split, data.train_examples + held_out, seed)
     yield from (make_example(*row) for row in worked)

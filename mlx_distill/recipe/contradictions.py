@@ -22,14 +22,21 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     teacher, objective, truncation = recipe.teacher, recipe.objective, recipe.truncation
     batch, run, scoring = recipe.batch, recipe.run, recipe.eval
     if not recipe.student.model:
-        yield "[student] model is empty: name a hub id, a folder, a .gguf or embedded:student"
+        yield (
+            f"[student] model is empty: {_lines('student', 'model')}, a hub id, a folder, a "
+            ".gguf, or recipes/cot50.toml's toy embedded:student"
+        )
     yield from _wrong_paths(recipe)
     if not recipe.data.source:
-        yield "[data] source is empty: name a file, a hub dataset or embedded:dial"
+        yield (
+            f"[data] source is empty: {_lines('data', 'source')}, a file, a hub dataset, or "
+            "recipes/cot50.toml's toy embedded:dial"
+        )
     if not teacher.model and objective.kd_weight > 0:
         yield (
-            f"[teacher] model is empty but [objective] kd_weight is {objective.kd_weight}: name a "
-            "teacher or set kd_weight = 0"
+            f"[teacher] model is empty but [objective] kd_weight is {objective.kd_weight}: "
+            f"{_lines('teacher', 'model')}, a hub id, a folder, a .gguf, or recipes/cot50.toml's "
+            "toy embedded:teacher; or set kd_weight = 0"
         )
     yield from cache_contradictions(recipe, teacher.cache)
     yield from _rollouts_contradictions(recipe)
@@ -53,6 +60,10 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             f"[eval] samples = {scoring.samples} at temperature 0 would repeat one greedy answer: "
             "raise temperature"
         )
+
+
+def _lines(table: str, field: str) -> str:
+    return f'add the two lines [{table}] and {field} = "NAME"'
 
 
 def _rollouts_contradictions(recipe: "Recipe") -> Iterator[str]:

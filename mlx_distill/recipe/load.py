@@ -15,8 +15,16 @@ from mlx_distill import readers
 from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.recipe.complaints import describe, found_as, near, short
 from mlx_distill.recipe.contradictions import wrong_name
-from mlx_distill.recipe.recipe import TABLES, Recipe, with_values
+from mlx_distill.recipe.read_when import is_read
+from mlx_distill.recipe.recipe import CAME_LATER, TABLES, Recipe, with_values
 from mlx_distill.recipe.tables import EvalTable
+
+# what a recipe must name, for a table that is read without it
+UNNAMED = {
+    "student": {"model": "none"},
+    "data": {"source": "none"},
+    "objective": {"kd_weight": 0.0},
+}
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -29,6 +37,18 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     for override in overrides:
         apply_override(tables, override)
     return build_recipe(tables, path)
+
+
+def load_kept_recipe(path: Path) -> Recipe:
+    """The recipe that a run keeps: where one of an earlier version lacks a field, it says what that
+    version did. Raises as `load_recipe`.
+    """
+    tables = read_toml(path)
+    recipe = build_recipe(tables, path)
+    for (table, field), mark in CAME_LATER.items():
+        if field not in tables.get(table, {}) and is_read(recipe, f"{table}.{field}"):
+            recipe = with_values(recipe, **{table: {field: mark.value}})
+    return recipe
 
 
 def build_recipe(tables: dict[str, Any], path: Path) -> Recipe:
@@ -103,6 +123,6 @@ def eval_table(settings: tuple[str, ...]) -> EvalTable:
         apply_override(tables, f"eval.{setting}")
     refuse_unknown(tables, Path("--set"))
     try:
-        return Recipe.model_validate(tables | {"data": {"source": "none"}}).eval
+        return Recipe.model_validate(tables | UNNAMED).eval
     except ValidationError as error:
         raise RecipeError(f"--set: {describe(error)}") from None

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlx_distill.recipe.values import FormerDefault
+
 if TYPE_CHECKING:
     from mlx_distill.recipe.recipe import Recipe
 
@@ -68,6 +70,9 @@ READ_WHEN = {
     "objective.jsd_beta": choice("objective", "divergence", "jsd"),
     "objective.skew_alpha": choice("objective", "divergence", "skew_kl", "skew_reverse_kl"),
     "objective.mixed_weight": choice("objective", "divergence", "mixed_kl"),
+    "optim.decayed": Condition(
+        lambda recipe: recipe.optim.weight_decay > 0, "a weight_decay above 0"
+    ),
     "optim.beta1": MOMENTA,
     "optim.beta2": MOMENTA,
     "optim.eps": choice("optim", "optimizer", "adamw"),
@@ -75,13 +80,19 @@ READ_WHEN = {
 }
 
 
+def is_read(recipe: "Recipe", path: str) -> bool:
+    """Whether the recipe's other fields have `table.field` read."""
+    return path not in READ_WHEN or READ_WHEN[path].holds(recipe)
+
+
 def unread(recipe: "Recipe") -> Iterator[str]:
-    """A line for each field that is set, to something else than its default, and not read."""
+    """A line for each field that is set, to something else than a default, and not read."""
     for path, condition in READ_WHEN.items():
         table, field = path.split(".")
         part = getattr(recipe, table)
-        default = type(part).model_fields[field].default
-        if getattr(part, field) != default and not condition.holds(recipe):
+        info = type(part).model_fields[field]
+        former = [mark.value for mark in info.metadata if isinstance(mark, FormerDefault)]
+        if getattr(part, field) not in (info.default, *former) and not condition.holds(recipe):
             yield (
                 f"[{table}] {field} is set but nothing reads it here: "
                 f"it is read only with {condition.words}"

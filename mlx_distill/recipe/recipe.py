@@ -8,7 +8,8 @@ import tomli_w
 from pydantic import model_validator
 
 from mlx_distill.recipe.contradictions import contradictions
-from mlx_distill.recipe.read_when import unread
+from mlx_distill.recipe.defaults import following
+from mlx_distill.recipe.read_when import is_read, unread
 from mlx_distill.recipe.tables import (
     BatchTable,
     DataTable,
@@ -22,7 +23,7 @@ from mlx_distill.recipe.tables import (
     TeacherTable,
     TruncationTable,
 )
-from mlx_distill.recipe.values import Mark
+from mlx_distill.recipe.values import CameLater, FormerDefault, OutsideDigest
 
 
 class Recipe(Table):
@@ -40,26 +41,33 @@ class Recipe(Table):
     run: RunTable = RunTable()
 
     @model_validator(mode="after")
-    def _refuse_what_makes_no_sense(self) -> "Recipe":
+    def _check_and_fill(self) -> "Recipe":
         for line in (*contradictions(self), *unread(self)):
             raise ValueError(line)
+        for table, values in following(self).items():  # before anyone sees the frozen recipe
+            self.__dict__[table] = getattr(self, table).model_copy(update=values)
         return self
 
     def digest(self) -> str:
         """16 hex digits over every field that shapes the result: all but where it is kept and what
         it is shown beside.
         """
-        content = self.model_dump(mode="json", exclude=OUTSIDE_DIGEST)
-        for table, fields in NEWER.items():
-            for field in fields:
-                if (
-                    getattr(getattr(self, table), field)
-                    == TABLES[table].model_fields[field].default
-                ):
-                    del content[table][field]
-            if not content[table]:
-                del content[table]
+        content = self._shaping()
+        for (table, field), mark in CAME_LATER.items():
+            if content[table][field] == mark.value:
+                del content[table][field]
+        content = {table: fields for table, fields in content.items() if fields}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _shaping(self) -> dict[str, dict[str, Any]]:
+        """The fields that shape the result, those that nothing reads here as earlier versions had
+        them.
+        """
+        content = self.model_dump(mode="json", exclude=OUTSIDE_DIGEST)
+        for (table, field), mark in (FORMER_DEFAULTS | CAME_LATER).items():
+            if not is_read(self, f"{table}.{field}"):
+                content[table][field] = mark.value
+        return content
 
     def toml(self) -> str:
         """The resolved recipe as TOML: every field, defaults included; loading it gives an equal
@@ -69,9 +77,7 @@ class Recipe(Table):
 
     def differences(self, other: "Recipe") -> list[str]:
         """`table.field: ours → theirs`, for every field in the digest that differs."""
-        ours, theirs = (
-            recipe.model_dump(mode="json", exclude=OUTSIDE_DIGEST) for recipe in (self, other)
-        )
+        ours, theirs = self._shaping(), other._shaping()
         return [
             f"{table}.{field}: {value!r} → {theirs[table][field]!r}"
             for table, fields in ours.items()
@@ -87,17 +93,21 @@ TABLES: dict[str, type[Table]] = {
 }
 
 
-def _marked(mark: Mark) -> dict[str, set[str]]:
-    """Table → its fields that bear the mark."""
-    found = {
-        table: {field for field, info in part.model_fields.items() if mark in info.metadata}
+def _marked(kind: type) -> dict[tuple[str, str], Any]:
+    """(table, field) → its mark of this kind."""
+    return {
+        (table, field): mark
         for table, part in TABLES.items()
+        for field, info in part.model_fields.items()
+        for mark in info.metadata
+        if isinstance(mark, kind)
     }
-    return {table: fields for table, fields in found.items() if fields}
 
 
-OUTSIDE_DIGEST = _marked(Mark.OUTSIDE)
-NEWER = _marked(Mark.NEWER)
+CAME_LATER, FORMER_DEFAULTS = _marked(CameLater), _marked(FormerDefault)
+OUTSIDE_DIGEST: dict[str, set[str]] = {}
+for _table, _field in _marked(OutsideDigest):
+    OUTSIDE_DIGEST.setdefault(_table, set()).add(_field)
 
 
 def with_values(recipe: Recipe, **tables: dict[str, Any]) -> Recipe:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from mlx_distill.recipe.defaults import FOLLOWS
 from mlx_distill.recipe.read_when import READ_WHEN
 from mlx_distill.recipe.recipe import TABLES
 from mlx_distill.recipe.values import Range
@@ -20,13 +21,14 @@ HEAD = """\
 # Every table and field of a recipe, each with its default. A recipe needs only the fields that it changes.
 # Any field can also be set on the command line: --set table.field=value
 # A number outside of its range (from … to …) is refused: no arithmetic in float32 or int32 keeps its meaning there.
+# LoRA Without Regret: Schulman et al. 2025, https://thinkingmachines.ai/blog/lora
 # This page is written by the program: python -m mlx_distill.recipe.reference > recipes/reference.toml
 """
 COMMENT_COLUMN = 35
 
 
 def reference() -> str:
-    """The text of `recipes/reference.toml`, a recipe itself."""
+    """The text of `recipes/reference.toml`: a recipe, once it names its models and its data."""
     parts = [HEAD]
     for table, part in TABLES.items():
         lines = [_line(table, field, info) for field, info in part.model_fields.items()]
@@ -52,6 +54,8 @@ def _limits(path: str, info: FieldInfo) -> Iterator[str]:
         yield choices
     if bounds := range_of(info):
         yield str(bounds)
+    if path in FOLLOWS:
+        yield f"{FOLLOWS[path].words}, unless set"
     if path in READ_WHEN:
         yield f"read only with {READ_WHEN[path].words}"
 

@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_distill.recipe.values import (
     Cadence,
+    CameLater,
     Day,
     Divergence,
+    FormerDefault,
     Fraction,
-    Mark,
     Momentum,
     Names,
+    OutsideDigest,
     Rows,
     Seed,
     Segment,
@@ -41,8 +43,8 @@ class Table(BaseModel):
 
 
 class TeacherTable(Table):
-    model: str = "embedded:teacher"
-    """Hub id, folder, .gguf file or embedded:NAME; "" = none (needs objective.kd_weight = 0)."""
+    model: str = ""
+    """Hub id, folder, .gguf file or embedded:teacher; "" = none, for objective.kd_weight = 0."""
 
     revision: str = "main"
     """Of a hub id: branch, tag or commit."""
@@ -53,7 +55,7 @@ class TeacherTable(Table):
     cache: Literal["off", "top_k", "sampled", "hidden"] = "off"
     """Keep its answers on disk: K a token, drawn ones, or hidden states (exact, large)."""
 
-    cache_folder: Annotated[str, Mark.OUTSIDE] = "teacher-cache"
+    cache_folder: Annotated[str, OutsideDigest()] = "teacher-cache"
     """Where they are kept; one folder may serve any number of runs, at once too."""
 
     cache_top_k: Annotated[int, within(1, 2**20)] = 64
@@ -64,8 +66,8 @@ class TeacherTable(Table):
 
 
 class StudentTable(Table):
-    model: str = "embedded:student"
-    """As teacher.model; a family that mlx-lm loads unchanged: Llama, Qwen2, Qwen3."""
+    model: str = ""
+    """To be named, as teacher.model; a family that mlx-lm loads unchanged: Llama, Qwen2, Qwen3."""
 
     revision: str = "main"
     """Of a hub id: branch, tag or commit."""
@@ -73,14 +75,14 @@ class StudentTable(Table):
     tuning: Literal["full", "lora", "dora"] = "full"
     """Train every weight, or adapters beside them."""
 
-    rank: Annotated[int, within(1, 16_384)] = 8
-    """Rank of the adapters' two matrices."""
+    rank: Annotated[int, within(1, 16_384), FormerDefault(8)] = 32
+    """Rank of the adapters' two matrices (LoRA Without Regret and tinker: 32 to 128)."""
 
-    alpha: Annotated[float, within(1e-3, 1e6)] = 16.0
+    alpha: Annotated[float, within(1e-3, 1e6), FormerDefault(16.0)] = 64.0
     """Adapters are scaled by alpha / rank."""
 
     lora_layers: Annotated[int, within(0, 10_000)] = 0
-    """Adapt the last n blocks; 0 = all."""
+    """Adapt the last n blocks; 0 = all, which adapters need (LoRA Without Regret)."""
 
     lora_targets: Names = (
         "q_proj",
@@ -104,8 +106,8 @@ class StudentTable(Table):
 
 
 class DataTable(Table):
-    source: str = "embedded:dial"
-    """A .jsonl, .json, .csv, .tsv or .parquet file (.gz too), hub dataset id, or embedded:NAME."""
+    source: str = ""
+    """To be named: .jsonl, .json, .csv, .tsv or .parquet (.gz too), hub dataset, embedded:dial."""
 
     config: str = ""
     """Of a hub dataset."""
@@ -139,48 +141,48 @@ class DataTable(Table):
     train_examples: Annotated[int, within(0, 10**9)] = 0
     """Rows to train on; 0 = all."""
 
-    validation_examples: Rows = 64
-    """Held out of the same source before training rows are taken."""
+    validation_examples: Annotated[int, within(0, 10**9)] = 0
+    """Held out before training rows are taken; 0 = a tenth of the rows, and no more than 64."""
 
     longest_tokens: Tokens = 4096
     """Longer rendered examples are dropped and counted."""
 
-    date: Annotated[Day, Mark.NEWER] = ""
+    date: Annotated[Day, CameLater("")] = ""
     """The day ("2026-11-26") that a template says which reads the clock; "" = the run's first."""
 
 
 class RolloutsTable(Table):
-    by: Annotated[Literal["data", "teacher", "student"], Mark.NEWER] = "data"
+    by: Annotated[Literal["data", "teacher", "student"], CameLater("data")] = "data"
     """Who wrote what is learned: the data has it, or a model answers the data's prompts."""
 
-    share: Annotated[Fraction, Mark.NEWER] = 1.0
+    share: Annotated[Fraction, CameLater(1.0)] = 1.0
     """Share of the training examples whose prompts are answered; the others stay the data's."""
 
-    samples: Annotated[int, within(1, 65_536), Mark.NEWER] = 1
+    samples: Annotated[int, within(1, 65_536), CameLater(1)] = 1
     """Texts a prompt."""
 
-    temperature: Annotated[float, within(0.01, 100.0, or_zero=True), Mark.NEWER] = 1.0
+    temperature: Annotated[float, within(0.01, 100.0, or_zero=True), CameLater(1.0)] = 1.0
     """At which texts are drawn; 0 = greedy."""
 
-    top_p: Annotated[Fraction, Mark.NEWER] = 1.0
+    top_p: Annotated[Fraction, CameLater(1.0)] = 1.0
     """Draw from the likeliest tokens that have this probability together."""
 
-    max_new_tokens: Annotated[Tokens, Mark.NEWER] = 512
+    max_new_tokens: Annotated[Tokens, CameLater(512)] = 512
     """A text that is longer ends there and is learned as a prefix."""
 
-    batch_size: Annotated[int, within(1, 65_536), Mark.NEWER] = 64
+    batch_size: Annotated[int, within(1, 65_536), CameLater(64)] = 64
     """Texts written at once."""
 
-    keep: Annotated[Literal["all", "right"], Mark.NEWER] = "all"
+    keep: Annotated[Literal["all", "right"], CameLater("all")] = "all"
     """Which texts are learned: right = those that state the data's answer."""
 
-    weigh: Annotated[Literal["none", "pass_rate"], Mark.NEWER] = "none"
+    weigh: Annotated[Literal["none", "pass_rate"], CameLater("none")] = "none"
     """Weight of a text's loss; pass_rate = p(1 - p) of its prompt's share p of right texts."""
 
-    refresh_every: Annotated[Cadence, Mark.NEWER] = 0
+    refresh_every: Annotated[Cadence, CameLater(0)] = 0
     """Steps after which the student, as it then is, writes again; 0 = it writes once."""
 
-    folder: Annotated[str, Mark.OUTSIDE] = "rollouts"
+    folder: Annotated[str, OutsideDigest()] = "rollouts"
     """Where texts are kept; one folder may serve any number of runs, at once too."""
 
 
@@ -203,10 +205,10 @@ class TruncationTable(Table):
     token_share: Fraction = 1.0
     """A seeded random share of the supervised tokens left carries loss."""
 
-    whole_share: Annotated[Weight, Mark.NEWER] = 0.0
+    whole_share: Annotated[Weight, CameLater(0.0)] = 0.0
     """A seeded share of the training examples is not cut at all."""
 
-    ending: Annotated[Literal["none", "answer"], Mark.NEWER] = "none"
+    ending: Annotated[Literal["none", "answer"], CameLater("none")] = "none"
     """After a cut: nothing, or </think>, answer and end of turn, learned from the text alone."""
 
 
@@ -220,10 +222,10 @@ class ObjectiveTable(Table):
     jsd_beta: Annotated[float, within(1e-3, 0.999)] = 0.5
     """Weight of the teacher in the mixture."""
 
-    skew_alpha: Annotated[float, within(1e-3, 0.999), Mark.NEWER] = 0.1
+    skew_alpha: Annotated[float, within(1e-3, 0.999), CameLater(0.1)] = 0.1
     """Share that one of the two is lent of the other."""
 
-    mixed_weight: Annotated[float, within(1e-3, 0.999), Mark.NEWER] = 0.5
+    mixed_weight: Annotated[float, within(1e-3, 0.999), CameLater(0.5)] = 0.5
     """Weight of forward KL; 1 - mixed_weight weighs reverse KL."""
 
     kd_weight: Weight = 0.5
@@ -254,8 +256,8 @@ class OptimTable(Table):
     optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
     """Lion is MLX's alone."""
 
-    learning_rate: Annotated[float, within(1e-10, 1000.0)] = 1e-4
-    """The schedule's peak."""
+    learning_rate: Annotated[float, within(1e-10, 1000.0)] = 2e-5
+    """The schedule's peak (2e-5 as TRL; adapters want ten times that: LoRA Without Regret)."""
 
     schedule: Literal["one_cycle", "cosine", "linear", "constant"] = "one_cycle"
     """How the rate falls after its warmup."""
@@ -266,11 +268,14 @@ class OptimTable(Table):
     weight_decay: Annotated[float, within(1e-8, 1000.0, or_zero=True)] = 0.0
     """Decoupled, as the optimizer has it."""
 
+    decayed: Annotated[Literal["matrices", "all"], CameLater("all")] = "matrices"
+    """Which weights decay; matrices = all but norms, biases and other vectors."""
+
     beta1: Momentum = 0.9
     """Decay of the gradient's running mean."""
 
-    beta2: Momentum = 0.999
-    """Decay of its square's running mean; Lion's of its momentum."""
+    beta2: Annotated[Momentum, FormerDefault(0.999)] = 0.999
+    """Decay of its square's running mean; of Lion's momentum (arXiv 2302.06675 has 0.99)."""
 
     eps: Annotated[float, within(1e-20, 1.0)] = 1e-8
     """Added to AdamW's denominator."""
@@ -310,21 +315,21 @@ class EvalTable(Table):
     samples: Annotated[int, within(1, 65_536)] = 1
     """Answers to each problem; accuracy is their mean."""
 
-    score_teacher: Annotated[bool, Mark.OUTSIDE] = True
+    score_teacher: Annotated[bool, OutsideDigest()] = True
     """Score the teacher too."""
 
-    score_base: Annotated[bool, Mark.OUTSIDE] = True
+    score_base: Annotated[bool, OutsideDigest()] = True
     """Score the student as it was before, too."""
 
-    compare: Annotated[Names, Mark.OUTSIDE] = ()
+    compare: Annotated[Names, OutsideDigest()] = ()
     """Run folders that the report sets beside this run."""
 
 
 class RunTable(Table):
-    name: Annotated[str, Mark.OUTSIDE] = ""
+    name: Annotated[str, OutsideDigest()] = ""
     """What the run is called; "" = as the recipe's file."""
 
-    folder: Annotated[str, Mark.OUTSIDE] = "runs"
+    folder: Annotated[str, OutsideDigest()] = "runs"
     """Where run folders lie."""
 
     seed: Seed = 42

@@ -1,12 +1,12 @@
-"""The kinds of values that a field of a recipe can hold, and the marks that a field can bear.
+"""The kinds of values that a field of a recipe can hold, and the marks that it can bear.
 
 Every number has both ends, so that arithmetic in float32 and int32 stays what it says and no time
-is asked for that no one has. A type here is checked by pydantic; a mark is read by `Recipe.digest`.
+is asked for that no one has. A type here is checked by pydantic; a mark says what a field is to the
+digest of a recipe and to the runs of earlier versions.
 """
 
 import datetime
 from dataclasses import dataclass
-from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -52,11 +52,29 @@ def _day(value: Any) -> Any:
     return text
 
 
-class Mark(Enum):
-    """What a field is to a recipe's digest, where it is not simply part of it."""
+@dataclass(frozen=True)
+class OutsideDigest:
+    """A field that says where things are kept, or what a run is shown beside."""
 
-    OUTSIDE = "it says where things are kept, or what a run is shown beside"
-    NEWER = "it came after the first runs, whose digests stay as long as it has its default"
+
+@dataclass(frozen=True)
+class FormerDefault:
+    """What a field held by default in earlier versions, whose runs have it in their recipe.toml.
+
+    Where nothing reads the field this may still stand, and the digest has it.
+    """
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class CameLater:
+    """A field that earlier versions did not have, and the value that says what they did.
+
+    The recipe.toml of their runs lacks the field and means this value, which no digest contains.
+    """
+
+    value: Any
 
 
 Segment = Literal["prompt", "cot", "answer"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx_distill.errors import DistillError, RunError
 from mlx_distill.files import is_left_by_a_system, one_line, remedy
 from mlx_distill.readers import read_text
-from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.runs import own_files
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.small_files import SmallFiles
@@ -57,7 +57,7 @@ def _is_begun(path: Path, names: set[str]) -> bool:
 
 def _is_ours(recipe: Path) -> bool:
     try:
-        return load_recipe(recipe).toml() == read_text(recipe)
+        return load_kept_recipe(recipe).toml() == read_text(recipe)
     except DistillError:
         return False
 

@@ -23,7 +23,7 @@ from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
 from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
 from mlx_distill.readers import read_text
-from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs import own_files
 from mlx_distill.runs.checkpoints import UNWRITTEN, Checkpoints, TrainState
@@ -138,7 +138,7 @@ class RunFolder(SmallFiles):
         """The resolved recipe this run was started with."""
         path = self.path / "recipe.toml"
         try:
-            return load_recipe(path)
+            return load_kept_recipe(path)
         except NotFound:
             raise RunError(
                 f"{path} is missing: put a copy in its place, or start over with --fresh"

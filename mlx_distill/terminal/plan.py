@@ -102,7 +102,7 @@ def plan(
         except ProbeFailed as error:
             trouble = error
     console.print(count_table(prepared, recipe))
-    console.print(account(prepared))
+    console.print(account(prepared, recipe))
     for note in prepared.notes:
         console.print(Text(note))
     for renderable in render(made, machine, recipe):

@@ -56,7 +56,7 @@ def show(recipe: Recipe, console: Console, example: int = 1) -> None:
     print_example(prepared, recipe, tokenizer, console, example)
     console.print(Text(f"\n{_title(recipe)}", "bold"))
     console.print(count_table(prepared, recipe))
-    console.print(account(prepared))
+    console.print(account(prepared, recipe))
 
 
 def print_example(
@@ -109,13 +109,14 @@ def count_table(prepared: Prepared, recipe: Recipe) -> Table:
     return table
 
 
-def account(prepared: Prepared) -> Text:
+def account(prepared: Prepared, recipe: Recipe) -> Text:
     """The validation side, the rows that were not used, with reasons, and what rows carry that
     nothing reads.
     """
     lengths = [len(sequence) for sequence in prepared.validation]
     mean = f", {np.mean(lengths):,.0f} tokens each on average" if lengths else ""
-    text = Text(f"validation: {len(lengths)} whole examples{mean}\n")
+    chosen = "" if recipe.data.validation_examples else " (data.validation_examples sets how many)"
+    text = Text(f"validation: {len(lengths)} whole examples{mean}{chosen}\n")
     for line in prepared.about_endings():
         text.append(f"{line}\n")
     for reason, count in sorted(prepared.skipped.items(), key=lambda item: (-item[1], item[0])):

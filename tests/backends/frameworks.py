@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
+from tiny import recipe_of
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.mlx import heads as mlx_heads
@@ -208,9 +209,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 
 def student_of(framework: Framework, folder: Path, **student) -> Student:
     """A student of the backend, by a recipe whose `[student]` table is given."""
-    recipe = Recipe.model_validate(
-        {"student": {"model": "m", **student}, "data": {"source": "rows.jsonl"}}
-    )
+    recipe = recipe_of(student=student)
     return choose_backend(framework.name).load_student(folder, "m", recipe)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from tiny import family_folder, llama_config, texts
+from tiny import family_folder, llama_config, recipe_of, texts
 from toy_backend import ToyBackend
 
 from mlx_distill.backends import choose_backend
@@ -96,12 +96,8 @@ def teacher(backend: Backend, teachers: Callable[[Backend], Teacher]) -> Teacher
 def recipe(
     tuning: str = "full", optim: dict | None = None, chunk_tokens: int = 7, **student
 ) -> Recipe:
-    made = Recipe.model_validate(
-        {
-            "student": {"model": "student", "tuning": tuning, **student},
-            "data": {"source": "rows.jsonl"},
-            "objective": {"chunk_tokens": chunk_tokens},
-        }
+    made = recipe_of(
+        student={"tuning": tuning, **student}, objective={"chunk_tokens": chunk_tokens}
     )
     return with_values(
         made, optim=SGD if optim is None else optim

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from frameworks import FRAMEWORKS, Framework
+from tiny import recipe_of
 
 from mlx_distill.backends.mlx import optimizer as mlx_optimizer
 from mlx_distill.backends.torch import optimizer as torch_optimizer
@@ -91,20 +92,30 @@ def drawn(seed: int) -> tuple[Tree, list[Tree]]:
 
 
 def recipe(**optim) -> Recipe:
-    return Recipe.model_validate({"data": {"source": "rows.jsonl"}, "optim": optim})
+    return recipe_of(optim=optim)
 
 
-def largest_error(framework: Framework, optimizer: str, weight_decay: float, seed: int) -> float:
+def largest_error(
+    framework: Framework,
+    optimizer: str,
+    weight_decay: float,
+    seed: int,
+    decayed: str = "matrices",
+) -> float:
     rule, fields = RULES[optimizer]
     fields = fields | {"weight_decay": weight_decay}
+    asked = fields | ({"decayed": decayed} if weight_decay else {})
     weights, gradients = drawn(seed)
     found = framework.optimize(
-        recipe(optimizer=optimizer, learning_rate=0.5, **fields), weights, gradients, RATES
+        recipe(optimizer=optimizer, learning_rate=0.5, **asked), weights, gradients, RATES
     )
     errors = []
     for name, weight in weights.items():
+        spared = decayed == "matrices" and weight.ndim == 1  # a norm or a bias
         expected = rule(
-            weight.astype(np.float64), [g[name].astype(np.float64) for g in gradients], fields
+            weight.astype(np.float64),
+            [g[name].astype(np.float64) for g in gradients],
+            fields | ({"weight_decay": 0.0} if spared else {}),
         )
         assert np.abs(expected - weight).max() > 1e-2  # there was something to see
         errors.append(np.abs(found[name] - expected).max())
@@ -115,10 +126,22 @@ HAS = [("mlx", optimizer) for optimizer in RULES] + [("torch", "adamw"), ("torch
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+@pytest.mark.parametrize("weight_decay, decayed", [(0.0, "all"), (0.3, "all"), (0.3, "matrices")])
 @pytest.mark.parametrize("name, optimizer", HAS)
-def test_optimizers_follow_their_rules(name: str, optimizer: str, weight_decay: float, seed: int):
-    assert largest_error(FRAMEWORKS[name], optimizer, weight_decay, seed) < 2e-6
+def test_optimizers_follow_their_rules(
+    name: str, optimizer: str, weight_decay: float, decayed: str, seed: int
+):
+    assert largest_error(FRAMEWORKS[name], optimizer, weight_decay, seed, decayed) < 2e-6
+
+
+@pytest.mark.parametrize("name, optimizer", HAS)
+def test_a_decayed_norm_or_a_spared_one_is_seen(name: str, optimizer: str, monkeypatch):
+    """Either rule against the other's numbers."""
+    monkeypatch.setattr(
+        mlx_optimizer, "_decay_matrices", lambda made, *rest: type(made).apply_single(made, *rest)
+    )
+    monkeypatch.setattr(torch_optimizer, "_by_decay", lambda parameters: parameters)
+    assert largest_error(FRAMEWORKS[name], optimizer, 0.3, 0) > 1e-3
 
 
 def test_the_default_table_is_adamw_with_torchs_defaults():

@@ -605,6 +605,16 @@ def test_split_is_seeded_and_complete():
     assert split(examples, data, 8)[1] != validation
 
 
+@pytest.mark.parametrize(
+    ("rows", "held_out"), [(2, 1), (9, 1), (10, 1), (30, 3), (639, 63), (640, 64), (5000, 64)]
+)
+def test_where_a_recipe_does_not_say_a_tenth_is_held_out_and_64_at_most(rows, held_out):
+    train, validation = split(numbered(rows), DataTable(source="x"), 7)
+    assert (len(train), len(validation)) == (rows - held_out, held_out)
+    chosen = DataTable(source="x", validation_examples=1)
+    assert len(split(numbered(rows), chosen, 7)[1]) == 1
+
+
 def test_held_out_rows_do_not_depend_on_the_number_of_training_rows():
     examples = numbered(50)
     splits = [

@@ -16,7 +16,7 @@ from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import DataTable, StudentTable, TruncationTable
+from mlx_distill.recipe.tables import DataTable, StudentTable, TeacherTable, TruncationTable
 from mlx_distill.runs.provenance import data_account
 from mlx_distill.terminal.show import show
 
@@ -36,6 +36,7 @@ def recipe(tmp_path, bytes_tokenizer):
     (student / "config.json").write_text('{"model_type": "llama"}')
     data = DataTable(source=str(tmp_path / "rows.jsonl"), validation_examples=4)
     return Recipe(
+        teacher=TeacherTable(model="some/teacher"),
         student=StudentTable(model=str(student)),
         data=data,
         truncation=TruncationTable(span="cot", fraction=0.5),
@@ -241,6 +242,14 @@ def test_runs_tile_the_sequence_and_agree_with_training(truncation, recipe, byte
 
 
 # --- the page ---
+
+
+def test_what_was_held_out_is_said_with_the_field_that_sets_it(recipe):
+    sets_it = "(data.validation_examples sets how many)"
+    assert sets_it not in printed(recipe)
+    assert f"validation: 2 whole examples, 95 tokens each on average {sets_it}" in printed(
+        changed(recipe, data={"validation_examples": 0})
+    )
 
 
 def test_page_without_colour(recipe):

@@ -4,6 +4,8 @@ Decided here: which optimizer follows the same rule as MLX's, and what its momen
 checkpoint, where they have MLX's names.
 """
 
+from typing import Any
+
 import torch
 import transformers
 from torch import Tensor
@@ -20,9 +22,10 @@ def make_optimizer(
     rule is MLX's (torch's own is not).
     """
     table = recipe.optim
+    groups = _by_decay(parameters) if table.decayed == "matrices" else parameters
     if table.optimizer == "adamw":
         made = torch.optim.AdamW(
-            parameters,
+            groups,
             table.learning_rate,
             (table.beta1, table.beta2),
             table.eps,
@@ -31,7 +34,7 @@ def make_optimizer(
         )
     elif table.optimizer == "adafactor" and not ranked:
         made = transformers.Adafactor(
-            parameters, table.learning_rate, weight_decay=table.weight_decay, relative_step=False
+            groups, table.learning_rate, weight_decay=table.weight_decay, relative_step=False
         )
     else:
         where = "torch on several ranks" if table.optimizer == "adafactor" else "torch"
@@ -42,6 +45,13 @@ def make_optimizer(
     for parameter in parameters:
         made.state[parameter] = _moments(parameter, table.optimizer)
     return made
+
+
+def _by_decay(parameters: list[Tensor]) -> list[dict[str, Any]]:
+    """Matrices, and norms, biases and other vectors, which do not decay."""
+    matrices = {"params": [one for one in parameters if one.ndim > 1]}
+    vectors = {"params": [one for one in parameters if one.ndim < 2], "weight_decay": 0.0}
+    return [group for group in (matrices, vectors) if group["params"]]
 
 
 def _moments(parameter: Tensor, optimizer: str) -> dict[str, Tensor | int]:

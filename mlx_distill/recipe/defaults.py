@@ -1,0 +1,44 @@
+"""Defaults that follow another field.
+
+In: a recipe, and which of its fields were set. Out: a value for each field of `FOLLOWS` that was
+not. They are filled in when a recipe is read, so that a run's recipe.toml says what was trained
+with; a field that is set stays as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_distill.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Following:
+    """A default as a function of the other fields, and the words for it in the reference."""
+
+    value: Callable[["Recipe"], float]
+    words: str
+
+
+FOLLOWS = {
+    "student.alpha": Following(lambda recipe: 2.0 * recipe.student.rank, "2 × rank"),
+    "optim.learning_rate": Following(
+        lambda recipe: 2e-5 if recipe.student.tuning == "full" else 2e-4,
+        '2e-4 with tuning = "lora" or "dora"',
+    ),
+    "optim.beta2": Following(
+        lambda recipe: 0.99 if recipe.optim.optimizer == "lion" else 0.999,
+        '0.99 with optimizer = "lion"',
+    ),
+}
+
+
+def following(recipe: "Recipe") -> dict[str, dict[str, Any]]:
+    """Table → field → value, for the fields of `FOLLOWS` that the recipe does not set."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, rule in FOLLOWS.items():
+        table, field = path.split(".")
+        if field not in getattr(recipe, table).model_fields_set:
+            found.setdefault(table, {})[field] = rule.value(recipe)
+    return found
