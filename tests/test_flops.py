@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import llama_config, model_folder
+from tiny import llama_config, model_folder, recipe_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,7 +13,6 @@ from mlx_distill.data.batches import Step, make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.models.folder import read_config
 from mlx_distill.objective import Objective
-from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import StudentTable
 
 CONFIG = {
@@ -164,7 +163,7 @@ def test_products_are_those_that_torch_counts(settings, most, tmp_path, bytes_to
         part: model_folder(tmp_path / part, bytes_tokenizer(), **config)
         for part, config in configs.items()
     }
-    recipe = Recipe.model_validate({"student": settings})
+    recipe = recipe_of(student=settings)
     backend = TorchBackend()
     student = backend.load_student(folders["student"], "student", recipe)
     teacher = backend.load_teacher(folders["teacher"], "teacher")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import recipe_of
 
 from mlx_distill.data.batches import ALL_SEGMENTS, Steps, make_batch
 from mlx_distill.data.counts import count_tokens, token_runs
@@ -160,9 +161,7 @@ def test_the_share_that_stays_whole_is_a_function_of_seed_and_id():
 
 
 def recipe(**truncation) -> Recipe:
-    return Recipe.model_validate(
-        {"data": {"source": "rows.jsonl"}, "truncation": {"fraction": 0.5} | truncation}
-    )
+    return recipe_of(truncation={"fraction": 0.5} | truncation)
 
 
 def test_an_example_that_stays_whole_is_neither_cut_nor_capped():
