@@ -2,11 +2,11 @@
 them, and fused into their matrices again.
 """
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as AdaptedLinear
 from torch import Tensor, nn
 
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
@@ -34,7 +34,8 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
         for block in split.layers
     ]
     paths = adapted_paths(blocks, table, split.name)
-    config = LoraConfig(
+    peft = _peft()
+    config = peft.LoraConfig(
         r=table.rank,
         lora_alpha=table.alpha,
         target_modules=paths,
@@ -42,7 +43,7 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
         lora_dropout=0.0,
         bias="none",
     )
-    inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(config, model)
     for path, module in adapted_modules(model).items():
         weight = module.lora_A.default.weight
         matrix = initial_matrix((weight.shape[1], weight.shape[0]), path, seed)
@@ -54,11 +55,19 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
             )
 
 
-def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """Path → the layer with an adapter."""
-    return {
-        path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)
-    }
+def _peft() -> Any:
+    """peft, imported only where adapters are added: it takes longer than a small run's first step,
+    and imports bitsandbytes, which warns on every CPU of a kernel that nothing here uses.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import peft
+
+    return peft
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Any]:
+    """Path → the layer with an adapter, a `peft.tuners.lora.Linear`."""
+    return {path: module for path, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def canonical(name: str) -> str:
@@ -105,7 +114,7 @@ def fused_weights(split: SplitModel, base: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fused(module: AdaptedLinear, weight: Tensor) -> Tensor:
+def _fused(module: Any, weight: Tensor) -> Tensor:
     """The matrix that does what a LoRA or DoRA layer over `weight` does, in float32: peft's merge
     adds in the frozen one's type.
     """
