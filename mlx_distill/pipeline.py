@@ -250,7 +250,9 @@ class Pipeline:
     def _load_teacher(self) -> LiveTeacher:
         asked = self.recipe.teacher
         folder, _ = self.pair.named_teacher()
-        teacher = self.backend.load_teacher(folder, asked.model, asked.quantize_bits)
+        teacher = self.backend.load_teacher(
+            folder, asked.model, asked.quantize_bits, asked.compute_dtype
+        )
         self._say_notes(teacher)
         return teacher
 
@@ -258,7 +260,8 @@ class Pipeline:
         """Who writes once: the teacher, or the student as it is before training."""
         if self.recipe.rollouts.by == "teacher":
             return self._load_teacher()
-        return self.backend.load_teacher(self.pair.student, self.recipe.student.model, 0)
+        asked = self.recipe.student
+        return self.backend.load_teacher(self.pair.student, asked.model, 0, asked.compute_dtype)
 
     def _say_notes(self, model: Model) -> None:
         for note in model.notes:

@@ -124,12 +124,12 @@ def test_student_checkpoint_and_export_are_those_of_a_real_student(
     assert plan.student_bytes == real.export_bytes()
 
 
-@pytest.mark.parametrize("bits", [0, 4, 8])
-def test_teacher_bytes_are_those_of_a_real_teacher(bits, tmp_path, bytes_tokenizer):
+@pytest.mark.parametrize("bits, asked", [(0, "auto"), (4, "auto"), (8, "auto"), (0, "bfloat16")])
+def test_teacher_bytes_are_those_of_a_real_teacher(bits, asked, tmp_path, bytes_tokenizer):
     folder = model_folder(tmp_path / "teacher", bytes_tokenizer(), layers=2, width=64)
-    real = MlxBackend().load_teacher(folder, "it", bits)
+    real = MlxBackend().load_teacher(folder, "it", bits, asked)
     dtype = MlxBackend().device().dtype
-    assert teacher_bytes(Dense.of(read_config(folder), "it"), bits, dtype) == sum(
+    assert teacher_bytes(Dense.of(read_config(folder), "it"), bits, dtype, asked) == sum(
         array.nbytes for _, array in tree_flatten(real.split.model.parameters())
     )
 

@@ -648,6 +648,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     newer["objective"] = {"skew_alpha", "mixed_weight"}
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     newer["truncation"] = {"whole_share", "ending"}
+    newer["teacher"] = {"compute_dtype"}
     assert {(table, field) for table, fields in newer.items() for field in fields} == set(
         CAME_LATER
     )

@@ -74,6 +74,7 @@ CASES = {
     "teacher.model": ("{root}/student", ()),
     "teacher.revision": ("v2", ("teacher.model=org/teacher",)),
     "teacher.quantize_bits": ("4", ("teacher.model={root}/wide",)),
+    "teacher.compute_dtype": ("bfloat16", ()),
     "teacher.cache": ("sampled", CACHED),
     "teacher.cache_folder": (
         "{out}/tiny/answers",

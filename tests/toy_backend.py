@@ -123,7 +123,9 @@ class ToyStudent(ToyTeacher):
 class ToyBackend:
     name, ranks = "toy", Ranks()
 
-    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> ToyTeacher:
+    def load_teacher(
+        self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
+    ) -> ToyTeacher:
         return ToyTeacher(self.table(folder))
 
     def load_student(self, folder: Path, name: str, recipe) -> ToyStudent:

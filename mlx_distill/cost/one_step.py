@@ -111,8 +111,8 @@ def _teacher(asked: dict[str, Any], recipe: Recipe, backend: Backend) -> Any:
         return None
     folder = Path(asked["teacher"])
     if recipe.teacher.cache == "off":
-        name = recipe.teacher.model
-        return backend.load_teacher(folder, name, recipe.teacher.quantize_bits)
+        table = recipe.teacher
+        return backend.load_teacher(folder, table.model, table.quantize_bits, table.compute_dtype)
     config = read_config(folder)
     rows, width = config["vocab_size"], config["hidden_size"]
     if recipe.teacher.cache == "hidden":

@@ -87,7 +87,10 @@ class Weights:
     def teacher_bytes(self) -> float:
         if not self.teacher:
             return 0.0
-        return teacher_bytes(self.teacher, self.recipe.teacher.quantize_bits, self.machine.dtype)
+        asked = self.recipe.teacher
+        return teacher_bytes(
+            self.teacher, asked.quantize_bits, self.machine.dtype, asked.compute_dtype
+        )
 
     @property
     def is_dora(self) -> bool:

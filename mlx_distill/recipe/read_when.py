@@ -43,6 +43,7 @@ DRAWN = Condition(
 
 READ_WHEN = {
     "teacher.quantize_bits": Condition(lambda recipe: bool(recipe.teacher.model), "a teacher"),
+    "teacher.compute_dtype": Condition(lambda recipe: bool(recipe.teacher.model), "a teacher"),
     "teacher.cache_folder": choice("teacher", "cache", "top_k", "sampled", "hidden"),
     "teacher.cache_top_k": choice("teacher", "cache", "top_k"),
     "teacher.cache_samples": choice("teacher", "cache", "sampled"),

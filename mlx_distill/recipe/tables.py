@@ -52,6 +52,9 @@ class TeacherTable(Table):
     quantize_bits: Literal[0, 4, 6, 8] = 0
     """Quantise the teacher to so many bits on load; 0 = as stored."""
 
+    compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], CameLater("auto")] = "auto"
+    """In which the teacher computes; auto = float32 on a CPU, elsewhere as stored."""
+
     cache: Literal["off", "top_k", "sampled", "hidden"] = "off"
     """Keep its answers on disk: K a token, drawn ones, or hidden states (exact, large)."""
 
@@ -99,7 +102,7 @@ class StudentTable(Table):
     """Compute activations again in the backward pass: less memory, more time."""
 
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """In which the student computes; auto = float32 on a CPU, bfloat16 on a GPU."""
+    """In which the student learns and is scored; auto = float32 on a CPU, bfloat16 on a GPU."""
 
     save_dtype: Literal["base", "float32", "bfloat16"] = "base"
     """Of the exported student; base = as its base model's."""

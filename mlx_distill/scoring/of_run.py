@@ -65,8 +65,9 @@ def _score(
     generations: Generations,
 ) -> Score:
     settings = pair.recipe.eval
+    computed = pair.recipe.teacher if part == "teacher" else pair.recipe.student
     found = scoring.score(
-        backend.load_teacher(path, part, bits),
+        backend.load_teacher(path, part, bits, computed.compute_dtype),
         pair.tokenizer,
         task,
         settings,

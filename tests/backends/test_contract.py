@@ -422,6 +422,22 @@ def test_bfloat16_is_for_computing_only(
     assert moved.mean() > 0.5
 
 
+def test_a_teacher_computes_in_what_is_asked_for(backend: Backend, root: Path, teacher: Teacher):
+    """Its answers in bfloat16 are nearly those in float32, and not quite."""
+    student, folder = load_student(backend, root), root / "teacher"
+    found = [
+        student.score(batch(), asked.targets(batch()), Objective(kd_weight=1)).terms["kd"].sum()
+        for asked in (
+            teacher,
+            backend.load_teacher(folder, "teacher", dtype="float32"),
+            backend.load_teacher(folder, "teacher", dtype="bfloat16"),
+        )
+    ]
+    assert found[0] == found[1]
+    assert found[2] == pytest.approx(found[0], rel=0.1)
+    assert found[2] != pytest.approx(found[0], rel=1e-5)
+
+
 def test_the_model_at_rest_holds_its_own_weights(backend: Backend, root: Path, teacher: Teacher):
     """Not those a forward pass was traced or computed with, even after a refusal in the middle of
     one.

@@ -54,10 +54,12 @@ class MlxBackend:
     def dtype(self, asked: str) -> mx.Dtype:
         return getattr(mx, self.device().dtype if asked == "auto" else asked)
 
-    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> MlxTeacher:
+    def load_teacher(
+        self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
+    ) -> MlxTeacher:
         split = loading.load_teacher(folder, name, quantize_bits)
-        if self.device().dtype == "float32":
-            split.model.update(cast(split.model.parameters(), mx.float32))
+        if dtype != "auto" or self.device().dtype == "float32":
+            split.model.update(cast(split.model.parameters(), self.dtype(dtype)))
             mx.eval(split.model.parameters())
         return MlxTeacher(split)
 

@@ -55,11 +55,14 @@ class TorchBackend:
     def dtype(self, asked: str) -> torch.dtype:
         return getattr(torch, self.device().dtype if asked == "auto" else asked)
 
-    def load_teacher(self, folder: Path, name: str, quantize_bits: int = 0) -> TorchTeacher:
+    def load_teacher(
+        self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
+    ) -> TorchTeacher:
+        as_stored = dtype == "auto" and self._device.type != "cpu"
+        asked = None if as_stored else self.dtype(dtype)
         with explained(f"loading {name}"):
-            dtype = torch.float32 if self._device.type == "cpu" else None
             return TorchTeacher(
-                loading.load_teacher(folder, name, quantize_bits, self._device, dtype)
+                loading.load_teacher(folder, name, quantize_bits, self._device, asked)
             )
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> TorchStudent:
