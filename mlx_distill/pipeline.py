@@ -115,10 +115,11 @@ class Pipeline:
 
     def announce(self) -> None:
         """Say where this runs, and which day prompts say."""
-        device = self.backend.device()
-        self.view.say(
-            f"backend {device.backend} on {device.device}, {device.dtype}: {device.reason}"
-        )
+        device, asked = self.backend.device(), self.recipe.student.compute_dtype
+        dtype, reason = device.dtype, device.reason
+        if asked not in ("auto", dtype):
+            dtype, reason = asked, "student.compute_dtype asks for it"
+        self.view.say(f"backend {device.backend} on {device.device}, {dtype}: {reason}")
         if device.advice:
             self.view.say(f"note: {device.advice}")
         if self.day:

@@ -4,9 +4,13 @@ import io
 import sys
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mlx_distill.backends.mlx.backend import MlxBackend
+from mlx_distill.pipeline import Pipeline
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.view import OBEYED, Screen, View, one_line, plain, show_what_can_be_shown
 
 WILD = "\x1b]0;title taken\x07\x1b[2J\x9b31m\r\b\u202eevil\u2066\u2028[red]:smile:\udcff\U000e0041"
@@ -72,3 +76,11 @@ def test_the_programs_own_streams_take_any_text(monkeypatch):
     assert sys.stdout.buffer.getvalue() == b"x ?\n"
     monkeypatch.setattr(sys, "stdout", None)  # closed by a shell
     show_what_can_be_shown()
+
+
+@pytest.mark.parametrize("asked, said", [("auto", "float32: MLX"), ("bfloat16", "bfloat16: stud")])
+def test_the_first_line_says_in_what_the_student_computes(tiny_recipe, asked, said):
+    text = io.StringIO()
+    recipe = load_recipe(tiny_recipe, [f"student.compute_dtype={asked}"])
+    Pipeline(recipe, View(Console(file=text)), MlxBackend()).announce()
+    assert text.getvalue().startswith("backend mlx on ") and f", {said}" in text.getvalue()

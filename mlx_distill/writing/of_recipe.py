@@ -49,21 +49,28 @@ class Rollouts:
         train = chosen_examples(examples, self.table.share, seed)
         held_out = [example for example, _ in chosen.validation if not example.solved]
         self._train, self._held_out = {one.id for one in train}, {one.id for one in held_out}
-        folder, tokenizers, bits = pair.student, [pair.tokenizer], 0
+        folder, tokenizers = pair.student, [pair.tokenizer]
         if self.table.by == "teacher":
             folder, tokenizer = pair.named_teacher()
             tokenizers.append(tokenizer)
-            bits = self.recipe.teacher.quantize_bits
         stops = stops_of(pair.student, pair.tokenizer) | stops_of(folder, *tokenizers)
         self.writing = Writing([*train, *held_out], pair.tokenizer, self.table, seed, stops, day)
-        self._writer = folder, bits
+        self._writer = folder
         self._root = Path(self.table.folder).expanduser()
         self._once: list[Text] = []  # what was written once
 
     @cached_property
     def _fields(self) -> dict[str, Any]:
-        folder, bits = self._writer
-        return self.writing.fields({**identity(folder), "quantize_bits": bits})
+        """All that the texts depend on; the format that a device computes in by itself does not
+        count, as the backend does not.
+        """
+        theirs, ours = self.recipe.teacher, self.recipe.student
+        by_teacher = self.table.by == "teacher"
+        dtype = (theirs if by_teacher else ours).compute_dtype
+        model = identity(self._writer) | {
+            "quantize_bits": theirs.quantize_bits if by_teacher else 0
+        }
+        return self.writing.fields(model | ({} if dtype == "auto" else {"compute_dtype": dtype}))
 
     @property
     def folder(self) -> Path:
@@ -160,8 +167,7 @@ class Rollouts:
         return writing_cost(prompts, longest, at_once, shape, number_bytes=4)
 
     def _shape(self) -> Shape | None:
-        folder, _ = self._writer
-        return Shape.of(read_config(folder))
+        return Shape.of(read_config(self._writer))
 
     def _order(self) -> Order:
         size, optim = self.recipe.batch.global_batch_size, self.recipe.optim

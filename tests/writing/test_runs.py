@@ -84,8 +84,11 @@ def test_texts_are_written_once_for_all_who_ask_the_same(tiny_recipe, tmp_path):
     assert len(loads) == 1
     for whole, shorter in zip(first.train_whole, cut.train_whole, strict=True):
         np.testing.assert_array_equal(whole.tokens, shorter.tokens)
-    other, _ = made(tiny_recipe, tmp_path, *asked, "rollouts.temperature=0.5")
-    assert other.folder != rollouts.folder
+    for setting in ("rollouts.temperature=0.5", "teacher.compute_dtype=bfloat16"):
+        other, _ = made(tiny_recipe, tmp_path, *asked, setting)
+        assert other.folder != rollouts.folder
+    same, _ = made(tiny_recipe, tmp_path, *asked, "student.compute_dtype=bfloat16")
+    assert same.folder == rollouts.folder
 
 
 def test_a_plan_counts_texts_as_long_as_they_can_be(tiny_recipe, tmp_path):
