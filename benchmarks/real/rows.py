@@ -3,10 +3,10 @@
     python benchmarks/real/rows.py keep      copy each sweep's results.csv here, with the costs below
     python benchmarks/real/rows.py write     the tables from the kept rows
 
-A sweep's `flops` are of the student's steps. Here two more columns stand beside them:
-`teacher_flops`, what the teacher's pass over the tokens of these steps costs where no cache has its
-answers already, and `writing_flops`, what a model's writing of the texts cost. A table's FLOPs are
-the sum of all three. No number is typed in.
+A sweep's `flops` are of the student's steps. `costs.csv` has what else a run cost: `teacher_flops`,
+the teacher's pass over the tokens of these steps, which a cache spares all but the first arm, and
+`writing_flops`, a model's writing of the texts. A table's FLOPs are the sum of all three. No number
+is typed in.
 """
 
 import csv
@@ -27,6 +27,7 @@ from mlx_distill.recipe.recipe import with_values  # noqa: E402
 from mlx_distill.reporting.kept_run import read_run  # noqa: E402
 from mlx_distill.reporting.markdown import table  # noqa: E402
 from mlx_distill.reporting.study import (  # noqa: E402
+    DONE,
     Condition,
     Row,
     conditions,
@@ -34,67 +35,94 @@ from mlx_distill.reporting.study import (  # noqa: E402
     gain_retention,
     read_rows,
     retention,
+    rows_text,
 )
 from mlx_distill.terminal.plan import plan_of  # noqa: E402
 from mlx_distill.words import DASH, amount, duration, percent  # noqa: E402
 
-SWEEPS = {"arms": "runs", "rest": "runs", "on-policy": "on-policy/runs"}  # → where its runs lie
-COSTS = ("teacher_flops", "writing_flops")
+SWEEPS = {  # → where its runs lie
+    "arms": "runs",
+    "rest": "runs",
+    "on-policy": "on-policy/runs",
+    "other-students": "other-students/runs",
+}
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def keep(source: Annotated[Path, typer.Argument(help="folder of the sweeps")] = Path("runs/real")):
     """Copy the rows of the sweeps that have begun; costs that are known are not computed again."""
+    known = kept_costs()
     for name, runs in SWEEPS.items():
-        found, kept = source / name / "results.csv", HERE / f"{name}.csv"
-        if not found.exists():
+        if not (found := source / name / "results.csv").exists():
             continue
-        known = {row["run"]: row for row in read(kept)} if kept.exists() else {}
-        rows = [row | costs(row, source / runs, known) for row in read(found)]
-        with kept.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        typer.echo(f"{kept}: {len(rows)} rows")
+        rows = joined(HERE / f"{name}.csv", read_rows(found))
+        (HERE / f"{name}.csv").write_text(rows_text(rows))
+        done = [row for row in rows if row.role == "student" and row.status == DONE]
+        for row in done:
+            if (key := (runs, row.run, row.commit)) not in known:
+                known[key] = costs(source / runs / row.run)
+        typer.echo(f"{HERE / name}.csv: {len(done)} runs")
+    with (HERE / "costs.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["runs", "run", "commit", "teacher_flops", "writing_flops"])
+        writer.writerows([*key, *values] for key, values in sorted(known.items()))
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def joined(path: Path, rows: list[Row]) -> list[Row]:
+    """Rows, after those that are kept of other runs, which another machine made; base and teacher
+    as they were scored first.
+    """
+    again = {(row.label, row.run) for row in rows}
+    kept = [row for row in (read_rows(path) if path.exists() else []) if row.status == DONE]
+    shared = {row.role for row in kept if row.role != "student"}
+    return [
+        *(row for row in kept if row.role in shared or (row.label, row.run) not in again),
+        *(row for row in rows if row.role not in shared),
+    ]
+
+
+def kept_costs() -> dict[tuple[str, str, str], tuple[float, float]]:
+    """(where runs lie, run, commit) → FLOPs of the teacher's pass, and of writing."""
+    path = HERE / "costs.csv"
+    if not path.exists():
+        return {}
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        return {
+            (row["runs"], row["run"], row["commit"]): (
+                float(row["teacher_flops"]),
+                float(row["writing_flops"]),
+            )
+            for row in csv.DictReader(file)
+        }
 
 
-def costs(row: dict[str, str], runs: Path, known: dict[str, dict[str, str]]) -> dict[str, float]:
+def costs(folder: Path) -> tuple[float, float]:
     """What a run cost beside its student's steps."""
-    if row["role"] != "student" or row["status"] != "done":
-        return dict.fromkeys(COSTS, 0.0)
-    if (old := known.get(row["run"])) and old["commit"] == row["commit"]:
-        return {name: float(old[name]) for name in COSTS}
-    run = read_run(runs / row["run"])
+    run = read_run(folder)
     live = with_values(run.recipe, teacher={"cache": "off"})
     plan = plan_of(live, this_machine("torch"), advised=False)[1]
     written = run.manifest.written
-    return {
-        "teacher_flops": plan.flops.get("teacher", 0.0),
-        "writing_flops": written.flops if written else 0.0,
-    }
+    return plan.flops.get("teacher", 0.0), written.flops if written else 0.0
 
 
 @app.command()
 def write() -> None:
     """Rewrite the tables of the sweeps that have rows."""
-    base = conditions(all_in(HERE / "arms.csv"), "base")
+    base = conditions(all_in("arms"), "base")
     for name in SWEEPS:
-        if (path := HERE / f"{name}.csv").exists():
-            rewrite_section(f"real-{name}", page(all_in(path), base[0] if base else None))
+        if (HERE / f"{name}.csv").exists():
+            rewrite_section(f"real-{name}", page(all_in(name), base[0] if base else None))
 
 
-def all_in(path: Path) -> list[Row]:
-    """Kept rows, whose FLOPs are those of the teacher's pass and of writing, too."""
-    beside = {row["run"]: sum(float(row[name]) for name in COSTS) for row in read(path)}
+def all_in(name: str) -> list[Row]:
+    """A sweep's rows, whose FLOPs are those of the teacher's pass and of writing, too."""
+    known = kept_costs()
     return [
-        dataclasses.replace(row, flops=row.flops + beside[row.run]) if row.flops else row
-        for row in read_rows(path)
+        dataclasses.replace(row, flops=row.flops + sum(known[SWEEPS[name], row.run, row.commit]))
+        if row.role == "student" and row.status == DONE
+        else row
+        for row in read_rows(HERE / f"{name}.csv")
     ]
 
 
