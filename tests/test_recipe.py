@@ -263,6 +263,22 @@ def test_a_default_follows_other_fields(write, override, expected):
     assert kept == recipe and kept.digest() == recipe.digest()
 
 
+@pytest.mark.parametrize(("by", "weight"), [("data", 0.5), ("teacher", 0.5), ("student", 1.0)])
+def test_what_the_student_writes_is_learned_from_the_teacher_alone(write, by, weight):
+    assert load(write, "", f"rollouts.by={by}").objective.kd_weight == weight
+    both = load(write, "", f"rollouts.by={by}", "objective.kd_weight=0.7")
+    assert both.objective.kd_weight == 0.7
+
+
+@pytest.mark.parametrize("chosen", ["keep=right", "weigh=pass_rate"])
+def test_texts_that_are_written_again_are_not_chosen_among(write, chosen):
+    settings = ("by=student", "samples=2", "temperature=1.0", "refresh_every=2", chosen)
+    text = refused(write, "", *(f"rollouts.{one}" for one in settings))
+    field = chosen.partition("=")[0]
+    assert f"[rollouts] {field} = " in text and "or refresh_every = 0" in text
+    load(write, "", *(f"rollouts.{one}" for one in (*settings, "refresh_every=0")))
+
+
 def test_what_is_set_is_kept(write):
     rates = ("optim.learning_rate=2e-5", "student.alpha=8.0", "optim.beta2=0.999")
     recipe = load(write, "", "student.tuning=lora", "optim.optimizer=lion", *rates)
@@ -337,6 +353,7 @@ UNREAD = {
     ("data", "response_column", '"r"'): 'format="response"',
     ("data", "messages_column", '"m"'): 'format="conversations"',
     ("teacher", "quantize_bits", "4"): 'model="some"',
+    ("teacher", "compute_dtype", '"float32"'): 'model="some"',
     ("rollouts", "share", "0.5"): 'by="teacher"',
     ("rollouts", "samples", "4"): 'by="student"',
     ("rollouts", "temperature", "0.7"): 'by="teacher"',
@@ -367,6 +384,7 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
         "response_column": 'data.format="columns"',
         "messages_column": 'data.format="columns"',
         "quantize_bits": "teacher.model=",
+        "compute_dtype": "teacher.model=",
         "decayed": "optim.weight_decay=0.0",
         "cache_folder": "teacher.cache=off",
         "cache_top_k": "teacher.cache=off",

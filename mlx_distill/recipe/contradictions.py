@@ -95,6 +95,14 @@ def _rollouts_contradictions(recipe: "Recipe") -> Iterator[str]:
             '[rollouts] weigh = "pass_rate" weighs written texts, which the data\'s own have no '
             "rate for: set share = 1.0"
         )
+    for field, value in (("keep", "all"), ("weigh", "none")):
+        if rollouts.refresh_every and getattr(rollouts, field) != value:
+            yield (
+                f'[rollouts] {field} = "{getattr(rollouts, field)}" chooses among texts before '
+                f"training, but with refresh_every = {rollouts.refresh_every} the steps are "
+                f'counted before their texts are written: set {field} = "{value}", or '
+                "refresh_every = 0"
+            )
     if rollouts.refresh_every and recipe.teacher.cache != "off":
         yield (
             f"[rollouts] refresh_every = {rollouts.refresh_every} writes texts that no teacher "

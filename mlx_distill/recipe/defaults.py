@@ -27,6 +27,10 @@ FOLLOWS = {
         lambda recipe: 2e-5 if recipe.student.tuning == "full" else 2e-4,
         '2e-4 with tuning = "lora" or "dora"',
     ),
+    "objective.kd_weight": Following(
+        lambda recipe: 1.0 if recipe.rollouts.by == "student" else 0.5,
+        '1.0 with rollouts.by = "student"',
+    ),
     "optim.beta2": Following(
         lambda recipe: 0.99 if recipe.optim.optimizer == "lion" else 0.999,
         '0.99 with optimizer = "lion"',
