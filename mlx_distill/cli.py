@@ -257,6 +257,42 @@ def evaluate(
 
 
 @app.command()
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL_OR_RUN",
+            help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.",
+        ),
+    ],
+    prompt: Annotated[
+        str, typer.Option("--prompt", help="Ask this alone; without it, a conversation.")
+    ] = "",
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-new-tokens", callback=_range(1, 2**20), help="Where an answer is cut off."
+        ),
+    ] = 1024,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="At which answers are drawn; 0 = greedy.")
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option("--seed", callback=_range(0, 2**32 - 1), help="Draws the answers.")
+    ] = 0,
+    backend: BackendOption = "auto",
+) -> None:
+    """Talk to a model, or to the student of a run; what it thinks is dimmed."""
+    from mlx_distill.backends.protocol import Sampling
+    from mlx_distill.terminal.chat import chat as talk
+
+    if not 0 <= temperature <= 100:
+        raise DistillError(f"--temperature should be from 0 to 100, found {temperature}")
+    with View(console) as view:
+        talk(model, Sampling(max_new_tokens, temperature, seed=seed), prompt, view, backend)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders.")],
     out: Annotated[

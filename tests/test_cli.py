@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from endings import STUDENT
 
-COMMANDS = ("run", "plan", "teach", "show", "eval", "report", "doctor")
+COMMANDS = ("run", "plan", "teach", "show", "eval", "chat", "report", "doctor")
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +212,11 @@ ERRORS = {
     "eval of nothing": (
         ("eval", "{out}/none", "--task", "jsonl:{tiny}/rows.jsonl"),
         ("model '{out}/none'", "check the path"),
+    ),
+    "chat with nothing": (("chat", "{out}/none"), "{out}/none"),
+    "chat at a wrong temperature": (
+        ("chat", "{tiny}/teacher", "--temperature", "-1"),
+        "--temperature should be from 0 to 100, found -1",
     ),
     "eval with a wrong setting": (
         ("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"),

@@ -199,6 +199,11 @@ class Model(Protocol):
         came, is the last one.
         """
 
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """The token ids that `generate` gives for this prompt alone, each as it is made; nothing is
+        computed after the caller has left.
+        """
+
 
 class LiveTeacher(Model, Teacher, Protocol):
     """A teacher that is loaded, which a cache on disk can be filled from (`teaching/`): the first

@@ -8,12 +8,11 @@ from pathlib import Path
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.stops import stops_of
 from mlx_distill.data.day import about_day, choose_day
-from mlx_distill.errors import NotFound
-from mlx_distill.models.hub import load_tokenizer, model_folder
+from mlx_distill.models.hub import load_tokenizer
 from mlx_distill.recipe.load import eval_table
 from mlx_distill.recipe.tables import DataTable
+from mlx_distill.runs.named import run_at, weights_of
 from mlx_distill.runs.provenance import identity
-from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.generations import Evaluation, Generations
 from mlx_distill.scoring.score import Score, describe
@@ -35,18 +34,11 @@ def score_model(
     Score and generations are kept in `out`, by default the folder `evals` of the run, or of the
     working folder.
     """
-    path = Path(name)
-    is_run = (path / "recipe.toml").exists()
-    folder = path / "student" if is_run else model_folder(name)
-    if not folder.exists():
-        raise NotFound(
-            f"{path} holds a run without a finished student: run its recipe to the end first"
-        )
+    run, folder = run_at(name), weights_of(name)
     table = eval_table(settings)
     task = load_task(task_name, table.examples, table.seed)
     tokenizer, backend = load_tokenizer(folder), choose_backend(backend_name)
-    kept_day = RunFolder(path).kept_day() if is_run else ""
-    day = choose_day(DataTable(), tokenizer, [kept_day])
+    day = choose_day(DataTable(), tokenizer, [run.kept_day() if run else ""])
     if day:
         view.say(about_day(day))
     model = backend.load_teacher(folder, name)
@@ -55,7 +47,7 @@ def score_model(
     progress = view.count(f"scoring {name}", len(task.problems) * table.samples)
     made_by = identity(folder) | {"backend": backend.name}
     view.say(task.describe())
-    kept_in = out or (path if is_run else Path()) / "evals"
+    kept_in = out or (run.path if run else Path()) / "evals"
     with Evaluation.opened(kept_in, name, task, table, made_by) as kept:
         generations = Generations(kept.generations, name, made_by, view.say)
         stops = stops_of(folder, tokenizer)

@@ -844,6 +844,27 @@ def test_a_text_depends_on_nothing_that_it_is_drawn_beside(backend: Backend, tea
     assert first == again == together[0] != second
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stream_is_the_text_that_generate_gives(
+    backend: Backend, teacher: Teacher, temperature: float
+):
+    drawn = {"temperature": temperature, "seed": 1}
+    for prompt in PROMPTS:
+        (whole,) = texts(teacher, [prompt], 12, batch_size=1, **drawn)
+        stops = frozenset(whole[5:6])
+        (ended,) = texts(teacher, [prompt], 12, batch_size=1, stop_ids=stops, **drawn)
+        assert list(teacher.stream(prompt, Sampling(12, **drawn))) == whole
+        assert list(teacher.stream(prompt, Sampling(12, stop_ids=stops, **drawn))) == ended
+
+
+def test_a_stream_that_is_left_computes_no_more(backend: Backend, teacher: Teacher):
+    stream = teacher.stream(PROMPTS[0], Sampling(10_000))
+    first = [next(stream) for _ in range(3)]
+    stream.close()
+    assert first == naive(backend, teacher, PROMPTS[0], 3)
+    assert list(teacher.stream(PROMPTS[0], Sampling(3))) == first
+
+
 def test_texts_are_drawn_as_often_as_their_probability_says(backend: Backend, teacher: Teacher):
     """The first token of many samples against the model's own distribution, cut as transformers
     cuts it: temperature before `top_p`.

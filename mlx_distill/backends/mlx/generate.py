@@ -45,6 +45,21 @@ class MlxModel:
         self, prompts: Sequence[Sequence[int]], sampling: Sampling
     ) -> Iterator[tuple[int, list[int]]]:
         """(which prompt, its new ids) as they finish, the stop id included where one came."""
+        tokens: dict[int, list[int]] = {place: [] for place in range(len(prompts))}
+        for place, token, ends in self._tokens(prompts, sampling):
+            tokens[place].append(token)
+            if ends:
+                yield place, tokens.pop(place)
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """The new ids of one text, each as it is made."""
+        for _, token, _ in self._tokens([prompt], sampling):
+            yield token
+
+    def _tokens(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, int, bool]]:
+        """(which prompt, a new id, whether it is the text's last) by mlx-lm's batch generator."""
         from mlx_lm.generate import BatchGenerator
 
         samplers = _samplers(sampling, prompts)
@@ -58,12 +73,10 @@ class MlxModel:
         try:
             names = generator.insert([list(prompt) for prompt in prompts], samplers=samplers)
             places = {name: place for place, name in enumerate(names)}
-            tokens: dict[int, list[int]] = {name: [] for name in names}
             while responses := generator.next_generated():
                 for response in responses:
-                    tokens[response.uid].append(response.token)
-                    if response.finish_reason is not None:
-                        yield places[response.uid], tokens.pop(response.uid)
+                    ends = response.finish_reason is not None
+                    yield places[response.uid], response.token, ends
         finally:
             generator.close()
 

@@ -6,11 +6,14 @@ finished, by transformers' `generate`, a batch at a time.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from queue import SimpleQueue
+from threading import Event, Thread
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from mlx_distill.backends.draws import draws_of
 from mlx_distill.backends.protocol import Sampling, check_indices
@@ -82,6 +85,54 @@ class TorchModel:
             text[: next((i + 1 for i, token in enumerate(text) if token in stop_ids), None)]
             for text in texts
         ]
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """The new ids of one text, each as it is made, by transformers in a thread of its own."""
+        self.split.model.generation_config = _generation(sampling)
+        drawn = _Drawn(sampling, draws_of(sampling, [prompt])) if sampling.temperature else None
+        tokens = self.tensor(np.array([prompt]))
+        streamer, left = _Streamer(), Event()
+
+        def write() -> None:
+            try:
+                with torch.no_grad(), self.precision(), explained("generating"):
+                    self.split.model.generate(
+                        tokens,
+                        attention_mask=torch.ones_like(tokens),
+                        logits_processor=transformers.LogitsProcessorList([drawn] if drawn else []),
+                        stopping_criteria=[lambda ids, scores: left.is_set()],
+                        streamer=streamer,
+                    )
+            except Exception as error:  # raised again where it is waited for
+                streamer.said.put(error)
+
+        thread = Thread(target=write, daemon=True)
+        thread.start()
+        try:
+            while (said := streamer.said.get()) is not None:
+                if isinstance(said, Exception):
+                    raise said
+                yield said
+        finally:
+            left.set()
+            thread.join()
+
+
+class _Streamer(BaseStreamer):
+    """Hands on what `generate` puts: the prompt, which is left out, then ids, then the end."""
+
+    def __init__(self) -> None:
+        self.said: SimpleQueue[int | Exception | None] = SimpleQueue()
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if not self._prompt:
+            for token in value.reshape(-1).tolist():
+                self.said.put(token)
+        self._prompt = False
+
+    def end(self) -> None:
+        self.said.put(None)
 
 
 class _Drawn(transformers.LogitsProcessor):
