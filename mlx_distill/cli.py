@@ -233,8 +233,13 @@ def evaluate(
         ),
     ],
     task: Annotated[
-        str, typer.Option("--task", help="embedded:NAME, gsm8k:PATH, math:PATH or jsonl:PATH.")
-    ],
+        str,
+        typer.Option(
+            "--task",
+            help="embedded:NAME, gsm8k:PATH, math:PATH or jsonl:PATH; "
+            "default: the task of a run's own recipe, for its eval.json and report.",
+        ),
+    ] = "",
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -250,10 +255,23 @@ def evaluate(
     """Score a model on a task: accuracy with its 95 % interval, unfinished share, tokens. Started
     again, it goes on.
     """
+    from mlx_distill import pipeline
+    from mlx_distill.runs.named import run_at, weights_of
     from mlx_distill.scoring.of_model import score_model
 
+    settings = tuple(set_ or ())
+    if task:
+        with _stoppable() as view:
+            score_model(model, task, settings, view, backend, out)
+        return
+    run = run_at(model)
+    if run is None:
+        raise DistillError(f"{model} is no run, whose recipe has a task: name one with --task")
+    if out:
+        raise DistillError("--out goes with --task: the scores of a run's own task lie in the run")
+    weights_of(model)
     with _stoppable() as view:
-        score_model(model, task, tuple(set_ or ()), view, backend, out)
+        pipeline.score(run, settings, view, backend)
 
 
 @app.command()

@@ -23,7 +23,8 @@ from mlx_distill.data.prepare import Prepared, choose, learnable
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import OutOfMemory, RecipeError
 from mlx_distill.machine import Machine
-from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.load import load_kept_recipe
+from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.runs import logs
 from mlx_distill.runs.disk import refuse_full_disk
@@ -60,6 +61,25 @@ def run(
     with held_folder(recipe, backend, fresh, pipeline.view.say) as folder:
         pipeline.run(folder, force)
         return folder.path
+
+
+def score(
+    folder: RunFolder, settings: Sequence[str], view: View, backend_name: str = "auto"
+) -> None:
+    """Score a finished run where it lies, by its own recipe and `field=value` settings of its
+    `[eval]` table, and write its report again. Raises `DistillError`.
+    """
+    path = folder.path.resolve()
+    changes = tuple(f"eval.{setting}" for setting in settings)
+    recipe = load_kept_recipe(path / "recipe.toml", changes)
+    if not recipe.eval.task:
+        raise RecipeError(
+            f"{folder.path}: the run's recipe has no [eval] task: name one, for example "
+            "--set task=gsm8k:PATH"
+        )
+    if RunFolder.of(recipe).path.resolve() != path:  # it was moved
+        recipe = with_values(recipe, run={"folder": str(path.parent), "name": path.name})
+    run(recipe, view, backend_name)
 
 
 @contextmanager

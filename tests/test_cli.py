@@ -213,11 +213,12 @@ ERRORS = {
         ("eval", "{out}/none", "--task", "jsonl:{tiny}/rows.jsonl"),
         ("model '{out}/none'", "check the path"),
     ),
-    "chat with nothing": (("chat", "{out}/none"), "{out}/none"),
+    "chat with nothing": (("chat", "{out}/none"), ("model '{out}/none'",)),
     "chat at a wrong temperature": (
         ("chat", "{tiny}/teacher", "--temperature", "-1"),
-        "--temperature should be from 0 to 100, found -1",
+        ("--temperature should be from 0 to 100, found -1",),
     ),
+    "eval of a model without a task": (("eval", "{tiny}/teacher"), ("name one with --task",)),
     "eval with a wrong setting": (
         ("eval", "{tiny}/teacher", "--task", "jsonl:{tiny}/rows.jsonl", "--set", "exampels=3"),
         ("did you mean 'examples'?",),
@@ -294,6 +295,44 @@ def test_a_student_and_a_run_are_scored(tiny_recipe, command_line, tmp_path):
             and "95 % interval" in result.out
             and "unfinished" in result.out
         )
+
+
+def test_a_finished_run_is_scored_later_and_otherwise(tiny_recipe, command_line, tmp_path):
+    """By `eval`, where it lies now, or by `run`; what it learned stays as it is."""
+    told = ("--set", f"run.folder={tmp_path}", "--set", "eval.task=")
+    assert command_line("run", tiny_recipe, *told).code == 0
+    folder = tmp_path / "moved" / "mine"
+    folder.parent.mkdir()
+    (tmp_path / "tiny").rename(folder)
+    weights = (folder / "student" / "model.safetensors").read_bytes()
+    refused = command_line("eval", folder)
+    assert refused.code == 2
+    assert "the run's recipe has no [eval] task: name one" in refused.err
+
+    asked = {"task": f"jsonl:{tiny_recipe.parent}/rows.jsonl", "examples": 2, "max_new_tokens": 3}
+    sets = [word for item in asked.items() for word in ("--set", "{}={}".format(*item))]
+    scored = command_line("eval", folder, *sets)
+    assert scored.code == 0, scored.err
+    assert "eval.examples: 4 → 2" in scored.out and "2 problems" in scored.out
+    first = json.loads((folder / "eval.json").read_text())
+    assert set(first["scores"]) == {"teacher", "base", "student"}
+    assert "student before" in (folder / "report.md").read_text()
+    assert "--out goes with --task" in command_line("eval", folder, "--out", tmp_path).err
+
+    again = command_line("eval", folder)
+    assert again.code == 0 and again.out.count("2 problems") == 3 and "scoring" not in again.out
+    assert json.loads((folder / "eval.json").read_text()) == first
+    eval_sets = [word for item in asked.items() for word in ("--set", "eval.{}={}".format(*item))]
+    place = ("--set", f"run.folder={folder.parent}", "--set", "run.name=mine")
+    words = ("run", tiny_recipe, *place, *eval_sets)
+    same = command_line(*words)
+    assert same.code == 0 and "scoring" not in same.out and same.out.count("2 problems") == 3
+    longer = command_line(*words, "--set", "eval.max_new_tokens=4")
+    assert longer.code == 0 and "eval.max_new_tokens: 3 → 4" in longer.out
+    assert longer.out.count("scoring student 2/2") == 1
+    assert (folder / "student" / "model.safetensors").read_bytes() == weights
+    steps = command_line(*words, "--set", "optim.steps=5")
+    assert steps.code == 2 and "optim.steps: 6 → 5" in steps.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -39,11 +39,13 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     return build_recipe(tables, path)
 
 
-def load_kept_recipe(path: Path) -> Recipe:
+def load_kept_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe that a run keeps: where one of an earlier version lacks a field, it says what that
-    version did. Raises as `load_recipe`.
+    version did. `overrides` as for `load_recipe`, and it raises as that does.
     """
     tables = read_toml(path)
+    for override in overrides:
+        apply_override(tables, override)
     recipe = build_recipe(tables, path)
     for (table, field), mark in CAME_LATER.items():
         if field not in tables.get(table, {}) and is_read(recipe, f"{table}.{field}"):

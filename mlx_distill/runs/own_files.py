@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlx_distill.files import COMPANION, LEFT_BY_SYSTEMS
 
+SCORES = "eval.json"
 REPORTS = ("report.md", "report.html")
 FILES = (
     "manifest.json",
@@ -21,7 +22,7 @@ FILES = (
     "metrics.jsonl",
     "validation.jsonl",
     "sample.json",
-    "eval.json",
+    SCORES,
     "generations.jsonl",
     "rollouts.jsonl",
     *REPORTS,

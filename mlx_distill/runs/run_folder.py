@@ -120,12 +120,27 @@ class RunFolder(SmallFiles):
                 "run's recipe, written again"
             )
             return
-        if kept.digest() != recipe.digest():
-            changes = "; ".join(kept.differences(recipe))
-            raise RunError(
-                f"{self.path} holds a run of another recipe ({changes}): give this one a name of "
-                "its own (--set run.name=NAME) or start over with --fresh"
-            )
+        if kept.digest() == recipe.digest():
+            return
+        differences = kept.differences(recipe)
+        changes = "; ".join(differences)
+        if self.has_student() and all(line.startswith("eval.") for line in differences):
+            self._ask_anew(recipe, f"{self.path} is scored as asked now: {changes}", say)
+            return
+        raise RunError(
+            f"{self.path} holds a run of another recipe ({changes}): give this one a name of "
+            "its own (--set run.name=NAME) or start over with --fresh"
+        )
+
+    def _ask_anew(self, recipe: Recipe, why: str, say: Say) -> None:
+        """How a finished student is scored may change: scores of earlier settings go, before the
+        recipe says other ones.
+        """
+        with told_as(RunError, self.path / own_files.SCORES, INTACT):
+            (self.path / own_files.SCORES).unlink(missing_ok=True)
+            flush_folder(self.path)
+        self.update(Manifest, recipe_digest=recipe.digest(), finished=False)
+        say(why)
 
     def _known_digest(self) -> str:
         """The recipe's digest as manifest or checkpoints know it, "" if neither does."""

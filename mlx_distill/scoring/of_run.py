@@ -25,10 +25,12 @@ from mlx_distill.view import View
 def score_run(
     folder: RunFolder, pair: Pair, task: Task, day: str, backend: Backend, view: View
 ) -> None:
-    """Score what is not scored yet; a score that is kept is not made again, nor is a kept
-    generation. Raises `RunError` for a model that changed.
+    """Score what is not scored yet and say all scores; one that is kept is not made again, nor is a
+    kept generation. Raises `RunError` for a model that changed.
     """
     scores = _kept_scores(folder, view)
+    for part, score in scores.items():
+        view.say(f"{part}: {describe(score)}")
     missing = [one for one in _scored(folder, pair) if one[0] not in scores]
     if missing:
         view.say(task.describe())
