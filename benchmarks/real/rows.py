@@ -41,8 +41,9 @@ from mlx_distill.terminal.plan import plan_of  # noqa: E402
 from mlx_distill.words import DASH, amount, duration, percent  # noqa: E402
 
 SWEEPS = {  # → where its runs lie
-    "arms": "runs",
-    "rest": "runs",
+    "first": "runs",
+    "arms": "students",
+    "rest": "students",
     "on-policy": "on-policy/runs",
     "other-students": "other-students/runs",
 }
@@ -109,10 +110,10 @@ def costs(folder: Path) -> tuple[float, float]:
 @app.command()
 def write() -> None:
     """Rewrite the tables of the sweeps that have rows."""
-    base = conditions(all_in("arms"), "base")
-    for name in SWEEPS:
-        if (HERE / f"{name}.csv").exists():
-            rewrite_section(f"real-{name}", page(all_in(name), base[0] if base else None))
+    begun = [name for name in SWEEPS if (HERE / f"{name}.csv").exists()]
+    base = [one for name in begun for one in conditions(all_in(name), "base")]
+    for name in begun:
+        rewrite_section(f"real-{name}", page(all_in(name), base[0] if base else None))
 
 
 def all_in(name: str) -> list[Row]:
