@@ -55,7 +55,8 @@ def keep(source: Annotated[Path, typer.Argument(help="folder of the sweeps")] = 
     """Copy the rows of the sweeps that have begun; costs that are known are not computed again."""
     known = kept_costs()
     for name, runs in SWEEPS.items():
-        if not (found := source / name / "results.csv").exists():
+        found = source / name / "results.csv"
+        if not found.exists() or not conditions(read_rows(found)):
             continue
         rows = joined(HERE / f"{name}.csv", read_rows(found))
         (HERE / f"{name}.csv").write_text(rows_text(rows))
