@@ -5,6 +5,7 @@ call also continues a run that was stopped anywhere.
 """
 
 import datetime
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -320,6 +321,7 @@ class Pipeline:
         if note := unfinished_note(self.recipe, folder.readable(TaskScores).whole):
             self.view.say(f"note: {note}")
         self.view.say(f"report: {folder.path / 'report.html'}")
+        self.view.say(f"try it: mlx-distill chat {shlex.quote(str(folder.path))}")
 
 
 def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:

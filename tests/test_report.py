@@ -323,6 +323,67 @@ def test_the_example_shows_segments_cut_and_loss(runs):
     )
 
 
+def write_texts(run, texts):
+    """texts: model → problem → (text, whether it is right)."""
+    rows = [
+        {
+            "model": model,
+            "key": "k",
+            "problem": problem,
+            "sample": sample,
+            "prompt": f"ask <b>{problem}</b>",
+            "gold": "7",
+            "compared": "text",
+            "text": text if sample == 0 else "another sample",
+            "correct": right,
+            "finished": "</think>" in text,
+            "well_formed": right,
+            "tokens": 3,
+            "seconds": 0.1,
+        }
+        for model, said in texts.items()
+        for problem, (text, right) in said.items()
+        for sample in (0, 1)
+    ]
+    write_lines(run / "generations.jsonl", rows)
+
+
+def test_the_page_shows_what_was_written_for_three_problems(tmp_path, write_run):
+    """One that base and student differ on, one that the student got wrong, one that it got right."""
+    run = write_run(tmp_path / "run")
+    right, wrong = ("<think>so</think>7", True), ("<think>so</think>8", False)
+    endless = ("<think>and so " + "on " * 3000, False)
+    write_texts(
+        run,
+        {
+            "teacher": {name: right for name in "abcde"},
+            "base": {"a": right, "b": right, "c": endless, "d": wrong, "e": wrong},
+            "student": {"a": right, "b": right, "c": endless, "d": right, "e": wrong},
+        },
+    )
+    (run / "student").mkdir()
+    write_json(run / "student" / "config.json", {})
+    html, text = page_of(run, out=tmp_path / "out")
+    shown = re.findall(r"asked ask <b>(\w)</b> expected 7", text)
+    assert shown == ["d", "c", "a"]
+    assert (
+        "student before wrong <think>so</think> 8 student after right <think>so</think> 7" in text
+    )
+    assert "student after unfinished <think>and so on" in text
+    assert "[… 5,014 characters …]" in text and "another sample" not in text
+    assert f"mlx-distill chat {run} --prompt 'ask <b>d</b>'" in text and "<b>d</b>" not in html
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    assert "ask &lt;b>d&lt;/b> (expected: 7)" in markdown and "student after, right:" in markdown
+    assert f"    mlx-distill chat {run} --prompt 'ask <b>d</b>'" in markdown
+
+
+def test_a_run_without_texts_or_student_shows_neither(tmp_path, write_run):
+    run = write_run(tmp_path / "run")
+    (run / "generations.jsonl").write_text('{"model": "student"}\nnot a row\n')
+    _, text = page_of(run, out=tmp_path / "out")
+    assert "What they wrote" not in text and "Try it" not in text
+
+
 def test_several_runs_have_a_row_and_a_curve_each(runs):
     html, text = page_of(runs["main"], runs["plain"], out=runs["out"])
     assert report([runs["main"], runs["plain"]], runs["out"]).headline == (

@@ -13,14 +13,17 @@ from pathlib import Path
 from mlx_distill.errors import DataError, DistillError, NotFound, RunError
 from mlx_distill.readers import path_of
 from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.read_when import is_read
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs import logs
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.rows import MetricsRow, ValidationRow
 from mlx_distill.runs.sample import Sample, SampleToken
 from mlx_distill.runs.small_files import AnyRow, R, SmallFiles
+from mlx_distill.scoring.generations import FILE, Generation, first_texts
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.scoring.task_scores import TaskScores, changed_generations
+from mlx_distill.words import counted
 
 NOT_KNOWN = "versions, machine, data and cost are not known"
 SEGMENTS = ("prompt", "cot", "answer")
@@ -29,6 +32,7 @@ NOT_THE_METHOD = {
     ("run", "folder"),
     ("run", "checkpoint_every"),
     ("run", "keep_checkpoints"),
+    ("objective", "chunk_tokens"),
     ("eval", "compare"),
     ("eval", "batch_size"),
     ("eval", "score_teacher"),
@@ -40,7 +44,8 @@ NOT_THE_METHOD = {
 class Run:
     """What a run folder holds; an absent part is empty and has a line in `notes`, by its file.
 
-    ways: how many problems were compared as mathematics and how many as text.
+    ways: how many problems were compared as mathematics and how many as text. texts: by model, what
+    it wrote first for each problem.
     """
 
     folder: Path
@@ -53,6 +58,7 @@ class Run:
     scores: dict[str, Score]
     sample: list[SampleToken]
     notes: dict[str, str]
+    texts: dict[str, dict[str, Generation]] = field(default_factory=dict)
     compared: list["Compared"] = field(default_factory=list)
 
     @property
@@ -115,6 +121,7 @@ def _read_parts(folder: Path) -> Run:
         scores=scored.whole,
         sample=_record(folder, Sample, notes, "no example is shown").tokens,
         notes=notes,
+        texts=first_texts(folder / FILE) if scored.whole else {},
     )
 
 
@@ -200,9 +207,11 @@ def method_of(recipe: Recipe | None, reference: Recipe | None) -> str:
         else f"{name} = {json.dumps(value)}"
         for table, fields in ours.items()
         for name, value in fields.items()
-        if (table, name) not in NOT_THE_METHOD and value != theirs[table][name]
+        if (table, name) not in NOT_THE_METHOD
+        and value != theirs[table][name]
+        and any(is_read(one, f"{table}.{name}") for one in (recipe, reference))
     ]
-    more = f" and {len(changes) - 4} more changes" if len(changes) > 4 else ""
+    more = f" and {counted(len(changes) - 4, 'more change')}" if len(changes) > 4 else ""
     return f"same recipe with {', '.join(changes[:4])}{more}" if changes else "same recipe"
 
 

@@ -18,6 +18,11 @@ def bullets(lines: Iterable[str]) -> str:
     return "\n".join(f"- {plain(line)}" for line in lines)
 
 
+def code(text: str) -> str:
+    """Lines that are shown as they are."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
 def table(head: list[str], rows: list[list[str]], align: str) -> str:
     """A pipe table, its cells escaped; `align` has one letter a column, "l" or "r"."""
     rule = ["---:" if side == "r" else "---" for side in align]

@@ -17,7 +17,7 @@ from mlx_distill.errors import RunError
 from mlx_distill.files import told_as, write_text
 from mlx_distill.reporting.charts import Curves, Scatter
 from mlx_distill.reporting.drawing import drawings
-from mlx_distill.reporting.markdown import bullets, plain, table
+from mlx_distill.reporting.markdown import bullets, code, plain, table
 from mlx_distill.runs.own_files import LOCK
 from mlx_distill.words import percent
 
@@ -191,6 +191,48 @@ class Example:
 
     def markdown(self, depth: int) -> str:
         return bullets(f"{name}: {words}" for _, name, words in self.legend)
+
+
+@dataclass(frozen=True)
+class Said:
+    """A text that a model wrote. role: whose colour it has; verdict: "right", "wrong" or
+    "unfinished".
+    """
+
+    role: str
+    label: str
+    verdict: str
+    thinking: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Wrote:
+    """A problem, and what each model wrote for it."""
+
+    problem: str
+    expected: str
+    texts: Sequence[Said]
+    kind: ClassVar[str] = "wrote"
+
+    def markdown(self, depth: int) -> str:
+        asked = f"{plain(self.problem)} (expected: {plain(self.expected)})"
+        said = [
+            f"{plain(text.label)}, {text.verdict}:\n\n{code(text.thinking)}\n\n{code(text.answer)}"
+            for text in self.texts
+        ]
+        return _joined([asked, *said])
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command to type."""
+
+    text: str
+    kind: ClassVar[str] = "command"
+
+    def markdown(self, depth: int) -> str:
+        return code(self.text)
 
 
 @dataclass(frozen=True)

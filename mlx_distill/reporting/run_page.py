@@ -31,13 +31,13 @@ from mlx_distill.reporting.page import (
 from mlx_distill.reporting.run_charts import SEGMENT_NAMES, charts_of
 from mlx_distill.reporting.run_cost import cost_tiles
 from mlx_distill.reporting.run_words import headline, kl_sentence, leads, progress, shared
+from mlx_distill.reporting.written import MODELS, differing, try_it, written_blocks
 from mlx_distill.runs.manifest import DataAccount
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.words import DASH, duration, number, percent, points
 from mlx_distill.writing.texts import describe
 
-MODELS = {"base": "student before", "student": "student after", "teacher": "teacher"}
 FACTS = {
     "created": "created",
     "backend": "backend",
@@ -75,6 +75,7 @@ def run_sections(run: Run) -> list[Section]:
     unfinished = [Note(progress(run), strong=True)] if progress(run) else []
     return [
         Section("Scores", [*unfinished, *_scores(run)], run.task),
+        *_wrote(run),
         Section("Training", _training(run)),
         Section("One example", _example(run), "what the student was trained on"),
         Section("Cost", [Tiles(cost_tiles(run))]),
@@ -86,6 +87,18 @@ def run_sections(run: Run) -> list[Section]:
         ),
         Section("Where it ran", [Facts(_facts(run))]),
     ]
+
+
+def _wrote(run: Run) -> list[Section]:
+    """What the models wrote, and how to ask the student."""
+    texts, command = written_blocks(run), try_it(run)
+    about = (
+        "the first: right for one of base and student, wrong for the other"
+        if differing(run)
+        else ""
+    )
+    sections = [Section("What they wrote", texts, about)] if texts else []
+    return [*sections, *([Section("Try it", command)] if command else [])]
 
 
 def _training(run: Run) -> list[Block]:

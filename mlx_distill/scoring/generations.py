@@ -61,6 +61,24 @@ class Generation:
         return cls(**fields)
 
 
+def first_texts(path: Path) -> dict[str, dict[str, Generation]]:
+    """Model → problem → the first text that it wrote for it, as far as the file can be read."""
+    found: dict[str, dict[str, Generation]] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return found
+    for line in filter(bytes.strip, lines):
+        try:
+            row = parse_json(line, path.name)
+        except DistillError:
+            continue
+        text = Generation.of(row) if isinstance(row, dict) else None
+        if text and text.sample == 0 and isinstance(row.get("model"), str):
+            found.setdefault(row["model"], {})[text.problem] = text
+    return found
+
+
 class Generations:
     """One model's generations in a file; `fields` name the model and what it ran with, `say` tells
     a person.
