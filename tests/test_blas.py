@@ -6,10 +6,11 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from mlx_distill import blas
+from mlx_distill import blas, slots
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 
@@ -67,6 +68,77 @@ def test_the_backend_loads_it_before_mlx():
     assert name in ("OpenBLAS", "MKL", "torch", "bundled")
 
 
+MULTIPLY = (
+    "import mlx_distill.backends.mlx; import mlx.core as mx, numpy as np; from "
+    "mlx_distill.blas import load_blas; a = np.random.default_rng(0).normal(size=(33, "
+    "65)).astype(np.float32); error = np.abs(np.array(mx.array(a) @ mx.array(a).T) - "
+    "a.astype(np.float64) @ a.T).max(); print(load_blas().name, 'right' if error < 1e-4 else "
+    "error, sep='|')"
+)
+WHERE = (
+    "import ctypes, mlx.core; from pathlib import Path; from mlx_distill import blas, slots; "
+    "lib = Path(list(mlx.__path__)[0]) / 'lib' / 'libmlx.so'; base = slots.loaded_at(lib); "
+    "at = lambda: [ctypes.c_uint64.from_address(base + slots.slots(lib)[n][0]).value "
+    "for n in blas.PRODUCTS]; "
+)
+
+
+def test_scipys_own_takes_the_place_of_the_bundled_one():
+    assert ask(MULTIPLY, MLX_DISTILL_BLAS="scipy") == ("OpenBLAS of scipy", "right")
+    code = (
+        f"{WHERE} blas._of_scipy(); ours = ctypes.CDLL(str(blas._scipy_library())); "
+        "print(at() == [ctypes.cast(getattr(ours, 'scipy_' + n), ctypes.c_void_p).value "
+        "for n in blas.PRODUCTS])"
+    )
+    assert ask(code)[0] == "True"
+
+
+def test_scipys_own_is_put_back_where_it_multiplies_wrong():
+    code = (
+        f"{WHERE} mlx.core.eval(mlx.core.ones((9, 9)) @ mlx.core.ones((9, 9))); before = at(); "
+        "blas.multiplies_right = lambda mx: False; found = blas._of_scipy(); "
+        "print(found.name, found.advice, at() == before, sep='|')"
+    )
+    name, told = ask(code)
+    assert name == "bundled" and "of scipy multiplies wrong under MLX" in told
+    assert told.endswith("|True")
+
+
+def test_a_library_without_the_slots_stays_as_it_is(tmp_path: Path):
+    code = (
+        f"{WHERE} before = at(); why = []\n"
+        "for names in (dict(cblas_sgemm=1, no_such=2), dict(no_such=2)):\n"
+        "    try: slots.point(lib, names)\n"
+        "    except ValueError as error: why.append(str(error).partition(' does ')[2])\n"
+        "print(why, at() == before, sep='|')"
+    )
+    assert ask(code) == ("['not call no_such', 'not call no_such']", "True")
+    for content in (b"", b"\x7fELF\x02\x01", b"\x7fELF\x01\x01" + bytes(100)):
+        (tmp_path / "library.so").write_bytes(content)
+        with pytest.raises(ValueError):
+            slots.slots(tmp_path / "library.so")
+    with pytest.raises(ValueError, match="is not loaded"):
+        slots.loaded_at(tmp_path / "library.so")
+
+
+@pytest.mark.parametrize("gone", ["_scipy_library", "find_spec"])
+def test_without_scipys_own_the_bundled_one_stays(monkeypatch: pytest.MonkeyPatch, gone: str):
+    if gone == "find_spec":
+        monkeypatch.setattr(blas.importlib.util, gone, lambda name: None)
+    else:
+        monkeypatch.setattr(blas, gone, lambda: None)
+    assert blas._of_scipy() == blas.Blas("bundled", blas.ADVICE)
+
+
+@pytest.mark.network
+def test_the_wheels_for_aarch64_have_the_same_slots_and_symbols(aarch64_libraries: Path):
+    """Read, not run: there is no such machine here."""
+    libmlx, openblas = (next(aarch64_libraries.glob(name)) for name in ("libmlx*", "libscipy*"))
+    assert all(len(slots.slots(libmlx)[name]) == 1 for name in blas.PRODUCTS)
+    content = openblas.read_bytes()
+    assert all(b"\0scipy_" + name.encode() + b"\0" in content for name in blas.PRODUCTS)
+
+
 def _available() -> str:
     for _, library in blas._candidates():
         try:
@@ -83,14 +155,7 @@ def test_a_library_that_is_there_is_used_and_right():
     """
     library = _available()
     assert library, "neither OpenBLAS, MKL nor torch"
-    code = (
-        "import mlx_distill.backends.mlx; import mlx.core as mx, numpy as np; from "
-        "mlx_distill.blas import load_blas;a = np.random.default_rng(0).normal(size=(33, "
-        "65)).astype(np.float32);error = np.abs(np.array(mx.array(a) @ mx.array(a).T) - "
-        "a.astype(np.float64) @ a.T).max();print(load_blas().name, 'right' if error < 1e-4 else "
-        "error, sep='|')"
-    )
-    assert ask(code, MLX_DISTILL_BLAS=library) == (library, "right")
+    assert ask(MULTIPLY, MLX_DISTILL_BLAS=library) == (library, "right")
 
 
 def test_candidates_are_taken_in_order(monkeypatch: pytest.MonkeyPatch):
@@ -113,6 +178,7 @@ def test_candidates_are_taken_in_order(monkeypatch: pytest.MonkeyPatch):
     fresh = blas.load_blas.__wrapped__
     assert fresh() == blas.Blas("third")
     candidates[2:] = []
-    assert fresh() == blas.Blas("bundled", blas.ADVICE)
+    monkeypatch.setattr(blas, "_of_scipy", lambda: blas.Blas("of scipy"))
+    assert fresh() == blas.Blas("of scipy")
     monkeypatch.setattr(blas.sys, "platform", "darwin")
     assert fresh() == blas.Blas("Accelerate")

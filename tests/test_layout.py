@@ -19,6 +19,7 @@ ORDER = [
     "files",
     "signals",
     "processes",
+    "slots",
     "blas",
     "machine",
     "view",
