@@ -7,7 +7,7 @@ Decided here: that all named functions are found and changed, or none.
 
 import ctypes
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -92,6 +92,14 @@ def point(library: Path, functions: Mapping[str, int]) -> dict[str, int]:
                 cell = ctypes.c_uint64.from_address(slot)
                 before[name], cell.value = cell.value, address
     return before
+
+
+def read(library: Path, names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """(function, the address that the loaded `library` calls for it), once for each slot."""
+    base, known = loaded_at(library), slots(library)
+    for name in names:
+        for offset in known[name]:
+            yield name, ctypes.c_uint64.from_address(base + offset).value
 
 
 class _Loaded(ctypes.Structure):

@@ -51,12 +51,10 @@ def test_a_library_that_is_no_blas_is_refused():
 
 
 def test_too_late_after_mlx():
-    name, advice = ask(f"import mlx.core; {ASK}")
-    assert (
-        name == "unknown"
-        and "imported before mlx_distill" in advice
-        and "import mlx_distill first" in advice
-    )
+    """Once MLX is loaded a library's path comes too late, and scipy's OpenBLAS does not."""
+    name, advice = ask(f"import mlx.core; {ASK}", MLX_DISTILL_BLAS="libopenblas.so.0")
+    assert name == "unknown" and "before mlx_distill could load libopenblas.so.0" in advice
+    assert ask(f"import mlx.core; {ASK}") == ("OpenBLAS of scipy", "")
     assert ask(f"import mlx.core; {ASK}", MLX_DISTILL_BLAS="bundled") == ("bundled", blas.ADVICE)
 
 
@@ -96,12 +94,79 @@ def test_scipys_own_takes_the_place_of_the_bundled_one():
 def test_scipys_own_is_put_back_where_it_multiplies_wrong():
     code = (
         f"{WHERE} mlx.core.eval(mlx.core.ones((9, 9)) @ mlx.core.ones((9, 9))); before = at(); "
-        "blas.multiplies_right = lambda mx: False; found = blas._of_scipy(); "
+        "blas.multiplies_right = lambda name, at: name != 'cblas_cgemm'; found = blas._of_scipy(); "
         "print(found.name, found.advice, at() == before, sep='|')"
     )
     name, told = ask(code)
-    assert name == "bundled" and "of scipy multiplies wrong under MLX" in told
+    assert name == "bundled" and "of scipy multiplies wrong" in told
     assert told.endswith("|True")
+
+
+def test_another_function_in_the_place_of_a_product_is_noticed():
+    code = (
+        "import ctypes; from mlx_distill import blas; ours = ctypes.CDLL(str(blas._scipy_library()))"
+        "; at = lambda name: ctypes.cast(getattr(ours, name), ctypes.c_void_p).value; print("
+        "[blas.multiplies_right(n, at('scipy_' + n)) for n in blas.PRODUCTS], "
+        "blas.multiplies_right('cblas_dgemm', at('scipy_cblas_sgemm')), sep='|')"
+    )
+    assert ask(code) == ("[True, True, True]", "False")
+
+
+def test_mlx_multiplies_by_the_function_in_its_slot():
+    """Shown by one that fills products with sevens."""
+    code = f"""{WHERE}
+import numpy as np, mlx.core as mx
+whole, matrix, real = ctypes.c_int, (ctypes.c_void_p, ctypes.c_int), ctypes.c_float
+@ctypes.CFUNCTYPE(None, *[whole] * 6, real, *matrix, *matrix, real, *matrix)
+def sevens(order, left, right, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
+    (ctypes.c_float * (m * n)).from_address(c)[:] = [7.0] * (m * n)
+slots.point(lib, dict(cblas_sgemm=ctypes.cast(sevens, ctypes.c_void_p).value))
+with mx.stream(mx.cpu):
+    print(set(np.array(mx.ones((4, 5)) @ mx.ones((5, 3))).ravel().tolist()))"""
+    assert ask(code)[0] == "{7.0}"
+
+
+def test_slots_on_closed_pages_are_changed_and_closed_again():
+    """As loaders leave them that bind all at once (RELRO)."""
+    code = f"""{WHERE}
+import mmap
+places = [base + slots.slots(lib)[n][0] for n in blas.PRODUCTS]
+protect = lambda rights: [slots._protect(p & ~(mmap.PAGESIZE - 1), rights) for p in places]
+protect(mmap.PROT_READ)
+name = blas._of_scipy().name
+still = any(slots._is_writable(p) for p in places)
+protect(mmap.PROT_READ | mmap.PROT_WRITE)  # other things of MLX's lie on these pages, too
+print(name, still, sep="|")"""
+    assert ask(code) == ("OpenBLAS of scipy", "False")
+
+
+def test_threads_and_a_forked_child_multiply_right():
+    """The child computes, too: loading starts none of MLX's threads, which it would not have."""
+    code = """
+import warnings; warnings.simplefilter("error")
+import os, threading, signal, numpy as np
+from mlx_distill.blas import load_blas
+name = load_blas().name
+import mlx.core as mx
+def right():
+    signal.alarm(60) if threading.current_thread() is threading.main_thread() else None
+    wrong = 0.0
+    for kind in ("float32", "float64", "complex64"):
+        a = np.random.default_rng(0).normal(size=(2, 33, 65)).astype(kind)
+        with mx.stream(mx.cpu):
+            one = mx.array(a, dtype=getattr(mx, kind))
+            found = np.array(one @ one.swapaxes(1, 2))
+        wrong = max(wrong, float(np.abs(found - a @ a.swapaxes(1, 2)).max()))
+    return wrong < 1e-4
+child = os.fork()
+if child == 0:
+    os._exit(0 if right() else 1)
+assert os.waitpid(child, 0)[1] == 0
+found = []
+threads = [threading.Thread(target=lambda: found.append(right())) for _ in range(4)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+print(name, found, sep="|")"""
+    assert ask(code, MLX_DISTILL_BLAS="scipy") == ("OpenBLAS of scipy", str([True] * 4))
 
 
 def test_a_library_without_the_slots_stays_as_it_is(tmp_path: Path):
