@@ -162,7 +162,7 @@ class MlxStudent(MlxModel):
         gradients, self.gradients = together.sum_gradients(self.gradients), None
         norm = mx.sqrt(
             tree_reduce(
-                lambda total, g: total + mx.sum(mx.sum(g.reshape(g.shape[0], -1) ** 2, -1)),
+                lambda total, g: total + mx.sum(mx.sum(mx.square(g.reshape(g.shape[0], -1)), -1)),
                 gradients,
                 mx.array(0.0),
             )
@@ -170,8 +170,8 @@ class MlxStudent(MlxModel):
         value = norm.item()
         if not np.isfinite(value):
             return value
-        if self.max_grad_norm:
-            scale = min(1.0, self.max_grad_norm / (value + 1e-6))
+        scale = self.max_grad_norm / (value + 1e-6) if self.max_grad_norm else 1.0
+        if scale < 1.0:
             gradients = tree_map(lambda g: g * scale, gradients)
         self.optimizer.learning_rate = learning_rate
         self.weights = self.optimizer.apply_gradients(gradients, self.weights)
