@@ -36,8 +36,8 @@ def loads(monkeypatch) -> list[str]:
         monkeypatch.setattr(
             kind,
             "load_teacher",
-            lambda self, folder, name, bits=0, load=load: (
-                found.append(Path(name).name) or load(self, folder, name, bits)
+            lambda self, folder, name, *how, load=load: (
+                found.append(Path(name).name) or load(self, folder, name, *how)
             ),
         )
     return found
