@@ -170,6 +170,12 @@ def test_a_teacher_that_changed_makes_another_cache(ask, loads, tiny_recipe):
     assert first != second and "teacher_fingerprint" in said and loads == ["teacher", "student"]
 
 
+def test_a_teacher_in_another_format_makes_another_cache(ask, loads):
+    first, _ = ask(teach, "teacher.cache=hidden")
+    second, said = ask(teach, "teacher.cache=hidden", "teacher.compute_dtype=bfloat16")
+    assert first != second and "compute_dtype" in said and len(loads) == 2
+
+
 def test_the_run_says_which_cache_it_read(ask):
     folder, _ = ask(pipeline.run, "teacher.cache=sampled")
     kept = RunFolder(folder).read(Manifest).teacher_cache

@@ -68,6 +68,14 @@ class Pair:
             names = f"{self.recipe.teacher.model} cannot teach {self.recipe.student.model}"
             raise ModelError(f"{names}: {error}") from None
 
+    def asked_dtype(self, model: str) -> dict[str, str]:
+        """The number format that the recipe asks of the "teacher", or else of the student and its
+        base, as a field of what is kept of them. It is missing where the device chooses, for that
+        keeps the names of what was made before formats could be asked for.
+        """
+        table = self.recipe.teacher if model == "teacher" else self.recipe.student
+        return {} if table.compute_dtype == "auto" else {"compute_dtype": table.compute_dtype}
+
     def named_teacher(self) -> "tuple[Path, PreTrainedTokenizerFast]":
         """Folder and tokenizer of the teacher, where the recipe names one."""
         assert self.teacher is not None and self.teacher_tokenizer is not None

@@ -42,6 +42,7 @@ def score_run(
             role = "student" if part == "base" else part
             refuse_changed_model(folder, role, path, part)
         made_by = identity(path) | {"bits": bits, "backend": backend.name}
+        made_by |= pair.asked_dtype(part)
         generations = Generations(folder.path / FILE, part, made_by, view.say)
         scores[part] = _score(part, path, bits, pair, task, day, backend, view, generations)
         folder.write(

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_distill.recipe.tables import TeacherTable
 
 FORMAT = 1
-ADDED_LATER = {"date": "", "arithmetic": ""}  # and what their absence means
+ADDED_LATER = {"date": "", "arithmetic": "", "compute_dtype": ""}  # and what their absence means
 # off by at most 2^-11 of the log-probability: see test_half_precision_moves_the_loss_by_less_than
 LOG_PROB_DTYPE = "float16"
 
@@ -34,6 +34,7 @@ class CacheFields:
     dtype: str = ""  # of log-probabilities
     date: str = ""  # what prompts say, where their template reads the clock
     arithmetic: str = ""  # `reading_of` the teacher: older versions computed it otherwise
+    compute_dtype: str = ""  # the teacher's, where a recipe asks for one
     format_version: int = FORMAT
 
     @classmethod
@@ -45,6 +46,7 @@ class CacheFields:
         rows: int,
         date: str = "",
         arithmetic: str = "",
+        compute_dtype: str = "",
     ) -> "CacheFields":
         """What a recipe asks for; `rows` as for `vocabulary_rows`."""
         kind = table.cache
@@ -59,6 +61,7 @@ class CacheFields:
             dtype=LOG_PROB_DTYPE if kind == "top_k" else "",
             date=date,
             arithmetic=arithmetic,
+            compute_dtype=compute_dtype,
         )
 
     @property

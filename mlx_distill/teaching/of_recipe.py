@@ -72,6 +72,7 @@ def _fields(pair: Pair, day: str = "") -> CacheFields:
         teacher_rows if table.cache == "hidden" else rows,
         day,
         reading_of(teacher),
+        **pair.asked_dtype("teacher"),
     )
 
 

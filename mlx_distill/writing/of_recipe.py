@@ -64,13 +64,9 @@ class Rollouts:
         """All that the texts depend on; the format that a device computes in by itself does not
         count, as the backend does not.
         """
-        theirs, ours = self.recipe.teacher, self.recipe.student
-        by_teacher = self.table.by == "teacher"
-        dtype = (theirs if by_teacher else ours).compute_dtype
-        model = identity(self._writer) | {
-            "quantize_bits": theirs.quantize_bits if by_teacher else 0
-        }
-        return self.writing.fields(model | ({} if dtype == "auto" else {"compute_dtype": dtype}))
+        bits = self.recipe.teacher.quantize_bits if self.table.by == "teacher" else 0
+        model = identity(self._writer) | {"quantize_bits": bits}
+        return self.writing.fields(model | self.pair.asked_dtype(self.table.by))
 
     @property
     def folder(self) -> Path:
