@@ -112,14 +112,19 @@ def _of_scipy() -> Blas:
         libmlx = Path(core.submodule_search_locations[0]) / "lib" / "libmlx.so"
         ctypes.CDLL(str(libmlx))  # it has to be loaded to be changed
         library = ctypes.CDLL(str(ours))  # by its own names, so that nothing else finds it
-        functions = {
-            name: ctypes.cast(getattr(library, f"scipy_{name}"), ctypes.c_void_p).value or 0
-            for name in PRODUCTS
-        }
-        before = slots.point(libmlx, functions)
-        if all(multiplies_right(name, address) for name, address in slots.read(libmlx, PRODUCTS)):
+        places = slots.slots_in_memory(libmlx, PRODUCTS)
+        before = slots.write(
+            {
+                slot: ctypes.cast(getattr(library, f"scipy_{name}"), ctypes.c_void_p).value or 0
+                for name in PRODUCTS
+                for slot in places[name]
+            }
+        )
+        if all(
+            multiplies_right(name, slots.read(slot)) for name in PRODUCTS for slot in places[name]
+        ):
             return Blas("OpenBLAS of scipy")
-        slots.point(libmlx, before)
+        slots.write(before)
         return Blas("bundled", f"{ours.name} of scipy multiplies wrong; {ADVICE}")
     except (OSError, ValueError, AttributeError, ImportError, IndexError) as error:
         return Blas("bundled", f"scipy's OpenBLAS cannot be used ({error}); {ADVICE}")

@@ -63,11 +63,11 @@ def slots(library: Path) -> dict[str, list[int]]:
             continue
         names = _part(content, symbols, SYMBOL)["name"]
         text_at = int(sections[symbols["link"]]["offset"])
-        for row in _part(content, section, RELOCATION):
-            if int(row["info"]) & 0xFFFFFFFF in SLOT_KINDS[machine]:
-                begin = text_at + int(names[int(row["info"]) >> 32])
-                name = content[begin : content.index(b"\0", begin)].decode()
-                found.setdefault(name, []).append(int(row["offset"]))
+        rows = _part(content, section, RELOCATION)
+        for row in rows[np.isin(rows["info"] & 0xFFFFFFFF, SLOT_KINDS[machine])]:
+            begin = text_at + int(names[int(row["info"]) >> 32])
+            name = content[begin : content.index(b"\0", begin)].decode()
+            found.setdefault(name, []).append(int(row["offset"]))
     return found
 
 
@@ -76,30 +76,35 @@ def _part(content: bytes, section: np.void, rows: np.dtype) -> np.ndarray:
     return np.frombuffer(content, rows, count, int(section["offset"]))
 
 
-def point(library: Path, functions: Mapping[str, int]) -> dict[str, int]:
-    """Let the loaded `library` call these addresses; returns those that it called before. Raises
-    `ValueError` where one of them has no slot or the library is not loaded, `OSError` where the
-    memory stays closed.
+def slots_in_memory(library: Path, names: Iterable[str]) -> dict[str, list[int]]:
+    """Function → the addresses of its slots in this process. Raises `ValueError` where one of them
+    has no slot or the library is not loaded.
     """
-    base, known = loaded_at(library), slots(library)
-    if missing := functions.keys() - known.keys():
+    base, known, wanted = loaded_at(library), slots(library), set(names)
+    if missing := wanted - known.keys():
         raise ValueError(f"{library} does not call {', '.join(sorted(missing))}")
-    before = {}
-    for name, address in functions.items():
-        for offset in known[name]:
-            slot = base + offset
+    return {name: [base + offset for offset in known[name]] for name in wanted}
+
+
+def read(slot: int) -> int:
+    """The address that a slot calls."""
+    return ctypes.c_uint64.from_address(slot).value
+
+
+def write(addresses: Mapping[int, int]) -> dict[int, int]:
+    """Let slots call these addresses; returns what they called before. Raises `OSError` where the
+    memory of one stays closed; then all call what they called before.
+    """
+    before: dict[int, int] = {}
+    try:
+        for slot, address in addresses.items():
             with _writable(slot):
-                cell = ctypes.c_uint64.from_address(slot)
-                before[name], cell.value = cell.value, address
+                before[slot] = read(slot)
+                ctypes.c_uint64.from_address(slot).value = address
+    except (OSError, ValueError):
+        write(before)
+        raise
     return before
-
-
-def read(library: Path, names: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """(function, the address that the loaded `library` calls for it), once for each slot."""
-    base, known = loaded_at(library), slots(library)
-    for name in names:
-        for offset in known[name]:
-            yield name, ctypes.c_uint64.from_address(base + offset).value
 
 
 class _Loaded(ctypes.Structure):

@@ -120,7 +120,8 @@ whole, matrix, real = ctypes.c_int, (ctypes.c_void_p, ctypes.c_int), ctypes.c_fl
 @ctypes.CFUNCTYPE(None, *[whole] * 6, real, *matrix, *matrix, real, *matrix)
 def sevens(order, left, right, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc):
     (ctypes.c_float * (m * n)).from_address(c)[:] = [7.0] * (m * n)
-slots.point(lib, dict(cblas_sgemm=ctypes.cast(sevens, ctypes.c_void_p).value))
+(slot,) = slots.slots_in_memory(lib, ["cblas_sgemm"])["cblas_sgemm"]
+slots.write({{slot: ctypes.cast(sevens, ctypes.c_void_p).value}})
 with mx.stream(mx.cpu):
     print(set(np.array(mx.ones((4, 5)) @ mx.ones((5, 3))).ravel().tolist()))"""
     assert ask(code)[0] == "{7.0}"
@@ -138,6 +139,19 @@ still = any(slots._is_writable(p) for p in places)
 protect(mmap.PROT_READ | mmap.PROT_WRITE)  # other things of MLX's lie on these pages, too
 print(name, still, sep="|")"""
     assert ask(code) == ("OpenBLAS of scipy", "False")
+
+
+def test_all_slots_are_changed_or_none():
+    """The last one's page stays closed."""
+    code = f"""{WHERE}
+places = [base + slots.slots(lib)[n][0] for n in blas.PRODUCTS]
+before, protect = at(), slots._protect
+slots._is_writable = lambda place: place != places[-1]
+def closed(page, rights): raise OSError(13, "closed")
+slots._protect = closed
+found = blas._of_scipy()
+print(found.name, "closed" in found.advice, at() == before, sep="|")"""
+    assert ask(code) == ("bundled", "True|True")
 
 
 def test_threads_and_a_forked_child_multiply_right():
@@ -173,7 +187,7 @@ def test_a_library_without_the_slots_stays_as_it_is(tmp_path: Path):
     code = (
         f"{WHERE} before = at(); why = []\n"
         "for names in (dict(cblas_sgemm=1, no_such=2), dict(no_such=2)):\n"
-        "    try: slots.point(lib, names)\n"
+        "    try: slots.slots_in_memory(lib, names)\n"
         "    except ValueError as error: why.append(str(error).partition(' does ')[2])\n"
         "print(why, at() == before, sep='|')"
     )
