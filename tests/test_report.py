@@ -377,6 +377,25 @@ def test_the_page_shows_what_was_written_for_three_problems(tmp_path, write_run)
     assert f"    mlx-distill chat {run} --prompt 'ask <b>d</b>'" in markdown
 
 
+def test_a_long_text_keeps_its_answer(tmp_path, write_run):
+    """Wherever `</think>` stands in it."""
+    run = write_run(tmp_path / "run")
+    long = f"<think>{'so ' * 1000}</think>{'and ' * 2000}7"
+    write_texts(run, {"student": {"a": (long, True)}})
+    _, text = page_of(run, out=tmp_path / "out")
+    assert "(no </think>)" not in text and "</think> and and" in text
+    assert "and and 7" in text and "[… 4,001 characters …]" in text
+
+
+def test_texts_of_a_model_without_a_score_are_not_shown(tmp_path, write_run):
+    """They may be of an earlier scoring, with other settings."""
+    run = write_run(tmp_path / "run")
+    said = {"a": ("<think>so</think>7", True)}
+    write_texts(run, {model: said for model in ("teacher", "base", "student")})
+    change_json(run / "eval.json", lambda content: content["scores"].pop("student"))
+    assert "What they wrote" not in page_of(run, out=tmp_path / "out")[1]
+
+
 def test_a_run_without_texts_or_student_shows_neither(tmp_path, write_run):
     run = write_run(tmp_path / "run")
     (run / "generations.jsonl").write_text('{"model": "student"}\nnot a row\n')

@@ -44,8 +44,8 @@ NOT_THE_METHOD = {
 class Run:
     """What a run folder holds; an absent part is empty and has a line in `notes`, by its file.
 
-    ways: how many problems were compared as mathematics and how many as text. texts: by model, what
-    it wrote first for each problem.
+    ways: how many problems were compared as mathematics and how many as text. texts: by model
+    that has a score, what it wrote first for each problem.
     """
 
     folder: Path
@@ -87,7 +87,12 @@ def read_run(folder: Path) -> Run:
     """
     run = _read_parts(folder)
     named = run.recipe.eval.compare if run.recipe else ()
-    return replace(run, compared=[_compared(run, other) for other in named])
+    texts = first_texts(folder / FILE) if run.scores else {}
+    return replace(
+        run,
+        compared=[_compared(run, other) for other in named],
+        texts={model: texts[model] for model in run.scores if model in texts},
+    )
 
 
 def _read_parts(folder: Path) -> Run:
@@ -121,7 +126,6 @@ def _read_parts(folder: Path) -> Run:
         scores=scored.whole,
         sample=_record(folder, Sample, notes, "no example is shown").tokens,
         notes=notes,
-        texts=first_texts(folder / FILE) if scored.whole else {},
     )
 
 

@@ -14,7 +14,7 @@ from mlx_distill.scoring.generations import Generation
 from mlx_distill.verify.tasks import THINK_END
 
 SHOWN = 3
-LONGEST = 4_000  # characters of one text
+LONGEST = 4_000  # characters of a text's thinking, and of its answer
 MODELS = {"base": "student before", "student": "student after", "teacher": "teacher"}
 
 
@@ -47,9 +47,10 @@ def _wrote(run: Run, problem: str) -> Wrote:
 def _said(run: Run, problem: str) -> Iterator[Said]:
     for model, label in MODELS.items():
         if text := run.texts.get(model, {}).get(problem):
-            thinking, tag, answer = shortened(text.text).partition(THINK_END)
+            thinking, tag, answer = text.text.partition(THINK_END)
             nothing = f"(nothing after {THINK_END})" if tag else f"(no {THINK_END})"
-            yield Said(model, label, verdict(text), thinking + tag, answer.strip() or nothing)
+            answer = shortened(answer.strip()) or nothing
+            yield Said(model, label, verdict(text), shortened(thinking) + tag, answer)
 
 
 def verdict(text: Generation) -> str:

@@ -69,14 +69,19 @@ def first_texts(path: Path) -> dict[str, dict[str, Generation]]:
     except OSError:
         return found
     for line in filter(bytes.strip, lines):
-        try:
-            row = parse_json(line, path.name)
-        except DistillError:
-            continue
-        text = Generation.of(row) if isinstance(row, dict) else None
+        row, text = _parsed(line, path)
         if text and text.sample == 0 and isinstance(row.get("model"), str):
             found.setdefault(row["model"], {})[text.problem] = text
     return found
+
+
+def _parsed(line: bytes, path: Path) -> tuple[dict[str, Any], Generation | None]:
+    """A line's fields and the generation that they say; nothing of one that cannot be read."""
+    try:
+        row = parse_json(line, path.name)
+    except DistillError:
+        return {}, None
+    return (row, Generation.of(row)) if isinstance(row, dict) else ({}, None)
 
 
 class Generations:
@@ -146,11 +151,7 @@ class Generations:
             content = self.path.read_bytes() if self.path.exists() else b""
         *lines, torn = content.split(b"\n")  # what has no end of line was being written
         for line in filter(bytes.strip, lines):
-            try:
-                row = parse_json(line, self.path.name)
-            except DistillError:
-                row = None
-            found = Generation.of(row) if isinstance(row, dict) else None
+            row, found = _parsed(line, self.path)
             if found is None:
                 unreadable += 1
             elif row.get("model") != self.model:
