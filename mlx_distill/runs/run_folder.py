@@ -24,7 +24,7 @@ from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
 from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
 from mlx_distill.readers import read_text
 from mlx_distill.recipe.load import load_kept_recipe
-from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.runs import own_files
 from mlx_distill.runs.checkpoints import UNWRITTEN, Checkpoints, TrainState
 from mlx_distill.runs.manifest import Manifest
@@ -122,9 +122,9 @@ class RunFolder(SmallFiles):
             return
         if kept.digest() == recipe.digest():
             return
-        differences = kept.differences(recipe)
-        changes = "; ".join(differences)
-        if self.has_student() and all(line.startswith("eval.") for line in differences):
+        changes = "; ".join(kept.differences(recipe))
+        asked_alike = with_values(kept, eval=dict(recipe.eval))
+        if asked_alike.digest() == recipe.digest() and self.has_student():
             self._ask_anew(recipe, f"{self.path} is scored as asked now: {changes}", say)
             return
         raise RunError(

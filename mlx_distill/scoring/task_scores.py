@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationError, field_validator
 
 from mlx_distill.runs.digests import changed
+from mlx_distill.runs.own_files import SCORES
 from mlx_distill.runs.record import Count, Record
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.generations import FILE
@@ -24,7 +25,7 @@ class TaskScores(Record):
     model ("teacher", "base", "student"); None where what is kept of one is no whole score.
     """
 
-    FILE: ClassVar[str] = "eval.json"
+    FILE: ClassVar[str] = SCORES
     SEALED: ClassVar[bool] = True
 
     task: str = ""

@@ -8,21 +8,17 @@ without its thinking, as chat templates do, and that Ctrl-C ends an answer and n
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tokenizers.decoders import DecodeStream
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Model, Sampling
-from mlx_distill.backends.stops import stops_of
-from mlx_distill.data.day import choose_day
 from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import THINK_TAGS, generation_prompt
 from mlx_distill.errors import DataError
-from mlx_distill.models.hub import load_tokenizer
-from mlx_distill.recipe.tables import DataTable
-from mlx_distill.runs.named import run_at, weights_of
+from mlx_distill.runs.named import Named
 from mlx_distill.view import View, plain
 
 if TYPE_CHECKING:
@@ -110,12 +106,10 @@ def chat(
 
     `sampling` without stop ids; the model's are added. Raises `DistillError`.
     """
-    folder, run = weights_of(name), run_at(name)
-    tokenizer, backend = load_tokenizer(folder), choose_backend(backend_name)
-    model = backend.load_teacher(folder, name)
-    day = choose_day(DataTable(), tokenizer, [run.kept_day() if run else ""])
-    stops = stops_of(folder, tokenizer)
-    talk = Talk(model, tokenizer, Sampling(**{**vars(sampling), "stop_ids": stops}), day)
+    asked = Named.of(name)
+    model = choose_backend(backend_name).load_teacher(asked.folder, name)
+    sampling = replace(sampling, stop_ids=asked.stop_ids)
+    talk = Talk(model, asked.tokenizer, sampling, asked.day)
     if prompt:
         _answer(talk, prompt, view)
         return

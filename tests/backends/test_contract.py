@@ -8,6 +8,7 @@ keeps the part of the promise that the loop relies on.
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -803,10 +804,11 @@ def test_stop_ids_end_a_generation(backend: Backend, teacher: Teacher):
     assert texts(teacher, PROMPTS[:1], 1, batch_size=3) == [free[0][:1]]
 
 
-def test_a_finished_text_does_not_wait_for_the_others(
+@pytest.fixture
+def forward_passes(
     backend: Backend, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
-):
-    """Of the next batch everywhere, and of its own where the backend can."""
+) -> list[bool]:
+    """An entry for each forward pass of the teacher."""
     kind, calls = type(teacher.split.model), []
     forward = {"mlx": "__call__", "torch": "forward"}[backend.name]
     plain = getattr(kind, forward)
@@ -816,6 +818,14 @@ def test_a_finished_text_does_not_wait_for_the_others(
         return plain(*args, **kwargs)
 
     monkeypatch.setattr(kind, forward, counted)
+    return calls
+
+
+def test_a_finished_text_does_not_wait_for_the_others(
+    backend: Backend, teacher: Teacher, forward_passes: list[bool]
+):
+    """Of the next batch everywhere, and of its own where the backend can."""
+    calls = forward_passes
     written = teacher.generate(PROMPTS, Sampling(10, batch_size=1))
     place, ids = next(written)
     first = len(calls)
@@ -857,10 +867,16 @@ def test_a_stream_is_the_text_that_generate_gives(
         assert list(teacher.stream(prompt, Sampling(12, stop_ids=stops, **drawn))) == ended
 
 
-def test_a_stream_that_is_left_computes_no_more(backend: Backend, teacher: Teacher):
+def test_a_stream_that_is_left_computes_no_more(
+    backend: Backend, teacher: Teacher, forward_passes: list[bool]
+):
     stream = teacher.stream(PROMPTS[0], Sampling(10_000))
     first = [next(stream) for _ in range(3)]
     stream.close()
+    before = len(forward_passes)
+    assert before < 1_000, "it was left after three"
+    time.sleep(0.05)
+    assert len(forward_passes) == before
     assert first == naive(backend, teacher, PROMPTS[0], 3)
     assert list(teacher.stream(PROMPTS[0], Sampling(3))) == first
 

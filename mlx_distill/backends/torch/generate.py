@@ -67,9 +67,13 @@ class TorchModel:
             yield from zip(group, texts, strict=True)
 
     def _generate(
-        self, prompts: list[Sequence[int]], stop_ids: frozenset[int], drawn: "_Drawn"
+        self,
+        prompts: list[Sequence[int]],
+        stop_ids: frozenset[int],
+        drawn: "_Drawn",
+        streamer: "_Streamer | None" = None,
     ) -> list[list[int]]:
-        """One batch, padded at the left."""
+        """One batch, padded at the left; of a single prompt a `streamer` may follow the ids."""
         width = max(map(len, prompts))
         tokens = self.tensor(
             np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
@@ -78,9 +82,13 @@ class TorchModel:
             np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         )
         processors = transformers.LogitsProcessorList([drawn] if drawn.sampling.temperature else [])
-        texts = self.split.model.generate(tokens, attention_mask=mask, logits_processor=processors)[
-            :, width:
-        ].tolist()
+        texts = self.split.model.generate(
+            tokens,
+            attention_mask=mask,
+            logits_processor=processors,
+            stopping_criteria=[streamer.is_left] if streamer else None,
+            streamer=streamer,
+        )[:, width:].tolist()
         return [
             text[: next((i + 1 for i, token in enumerate(text) if token in stop_ids), None)]
             for text in texts
@@ -89,20 +97,12 @@ class TorchModel:
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """The new ids of one text, each as it is made, by transformers in a thread of its own."""
         self.split.model.generation_config = _generation(sampling)
-        drawn = _Drawn(sampling, draws_of(sampling, [prompt])) if sampling.temperature else None
-        tokens = self.tensor(np.array([prompt]))
-        streamer, left = _Streamer(), Event()
+        drawn, streamer = _Drawn(sampling, draws_of(sampling, [prompt])), _Streamer()
 
         def write() -> None:
             try:
                 with torch.no_grad(), self.precision(), explained("generating"):
-                    self.split.model.generate(
-                        tokens,
-                        attention_mask=torch.ones_like(tokens),
-                        logits_processor=transformers.LogitsProcessorList([drawn] if drawn else []),
-                        stopping_criteria=[lambda ids, scores: left.is_set()],
-                        streamer=streamer,
-                    )
+                    self._generate([prompt], sampling.stop_ids, drawn, streamer)
             except Exception as error:  # raised again where it is waited for
                 streamer.said.put(error)
 
@@ -114,7 +114,7 @@ class TorchModel:
                     raise said
                 yield said
         finally:
-            left.set()
+            streamer.left.set()
             thread.join()
 
 
@@ -123,7 +123,12 @@ class _Streamer(BaseStreamer):
 
     def __init__(self) -> None:
         self.said: SimpleQueue[int | Exception | None] = SimpleQueue()
+        self.left = Event()
         self._prompt = True
+
+    def is_left(self, ids: Tensor, scores: Tensor) -> bool:
+        """Whether nobody listens any more, as a stopping criterion."""
+        return self.left.is_set()
 
     def put(self, value: Tensor) -> None:
         if not self._prompt:
