@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import mlx_lm.utils
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -30,7 +31,11 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from mlx_distill.backends.torch import loading
 from mlx_distill.backends.torch import model as models
-from mlx_distill.backends.torch.adapters import fused_weights, parameter_count
+from mlx_distill.backends.torch.adapters import (
+    adapted_modules,
+    fused_weights,
+    parameter_count,
+)
 from mlx_distill.backends.torch.heads import CallableHead, MatrixHead
 from mlx_distill.backends.torch.weights import stored_weights
 from mlx_distill.recipe.tables import StudentTable
@@ -223,6 +228,22 @@ def test_what_is_frozen_is_in_the_compute_dtype_and_what_trains_in_float32(
     }
     assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
     assert split.stored_dtype == torch.float32
+
+
+@pytest.mark.parametrize("part", ["float32", "bfloat16"])
+def test_adapters_compute_in_the_compute_dtype(part: str, folder: Path):
+    """peft casts their inputs to the adapters' float32, a copy that each one keeps."""
+    seen = set()
+
+    def watch(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        seen.update({inputs[0].dtype, output.dtype})
+
+    student = student_of(TORCH, folder, tuning="lora", compute_dtype=part)
+    for module in adapted_modules(student.split.model).values():
+        module.lora_A.default.register_forward_hook(watch)
+    with student.precision():
+        student.gather(TOKENS, np.array([0, 1]))
+    assert seen == {getattr(torch, part)}
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "dora"])

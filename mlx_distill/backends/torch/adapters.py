@@ -45,6 +45,8 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
     )
     peft.inject_adapter_in_model(config, model)
     for path, module in adapted_modules(model).items():
+        # autocast casts lora's matrices, which are small; dora's norms stay in float32
+        module.cast_input_dtype_enabled = table.tuning == "dora"
         weight = module.lora_A.default.weight
         matrix = initial_matrix((weight.shape[1], weight.shape[0]), path, seed)
         weight.data = torch.from_numpy(matrix.T.copy()).to(weight.device)

@@ -73,10 +73,10 @@ class TorchStudent(TorchModel):
         self.compared_ids = ids
 
     def precision(self) -> AbstractContextManager:
-        """Full tuning computes in `dtype` over float32 weights; with adapters the frozen weights
-        are of that type themselves.
+        """What trains is kept in float32 and computes in `dtype`; but DoRA's norms, of which a
+        rounding would move the untrained student, are computed as they are kept.
         """
-        half = self.full and self.dtype != torch.float32
+        half = self.dtype != torch.float32 and self.table.tuning != "dora"
         return torch.autocast(self.device.type, self.dtype, enabled=half)
 
     # a step: gradients of micro-batches are added up, then applied
