@@ -10,6 +10,7 @@ import pytest
 
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.reporting import study
+from mlx_distill.reporting.condition_words import in_words
 from mlx_distill.reporting.study import (
     Condition,
     Row,
@@ -19,6 +20,7 @@ from mlx_distill.reporting.study import (
     pareto_front,
     read_rows,
     rows_text,
+    worth_training,
 )
 from mlx_distill.scoring.intervals import crossed_mean, crossed_variance, interval
 
@@ -220,18 +222,63 @@ def test_runs_on_other_problems_are_refused():
     assert len(conditions([rows[0], failed])) == 1
 
 
+FRACTION = "truncation.fraction"
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"truncation.fraction": 0.5, "objective.kd_weight": 0.0}, "fraction 0.5, kd_weight 0.0"),
-        ({"objective.segments": ["cot", "answer"]}, "segments cot + answer"),
-        ({"data.seed": 1, "eval.seed": 2, "run.fast": True}, "data.seed 1, eval.seed 2, fast true"),
+        ({FRACTION: 0.25, "objective.kd_weight": 0.5}, "a quarter of the tokens, with the teacher"),
+        ({FRACTION: 1.0, "objective.kd_weight": 0.0}, "all tokens, without the teacher"),
+        (
+            {FRACTION: 0.37, "objective.kd_weight": 1},
+            "37\u00a0% of the tokens, with the teacher alone",
+        ),
+        ({FRACTION: 0.5, "truncation.keep": "suffix"}, "the last half of the tokens"),
+        ({FRACTION: 1, "truncation.keep": "middle"}, "all tokens"),
+        ({FRACTION: 0.1, "truncation.span": "cot"}, "a tenth of the chain of thought"),
+        ({"truncation.keep": "suffix"}, "keep suffix"),
+        ({"objective.segments": ["cot", "answer"]}, "chain of thought + answer"),
+        ({"objective.divergence": "reverse_kl"}, "reverse KL"),
+        ({"data.train_examples": 4000, "optim.steps": 1}, "4,000 examples, 1 step"),
+        ({"data.seed": 1, "eval.seed": 2, "run.fast": True}, "data.seed 1, eval.seed 2, fast on"),
+        ({"truncation.whole_share": "x", "a.b_c": [1, 2]}, "x of the examples whole, b c 1 + 2"),
         ({}, "as in the recipe"),
     ],
 )
 def test_a_condition_is_named_by_its_settings(settings, words):
     assert Condition("", settings, ()).name == words
     assert Condition("arm", settings, ()).name == "arm"
+
+
+def test_conditions_that_differ_read_differently():
+    """Over the fields that have words of their own, and values near each other."""
+    fields = {
+        FRACTION: [0.1, 0.101, 0.25, 1 / 3, 0.333, 0.5, 0.75, 0.999, 1.0, 1],
+        "truncation.keep": ["prefix", "suffix", "middle", "cot"],
+        "objective.kd_weight": [0.0, 0.001, 0.25, 0.5, 0.75, 1.0],
+        "optim.learning_rate": [1e-5, 2e-5, 1.1e-5],
+        "data.train_examples": [0, 1, 10, 11],
+        "truncation.whole_share": [0.0, 0.1, 0.25],
+        "truncation.token_share": [1.0, 0.5],
+        "objective.divergence": ["forward_kl", "reverse_kl", "new"],
+    }
+    for field, values in fields.items():
+        said = {in_words({field: value}): value for value in values}
+        assert len(said) == len(set(values)), (field, said)
+
+
+def test_what_does_not_beat_the_base_is_not_worth_training():
+    base = make_condition([[1.0] * 5 + [0.0] * 45], "base", 0)
+    rows = {"worse": 3, "equal": 5, "a little": 7, "better": 30}
+    found = [
+        make_condition([[1.0] * right + [0.0] * (50 - right)] * 2, label, 1.0 + right)
+        for label, right in rows.items()
+    ]
+    assert [one.label for one in worth_training(found, base)] == ["better"]
+    assert worth_training(found, None) == found
+    assert best_within(found, 1.0, base).label == "better"
+    assert best_within(found, 0.5, base) is None and best_within(found, 0.5).label == "a little"
 
 
 def test_the_front_is_what_no_cheaper_one_equals():

@@ -4,10 +4,12 @@ failures, kills, sharing.
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.sweeps.outline import planned
 from mlx_distill.sweeps.queue import _held
-from mlx_distill.sweeps.results import collect, teacher_pass
+from mlx_distill.sweeps.results import collect, teacher_pass, write_best
 from mlx_distill.sweeps.sweep import distinct, load_sweep
 from mlx_distill.words import amount
 
@@ -114,6 +116,15 @@ def test_a_sweep_runs_reports_and_tells_what_failed(write, sweep_line, command_l
     kept = teacher_pass(load_sweep(path))
     assert (kept["sequences"], kept["runs"]) == (24, 2) and kept["tokens"] > 0 and kept["bytes"] > 0
 
+    page = (tmp_path / "mine" / "report.html").read_text()
+    assert "Nothing beats the student before training" in page  # in two steps
+    assert not list((tmp_path / "mine" / "best").iterdir())
+    addresses = [unquote(address) for address in re.findall(r'href="([^"]*)"', page)]
+    assert {"results.csv", f"recipes/{half.run}.toml", f"logs/{BAD_RUN}.log"} <= {*addresses}
+    assert f"../runs/{half.run}/report.html" in addresses
+    assert all((tmp_path / "mine" / address).is_file() for address in addresses)
+    sweep = load_sweep(path)
+    write_best(sweep, [row for row in collect(sweep, {}) if row.role != "base"])
     best = load_recipe(tmp_path / "mine" / "best" / "budget-1.00.toml")
     assert best.run.name == "mine-budget-1.00" and best.optim.steps == 2 and best.eval.score_base
 

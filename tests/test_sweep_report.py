@@ -11,6 +11,7 @@ import pytest
 from drawn import Drawn
 
 from mlx_distill.errors import DataError, RunError
+from mlx_distill.reporting.condition_words import capital
 from mlx_distill.reporting.drawing import drawings
 from mlx_distill.reporting.study import (
     Row,
@@ -29,10 +30,17 @@ from mlx_distill.reporting.sweep_charts import (
     quality_chart,
     x_axis,
 )
-from mlx_distill.reporting.sweep_findings import Swept, findings
+from mlx_distill.reporting.sweep_findings import (
+    Places,
+    Swept,
+    findings,
+    undecided,
+    wider_than_its_claim,
+)
 from mlx_distill.reporting.sweep_page import write_report
-from mlx_distill.reporting.sweep_tables import best_path, costs, quality
+from mlx_distill.reporting.sweep_tables import best_path, budgets, costs, every_run, quality
 from mlx_distill.reporting.sweep_words import headline
+from mlx_distill.scoring.intervals import Estimate
 from mlx_distill.sweeps.sweep import load_sweep
 from mlx_distill.words import amount, percent, points
 
@@ -199,11 +207,14 @@ def test_the_numbers_on_the_page_are_those_of_the_study(tmp_path):
             retention(one, full),
             gain_retention(one, full, base),
         )
+        open_ = "too few seeds to tell"
+        bounds = f"{points(gap.low)} to {points(gap.high)}"
         numbers = [
             percent(one.accuracy.mean),
             f"{percent(one.accuracy.low)} to {percent(one.accuracy.high)}",
-            points(gap.mean),
-            f"{points(gap.low)} to {points(gap.high)}",
+            f"{open_} {points(gap.mean)}, {bounds}"
+            if undecided(gap)
+            else f"{points(gap.mean)} {bounds}",
             *(
                 part
                 for share in (kept, gain)
@@ -221,7 +232,7 @@ def test_the_numbers_on_the_page_are_those_of_the_study(tmp_path):
     row = next(
         line
         for line in markdown.splitlines()
-        if line.startswith("| fraction 0.5, kd\\_weight 0.0 |")
+        if line.startswith("| Half of the tokens, without the teacher |")
     )
     assert (
         said(f"{percent(students[5].accuracy.mean)} ({percent(students[5].accuracy.low)} to") in row
@@ -242,7 +253,8 @@ def test_the_headline_is_the_cheapest_that_keeps_most():
     assert cheap.cost("flops") < 0.9 * full.cost("flops")
     kept = retention(cheap, full)
     assert headline(findings(swept)) == (
-        f"{cheap.name} keeps {percent(kept.mean)} of the accuracy of fraction 1.0, kd_weight 0.5 "
+        f"{capital(cheap.name)}, keeps {percent(kept.mean)} of the accuracy of all tokens, with "
+        "the teacher "
         f"(95\u00a0% interval {percent(kept.low)} to {percent(kept.high)}) at "
         f"{100 * cheap.cost('flops') / full.cost('flops'):.0f}\u00a0% of its arithmetic."
     )
@@ -252,16 +264,17 @@ def test_without_a_saving_the_headline_compares_the_best_two():
     swept = make_segments()
     best, second = sorted(conditions(swept.rows), key=lambda one: -one.accuracy.mean)[:2]
     gap, said_first = difference(best, second), headline(findings(swept))
-    assert best.name in said_first and second.name in said_first
+    assert best.name in said_first.lower() and second.name in said_first.lower()
     assert (
-        f": {points(gap.mean)} points, 95\u00a0% interval {points(gap.low)} to "
-        f"{points(gap.high)}, which" in said_first
+        f" {points(gap.mean)} points, 95\u00a0% interval {points(gap.low)} to "
+        f"{points(gap.high)}" in said_first
     )
-    assert said_first.startswith("No clear difference between") == (gap.low <= 0)
+    assert said_first.startswith("Too few seeds to tell which is better, ")
+    assert gap.low <= 0 < gap.high and gap.high - gap.low > 0.05
     one = make_arms()
     one = dataclasses.replace(one, rows=one.rows[:3])
     assert re.fullmatch(
-        r"short solves \d.* of 120 problems \(95\u00a0% interval .*\)\.", headline(findings(one))
+        r"Short solves \d.* of 120 problems \(95\u00a0% interval .*\)\.", headline(findings(one))
     )
 
 
@@ -272,7 +285,8 @@ def test_every_other_member_of_the_front_has_a_sentence(tmp_path):
     front = [one for one in pareto_front(found.students) if one is not found.full]
     assert len(front) > 2
     for one in front:
-        assert f"{found.name(one)} keeps {said(percent(retention(one, found.full).mean))}" in text
+        name = capital(found.name(one))
+        assert f"{name}, keeps {said(percent(retention(one, found.full).mean))}" in text
         assert f"keeps {said(percent(retention(one, found.full).mean))}" in said(markdown)
 
 
@@ -294,7 +308,7 @@ def test_a_full_condition_that_is_missing_is_said(tmp_path):
         dataclasses.replace(make_grid(), full=("", {FRACTION: 0.9, KD: 0.5})), tmp_path
     )
     assert (
-        "No run of fraction 0.9, kd_weight 0.5 has finished, so nothing is compared with it."
+        "No run of 90 % of the tokens, with the teacher has finished, so nothing is compared with it."
         in text
     )
 
@@ -350,9 +364,9 @@ def test_the_matched_arm_of_a_sweep_file_is_drawn(tmp_path):
     rows = make_rows([(point.label, point.settings, 0.5, 1.0) for point in sweep.points])
     drawn = curves(findings(Swept("s", "", sweep.axes, None, rows, students_of(rows), {})))
     assert [label for label, _ in drawn] == [
-        "kd_weight 0.5",
-        "kd_weight 0.0",
-        "token-matched, kd_weight 0.5",
+        "with the teacher",
+        "without the teacher",
+        "token-matched, with the teacher",
     ]
 
 
@@ -363,9 +377,9 @@ def test_curves_are_the_grid_and_the_matched_arms():
         (label, [one.settings[FRACTION] for one in members]) for label, members in curves(found)
     ]
     assert drawn == [
-        ("kd_weight 0.5", FRACTIONS),
-        ("kd_weight 0.0", FRACTIONS),
-        ("token-matched, kd_weight 0.5", [0.25, 0.5]),
+        ("with the teacher", FRACTIONS),
+        ("without the teacher", FRACTIONS),
+        ("token-matched, with the teacher", [0.25, 0.5]),
     ]
     chart = quality_chart(found)
     for svg in drawings(chart):
@@ -378,15 +392,13 @@ def test_curves_are_the_grid_and_the_matched_arms():
             length,
             3 * length,
         )
-    assert [one.label for one in chart.levels] == [
-        "student before",
-        "full: fraction 1.0, kd_weight 0.5",
-    ]
+    assert [one.label for one in chart.levels] == ["student before", "teacher"]
 
 
 def test_points_and_bands_lie_where_the_study_says():
-    found = findings(make_grid())
+    found = findings(make_grid(seeds=5))
     chart, (_, members) = quality_chart(found), curves(found)[0]
+    assert chart.unit == "share of problems, 95\u00a0% band, one dot a run"
     bounds = [one.accuracy.low for one in members] + [
         one.accuracy.high for one in reversed(members)
     ]
@@ -401,6 +413,104 @@ def test_points_and_bands_lie_where_the_study_says():
         assert [y for _, y in drawn.points(band)] == pytest.approx(bounds, abs=2e-3)
 
 
+def test_below_five_seeds_there_are_error_bars_and_no_band():
+    found = findings(make_grid(seeds=4))
+    chart, (_, members) = quality_chart(found), curves(found)[0]
+    assert chart.unit == "share of problems, 95\u00a0% bars, one dot a run"
+    for svg in drawings(chart):
+        drawn = Drawn(svg)
+        assert not drawn.bands
+        lines = [points for role, _, points in drawn.lines if role == "run-1"]
+        for one, bar in zip(members, lines, strict=False):  # the curve is drawn after its bars
+            low, high = one.accuracy.low, one.accuracy.high
+            assert [y for _, y in drawn.points(bar)] == pytest.approx([low, high], abs=2e-3)
+        assert len(lines) == len(members) + 1
+
+
+def test_the_student_before_and_the_teacher_are_in_every_chart_of_accuracy():
+    found = findings(make_grid())
+    wanted = {"base": found.base.accuracy.mean, "teacher": found.teacher.accuracy.mean}
+    for chart in (quality_chart(found), pareto_chart(found)):
+        assert {level.role: level.y for level in chart.levels} == wanted
+        assert [(key.label, key.last) for key in chart.key][-2:] == [
+            ("student before", percent(wanted["base"])),
+            ("teacher", percent(wanted["teacher"])),
+        ]
+        for drawn in map(Drawn, drawings(chart)):
+            across = {role: points[0][1] for role, dashed, points in drawn.lines if dashed}
+            assert {role: drawn.y(pixel) for role, pixel in across.items()} == pytest.approx(
+                wanted, abs=3e-3
+            )
+    assert {bar.role for bar in bars(findings(make_arms()))} >= {"base", "teacher"}
+
+
+def make_worse(ability=-2.0, seeds=5):
+    grid = [("", {FRACTION: f, KD: 0.5}, ability + f / 10, f) for f in FRACTIONS]
+    rows = make_rows(grid, seeds=seeds)
+    return Swept("s", "", {FRACTION: FRACTIONS}, None, rows, students_of(rows), {})
+
+
+def test_where_nothing_beats_the_student_before_that_comes_first(tmp_path):
+    worse = findings(make_worse(-2.6))
+    solved = percent(worse.base.accuracy.mean)
+    first = f"Nothing beats the student before training, which solves {solved}: the best of 5 "
+    assert headline(worse).startswith(first)
+    unclear = findings(make_worse(-1.3, seeds=2))
+    assert max(one.accuracy.mean for one in unclear.students) > unclear.base.accuracy.mean
+    asked = "Too few seeds to tell whether anything beats the student before training, which solves"
+    assert headline(unclear).startswith(asked)
+    for found in (worse, unclear):
+        _, text, markdown = page_of(found.swept, tmp_path)
+        assert budgets(found).rows == [] and "best/budget" not in text + markdown
+        for said_so in ("No best recipe is written", said(headline(found))):
+            assert said_so in text and said_so in said(markdown).replace("\\", "")
+    better = findings(make_worse(1.0))
+    assert "Nothing beats" not in headline(better) and budgets(better).rows
+    unknown = findings(without(make_worse(-2.6), "base"))
+    assert "student before" not in headline(unknown) and budgets(unknown).rows
+
+
+def test_an_interval_wider_than_its_claim_says_so(tmp_path):
+    found = findings(make_worse(-2.0, seeds=2))
+    for one, row in zip(found.students, quality(found).rows[2:], strict=True):
+        if one is found.full:
+            continue
+        share, gap = retention(one, found.full), difference(one, found.full)
+        assert share.high - share.low > abs(share.mean) and gap.low < 0 < gap.high
+        assert row[3].text == row[4].text == "too few seeds to tell"
+        assert row[4].small.startswith(percent(share.mean))
+    sure = findings(make_grid(seeds=5))
+    row = next(
+        r for r in quality(sure).rows if r[0].text == "A tenth of the tokens, with the teacher"
+    )
+    assert "too few" not in row[3].text + row[4].text
+    tight = Estimate(0.0, -0.02, 0.02)
+    assert not undecided(tight) and not wider_than_its_claim(tight)
+    assert undecided(Estimate(0.05, -0.05, 0.15)) and wider_than_its_claim(Estimate(0.9, 0.2, 1.6))
+    assert not undecided(Estimate(0.05, 0.01, 0.09))
+
+
+def test_equal_budgets_are_one_row():
+    rows = budgets(findings(make_arms())).rows
+    assert [row[0].text for row in rows] == ["10\u00a0% to 50\u00a0%", "75\u00a0%", "100\u00a0%"]
+    assert [row[4].text for row in rows] == ["–", "best/budget-0.75.toml", "best/budget-1.00.toml"]
+    swept = make_arms()
+    alone = dataclasses.replace(swept, rows=[r for r in swept.rows if r.label in ("short", "")])
+    assert [row[0].text for row in budgets(findings(alone)).rows][-1] == "100\u00a0%"
+
+
+def test_a_page_leads_to_its_rows_recipes_and_runs(tmp_path):
+    swept = make_arms()
+    where = Places("runs/a%20b/report.html", "recipes/x.toml", "logs/x.log")
+    run = next(row.run for row in swept.rows if row.label == "long")
+    linked = dataclasses.replace(swept, places={run: where}, results="results.csv")
+    html, _, markdown = page_of(linked, tmp_path)
+    for address in (where.page, where.recipe, where.log, "results.csv", "best/budget-1.00.toml"):
+        assert f'href="{address}"' in html and f"]({address})" in markdown
+    assert "href" not in page_of(swept, tmp_path)[0]  # nothing is known to be there
+    assert len(every_run(findings(linked)).rows) == 1
+
+
 def test_costs_are_shares_of_those_at_the_largest_x():
     chart = cost_chart(findings(make_grid()))
     assert {key.label: (key.first, key.last) for key in chart.key} == {
@@ -408,7 +518,7 @@ def test_costs_are_shares_of_those_at_the_largest_x():
         "time": ("10.0\u00a0%", "100.0\u00a0%"),
         "peak memory": ("52.9\u00a0%", "100.0\u00a0%"),
     }
-    assert chart.unit == "share of that at fraction 1.0"
+    assert chart.unit == "share of that at all tokens"
     assert cost_chart(findings(make_segments())) is None
 
 
@@ -417,9 +527,9 @@ def test_without_numbers_on_an_axis_there_are_bars(tmp_path):
     assert x_axis(found.swept) is None and quality_chart(found) is None
     assert [bar.label for bar in bars(found)] == [
         "student before",
-        "segments cot",
-        "segments answer",
-        "segments cot + answer",
+        "chain of thought",
+        "answer",
+        "chain of thought + answer",
         "teacher",
     ]
     html, text, _ = page_of(make_segments(), tmp_path)
@@ -428,7 +538,7 @@ def test_without_numbers_on_an_axis_there_are_bars(tmp_path):
         assert f"width:{100 * bar.mean:.3f}%" in html and bar.dots == tuple(
             row.accuracy for row in one.rows
         )
-    assert html.count('class="one"') == 9 and "segments cot + answer full" in text
+    assert html.count('class="one"') == 9 and "Chain of thought + answer full" in text
     assert bars(findings(make_grid())) == []
     assert [bar.label for bar in bars(findings(make_arms()))] == [
         "student before",
@@ -475,21 +585,21 @@ def test_the_best_for_each_budget(tmp_path):
         best = best_within(found.students, share)
         dearest = max(one.cost("flops") for one in found.students)
         assert (
-            said(f"{share:.0%} {found.name(best)} {percent(best.accuracy.mean)}").replace(
+            said(f"{share:.0%} {capital(best.name)} {percent(best.accuracy.mean)}").replace(
                 f"{share:.0%}", f"{100 * share:.0f} %"
             )
             in text
         )
         assert f"{100 * best.cost('flops') / dearest:.0f} % best/budget-{share:.2f}.toml" in text
         assert best_path(share) in markdown
-    assert "10 % no condition costs this little" in page_of(make_segments(), tmp_path)[1]
+    assert "10 % to 75 % no condition costs this little" in page_of(make_segments(), tmp_path)[1]
 
 
 def test_conditions_that_share_a_label_are_told_apart():
     names = findings(make_grid()).names
     assert names[-3:] == [
-        "token-matched, fraction 0.25, kd_weight 0.5",
-        "token-matched, fraction 0.5, kd_weight 0.5",
+        "token-matched, a quarter of the tokens, with the teacher",
+        "token-matched, half of the tokens, with the teacher",
         "last half, context dropped",
     ]
     assert len(set(names)) == len(names)
@@ -500,12 +610,12 @@ def test_failed_runs_and_missing_seeds_are_said(tmp_path):
     _, text, markdown = page_of(swept, tmp_path)
     assert "4 runs did not finish" in text and "Failed runs" in text
     assert (
-        "run 0-1 fraction 0.1, kd_weight 0.5, seed 1 OutOfMemory: step 12 does not fit; lower "
+        "A tenth of the tokens, with the teacher, seed 1 run 0-1 OutOfMemory: step 12 does not fit; lower "
         "micro_batch_size" in text
     )
-    assert text.count("2 of 3") == 1 and "fraction 0.1, kd_weight 0.5 2 of 3 " in text
+    assert text.count("2 of 3") == 1 and "A tenth of the tokens, with the teacher 2 of 3 " in text
     assert len(findings(swept).students) == 12
-    assert "| run 9-2 (fraction 1.0, kd\\_weight 0.0, seed 2) | OutOfMemory" in markdown
+    assert "| All tokens, without the teacher, seed 2 (run 9-2) | OutOfMemory" in markdown
 
 
 def test_no_finished_run_is_a_page_that_says_so(tmp_path):

@@ -20,8 +20,9 @@ LOG_RATIO = 40.0  # a positive series that spans more than this reads better on 
 class Series:
     """One curve; `role` names its colour, `faint` ones are behind the others and not in the key.
 
-    low, high: bounds of its y, finite, drawn as a band where given. dots: (x, y) of what its points
-    are the means of.
+    low, high: bounds of its y, finite, drawn as a band where given, or with `error_bars` as one
+    bar a point. dots: (x, y) of what its points are the means of. faded: it is not what the chart
+    is about; bold: it is.
     """
 
     label: str
@@ -33,6 +34,9 @@ class Series:
     high: tuple[float, ...] = ()
     dots: tuple[tuple[float, float], ...] = ()
     dashed: bool = False
+    error_bars: bool = False
+    faded: bool = False
+    bold: bool = False
 
     @property
     def known(self) -> list[tuple[float, float]]:
@@ -53,6 +57,9 @@ class Level:
     role: str
     y: float
 
+    def key(self, shares: bool) -> "Key":
+        return Key(self.label, self.role, "", number(self.y, shares), dashed=True)
+
 
 @dataclass(frozen=True)
 class Key:
@@ -64,7 +71,15 @@ class Key:
     role: str
     first: str
     last: str
-    dashed: bool
+    dashed: bool = False
+    look: str = ""
+
+    @property
+    def before(self) -> str:
+        """What stands before its end: a change that the digits do not show is none."""
+        if not self.first:
+            return ""
+        return "unchanged, " if self.first == self.last else f"{self.first} → "
 
 
 @dataclass(frozen=True)
@@ -115,25 +130,19 @@ class Curves:
     @property
     def key(self) -> list[Key]:
         keys = [self._key(one) for one in self.series if not one.faint]
-        levels = [Key(one.label, one.role, "", self._text(one.y), True) for one in self.levels]
-        return keys + levels
+        return keys + [level.key(self.shares) for level in self.levels]
 
     def lines(self) -> list[str]:
         """The chart in words."""
-        said = "; ".join(
-            f"{one.label} {f'{one.first} → ' if one.first else ''}{one.last}" for one in self.key
-        )
+        said = "; ".join(f"{one.label} {one.before}{one.last}" for one in self.key)
         return [f"{self.title} ({self.unit}), by {self.x_name}: {said}"]
 
     def _key(self, one: Series) -> Key:
         (_, first), (_, last) = one.known[0], one.known[-1]
         single = len(one.known) == 1
-        return Key(
-            one.label, one.role, "" if single else self._text(first), self._text(last), one.dashed
-        )
-
-    def _text(self, y: float) -> str:
-        return number(y, self.shares)
+        said = ("" if single else number(first, self.shares)), number(last, self.shares)
+        look = "faded" if one.faded else "bold" if one.bold else ""
+        return Key(one.label, one.role, *said, one.dashed, look)
 
 
 @dataclass(frozen=True)
@@ -151,13 +160,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Shares y in [0, 1] over positive x, numbered by x; x_text: what a value of x says."""
+    """Shares y in [0, 1] over positive x, numbered by x; x_text: what a value of x says; levels:
+    of models that cost nothing here.
+    """
 
     title: str
     unit: str
     points: tuple[Point, ...]
     x_name: str
     x_text: Callable[[float], str]
+    levels: tuple[Level, ...] = ()
     large: bool = True
 
     @property
@@ -175,8 +187,8 @@ class Scatter:
 
     @property
     def key(self) -> list[Key]:
-        """Points are told apart by their numbers."""
-        return []
+        """Of the levels: points are told apart by their numbers."""
+        return [level.key(shares=True) for level in self.levels]
 
     @property
     def numbered(self) -> list[tuple[int, str, str, bool]]:
@@ -188,10 +200,11 @@ class Scatter:
 
     def lines(self) -> list[str]:
         """The chart in words."""
-        return [
+        points = [
             f"{i}: {label}, {facts}{', joined' if joined else ''}"
             for i, label, facts, joined in self.numbered
         ]
+        return points + [f"{one.label}, {one.last}" for one in self.key]
 
 
 def line_chart(title: str, unit: str, series: Sequence[Series], **more: Any) -> Curves | None:
@@ -201,11 +214,16 @@ def line_chart(title: str, unit: str, series: Sequence[Series], **more: Any) -> 
 
 
 def scatter(
-    title: str, unit: str, points: Sequence[Point], x_name: str, x_text: Callable[[float], str]
+    title: str,
+    unit: str,
+    points: Sequence[Point],
+    x_name: str,
+    x_text: Callable[[float], str],
+    levels: tuple[Level, ...] = (),
 ) -> Scatter | None:
     """A scatter of points in the order of x; None without a point."""
     ordered = tuple(sorted(points, key=lambda point: (point.x, point.y)))
-    return Scatter(title, unit, ordered, x_name, x_text) if ordered else None
+    return Scatter(title, unit, ordered, x_name, x_text, levels) if ordered else None
 
 
 def smoothed(values: Sequence[float | None]) -> tuple[float | None, ...]:

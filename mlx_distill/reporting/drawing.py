@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.reporting import ticks
-from mlx_distill.reporting.charts import LOG_RATIO, Curves, Scatter, Series
+from mlx_distill.reporting.charts import LOG_RATIO, Curves, Level, Scatter, Series
 from mlx_distill.words import number
 
 if TYPE_CHECKING:
@@ -131,14 +131,26 @@ def _draw_curves(axes: "Axes", chart: Curves, width: int, height: int) -> None:
     else:
         _axis_of_steps(axes, chart, width)
     for one in chart.series:
-        band = [*one.x, *reversed(one.x)], [*one.low, *reversed(one.high)]
-        if one.low:
-            axes.fill(*band, color=_colour(one.role), alpha=0.13, linewidth=0, clip_on=False)
-    for level in chart.levels:
-        across = [(x, level.y) for x in axes.get_xlim()]
-        _line(axes, across, level.role, 1.4, linestyle=DASHES)
+        _draw_bounds(axes, one)
+    _draw_levels(axes, chart.levels)
     for one in chart.series:
         _draw_series(axes, one)
+
+
+def _draw_bounds(axes: "Axes", one: Series) -> None:
+    """A band; or a bar a point, where too few seeds stand behind it for a band between them."""
+    if one.error_bars:
+        for x, low, high in zip(one.x, one.low, one.high, strict=True):
+            _line(axes, [(x, low), (x, high)], one.role, 2.2, alpha=0.45)
+    elif one.low:
+        band = [*one.x, *reversed(one.x)], [*one.low, *reversed(one.high)]
+        axes.fill(*band, color=_colour(one.role), alpha=0.13, linewidth=0, clip_on=False)
+
+
+def _draw_levels(axes: "Axes", levels: Sequence[Level]) -> None:
+    for level in levels:
+        across = [(x, level.y) for x in axes.get_xlim()]
+        _line(axes, across, level.role, 1.4, linestyle=DASHES)
 
 
 def _draw_series(axes: "Axes", one: Series) -> None:
@@ -147,7 +159,11 @@ def _draw_series(axes: "Axes", one: Series) -> None:
         _line(axes, points, one.role, 1, alpha=0.22)
         return
     style = DASHES if one.dashed else "solid"
-    _line(axes, points, one.role, 2.4 if one.role == "accent" else 1.9, linestyle=style)
+    if one.faded:
+        _line(axes, points, one.role, 1.2, linestyle=style, alpha=0.45)
+        return
+    width = 2.8 if one.bold else 2.4 if one.role == "accent" else 1.9
+    _line(axes, points, one.role, width, linestyle=style)
     for dot in one.dots:
         _disc(axes, dot, one.role, 5, alpha=0.6)
     _disc(axes, points[-1], "card", 11)
@@ -198,9 +214,11 @@ def _draw_points(axes: "Axes", chart: Scatter, width: int, height: int) -> None:
     axes.set_xlim(marks[0], marks[-1])
     _show(axes, marks, [chart.x_text(x) for x in marks], width)
     bounds = [y for point in chart.points for y in (point.low, point.high)]
+    bounds += [level.y for level in chart.levels]
     marks = ticks.round_marks(min(bounds), max(bounds), 5)
     axes.set_yticks(marks, ticks.texts(marks, shares=True))
     axes.set_ylim(marks[0], marks[-1])
+    _draw_levels(axes, chart.levels)
     for point in chart.points:
         _line(axes, [(point.x, point.low), (point.x, point.high)], point.role, 1.2, alpha=0.35)
     joined = [(point.x, point.y) for point in chart.points if point.joined]

@@ -25,8 +25,11 @@ def code(text: str) -> str:
 
 def table(head: list[str], rows: list[list[str]], align: str) -> str:
     """A pipe table, its cells escaped; `align` has one letter a column, "l" or "r"."""
+    return pipe_table(head, [[plain(str(cell)) for cell in row] for row in rows], align)
+
+
+def pipe_table(head: list[str], rows: list[list[str]], align: str) -> str:
+    """The same of cells that are Markdown already."""
     rule = ["---:" if side == "r" else "---" for side in align]
-    cells = [
-        [plain(str(cell)).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows
-    ]
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *cells])

@@ -17,7 +17,7 @@ from mlx_distill.errors import RunError
 from mlx_distill.files import told_as, write_text
 from mlx_distill.reporting.charts import Curves, Scatter
 from mlx_distill.reporting.drawing import drawings
-from mlx_distill.reporting.markdown import bullets, code, plain, table
+from mlx_distill.reporting.markdown import bullets, code, plain
 from mlx_distill.runs.own_files import LOCK
 from mlx_distill.words import percent
 
@@ -47,45 +47,6 @@ class Note:
 
     def markdown(self, depth: int) -> str:
         return plain(self.text)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A number or name, and what qualifies it.
-
-    look: classes of the style sheet; dot: the role of a coloured mark before it.
-    """
-
-    text: str
-    small: str = ""
-    look: str = ""
-    dot: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.text} ({self.small})" if self.small else self.text
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells; `align` has one letter a column, "l" or "r".
-
-    shown_by_bars: the columns that the HTML leaves out, since bars above the table show them.
-    """
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    align: str
-    look: str = ""
-    shown_by_bars: tuple[str, ...] = ()
-    kind: ClassVar[str] = "table"
-
-    @property
-    def columns(self) -> list[int]:
-        """Those that the HTML has."""
-        return [i for i, name in enumerate(self.head) if name not in self.shown_by_bars]
-
-    def markdown(self, depth: int) -> str:
-        return table([*self.head], [[str(cell) for cell in row] for row in self.rows], self.align)
 
 
 @dataclass(frozen=True)
@@ -254,6 +215,8 @@ class Fold:
     remark: str
     leads: Sequence[str]
     sections: Sequence["Section"]
+    blocks: Sequence[Block] = ()
+    look: str = ""
     kind: ClassVar[str] = "fold"
 
     def markdown(self, depth: int) -> str:
@@ -263,6 +226,7 @@ class Fold:
                 f"{'#' * depth} {plain(self.title)}",
                 plain(self.remark),
                 *map(plain, self.leads),
+                *(block.markdown(depth + 1) for block in self.blocks),
                 *sections,
             ]
         )

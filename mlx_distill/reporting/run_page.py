@@ -16,7 +16,6 @@ from mlx_distill.reporting.page import (
     Bars,
     Beside,
     Block,
-    Cell,
     Charts,
     Example,
     Facts,
@@ -25,12 +24,12 @@ from mlx_distill.reporting.page import (
     Page,
     Piece,
     Section,
-    Table,
     Tiles,
 )
 from mlx_distill.reporting.run_charts import SEGMENT_NAMES, charts_of
 from mlx_distill.reporting.run_cost import cost_tiles
 from mlx_distill.reporting.run_words import headline, kl_sentence, leads, progress, shared
+from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.reporting.written import MODELS, differing, try_it, written_blocks
 from mlx_distill.runs.manifest import DataAccount
 from mlx_distill.scoring.finishing import unfinished_note

@@ -13,20 +13,19 @@ from mlx_distill.reporting.page import (
     Bar,
     Bars,
     Block,
-    Cell,
     Charts,
     Fold,
     Note,
     Page,
     Report,
     Section,
-    Table,
     write,
 )
 from mlx_distill.reporting.run_charts import overlays, run_role
 from mlx_distill.reporting.run_cost import cost_of
 from mlx_distill.reporting.run_page import NOTES, run_page, run_sections, score_bar
 from mlx_distill.reporting.run_words import headline, headline_of_one, leads, subline
+from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.scoring.score import retention
 from mlx_distill.words import DASH, number, percent
 

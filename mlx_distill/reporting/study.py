@@ -21,6 +21,7 @@ import numpy as np
 
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.readers import parse_json, read_text
+from mlx_distill.reporting.condition_words import in_words
 from mlx_distill.scoring.intervals import Estimate, crossed_difference, crossed_mean, crossed_ratio
 
 DONE = "done"
@@ -175,25 +176,6 @@ def conditions(rows: Iterable[Row], role: str = "student") -> list[Condition]:
     ]
 
 
-def in_words(settings: dict[str, Any]) -> str:
-    """`{"truncation.fraction": 0.5, "objective.segments": ["cot", "answer"]}` → "fraction 0.5,
-    segments cot + answer".
-    """
-    short = [name.rpartition(".")[2] for name in settings]
-    names = [
-        one if short.count(one) == 1 else name for one, name in zip(short, settings, strict=True)
-    ]
-    return ", ".join(
-        f"{name} {_value(value)}" for name, value in zip(names, settings.values(), strict=True)
-    )
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " + ".join(map(_value, value))
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 # comparisons
 
 
@@ -221,6 +203,18 @@ def gain_retention(a: Condition, full: Condition, base: Condition) -> Estimate |
     return pair and crossed_ratio(pair[0] - base.right.mean(0), pair[1] - base.right.mean(0))
 
 
+def gain(a: Condition, base: Condition) -> Estimate:
+    """a − base in accuracy, the base being one model that every seed began with."""
+    return crossed_difference(a.right - base.right.mean(0))
+
+
+def worth_training(found: Sequence[Condition], base: Condition | None) -> list[Condition]:
+    """The conditions that beat the undistilled student, as far as their seeds and problems tell;
+    all of them where it was not scored.
+    """
+    return [one for one in found if base is None or gain(one, base).verdict == "better"]
+
+
 def _shared(a: Condition, b: Condition) -> tuple[np.ndarray, np.ndarray] | None:
     seeds = [seed for seed in a.seeds if seed in b.seeds]
     if not seeds:
@@ -245,10 +239,13 @@ def pareto_front(found: Sequence[Condition], cost: str = "flops") -> list[Condit
     return front
 
 
-def best_within(found: Sequence[Condition], share: float, cost: str = "flops") -> Condition | None:
-    """The most accurate condition that costs at most `share` of the dearest one; None where all
-    cost more, or none is known to.
+def best_within(
+    found: Sequence[Condition], share: float, base: Condition | None = None, cost: str = "flops"
+) -> Condition | None:
+    """The most accurate condition that costs at most `share` of the dearest one and beats `base`,
+    the undistilled student; None where there is none.
     """
     most = share * max((one.cost(cost) for one in found), default=0.0)
-    affordable = [one for one in pareto_front(found, cost) if one.cost(cost) <= most]
+    front = pareto_front(worth_training(found, base), cost)
+    affordable = [one for one in front if one.cost(cost) <= most]
     return affordable[-1] if affordable else None

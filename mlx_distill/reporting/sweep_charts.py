@@ -8,10 +8,11 @@ from itertools import product
 from typing import Any
 
 from mlx_distill.reporting.charts import Curves, Level, Point, Scatter, Series, line_chart, scatter
+from mlx_distill.reporting.condition_words import in_words
 from mlx_distill.reporting.page import Bar
 from mlx_distill.reporting.run_charts import RUN_ROLES, run_role
-from mlx_distill.reporting.study import MATCHED, Condition, in_words, pareto_front
-from mlx_distill.reporting.sweep_findings import Findings, Swept, same
+from mlx_distill.reporting.study import MATCHED, Condition, pareto_front
+from mlx_distill.reporting.sweep_findings import FEW_SEEDS, Findings, Swept, same
 from mlx_distill.words import amount, counted, is_number
 
 COSTS = {"flops": "arithmetic", "train_seconds": "time", "peak_bytes": "peak memory"}
@@ -63,16 +64,16 @@ def quality_chart(found: Findings) -> Curves | None:
     series = [_accuracies(label, i, x, members) for i, (label, members) in enumerate(curves(found))]
     if not series:
         return None
-    levels = [Level("student before", "base", found.base.accuracy.mean)] if found.base else []
-    levels += (
-        [Level(f"full: {found.name(found.full)}", "teacher", found.full.accuracy.mean)]
-        if found.full
-        else []
-    )
-    unit = "share of problems, 95\u00a0% band" + (
-        ", one dot a run" if any(one.dots for one in series) else ""
-    )
-    return _over(x, found, "Accuracy", unit, series, levels=tuple(levels), from_zero=False)
+    bounds = {"95\u00a0% bars" if one.error_bars else "95\u00a0% band" for one in series}
+    dots = ["one dot a run"] if any(one.dots for one in series) else []
+    unit = ", ".join(["share of problems", *sorted(bounds), *dots])
+    return _over(x, found, "Accuracy", unit, series, levels=levels(found), from_zero=False)
+
+
+def levels(found: Findings) -> tuple[Level, ...]:
+    """The models that every run shares: what training began with, and what it aims at."""
+    models = ("student before", "base", found.base), ("teacher", "teacher", found.teacher)
+    return tuple(Level(label, role, one.accuracy.mean) for label, role, one in models if one)
 
 
 def _accuracies(label: str, i: int, x: str, members: list[Condition]) -> Series:
@@ -87,6 +88,7 @@ def _accuracies(label: str, i: int, x: str, members: list[Condition]) -> Series:
         high=tuple(one.high for one in known),
         dots=tuple((one.settings[x], row.accuracy) for one in several for row in one.rows),
         dashed=i >= len(RUN_ROLES),
+        error_bars=any(len(one.rows) < FEW_SEEDS for one in members),
     )
 
 
@@ -158,6 +160,7 @@ def pareto_chart(found: Findings) -> Scatter | None:
         points,
         "arithmetic of the training steps",
         _flops,
+        levels(found),
     )
 
 

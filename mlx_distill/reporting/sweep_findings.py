@@ -5,22 +5,37 @@ In: a `Swept`, whose rows `study.py` reads. Out: `Findings`. Decided here: which
 full one, which models are left out, and which condition the headline is about.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_distill.reporting.condition_words import in_words
 from mlx_distill.reporting.study import (
     DONE,
     Condition,
     Row,
     conditions,
-    in_words,
     pareto_front,
     retention,
+    worth_training,
 )
+from mlx_distill.scoring.intervals import Estimate
 
 ENOUGH = 0.9  # the share of the full condition's accuracy that a headline calls kept
 LESS = 0.9  # the share of its arithmetic from which on there is no saving to speak of
+TIE = (
+    0.05  # an interval around zero that is this narrow says that there is no difference to speak of
+)
+FEW_SEEDS = 5  # fewer than these are drawn with error bars, not joined to a band
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run's page, recipe and log lie, as addresses from the page; "" for what is absent."""
+
+    page: str = ""
+    recipe: str = ""
+    log: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,8 @@ class Swept:
     differences and retentions relate to, None for the dearest. rows: students, finished or failed,
     and at most one row each of role "base" and "teacher"; those of a student in the grid have no
     label. planned: how many runs there are to be. teacher_pass: the teacher's kept answers, as
-    {"sequences", "tokens", "bytes", "runs" (that read them)}, or {}.
+    {"sequences", "tokens", "bytes", "runs" (that read them)}, or {}. places: of each run, by its
+    name. results: the address of all rows, "" where they are not kept.
     """
 
     name: str
@@ -42,6 +58,11 @@ class Swept:
     rows: list[Row]
     planned: int
     teacher_pass: dict[str, Any]
+    places: Mapping[str, Places] = field(default_factory=dict)
+    results: str = ""
+
+    def place(self, run: str) -> Places:
+        return self.places.get(run, Places())
 
 
 @dataclass(frozen=True)
@@ -70,24 +91,27 @@ class Findings:
 def findings(swept: Swept) -> Findings:
     """Read the rows; models that answered other problems than the students did are left out."""
     students = conditions(swept.rows)
-    problems = {row.problems for condition in students for row in condition.rows}
-    shared = {}
-    for role in ("base", "teacher"):
-        alone = conditions(swept.rows, role)
-        shared[role] = (
-            alone[0] if alone and (not problems or alone[0].rows[0].problems in problems) else None
-        )
     runs = [row for row in swept.rows if row.role == "student"]
     return Findings(
         swept,
         students,
         _names(students),
         _full(students, swept.full),
-        shared["base"],
-        shared["teacher"],
+        shared_model(swept.rows, "base"),
+        shared_model(swept.rows, "teacher"),
         [row for row in swept.rows if row.status != DONE],
         tuple(sorted({row.seed for row in runs})),
     )
+
+
+def shared_model(rows: Sequence[Row], role: str) -> Condition | None:
+    """The base or the teacher that every run shares; None where it was not scored, or on other
+    problems than the students.
+    """
+    problems = {row.problems for row in rows if row.role == "student" and row.status == DONE}
+    alone = conditions(rows, role)
+    known = alone and (not problems or alone[0].rows[0].problems in problems)
+    return alone[0] if known else None
 
 
 def _names(students: Sequence[Condition]) -> list[str]:
@@ -132,17 +156,40 @@ def same(a: Any, b: Any) -> bool:
     )
 
 
+def worthy(found: Findings) -> list[Condition]:
+    """The conditions that beat the undistilled student; all of them where it was not scored."""
+    return worth_training(found.students, found.base)
+
+
+def nothing_beats_the_base(found: Findings) -> bool:
+    """Whether the undistilled student is the one to keep, as far as this sweep tells."""
+    return bool(found.students and found.base and not worthy(found))
+
+
+def wider_than_its_claim(share: Estimate) -> bool:
+    """Whether the interval of a share tells less than the share seems to say."""
+    return share.high - share.low > max(abs(share.mean), TIE)
+
+
+def undecided(gap: Estimate) -> bool:
+    """Whether the interval of a difference holds zero and differences that would matter."""
+    return gap.low <= 0 <= gap.high and gap.high - gap.low > TIE
+
+
 def cheapest_kept(found: Findings) -> Condition | None:
-    """The cheapest condition that keeps most of the full one's accuracy, where that is a saving."""
+    """The cheapest condition that keeps most of the full one's accuracy, where that is a saving and
+    the interval does not leave it open.
+    """
     full = found.full
-    if full is None:
+    if full is None or full not in (good := worthy(found)):
         return None
-    for one in pareto_front(found.students):
+    for one in pareto_front(good):
         share = retention(one, full)
         if (
             one is not full
             and share
             and share.mean >= ENOUGH
+            and not wider_than_its_claim(share)
             and 0 < one.cost("flops") <= LESS * full.cost("flops")
         ):
             return one

@@ -8,11 +8,12 @@ from `study.py`.
 from pathlib import Path
 
 from mlx_distill.reporting.charts import Curves, Scatter
-from mlx_distill.reporting.page import Bars, Block, Charts, Note, Page, Section, Table, write
+from mlx_distill.reporting.page import Bars, Block, Charts, Fold, Note, Page, Section, write
 from mlx_distill.reporting.sweep_charts import bars, cost_chart, pareto_chart, quality_chart
 from mlx_distill.reporting.sweep_findings import Findings, Swept, findings
-from mlx_distill.reporting.sweep_tables import budgets, costs, failures, quality
+from mlx_distill.reporting.sweep_tables import budgets, costs, every_run, failures, quality
 from mlx_distill.reporting.sweep_words import headline, leads, notes, teacher_sentence
+from mlx_distill.reporting.table import Link, Links, Table
 from mlx_distill.words import counted
 
 
@@ -46,10 +47,21 @@ def _sections(found: Findings) -> list[Section]:
         Section(
             "Best condition for each budget",
             _table(budgets(found)),
-            "share of the dearest condition's FLOPs",
+            "share of the dearest condition's arithmetic; only what beats the student before"
+            if found.base
+            else "share of the dearest condition's arithmetic",
         ),
         Section("Failed runs", _table(failures(found))),
+        Section("Files", _files(found)),
     ]
+
+
+def _files(found: Findings) -> list[Block]:
+    """Where the rows, and each run's page and recipe, lie."""
+    results, runs = found.swept.results, every_run(found)
+    rows = [Links("All rows of this page", [Link(results, results)])] if results else []
+    each = [Fold("Each run", "its page, recipe and log", [], [], [runs])] if runs.rows else []
+    return [*rows, *each]
 
 
 def _costs(found: Findings) -> list[Block]:

@@ -3,19 +3,31 @@
 In: `Findings`. Out: the headline, what follows it, and what intervals and costs on the page mean.
 """
 
+from mlx_distill.reporting.condition_words import capital, in_words, subject
 from mlx_distill.reporting.run_words import difference_sentence
-from mlx_distill.reporting.study import Condition, difference, in_words, pareto_front, retention
-from mlx_distill.reporting.sweep_findings import Findings, cheapest_kept, missing
+from mlx_distill.reporting.study import Condition, difference, gain, pareto_front, retention
+from mlx_distill.reporting.sweep_findings import (
+    Findings,
+    cheapest_kept,
+    missing,
+    nothing_beats_the_base,
+    undecided,
+    wider_than_its_claim,
+)
 from mlx_distill.scoring.intervals import Estimate
 from mlx_distill.scoring.score import Difference
-from mlx_distill.words import DASH, amount, counted, number, percent
+from mlx_distill.words import DASH, amount, counted, number, percent, points
+
+TOO_FEW = "too few seeds to tell"
 
 
 def headline(found: Findings) -> str:
-    """The first sentence: the cheapest condition that keeps most of the full one's accuracy, else
-    the most accurate one.
+    """The first sentence: that nothing beats the undistilled student, where that is so; else the
+    cheapest condition that keeps most of the full one's accuracy, else the most accurate one.
     """
     runs = sum(row.role == "student" for row in found.swept.rows)
+    if nothing_beats_the_base(found):
+        return _nothing_beats(found, found.base)
     if not found.students:
         return (
             f"{found.swept.name}: none of {counted(runs, 'run')} finished."
@@ -28,21 +40,43 @@ def headline(found: Findings) -> str:
     best = max(found.students, key=lambda one: one.accuracy.mean)
     others = [one for one in found.students if one is not best]
     if not others:
-        return f"{found.name(best)} solves {_solved(best)} ({_interval(best.accuracy)})."
+        return capital(
+            f"{subject(found.name(best))} solves {_solved(best)} ({_interval(best.accuracy)})."
+        )
     second = max(others, key=lambda one: one.accuracy.mean)
-    return _difference_sentence(found, best, second) or (
-        f"{found.name(best)} solves most, {_solved(best)}; "
-        f"{found.name(second)} solves {percent(second.accuracy.mean)}, with other seeds."
+    return _difference_sentence(found, best, second) or capital(
+        f"{subject(found.name(best))} solves most, {_solved(best)}; "
+        f"{subject(found.name(second))} solves {percent(second.accuracy.mean)}, with other seeds."
     )
+
+
+def _nothing_beats(found: Findings, base: Condition | None) -> str:
+    """No condition is better than no training: either none solves more, or the intervals leave it
+    open.
+    """
+    assert base is not None  # else there is nothing to beat
+    best = max(found.students, key=lambda one: one.accuracy.mean)
+    gap = gain(best, base)
+    before = f"the student before training, which solves {percent(base.accuracy.mean)}"
+    others = "" if len(found.students) == 1 else f"the best of {len(found.students)} conditions, "
+    facts = (
+        f"{others}{subject(found.name(best))} solves {percent(best.accuracy.mean)} "
+        f"({points(gap.mean)} points, 95\u00a0% interval {points(gap.low)} to {points(gap.high)})."
+    )
+    if gap.mean <= 0:
+        return f"Nothing beats {before}: {facts}"
+    return f"Too few seeds to tell whether anything beats {before}: {facts}"
 
 
 def _kept_sentence(found: Findings, one: Condition, full: Condition) -> str:
     """What a condition keeps of the full one, and at what cost; "" without a shared seed."""
     share = retention(one, full)
     return (
-        f"{found.name(one)} keeps {percent(share.mean)} of the accuracy of "
-        f"{found.name(full)} ({_interval(share)}) "
-        f"at {ratio(one, full, 'flops')} of its arithmetic."
+        capital(
+            f"{subject(found.name(one))} keeps {percent(share.mean)} of the accuracy of "
+            f"{found.name(full)} ({_interval(share)}) "
+            f"at {ratio(one, full, 'flops')} of its arithmetic."
+        )
         if share
         else ""
     )
@@ -51,23 +85,27 @@ def _kept_sentence(found: Findings, one: Condition, full: Condition) -> str:
 def _short_sentence(found: Findings, one: Condition, full: Condition) -> str:
     """The same of another condition, the full one being named already."""
     share = retention(one, full)
-    return (
-        f"{found.name(one)} keeps {percent(share.mean)} ({range_of(share)}) "
-        f"at {ratio(one, full, 'flops')}."
-        if share
-        else ""
-    )
+    if share is None:
+        return ""
+    kept = f"keeps {percent(share.mean)} ({range_of(share)}) at {ratio(one, full, 'flops')}"
+    unclear = f": {TOO_FEW}" if wider_than_its_claim(share) else ""
+    return capital(f"{subject(found.name(one))} {kept}{unclear}.")
 
 
 def _difference_sentence(found: Findings, a: Condition, b: Condition) -> str:
     gap = difference(a, b)
     if gap is None:
         return ""
-    return difference_sentence(
-        found.name(a),
-        found.name(b),
-        Difference(gap.mean, gap.low, gap.high, _problems(a), gap.verdict),
-    )
+    first, second = subject(found.name(a)), subject(found.name(b))
+    if undecided(gap):
+        return (
+            f"{capital(TOO_FEW)} which is better, {first} or {second.removesuffix(',')}: "
+            f"{percent(a.accuracy.mean)} against {percent(b.accuracy.mean)}, "
+            f"{points(gap.mean)} points, 95\u00a0% interval {points(gap.low)} to "
+            f"{points(gap.high)} ({_problems(a):,} shared problems)."
+        )
+    seen = Difference(gap.mean, gap.low, gap.high, _problems(a), gap.verdict)
+    return capital(difference_sentence(first, found.name(b), seen))
 
 
 def leads(found: Findings) -> list[str]:
@@ -83,7 +121,9 @@ def leads(found: Findings) -> list[str]:
         if model
     ]
     said = "; ".join(models)
-    lines = [f"{said[0].upper()}{said[1:]}."] if said else []
+    lines = [f"{capital(said)}."] if said else []
+    if nothing_beats_the_base(found):
+        lines.append("No best recipe is written: none is known to be better than no training.")
     named, full = cheapest_kept(found), found.full
     if named and full:
         others = [

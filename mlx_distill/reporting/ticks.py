@@ -22,12 +22,9 @@ def round_marks(low: float, high: float, most: int) -> list[float]:
 
 
 def powers(low: float, high: float) -> list[float]:
-    """Powers of ten around [low, high], with the 2s and 5s between them where there are few."""
+    """Powers of ten around [low, high], and nothing between them."""
     from matplotlib.ticker import LogLocator
 
-    fine = _around(LogLocator(subs=(1, 2, 5)).tick_values(low, high), low, high)
-    if 2 <= len(fine) <= 6:
-        return fine
     return _around(LogLocator(numticks=7).tick_values(low, high), low, high)
 
 

@@ -6,17 +6,19 @@ share (the student before training, the teacher).
 """
 
 import dataclasses
+import os
 from hashlib import sha256
 from math import nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 from mlx_distill.errors import CacheError
 from mlx_distill.recipe.recipe import with_values
 from mlx_distill.reporting.kept_run import Run, kl_before_after, read_run
 from mlx_distill.reporting.study import BUDGETS, Condition, Row, best_within, conditions, rows_text
-from mlx_distill.reporting.sweep_findings import Swept
+from mlx_distill.reporting.sweep_findings import Places, Swept, shared_model
 from mlx_distill.reporting.sweep_page import write_report
 from mlx_distill.reporting.sweep_tables import best_path
 from mlx_distill.runs.manifest import Manifest
@@ -27,19 +29,40 @@ from mlx_distill.sweeps.sweep import Sweep
 from mlx_distill.teaching.folder import TeacherCache
 from mlx_distill.words import percent
 
+ROWS = "results.csv"
+
 
 def write_results(one: Sweep, troubles: dict[Path, str]) -> Path:
     """results.csv, report and best recipes of a sweep, from the runs that are there; returns the
     page's path.
     """
     rows = collect(one, troubles)
-    RunFolder(one.folder).write_text("results.csv", rows_text(rows))
+    RunFolder(one.folder).write_text(ROWS, rows_text(rows))
     full = (one.full.label, one.full.settings) if one.full else None
     count, teacher = len(one.points), teacher_pass(one)
-    swept = Swept(one.name, one.file.question, one.axes, full, rows, count, teacher)
-    page = write_report(swept, one.folder)
-    _write_best(one, rows)
-    return page
+    swept = Swept(
+        one.name, one.file.question, one.axes, full, rows, count, teacher, places(one), ROWS
+    )
+    write_best(one, rows)
+    return write_report(swept, one.folder)
+
+
+def places(one: Sweep) -> dict[str, Places]:
+    """Where the page, recipe and log of each run lie, as far as they are there: recipe and log lie
+    with the first of the sweeps that were started together.
+    """
+
+    def address(path: Path) -> str:
+        return quote(os.path.relpath(path, one.folder)) if path.is_file() else ""
+
+    found = {}
+    for point in one.points:
+        run = point.folder.path
+        kept = one.folder / "recipes" / f"{point.name}.toml"
+        recipe = kept if kept.is_file() else run / "recipe.toml"
+        log = one.folder / "logs" / f"{point.name}.log"
+        found[point.name] = Places(address(run / "report.html"), address(recipe), address(log))
+    return found
 
 
 def collect(one: Sweep, troubles: dict[Path, str]) -> list[Row]:
@@ -140,14 +163,14 @@ def _cache(folder: Path) -> TeacherCache | None:
         return None
 
 
-def _write_best(one: Sweep, rows: list[Row]) -> None:
-    """The recipe of the most accurate condition within each budget, ready to run; those of an
-    earlier state go.
+def write_best(one: Sweep, rows: list[Row]) -> None:
+    """The recipe of the most accurate condition within each budget that beats the undistilled
+    student, ready to run; those of an earlier state go.
     """
-    found = conditions(rows)
+    found, base = conditions(rows), shared_model(rows, "base")
     for share in BUDGETS:
         path = one.folder / best_path(share)
-        if best := best_within(found, share):
+        if best := best_within(found, share, base):
             RunFolder(path.parent).write_text(path.name, _best_recipe(one, best, share, len(found)))
         else:
             path.unlink(missing_ok=True)
