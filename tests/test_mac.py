@@ -1,0 +1,54 @@
+"""Every command on a pretended Mac with Metal (`fakemac/`), and what goes wrong on its GPU."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from endings import arguments
+
+COMMAND_BUFFER = "[METAL] Command buffer execution failed: "
+NO_MEMORY = "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)."
+TIME_OUT = "Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)."
+NO_BUFFER = (
+    "[metal::malloc] Attempting to allocate 40000000000 bytes which is greater than the maximum "
+    "allowed buffer size of 20000000000 bytes."
+)
+NO_CHARTS = {"mlx_distill.reporting.drawing:drawn": "<svg></svg>"}
+M5 = [{"FAKEMAC_TF32": "1"}]
+
+
+@pytest.fixture
+def run_on_a_mac(on_a_mac, tiny_recipe, tmp_path) -> Callable[..., SimpleNamespace]:
+    def run(*sets: str, **job) -> SimpleNamespace:
+        words = (
+            word for item in ("eval.task=", "optim.steps=2", *sets) for word in ("--set", item)
+        )
+        return on_a_mac(*arguments(tiny_recipe, tmp_path), *words, returns=NO_CHARTS, **job)
+
+    return run
+
+
+def test_a_run_computes_in_bfloat16_on_metal(run_on_a_mac, tmp_path: Path):
+    result = run_on_a_mac()
+    assert result.code == 0, result.err
+    device = json.loads((tmp_path / "tiny" / "manifest.json").read_text())
+    assert "Metal (Apple M4 Pro)" in json.dumps(device) and "bfloat16" in json.dumps(device)
+
+
+@pytest.mark.xfail(strict=True, reason="to come with the MLX backend's handling of them")
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ("accumulate", COMMAND_BUFFER + NO_MEMORY),
+        ("accumulate", COMMAND_BUFFER + TIME_OUT),
+        ("accumulate", NO_BUFFER),
+        ("save_state", COMMAND_BUFFER + NO_MEMORY),
+    ],
+)
+def test_what_a_gpu_refuses_is_one_line(run_on_a_mac, where: str, text: str):
+    result = run_on_a_mac(mlx_fails={where: text})
+    assert result.code == 2, result.err
+    assert len(result.err.strip().splitlines()) == 1, result.err
+    assert "disk" not in result.err
