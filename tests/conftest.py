@@ -243,7 +243,7 @@ def _ask(command: list[str]) -> None:
         pytest.skip(f"{command[-1]} cannot be fetched: {' '.join(answer.stderr.split())[:200]}")
 
 
-MAY_SKIP = {"cuda", "metal", "network"}
+MAY_SKIP = {"browser", "cuda", "metal", "network"}
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -13,12 +13,18 @@ from drawn import Drawn
 from made_runs import PARTS, make_recipe, make_tokens
 
 from mlx_distill.errors import NotFound, RunError
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import with_values
+from mlx_distill.reporting.commands import score_command
 from mlx_distill.reporting.kept_run import method_of
 from mlx_distill.reporting.page import TITLE_END
+from mlx_distill.reporting.run_recipe import toml
 from mlx_distill.reporting.runs_page import report
 from mlx_distill.runs.small_files import SmallFiles
 from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.words import amount, duration, points
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def write_json(path, content):
@@ -122,7 +128,7 @@ def test_bars_and_error_bars_are_as_long_as_the_scores(runs):
 def test_the_page_needs_nothing_but_itself(runs):
     html, _ = page_of(runs["main"], runs["plain"], out=runs["out"])
     assert not re.search(r"<(script|link|img|iframe|object|embed|base)\b", html)
-    assert not re.search(r"(?:src|href|action)\s*=|url\(|@import|https?:", html)
+    assert not re.search(r"\b(?:src|href|action)\s*=|url\(|@import|https?:", html)
 
 
 def test_a_compared_run_is_named_by_what_sets_it_apart(runs):
@@ -412,7 +418,8 @@ def test_several_runs_have_a_row_and_a_curve_each(runs):
     overlay = html.partition("<h2>Training</h2>")[2].partition("</figure>")[0]
     for svg in re.findall(r"<svg.*?</svg>", overlay):
         assert [role for role, _, _ in Drawn(svg).lines] == ["run-1", "run-2"]
-    assert html.count("<details>") == 2
+    folds = ["Copy as TOML", "All fields"]
+    assert re.findall(r"<summary>([^<]*)<", html) == ["cot50", *folds, "cot50-ce", *folds]
     markdown = (runs["out"] / "report.md").read_text(encoding="utf-8")
     assert re.search(
         r"^\| cot50 \| 500 \| .* \| 4 min 12 s \| 412 MB \| 4.9 TFLOP \|", markdown, re.M
@@ -430,15 +437,139 @@ def test_a_tie_has_no_winner(tmp_path, write_run):
     )
 
 
-def test_runs_on_different_tasks_are_not_ranked(tmp_path, write_run):
-    first, second = (
-        write_run(tmp_path / "first", steps=20),
-        write_run(tmp_path / "second", steps=20),
+def test_runs_are_grouped_by_task_and_the_best_of_each_is_named(tmp_path, write_run):
+    scores = {"first": 300, "second": 356, "third": 200, "fourth": 200, "unscored": 1}
+    made = [write_run(tmp_path / name, student=n, steps=20) for name, n in scores.items()]
+    for run in made[2:]:
+        change_json(run / "eval.json", lambda content: content.update(task="gsm8k:x"))
+    (made[4] / "eval.json").unlink()
+    (made[4] / "student").mkdir()
+    write_json(made[4] / "student" / "config.json", {})
+    html, text = page_of(*made, out=tmp_path)
+    assert report(made, tmp_path).headline == (
+        "5 runs on 2 tasks: on embedded:chain second scores highest, 71.2\u00a0% of 500 problems; "
+        "on gsm8k:x third and fourth score highest, 40.0\u00a0% of 500 problems."
     )
-    change_json(second / "eval.json", lambda content: content.update(task="gsm8k:x"))
+    assert "second is better than first" in text and "third is" not in text
+    titles = re.findall(r"<h2>([^<]*)<", html)
+    assert titles[:3] == ["Scores on embedded:chain", "Scores on gsm8k:x", "Not scored"]
+    chain, gsm8k, unscored = (html.partition(f"<h2>{title}")[2] for title in titles[:3])
+    assert re.findall(
+        r'<div class="who" role="cell"><b>([^<]*)', chain.partition("</section>")[0]
+    ) == [
+        "student before",
+        "first",
+        "second",
+        "teacher",
+    ]
+    assert "third" in gsm8k.partition("</section>")[0]
+    greyed = unscored.partition("</section>")[0]
+    assert '<td class="faded" data-head="run">unscored' in greyed
+    assert f"mlx-distill eval {made[4]}" in greyed
+    assert html.count('<details class="faded"><summary>unscored') == 1
+    assert "% of the teacher&#39;s accuracy" in html and "% of the teacher&#39;s lead" in html
+
+
+def test_an_unscored_run_says_what_scores_it(tmp_path, write_run):
+    run = write_run(tmp_path / "a run", steps=20)
+    (run / "eval.json").unlink()
+    command = f"mlx-distill run '{run}/recipe.toml'"  # it has no student yet
+    assert command in page_of(run, out=tmp_path / "out")[1]
+    (run / "student").mkdir()
+    write_json(run / "student" / "config.json", {})
+    command = f"mlx-distill eval '{run}'"
+    assert command in page_of(run, out=tmp_path / "out")[1]
+    assert f"    {command}" in (tmp_path / "out" / "report.md").read_text().splitlines()
+    recipe = make_recipe("a run")
+    unasked = with_values(recipe, eval={"task": ""})
+    assert score_command(run, unasked) == f"{command} --set task=embedded:chain"
+    other = with_values(unasked, data={"source": "x.jsonl"})
+    assert score_command(run, other) == f"{command} --set task=jsonl:FILE"
+    assert score_command(tmp_path, None) == ""
+    assert "This scores it" not in page_of(write_run(tmp_path / "b", steps=20), out=tmp_path)[1]
+
+
+def test_what_did_not_change_says_so(tmp_path, write_run):
+    run = write_run(tmp_path / "run", steps=20)
+    rows = [
+        {"step": step, **{name: kl for name in ("kl", "kl_cot", "ce", "ce_cot")}, "tokens_cot": 1.0}
+        for step, kl in ((0, 0.01912), (20, 0.01909))
+    ]
+    write_lines(run / "validation.jsonl", rows)
+    change_json(run / "manifest.json", lambda manifest: manifest.update(exported_step=20))
+    _, text = page_of(run, out=tmp_path / "out")
+    assert "supervised segments: unchanged at 0.0191 nats per token." in text
+    assert "chain of thought unchanged, 0.0191" in text and "0.0191 → 0.0191" not in text
+    assert "0.0191 → 0.0191" not in (tmp_path / "out" / "report.md").read_text()
+    (run / "eval.json").unlink()
+    assert "KL to the teacher is unchanged at 0.0191 nats" in report([run], tmp_path / "o").headline
+    other = write_run(tmp_path / "other", steps=20)
+    assert "0.0191 unchanged" in page_of(run, other, out=tmp_path / "out")[1]
+
+
+def test_what_is_supervised_stands_out_and_the_rest_is_faded(runs):
+    html, _ = page_of(runs["main"], out=runs["out"])
+    chart = html.partition("<b>KL to the teacher</b>")[2].partition("</figure>")[0]
+    looks = re.findall(r'<li class="(\w+) (\w*)">', chart)
+    assert looks == [("prompt", "faded"), ("cot", "bold"), ("answer", "faded"), ("accent", "faded")]
+    for svg in re.findall(r"<svg.*?</svg>", chart):
+        widths = dict(re.findall(r"stroke: var\(--(\w+)\)[^\"]*stroke-width: ([\d.]+)", svg))
+        assert float(widths["prompt"]) < 2 < 2.5
+        assert "stroke: var(--cot); stroke-width: 2.8" in svg
+    tokens = html.partition("<h2>Data</h2>")[2].partition("</section>")[0]
+    assert re.findall(r'class="(\w+)" data-head="tokens"', tokens) == [
+        "faded",
+        "strong",
+        "faded",
+        "sum",
+    ]
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_an_unsupervised_segment_that_got_worse_has_a_line(tmp_path, write_run, teacher):
+    run = write_run(tmp_path / "run", steps=100)
+    name = "kl" if teacher else "ce"
+    measured = {0: (1.0, 2.0, 0.1), 50: (1.5, 1.0, 0.2), 100: (9.0, 9.0, 9.0)}
+    rows = [
+        {
+            "step": step,
+            **dict(zip((f"{name}_prompt", f"{name}_cot", f"{name}_answer"), row, strict=True)),
+        }
+        for step, row in measured.items()
+    ]
+    write_lines(run / "validation.jsonl", rows)
+    _, text = page_of(run, out=tmp_path / "out")
+    what = "KL to the teacher" if teacher else "cross-entropy"
     assert (
-        report([first, second], tmp_path).headline == "2 runs on 2 tasks: embedded:chain, gsm8k:x."
+        f"Not supervised, and worse than before training: the prompt ({what} from 1.00 to 1.50 nats "
+        f"per token), the answer ({what} from 0.100 to 0.200 nats per token)." in text
     )
+    rows[1] |= {f"{name}_prompt": 1.0, f"{name}_answer": 0.10001}
+    write_lines(run / "validation.jsonl", rows)
+    assert "Not supervised" not in page_of(run, out=tmp_path / "out")[1]
+
+
+@pytest.mark.parametrize("recipe", ["made", "recipes/cot50.toml", "tiny"])
+def test_changed_fields_come_first_and_can_be_copied_as_a_recipe(
+    runs, tmp_path, recipe, tiny_recipe
+):
+    if recipe == "made":
+        page, text = page_of(runs["main"], out=runs["out"])
+        section = page.partition("<h2>Recipe")[2]
+        first, copied, every = re.split("<details>", section)[:3]
+        assert "fraction</dt><dd>0.5" in first and "longest_tokens" not in first + copied
+        assert "longest_tokens" in every and "fraction = 0.5" in copied
+        text = unescape(
+            copied.partition('<pre class="card text" tabindex="0">')[2].partition("</pre>")[0]
+        )
+        whole = make_recipe("cot50", compare=(str(runs["plain"]),))
+    else:
+        whole = load_recipe(tiny_recipe if recipe == "tiny" else RECIPES / "cot50.toml")
+        text = toml(whole)
+    (tmp_path / "copied.toml").write_text(text, encoding="utf-8")
+    copied = load_recipe(tmp_path / "copied.toml")
+    assert copied == whole and copied.digest() == whole.digest()
+    assert len(text) < len(whole.toml()) / 2
 
 
 def test_recipes_are_told_apart_by_method_alone():

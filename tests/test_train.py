@@ -193,7 +193,7 @@ def test_a_new_term_is_logged_shown_and_drawn_by_its_name(training, monkeypatch)
     assert [held_out[name] for name in ("hidden", "hidden_prompt", "hidden_answer")] == [3] * 3
     said = made.view.console.file.getvalue()
     assert "hidden 3.0000  " in said and "hidden_cot 3.0000" in said
-    drawn = charts_of(SimpleNamespace(metrics=metrics, validation=validated))
+    drawn = charts_of(SimpleNamespace(metrics=metrics, validation=validated, recipe=None))
     assert "hidden" in [series.label for series in drawn[0].series]
     assert "hidden" in [chart.title for chart in drawn[1:]]
 

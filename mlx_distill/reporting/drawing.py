@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.reporting import ticks
 from mlx_distill.reporting.charts import LOG_RATIO, Curves, Level, Scatter, Series
-from mlx_distill.words import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +120,7 @@ def _draw_curves(axes: "Axes", chart: Curves, width: int, height: int) -> None:
     if chart.log:
         axes.set_yscale("log")
         marks = ticks.powers(low, high)
-        axes.set_yticks(marks, [number(mark) for mark in marks])
+        axes.set_yticks(marks, [ticks.decade(mark) for mark in marks])
     else:
         marks = ticks.round_marks(0.0 if chart.from_zero and low >= 0 else low, high, 5)
         axes.set_yticks(marks, ticks.texts(marks, chart.shares))

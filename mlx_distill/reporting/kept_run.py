@@ -6,7 +6,7 @@ compare with is looked for, and what of two recipes is not the method.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -227,8 +227,15 @@ def kl_before_after(run: Run) -> tuple[float | None, float | None]:
     at the step whose weights became the student (else the last); None where it was not measured.
     """
     names = run.recipe.objective.segments if run.recipe else SEGMENTS
-    measured = {row.step: _supervised_kl(row.numbers, names) for row in run.validation}
-    known = {step: kl for step, kl in measured.items() if kl is not None}
+    return before_after(run, lambda row: _supervised_kl(row.numbers, names))
+
+
+def before_after(
+    run: Run, measure: Callable[[ValidationRow], float | None]
+) -> tuple[float | None, float | None]:
+    """What was measured on held-out sequences before training and at the student's step."""
+    measured = {row.step: measure(row) for row in run.validation}
+    known = {step: value for step, value in measured.items() if value is not None}
     exported = run.manifest.exported_step
     step = max(known, default=0) if exported is None else exported
     return known.get(0), known.get(step)

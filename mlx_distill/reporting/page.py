@@ -142,16 +142,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of a sequence, and for each segment (role, name, what is said of it). Markdown has
-    the latter alone.
+    """The tokens of a sequence, and for each segment (role, name, what is said of it, "faded" where
+    none of it is learned). Markdown has the latter alone.
     """
 
     pieces: Sequence[Piece]
-    legend: Sequence[tuple[str, str, str]]
+    legend: Sequence[tuple[str, str, str, str]]
     kind: ClassVar[str] = "example"
 
     def markdown(self, depth: int) -> str:
-        return bullets(f"{name}: {words}" for _, name, words in self.legend)
+        return bullets(f"{name}: {words}" for _, name, words, _ in self.legend)
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,17 @@ class Command:
 
     text: str
     kind: ClassVar[str] = "command"
+
+    def markdown(self, depth: int) -> str:
+        return code(self.text)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Lines with a button that copies them."""
+
+    text: str
+    kind: ClassVar[str] = "copied"
 
     def markdown(self, depth: int) -> str:
         return code(self.text)

@@ -1,6 +1,7 @@
 """The curves of runs: training loss, and what was measured on held-out sequences."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mlx_distill.reporting.charts import Curves, Series, line_chart, smoothed
 from mlx_distill.reporting.kept_run import SEGMENTS, Run
@@ -58,29 +59,42 @@ def _trained(run: Run, name: str, label: str, role: str) -> list[Series]:
 
 
 def _by_segment(run: Run, name: str) -> list[Series]:
+    supervised = run.recipe.objective.segments if run.recipe else SEGMENTS
+    some = len(supervised) < len(SEGMENTS)
     parts = [
-        Series(SEGMENT_NAMES[part], part, *_columns(run.validation, f"{name}_{part}"))
+        Series(
+            SEGMENT_NAMES[part],
+            part,
+            *_columns(run.validation, f"{name}_{part}"),
+            faded=part not in supervised,
+            bold=some and part in supervised,
+        )
         for part in SEGMENTS
     ]
     known = [part for part in parts if part.known]
-    whole = Series("all", "accent", *_columns(run.validation, name))
+    whole = Series("all", "accent", *_columns(run.validation, name), faded=some)
     return (
         known if len(known) == 1 else [*known, whole]
     )  # of one segment, "all" would be the same curve
 
 
 def overlays(runs: Sequence[Run]) -> list[Curves]:
-    """The curves of several runs, one colour a run."""
+    """The curves of several runs, one colour a run; beside scored ones, those that were not are
+    faded."""
+    scored = any("student" in run.scores for run in runs)
 
     def each(rows: str, name: str) -> list[Series]:
         return [
-            Series(run.name, run_role(i), *_columns(getattr(run, rows), name))
+            Series(
+                run.name,
+                run_role(i),
+                *_columns(getattr(run, rows), name),
+                faded="student" not in run.scores and scored,
+            )
             for i, run in enumerate(runs)
         ]
 
-    training = [
-        Series(one.label, one.role, one.x, smoothed(one.y)) for one in each("metrics", "loss")
-    ]
+    training = [replace(one, y=smoothed(one.y)) for one in each("metrics", "loss")]
     terms = [name for run in runs for name in _terms(run.validation)]
     held_out = [
         _held_out(name, each("validation", name)) for name in dict.fromkeys([*VALIDATION, *terms])

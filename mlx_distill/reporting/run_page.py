@@ -4,12 +4,11 @@ In: a `Run`, as `kept_run.py` reads it. Out: a `Page`. Decided here: what a read
 which order. A part that is missing is named in a line and leaves no number.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 
 from mlx_distill.data.account import unused_lines
-from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.reporting.commands import score_command
 from mlx_distill.reporting.kept_run import SEGMENTS, Run
 from mlx_distill.reporting.page import (
     Bar,
@@ -17,9 +16,9 @@ from mlx_distill.reporting.page import (
     Beside,
     Block,
     Charts,
+    Command,
     Example,
     Facts,
-    Fields,
     Note,
     Page,
     Piece,
@@ -28,7 +27,15 @@ from mlx_distill.reporting.page import (
 )
 from mlx_distill.reporting.run_charts import SEGMENT_NAMES, charts_of
 from mlx_distill.reporting.run_cost import cost_tiles
-from mlx_distill.reporting.run_words import headline, kl_sentence, leads, progress, shared
+from mlx_distill.reporting.run_recipe import recipe_blocks
+from mlx_distill.reporting.run_words import (
+    headline,
+    kl_sentence,
+    leads,
+    progress,
+    shared,
+    worse_sentence,
+)
 from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.reporting.written import MODELS, differing, try_it, written_blocks
 from mlx_distill.runs.manifest import DataAccount
@@ -81,8 +88,8 @@ def run_sections(run: Run) -> list[Section]:
         Section("Data", [*_missing(run, "manifest.json"), *_data(run)]),
         Section(
             "Recipe",
-            [*_missing(run, "recipe.toml"), Fields(_recipe(run))],
-            "in bold where it differs from the default",
+            [*_missing(run, "recipe.toml"), *recipe_blocks(run)],
+            "what differs from the default",
         ),
         Section("Where it ran", [Facts(_facts(run))]),
     ]
@@ -102,8 +109,9 @@ def _wrote(run: Run) -> list[Section]:
 
 def _training(run: Run) -> list[Block]:
     nearer = [Note(kl_sentence(run))] if kl_sentence(run) else []
+    worse = [Note(worse_sentence(run), strong=True)] if worse_sentence(run) else []
     missing = _missing(run, "metrics.jsonl", "validation.jsonl")
-    return [*missing, *nearer, Charts(charts_of(run))]
+    return [*missing, *nearer, *worse, Charts(charts_of(run))]
 
 
 def _missing(run: Run, *names: str) -> list[Block]:
@@ -117,6 +125,8 @@ def _scores(run: Run) -> list[Block]:
     broken = [name for name in run.notes if name.startswith("eval.json ")]
     missing = _missing(run, "eval.json", "generations.jsonl", *broken)
     scored = _scored(run)
+    if "student" not in run.scores:
+        missing += not_scored(run)
     if not scored:
         return missing
     ways = ", ".join(f"{count:,} as {way}" for way, count in run.ways.items())
@@ -125,6 +135,12 @@ def _scores(run: Run) -> list[Block]:
         told.insert(0, Note(f"{said}.", strong=True))
     bars = [score_bar(label, remark, role, score) for label, remark, role, score in scored]
     return [*missing, *told, Bars(bars), *_against(run), _score_table(run, scored)]
+
+
+def not_scored(run: Run) -> list[Block]:
+    """How to come to a score."""
+    command = score_command(run.folder, run.recipe)
+    return [Note("This scores it:"), Command(command)] if command else []
 
 
 def _scored(run: Run) -> list[tuple[str, str, str, Score]]:
@@ -232,7 +248,7 @@ def _edge(before: str, look: str) -> str:
     return "cut" if look == "cut" else "kept from here"
 
 
-def _legend(run: Run) -> list[tuple[str, str, str]]:
+def _legend(run: Run) -> list[tuple[str, str, str, str]]:
     rows = []
     for part in SEGMENTS:
         mine = [token for token in run.sample if token.segment == part]
@@ -241,7 +257,7 @@ def _legend(run: Run) -> list[tuple[str, str, str]]:
         cut = f", {kept} kept" if kept < len(mine) else ""
         if mine:
             words = f"{len(mine)} tokens{cut}, {loss or 'none'} with loss"
-            rows.append((part, SEGMENT_NAMES[part], words))
+            rows.append((part, SEGMENT_NAMES[part], words, "" if loss else "faded"))
     return rows
 
 
@@ -291,8 +307,11 @@ def _tokens_table(data: DataAccount) -> Table:
         part: (tokens.before, tokens.after, tokens.supervised)
         for part, tokens in data.segments.items()
     }
+    looks = {part: "strong" if three[2] else "faded" for part, three in counts.items()}
     rows = [
-        _token_cells(Cell(SEGMENT_NAMES.get(part, part), dot=part), three)
+        _token_cells(
+            Cell(SEGMENT_NAMES.get(part, part), look=looks[part], dot=part), three, looks[part]
+        )
         for part, three in counts.items()
     ]
     before, after, supervised = (sum(three[i] for three in counts.values()) for i in range(3))
@@ -307,22 +326,7 @@ def _token_cells(name: Cell, counts: tuple[int, int, int], look: str = "") -> li
     return [name, *(Cell(text, look=look) for text in texts)]
 
 
-# recipe and place
-
-
-def _recipe(run: Run) -> list[tuple[str, list[tuple[str, str, bool]]]]:
-    defaults = Recipe.model_construct().model_dump(mode="json")
-    tables = run.recipe.model_dump(mode="json") if run.recipe else {}
-    return [
-        (
-            table,
-            [
-                (name, json.dumps(value, ensure_ascii=False), defaults[table][name] != value)
-                for name, value in fields.items()
-            ],
-        )
-        for table, fields in tables.items()
-    ]
+# the place
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

@@ -5,7 +5,9 @@ In: `Run`s. Out: sentences. Decided here: what comes first, and that a tie has n
 
 from collections.abc import Sequence
 
-from mlx_distill.reporting.kept_run import Compared, Run, kl_before_after
+from mlx_distill.reporting.condition_words import joined
+from mlx_distill.reporting.kept_run import SEGMENTS, Compared, Run, before_after, kl_before_after
+from mlx_distill.reporting.run_charts import SEGMENT_NAMES
 from mlx_distill.scoring.score import Difference, Score, compare, retention
 from mlx_distill.words import number, percent, points
 
@@ -14,43 +16,61 @@ def headline(runs: Sequence[Run]) -> str:
     """The first sentence of the report: what came out, in numbers of the runs' files."""
     if len(runs) == 1:
         return headline_of_one(runs[0])
-    scored = _ranked(runs)
-    tasks = {run.task for run in runs if run.task}
-    if not scored:
+    groups = by_task(runs)
+    if not groups:
         return f"{len(runs)} runs, none of them scored."
-    if len(tasks) > 1:
-        return f"{len(runs)} runs on {len(tasks)} tasks: {', '.join(sorted(tasks))}."
-    best = scored[0]
-    tied = [
-        run.name
-        for run in scored
-        if run.scores["student"].accuracy == best.scores["student"].accuracy
-    ]
+    if len(groups) > 1:
+        best = "; ".join(f"on {task} {_best(members)}" for task, members in groups.items())
+        return f"{len(runs)} runs on {len(groups)} tasks: {best}."
+    (members,) = groups.values()
+    tied = _highest(members)
     if len(tied) > 1:
         return (
-            f"{' and '.join(tied)} share the highest score of {len(runs)} runs: "
-            f"their students solve {_solved(best)}."
+            f"{joined([run.name for run in tied])} share the highest score of {len(runs)} runs: "
+            f"their students solve {_solved(tied[0])}."
         )
-    return f"{best.name} scores highest of {len(runs)} runs: its student solves {_solved(best)}."
+    return (
+        f"{tied[0].name} scores highest of {len(runs)} runs: its student solves {_solved(tied[0])}."
+    )
+
+
+def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The scored runs of each task, the highest score first."""
+    groups: dict[str, list[Run]] = {}
+    for run in _ranked(runs):
+        groups.setdefault(run.task, []).append(run)
+    named = dict.fromkeys(run.task for run in runs)
+    return {task or "a task without a name": groups[task] for task in named if task in groups}
+
+
+def _highest(ranked: Sequence[Run]) -> list[Run]:
+    """The first of them, and those that share its score."""
+    most = ranked[0].scores["student"].accuracy
+    return [run for run in ranked if run.scores["student"].accuracy == most]
+
+
+def _best(ranked: Sequence[Run]) -> str:
+    tied = _highest(ranked)
+    verb = "scores" if len(tied) == 1 else "score"
+    return f"{joined([run.name for run in tied])} {verb} highest, {_solved(tied[0])}"
 
 
 def leads(runs: Sequence[Run]) -> list[str]:
-    """What follows the headline: of one run its `subline`, of several how the highest compares with
-    each other run.
+    """What follows the headline: of one run its `subline`, of several how the highest on each task
+    compares with each other run there.
     """
     if len(runs) == 1:
         return subline(runs[0])
-    ranked = _ranked(runs)
-    if not ranked:
-        return []
-    best, *others = ranked
-    return [
-        difference_sentence(
-            best.name, other.name, compare(best.scores["student"], other.scores["student"])
-        )
-        for other in others
-        if shared(best.scores["student"], other.scores["student"])
-    ]
+    said = []
+    for best, *others in by_task(runs).values():
+        said += [
+            difference_sentence(
+                best.name, other.name, compare(best.scores["student"], other.scores["student"])
+            )
+            for other in others
+            if shared(best.scores["student"], other.scores["student"])
+        ]
+    return said
 
 
 def _ranked(runs: Sequence[Run]) -> list[Run]:
@@ -77,9 +97,12 @@ def headline_of_one(run: Run) -> str:
         first, last = kl_before_after(run)
         if first is None or last is None:
             return f"{run.name} has not been scored."
+        change = f"went from {number(first)} to {number(last)}"
+        if number(first) == number(last):
+            change = f"is unchanged at {number(last)}"
         return (
-            f"{run.name} has not been scored; its validation KL to the teacher went from "
-            f"{number(first)} to {number(last)} nats per token."
+            f"{run.name} has not been scored; its validation KL to the teacher {change} "
+            "nats per token."
         )
     before = f", {_direction(student, base)} {percent(base.accuracy)} before" if base else ""
     other = f"; the teacher solves {percent(teacher.accuracy)}" if teacher else ""
@@ -140,7 +163,30 @@ def kl_sentence(run: Run) -> str:
     first, last = kl_before_after(run)
     if first is None or last is None:
         return ""
+    asked = "KL to the teacher over held-out tokens of the supervised segments"
+    if number(first) == number(last):
+        return f"{asked}: unchanged at {number(last)} nats per token."
     return (
-        "KL to the teacher over held-out tokens of the supervised segments: "
+        f"{asked}: "
         f"{number(first)} nats per token before training, {number(last)} at the student's step."
     )
+
+
+def worse_sentence(run: Run) -> str:
+    """Which unsupervised segments got worse on held-out sequences; "" where none did."""
+    supervised = run.recipe.objective.segments if run.recipe else SEGMENTS
+    worse = [_got_worse(run, part) for part in SEGMENTS if part not in supervised]
+    said = ", ".join(filter(None, worse))
+    return f"Not supervised, and worse than before training: {said}." if said else ""
+
+
+def _got_worse(run: Run, part: str) -> str:
+    """How much, by the teacher where there is one; "" where it did not."""
+    name, what = f"kl_{part}", "KL to the teacher"
+    if all(name not in row.numbers for row in run.validation):
+        name, what = f"ce_{part}", "cross-entropy"
+    first, last = before_after(run, lambda row: row.numbers.get(name))
+    if first is None or last is None or last <= first or number(first) == number(last):
+        return ""
+    change = f"{what} from {number(first)} to {number(last)} nats per token"
+    return f"the {SEGMENT_NAMES[part]} ({change})"

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_distill.errors import NotFound
+from mlx_distill.reporting.commands import score_command
 from mlx_distill.reporting.kept_run import Run, kl_before_after, method_of, read_run
 from mlx_distill.reporting.page import (
     Bar,
     Bars,
     Block,
     Charts,
+    Command,
     Fold,
     Note,
     Page,
@@ -24,7 +26,7 @@ from mlx_distill.reporting.page import (
 from mlx_distill.reporting.run_charts import overlays, run_role
 from mlx_distill.reporting.run_cost import cost_of
 from mlx_distill.reporting.run_page import NOTES, run_page, run_sections, score_bar
-from mlx_distill.reporting.run_words import headline, headline_of_one, leads, subline
+from mlx_distill.reporting.run_words import by_task, headline, headline_of_one, leads, subline
 from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.scoring.score import retention
 from mlx_distill.words import DASH, number, percent
@@ -44,12 +46,16 @@ def report(runs: list[Path], out: Path) -> Report:
 
 
 def runs_page(runs: Sequence[Run]) -> Page:
-    """Several runs side by side, each run's own sections folded below."""
-    bars = _bars(runs)
-    scores: list[Block] = [Bars(bars)] if bars else [Note("None of these runs was scored.")]
-    folds = [Fold(run.name, headline_of_one(run), subline(run), run_sections(run)) for run in runs]
+    """Several runs side by side, by task; each run's own sections folded below."""
+    groups = by_task(runs)
+    unscored = [run for run in runs if "student" not in run.scores]
+    folds: list[Block] = [
+        Fold(run.name, headline_of_one(run), subline(run), run_sections(run), look=_look(run))
+        for run in runs
+    ]
     sections = [
-        Section("Scores", [*scores, _summary(runs)]),
+        *(_scores(runs, task, members, len(groups)) for task, members in groups.items()),
+        *([Section("Not scored", _not_scored(unscored))] if unscored else []),
         Section("Cost", [_costs(runs)]),
         Section("Training", [Charts(overlays(runs))]),
         Section("Each run", folds),
@@ -57,19 +63,44 @@ def runs_page(runs: Sequence[Run]) -> Page:
     return Page([f"{len(runs)} runs"], headline(runs), "", leads(runs), sections, NOTES)
 
 
-def _bars(runs: Sequence[Run]) -> list[Bar]:
-    several_tasks = len({run.task for run in runs if "student" in run.scores}) > 1
+def _look(run: Run) -> str:
+    return "" if "student" in run.scores else "faded"
+
+
+def _scores(runs: Sequence[Run], task: str, members: Sequence[Run], tasks: int) -> Section:
+    """The runs of one task, in the order in which they were named."""
+    ordered = [run for run in runs if run in members]
+    title, remark = ("Scores", task) if tasks == 1 else (f"Scores on {task}", "")
+    return Section(title, [Bars(_bars(runs, ordered)), _summary(ordered)], remark)
+
+
+def _not_scored(runs: Sequence[Run]) -> list[Block]:
+    """What is known of them, and how each comes to a score."""
+    commands = [score_command(run.folder, run.recipe) for run in runs]
+    known = "\n".join(filter(None, commands))
+    how: list[Block] = [Note("This scores them:"), Command(known)] if known else []
+    return [_summary(runs), *how]
+
+
+def _bars(runs: Sequence[Run], members: Sequence[Run]) -> list[Bar]:
+    """The students, between the base and the teacher where all of them share these."""
+    first = members[0]
 
     def remark(run: Run) -> str:
-        if several_tasks:
-            return run.task
-        return "" if run is runs[0] else method_of(run.recipe, runs[0].recipe)
+        return "" if run is first else method_of(run.recipe, first.recipe)
 
-    return [
+    def shared_model(model: str, label: str) -> list[Bar]:
+        scores = [run.scores[model] for run in members if model in run.scores]
+        same = len({(score.accuracy, score.problems) for score in scores}) == 1
+        return [score_bar(label, "", model, scores[0])] if same else []
+
+    students = [
         score_bar(run.name, remark(run), run_role(i), run.scores["student"])
         for i, run in enumerate(runs)
-        if "student" in run.scores
+        if run in members
     ]
+    before = shared_model("base", "student before")
+    return [*before, *students, *shared_model("teacher", "teacher")]
 
 
 def _summary(runs: Sequence[Run]) -> Table:
@@ -79,8 +110,8 @@ def _summary(runs: Sequence[Run]) -> Table:
         "after",
         "95\u00a0% interval",
         "teacher",
-        "of its accuracy",
-        "of its lead",
+        "% of the teacher's accuracy",
+        "% of the teacher's lead",
         "KL before",
         "KL after",
     ]
@@ -90,15 +121,21 @@ def _summary(runs: Sequence[Run]) -> Table:
 def _summary_row(run: Run) -> list[Cell]:
     student, base, teacher = (run.scores.get(model) for model in ("student", "base", "teacher"))
     kept = retention(student, base, teacher) if student and base and teacher else None
+    look = _look(run)
+    first, last = (DASH if kl is None else number(kl) for kl in kl_before_after(run))
+    texts = [
+        _percent(teacher.accuracy if teacher else None),
+        _percent(kept.accuracy if kept else None),
+        _percent(kept.gain if kept else None),
+        first,
+        "unchanged" if first == last != DASH else last,
+    ]
     return [
-        Cell(run.name),
-        Cell(_percent(base.accuracy if base else None)),
-        Cell(_percent(student.accuracy if student else None), look="strong"),
-        Cell(f"{percent(student.low)} to {percent(student.high)}" if student else DASH),
-        Cell(_percent(teacher.accuracy if teacher else None)),
-        Cell(_percent(kept.accuracy if kept else None)),
-        Cell(_percent(kept.gain if kept else None)),
-        *(Cell(DASH if kl is None else number(kl)) for kl in kl_before_after(run)),
+        Cell(run.name, look=look),
+        Cell(_percent(base.accuracy if base else None), look=look),
+        Cell(_percent(student.accuracy if student else None), look=look or "strong"),
+        Cell(f"{percent(student.low)} to {percent(student.high)}" if student else DASH, look=look),
+        *(Cell(text, look=look) for text in texts),
     ]
 
 
@@ -108,5 +145,8 @@ def _percent(share: float | None) -> str:
 
 def _costs(runs: Sequence[Run]) -> Table:
     costs = [cost_of(run) for run in runs]
-    rows = [[run.name, *cost.values()] for run, cost in zip(runs, costs, strict=True)]
-    return Table(["run", *costs[0]], [list(map(Cell, row)) for row in rows], "lrrrrrrr")
+    rows = [
+        [Cell(text, look=_look(run)) for text in (run.name, *cost.values())]
+        for run, cost in zip(runs, costs, strict=True)
+    ]
+    return Table(["run", *costs[0]], rows, "lrrrrrrr")

@@ -28,6 +28,11 @@ def powers(low: float, high: float) -> list[float]:
     return _around(LogLocator(numticks=7).tick_values(low, high), low, high)
 
 
+def decade(mark: float) -> str:
+    """What a power of ten says: 0.1, 1, 10."""
+    return f"{mark:,.12g}" if 1e-4 < mark < 1e6 else number(mark)
+
+
 def _around(marks: Sequence[float], low: float, high: float) -> list[float]:
     """Of ascending marks those in [low, high], and the next beyond an end that is none."""
     marks = [float(mark) for mark in marks]

@@ -5,9 +5,9 @@ every page of the run: one that base and student differ on, one that the student
 it got right.
 """
 
-import shlex
 from collections.abc import Iterator
 
+from mlx_distill.reporting.commands import STUDENT, ask_command
 from mlx_distill.reporting.kept_run import Run
 from mlx_distill.reporting.page import Block, Command, Said, Wrote
 from mlx_distill.scoring.generations import Generation
@@ -70,9 +70,7 @@ def shortened(text: str) -> str:
 
 def try_it(run: Run) -> list[Block]:
     """The command that asks the student, where it lies in the run."""
-    if not (run.folder / "student" / "config.json").is_file():
+    if not (run.folder / STUDENT).is_file():
         return []
-    words = ["mlx-distill", "chat", str(run.folder)]
-    for problem in problems_of(run)[:1]:
-        words += ["--prompt", run.texts["student"][problem].prompt]
-    return [Command(shlex.join(words))]
+    prompts = [run.texts["student"][problem].prompt for problem in problems_of(run)[:1]]
+    return [Command(ask_command(run.folder, *prompts))]
