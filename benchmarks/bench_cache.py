@@ -27,8 +27,9 @@ from mlx_distill import objective as definition
 from mlx_distill.backends import choose_backend
 from mlx_distill.data.formats import read_examples
 from mlx_distill.data.sequences import Segment, render
+from mlx_distill.divergences import kl, log_softmax
 from mlx_distill.models.hub import load_tokenizer
-from mlx_distill.objective import Objective, log_softmax
+from mlx_distill.objective import Objective
 from mlx_distill.recipe.tables import DataTable
 from mlx_distill.teaching.fill import whole_batch
 
@@ -97,7 +98,7 @@ def _errors(z: np.ndarray, t: np.ndarray, seed: int) -> dict[tuple[str, int], np
     draw, squared slope, ids.
     """
     u, v = log_softmax(z), log_softmax(t)
-    value, slope = definition.kl(v, u), np.exp(u) - np.exp(v)
+    value, slope = kl(v, u), np.exp(u) - np.exp(v)
     squares = (slope**2).sum(1)
     order, found, objective = np.argsort(-v, axis=1), {}, Objective()
     zeros = np.zeros(len(z))
@@ -116,7 +117,7 @@ def _errors(z: np.ndarray, t: np.ndarray, seed: int) -> dict[tuple[str, int], np
         np.put_along_axis(part, ids, np.exp(mine) - np.exp(chosen), 1)
         error = ((part - slope) ** 2).sum(1)
         found["renormalised", k] = np.stack(
-            [value, definition.kl(chosen, mine), error, zeros, squares, zeros + k], 1
+            [value, kl(chosen, mine), error, zeros, squares, zeros + k], 1
         )
     cumulated = np.exp(v).cumsum(1)
     entropy = -(np.exp(v) * v).sum(1)

@@ -6,10 +6,11 @@ are the definitions, written to be read and to be right; every backend computes 
 without ever holding [N, V] and is tested against this file. Logits of -inf (padding, forbidden
 tokens) have probability 0 and add nothing; a divergence is infinite only where it really is:
 forward KL where the student forbids what the teacher gives, reverse KL where the teacher forbids
-what the student gives. Axes: `N` loss positions, `V` vocabulary.
+what the student gives. What each divergence is stands in `divergences.py`. Axes: `N` loss
+positions, `V` vocabulary.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from operator import add
@@ -18,8 +19,8 @@ from typing import Literal, TypeVar
 import numpy as np
 from scipy import special
 
+from mlx_distill.divergences import DIVERGENCES, dkd, log_softmax
 from mlx_distill.recipe.tables import ObjectiveTable
-from mlx_distill.recipe.values import Divergence
 
 # the cross-entropy of what follows a cut, which learns from the text alone
 ENDING = "ending"
@@ -30,23 +31,31 @@ Values = TypeVar("Values", float, np.ndarray)
 class Objective:
     """`kd_weight * divergence + (1 - kd_weight) * cross_entropy`, per position.
 
-    kd_weight 0 needs no teacher; kd_weight 1 leaves the targets without a gradient. `temperature`
-    divides both logits inside the divergence and never those of the cross-entropy; "hinton"
-    multiplies the divergence, value and gradient, by temperature squared.
+    The divergence is one of `DIVERGENCES`, or "dkd". kd_weight 0 needs no teacher; kd_weight 1
+    leaves the targets without a gradient, but for dkd. `temperature` divides both logits inside the
+    divergence and never those of the cross-entropy; "hinton" multiplies the divergence, value and
+    gradient, by temperature squared.
     """
 
-    divergence: Divergence = "forward_kl"
+    divergence: str = "forward_kl"
     jsd_beta: float = 0.5
     kd_weight: float = 0.5
     temperature: float = 1.0
     temperature_scaling: Literal["none", "hinton"] = "hinton"
     skew_alpha: float = 0.1
     mixed_weight: float = 0.5
+    entropy_half: float = 1.0
+    dkd_target: float = 1.0
+    dkd_rest: float = 1.0
 
     @classmethod
     def from_table(cls, table: ObjectiveTable) -> "Objective":
-        """The objective that a recipe's `[objective]` table asks for: its fields of the same names."""
-        return cls(**{field.name: getattr(table, field.name) for field in fields(cls)})
+        """The objective that a recipe's `[objective]` table asks for: its fields of the same names,
+        and of total variation the scale.
+        """
+        asked = cls(**{field.name: getattr(table, field.name) for field in fields(cls)})
+        logarithmic = table.divergence == "tvd" and table.tvd_scale == "log"
+        return replace(asked, divergence="log_tvd") if logarithmic else asked
 
     @property
     def needs_teacher(self) -> bool:
@@ -84,6 +93,7 @@ class Objective:
             "skew_kl": self.skew_alpha,
             "skew_reverse_kl": self.skew_alpha,
             "mixed_kl": self.mixed_weight,
+            "entropy_kl": self.entropy_half,
         }.get(self.divergence, 0.0)
 
     @property
@@ -94,134 +104,31 @@ class Objective:
         return self.temperature**2 if self.temperature_scaling == "hinton" else 1.0
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 log-probabilities along the last axis; a logit of -inf stays -inf."""
-    return special.log_softmax(np.asarray(logits, dtype=np.float64), axis=-1)
-
-
-def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-    """KL(p‖q) in nats of log-probabilities [N, V], as [N]; 0 log 0 is 0."""
-    with np.errstate(invalid="ignore"):
-        return _times(log_p, log_p - log_q).sum(axis=-1)
-
-
-# A divergence is Σ f(u, v) over the vocabulary, of log-probabilities u of the student and v of the
-# teacher. Each function below gives f and g = ∂f/∂u for every id by itself. The gradient with
-# respect to the student's logits is then g - s Σ g with s = exp(u), the student's probabilities; t
-# = exp(v) are the teacher's. They are written in logarithms: scipy's `rel_entr`, of probabilities,
-# is infinite where the second one is less than a float64 can hold.
-
-Pair = tuple[np.ndarray, np.ndarray]
-
-
-def forward_kl(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
-    """KL(t‖s): the student must cover what the teacher does."""
-    return _times(v, v - u), -np.exp(v)
-
-
-def reverse_kl(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
-    """KL(s‖t): the student must avoid what the teacher does not do."""
-    return _times(u, u - v), _times(u, u - v + 1)
-
-
-def jsd(u: np.ndarray, v: np.ndarray, beta: float) -> Pair:
-    """Generalised Jensen-Shannon divergence: β KL(t‖m) + (1-β) KL(s‖m) with m = β t + (1-β) s.
-
-    The convention of GKD (arXiv 2306.13649, §2, with P the teacher): symmetric at β = ½, where it
-    is at most log 2; divided by β it tends to forward KL as β → 0, divided by 1-β to reverse KL as
-    β → 1.
+def _value_and_gradient(
+    u: np.ndarray, v: np.ndarray, objective: Objective, targets: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The divergence [N] of log-probabilities u and v [N, V], and its gradient with respect to the
+    logits of which u are: g - s Σ g where it is a pair.
     """
-    log_mixture = _log_mixture(v, u, beta)
-    student = (1 - beta) * _times(u, u - log_mixture)
-    # the terms in which m itself moves sum to m/m and cancel
-    return beta * _times(v, v - log_mixture) + student, student
-
-
-def skew_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
-    """KL(t‖m) with m = (1-α) s + α t: forward KL that is at most log 1/α, for the teacher lends the
-    student a share α.
-
-    DistiLLM (arXiv 2402.03898, §3.1), whose α = 0.1 is the default.
-    """
-    log_ratio = v - _log_mixture(v, u, alpha)
-    return _times(v, log_ratio), -(1 - alpha) * _times(u, np.exp(log_ratio))
-
-
-def skew_reverse_kl(u: np.ndarray, v: np.ndarray, alpha: float) -> Pair:
-    """KL(s‖m) with m = (1-α) t + α s: reverse KL that is at most log 1/α, for the student lends the
-    teacher a share α.
-
-    DistiLLM (arXiv 2402.03898, §3.1).
-    """
-    log_ratio = u - _log_mixture(u, v, alpha)
-    return _times(u, log_ratio), _times(u, log_ratio + 1 - alpha * np.exp(log_ratio))
-
-
-def tvd(u: np.ndarray, v: np.ndarray, parameter: float) -> Pair:
-    """Total variation distance ½ Σ |s - t|: at most 1, and no id weighs more than its probability.
-
-    Wen et al. 2023 (f-distill, arXiv 2307.15190). Where s = t the gradient of that id is taken as 0.
-    """
-    difference = np.exp(u) - np.exp(v)
-    return np.abs(difference) / 2, _times(u, np.sign(difference) / 2)
-
-
-def mixed_kl(u: np.ndarray, v: np.ndarray, weight: float) -> Pair:
-    """w KL(t‖s) + (1-w) KL(s‖t): forward and reverse KL at once.
-
-    As the code of *Distilling the Essence* mixes them, with KL where that has the cross-entropy.
-    """
-    (forward, of_forward), (reverse, of_reverse) = forward_kl(u, v, 0), reverse_kl(u, v, 0)
-    value = weight * forward + (1 - weight) * reverse
-    return value, weight * of_forward + (1 - weight) * of_reverse
-
-
-DIVERGENCES: dict[str, Callable[[np.ndarray, np.ndarray, float], Pair]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "skew_kl": skew_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "tvd": tvd,
-    "mixed_kl": mixed_kl,
-}
-
-
-def _times(log_p: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """p x, and 0 where p is 0, whatever x is."""
-    return np.where(np.isfinite(log_p), np.exp(log_p) * x, 0.0)
-
-
-def _log_mixture(log_p: np.ndarray, log_q: np.ndarray, share: float) -> np.ndarray:
-    """Log of share p + (1 - share) q."""
-    return np.logaddexp(np.log(share) + log_p, np.log1p(-share) + log_q)
-
-
-def _value(u: np.ndarray, v: np.ndarray, objective: Objective) -> np.ndarray:
-    """Σ f, as [N]."""
-    with np.errstate(invalid="ignore"):  # where both probabilities are 0
-        f, _ = DIVERGENCES[objective.divergence](u, v, objective.parameter)
-    return f.sum(axis=-1)
-
-
-def _gradient(u: np.ndarray, v: np.ndarray, objective: Objective) -> np.ndarray:
-    """g - s Σ g: the gradient with respect to the logits of which u are the log-probabilities, as
-    [N, V].
-    """
-    with np.errstate(invalid="ignore"):
-        _, g = DIVERGENCES[objective.divergence](u, v, objective.parameter)
-    return g - np.exp(u) * g.sum(axis=-1, keepdims=True)
+    if objective.divergence == "dkd":
+        assert targets is not None, "dkd asks which id the text has"
+        return dkd(u, v, targets, objective.dkd_target, objective.dkd_rest)
+    with np.errstate(invalid="ignore"):  # where both probabilities are 0, or it is infinite
+        f, g = DIVERGENCES[objective.divergence](u, v, objective.parameter)
+        return f.sum(axis=-1), g - np.exp(u) * g.sum(axis=-1, keepdims=True)
 
 
 def divergence(
-    student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective
+    student_logits: np.ndarray,
+    teacher_logits: np.ndarray,
+    objective: Objective,
+    targets: np.ndarray | None = None,
 ) -> np.ndarray:
     """The objective's divergence of logits [N, V], temperature and its scaling included, as
-    float64[N] in nats.
+    float64[N] in nats. Targets [N] are of dkd alone, here and below.
     """
-    return objective.divergence_scale * _value(
-        *_at_temperature(student_logits, teacher_logits, objective), objective
-    )
+    u, v = _at_temperature(student_logits, teacher_logits, objective)
+    return objective.divergence_scale * _value_and_gradient(u, v, objective, targets)[0]
 
 
 def coarse_divergence(
@@ -230,17 +137,20 @@ def coarse_divergence(
     log_probs: np.ndarray,
     tail: np.ndarray,
     objective: Objective,
+    targets: np.ndarray | None = None,
 ) -> np.ndarray:
     """The divergence at temperature 1 where only K of the teacher's log-probabilities are known, as
     float64[N] in nats.
 
     ids int[N, K] (-1 pads), log_probs [N, K], tail [N]: log of the teacher's mass on all other ids.
     Student and teacher are compared as distributions over K + 1 outcomes, the last being "any other
-    id". Grouping outcomes never raises a divergence, so this is a lower bound of the full one, and
-    equal to it where all ids are given. The student is not renormalised to the K ids: its mass
-    elsewhere is in its last outcome.
+    id". Grouping outcomes never raises a divergence of probabilities, so this is a lower bound of
+    the full one, and equal to it where all ids are given (but for dkd and entropy_kl, whose weights
+    grouping changes). The student is not renormalised to the K ids: its mass elsewhere is in its
+    last outcome. Of dkd the target must be one of the ids.
     """
-    return _value(*_coarse(student_logits, ids, log_probs, tail), objective)
+    u, v = _coarse(student_logits, ids, log_probs, tail)
+    return _value_and_gradient(u, v, objective, _outcome_of(targets, ids))[0]
 
 
 def coarse_divergence_grad(
@@ -249,13 +159,15 @@ def coarse_divergence_grad(
     log_probs: np.ndarray,
     tail: np.ndarray,
     objective: Objective,
+    targets: np.ndarray | None = None,
 ) -> np.ndarray:
     """d coarse_divergence[n] / d student_logits[n, v], as float64[N, V].
 
     The last outcome's logit is the log-sum-exp of all other logits, so its gradient is shared among
     them by their softmax.
     """
-    outcomes = _gradient(*_coarse(student_logits, ids, log_probs, tail), objective)
+    u, v = _coarse(student_logits, ids, log_probs, tail)
+    _, outcomes = _value_and_gradient(u, v, objective, _outcome_of(targets, ids))
     others = _others(student_logits, ids)
     possible = np.isfinite(others).any(axis=-1, keepdims=True)
     share = special.softmax(np.where(possible, others, 0.0), axis=-1) * possible
@@ -291,18 +203,22 @@ def loss(
     terms = {}
     if objective.needs_teacher:
         assert teacher_logits is not None, "the objective needs a teacher"
-        terms["kd"] = divergence(student_logits, teacher_logits, objective)
+        terms["kd"] = divergence(student_logits, teacher_logits, objective, targets)
     if objective.needs_targets:
         terms["ce"] = cross_entropy(student_logits, targets)
     return objective.total(terms)
 
 
 def divergence_grad(
-    student_logits: np.ndarray, teacher_logits: np.ndarray, objective: Objective
+    student_logits: np.ndarray,
+    teacher_logits: np.ndarray,
+    objective: Objective,
+    targets: np.ndarray | None = None,
 ) -> np.ndarray:
     """d divergence[n] / d student_logits[n, v], as float64[N, V]."""
+    u, v = _at_temperature(student_logits, teacher_logits, objective)
     scale = objective.divergence_scale / objective.temperature
-    return scale * _gradient(*_at_temperature(student_logits, teacher_logits, objective), objective)
+    return scale * _value_and_gradient(u, v, objective, targets)[1]
 
 
 def cross_entropy_grad(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -322,7 +238,8 @@ def grad(
     gradient = np.zeros(student_logits.shape)
     if objective.needs_teacher:
         assert teacher_logits is not None, "the objective needs a teacher"
-        gradient += objective.kd_weight * divergence_grad(student_logits, teacher_logits, objective)
+        of_divergence = divergence_grad(student_logits, teacher_logits, objective, targets)
+        gradient += objective.kd_weight * of_divergence
     if objective.needs_targets:
         gradient += (1 - objective.kd_weight) * cross_entropy_grad(student_logits, targets)
     return gradient
@@ -343,6 +260,15 @@ def _coarse(
         [np.asarray(log_probs, np.float64), np.asarray(tail, np.float64)[:, None]], -1
     )
     return log_softmax(np.concatenate([kept, rest], -1)), log_softmax(teacher)
+
+
+def _outcome_of(targets: np.ndarray | None, ids: np.ndarray) -> np.ndarray | None:
+    """Which of the outcomes is the target, [N]; the ids are the first of them."""
+    if targets is None:
+        return None
+    found = ids == np.asarray(targets)[:, None]
+    assert found.any(axis=-1).all(), "a target is none of the ids"
+    return found.argmax(axis=-1)
 
 
 def _others(student_logits: np.ndarray, ids: np.ndarray) -> np.ndarray:

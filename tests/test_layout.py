@@ -28,6 +28,7 @@ ORDER = [
     "embedded",
     "data",
     "verify",
+    "divergences",
     "objective",
     "backends",
     "cost",

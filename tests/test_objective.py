@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from mlx_distill import objective as definition
-from mlx_distill.objective import DIVERGENCES, Objective
+from mlx_distill.divergences import DIVERGENCES
+from mlx_distill.objective import Objective
 from mlx_distill.recipe.tables import ObjectiveTable
 from mlx_distill.recipe.values import Divergence
 
+ALL = (*DIVERGENCES, "dkd")  # the pairs, and the one that asks for the target
 ONE_HALF = np.log([[0.5, 0.5]])
 ONE_QUARTER = np.log([[0.25, 0.75]])
 
@@ -70,7 +72,53 @@ def test_a_probability_below_a_float64_makes_nothing_infinite(divergence: str):
     """exp(-745) is the smallest float64, and half of it 0: scipy's `rel_entr` was infinite here."""
     likelier, rarer = np.array([[0.0, -745.0]]), np.array([[0.0, -2000.0]])
     for pair in ((likelier, rarer), (rarer, likelier)):
-        assert definition.divergence(*pair, Objective(divergence)) == pytest.approx(0, abs=1e-12)
+        found = definition.divergence(*pair, Objective(divergence))
+        rare = (2000 - 745) / 2 if divergence == "log_tvd" else 0  # there it counts as any other
+        assert found == pytest.approx(rare, abs=1e-12)
+
+
+def test_log_tvd_by_hand_counts_all_ids_the_same_but_those_that_one_forbids():
+    by_hand = (log(0.5 / 0.25) + log(0.75 / 0.5)) / 2
+    found = definition.divergence(ONE_QUARTER, ONE_HALF, Objective("log_tvd"))
+    assert found == pytest.approx(by_hand)
+    student, teacher = np.log([[0.5, 0.5, 1e-300]]), np.log([[0.25, 0.75, 1e-300]])
+    for forbids in (student, teacher):
+        forbids[0, 2] = -np.inf
+        assert definition.divergence(student, teacher, Objective("log_tvd")) == pytest.approx(
+            by_hand
+        )
+    as_asked = Objective.from_table(ObjectiveTable(divergence="tvd", tvd_scale="log"))
+    assert as_asked == Objective("log_tvd")
+    assert Objective.from_table(ObjectiveTable(divergence="tvd")) == Objective("tvd")
+
+
+def test_entropy_kl_is_both_kls_by_the_teachers_entropy():
+    student, teacher, _ = random_logits(0)
+    teacher[0], teacher[1] = 0.0, 40.0 * np.eye(9)[3]  # knows nothing, and is sure
+    forward, reverse = (
+        definition.divergence(student, teacher, Objective(name))
+        for name in ("forward_kl", "reverse_kl")
+    )
+    t = np.exp(definition.log_softmax(teacher))
+    entropy = -(t * np.log(t)).sum(axis=1)
+    weight = entropy / (entropy + 0.7)
+    found = definition.divergence(student, teacher, Objective("entropy_kl", entropy_half=0.7))
+    assert found == pytest.approx(weight * forward + (1 - weight) * reverse)
+    assert weight[0] == pytest.approx(log(9) / (log(9) + 0.7)) and weight[1] < 1e-12
+
+
+def test_dkd_by_hand_and_the_weights_that_make_it_forward_kl():
+    student, teacher = np.log([[0.5, 0.3, 0.2]]), np.log([[0.1, 0.6, 0.3]])
+    target = 0.6 * log(0.6 / 0.3) + 0.4 * log(0.4 / 0.7)
+    rest = 1 / 4 * log((1 / 4) / (5 / 7)) + 3 / 4 * log((3 / 4) / (2 / 7))
+    objective = Objective("dkd", dkd_target=2.0, dkd_rest=8.0)
+    found = definition.divergence(student, teacher, objective, np.array([1]))
+    assert found == pytest.approx(2 * target + 8 * rest)
+    forward = Objective("dkd", dkd_rest=0.4)  # 1 - the teacher's probability of the target
+    for function in (definition.divergence, definition.divergence_grad):
+        assert function(student, teacher, forward, np.array([1])) == pytest.approx(
+            function(student, teacher, Objective())
+        )
 
 
 def test_jsd_is_bounded_symmetric_at_one_half_and_tends_to_both_kls():
@@ -126,18 +174,20 @@ def test_tvd_by_hand_bounded_and_symmetric():
     assert definition.divergence(student, teacher, Objective("tvd")) == pytest.approx(swapped)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_zero_for_equal_models_positive_otherwise(divergence: str, temperature: float):
-    student, teacher, _ = random_logits(1, scale=5)
+    student, teacher, targets = random_logits(1, scale=5)
     objective = Objective(divergence, 0.3, 1.0, temperature)
-    assert definition.divergence(student, student + 7, objective) == pytest.approx(0, abs=1e-13)
-    twin = student if divergence == "tvd" else student + 7  # its gradient jumps where s = t
-    assert definition.divergence_grad(student, twin, objective) == pytest.approx(0, abs=1e-13)
-    assert (definition.divergence(student, teacher, objective) > 0).all()
+    same = definition.divergence(student, student + 7, objective, targets)
+    assert same == pytest.approx(0, abs=1e-12)
+    twin = student if "tvd" in divergence else student + 7  # its gradient jumps where s = t
+    flat = definition.divergence_grad(student, twin, objective, targets)
+    assert flat == pytest.approx(0, abs=1e-12)
+    assert (definition.divergence(student, teacher, objective, targets) > 0).all()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("scaling", ["none", "hinton"])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])
@@ -163,27 +213,27 @@ def test_g_is_the_derivative_of_f(divergence: str):
     assert np.abs(2 * g - slope).max() > 1e-3
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_the_gradient_in_the_logits_is_central_differences(divergence: str):
-    student, teacher, _ = random_logits(8)
-    objective = Objective(divergence, 0.3, 1.0)
+    student, teacher, targets = random_logits(8)
+    objective = Objective(divergence, 0.3, 1.0, dkd_target=0.7, dkd_rest=1.3)
     slope = finite_differences(
-        lambda logits: definition.divergence(logits, teacher, objective), student, 1e-5
+        lambda logits: definition.divergence(logits, teacher, objective, targets), student, 1e-5
     )
     np.testing.assert_allclose(
-        definition.divergence_grad(student, teacher, objective), slope, rtol=0, atol=1e-9
+        definition.divergence_grad(student, teacher, objective, targets), slope, rtol=0, atol=1e-9
     )
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_hinton_scales_value_and_gradient_by_temperature_squared(divergence: str):
-    student, teacher, _ = random_logits(3)
+    student, teacher, targets = random_logits(3)
     plain, hinton = (
         Objective(divergence, 0.3, 1.0, 3.0, scaling) for scaling in ("none", "hinton")
     )
     for function in (definition.divergence, definition.divergence_grad):
-        assert function(student, teacher, hinton) == pytest.approx(
-            9 * function(student, teacher, plain)
+        assert function(student, teacher, hinton, targets) == pytest.approx(
+            9 * function(student, teacher, plain, targets)
         )
 
 
@@ -197,7 +247,7 @@ def test_temperature_scales_both_logits_and_leaves_cross_entropy_alone():
     assert warm == pytest.approx(definition.cross_entropy(student, targets))
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_padding_of_minus_infinity_changes_nothing(divergence: str):
     student, teacher, targets = random_logits(5)
     objective = Objective(divergence, 0.3, 0.4, 2.0)
@@ -232,12 +282,16 @@ def test_a_table_becomes_an_objective():
         "jsd_beta": 0.2,
         "skew_alpha": 0.4,
         "mixed_weight": 0.6,
+        "entropy_half": 0.5,
+        "dkd_target": 2.0,
+        "dkd_rest": 8.0,
         "kd_weight": 0.7,
         "temperature": 2.0,
         "temperature_scaling": "none",
     }
     assert asdict(Objective.from_table(ObjectiveTable(**values))) == values
     assert Objective.from_table(ObjectiveTable()) == Objective()
-    elsewhere = {"segments", "chunk_tokens"}  # what is learned, and how it is computed
+    # what is learned, how it is computed, and which of two divergences tvd is
+    elsewhere = {"segments", "chunk_tokens", "tvd_scale"}
     assert set(values) == set(ObjectiveTable.model_fields) - elsewhere
-    assert list(get_args(Divergence)) == list(DIVERGENCES)
+    assert set(get_args(Divergence)) == set(ALL) - {"log_tvd"}

@@ -197,6 +197,14 @@ def test_a_whole_number_is_a_number(write):
             '[teacher]\ncache = "sampled"\n[objective]\ndivergence = "jsd"\n',
             'divergence is "jsd": set forward_kl',
         ),
+        (
+            '[teacher]\ncache = "top_k"\n[objective]\ndivergence = "tvd"\ntvd_scale = "log"\n',
+            'counts every id of the vocabulary the same: set tvd_scale = "linear"',
+        ),
+        (
+            '[objective]\ndivergence = "dkd"\ndkd_target = 0.0\ndkd_rest = 0.0\n',
+            "teaches nothing",
+        ),
     ],
 )
 def test_contradictions_are_refused_with_advice(write, text, said):
@@ -321,6 +329,8 @@ def test_a_run_of_an_earlier_version_keeps_its_digest_and_what_it_did():
     [
         '[teacher]\ncache = "hidden"\n[objective]\ntemperature = 2.0\ndivergence = "jsd"\n',
         '[teacher]\ncache = "top_k"\n[objective]\ndivergence = "reverse_kl"\n',
+        '[teacher]\ncache = "top_k"\n[objective]\ndivergence = "dkd"\n',
+        '[teacher]\ncache = "hidden"\n[objective]\ndivergence = "tvd"\ntvd_scale = "log"\n',
         '[teacher]\ncache = "sampled"\n[truncation]\nkeep = "suffix"\nfraction = 0.5\ncontext = '
         '"keep"\n',
         '[teacher]\ncache = "top_k"\n[truncation]\nkeep = "suffix"\n',
@@ -338,6 +348,10 @@ UNREAD = {
     ("objective", "jsd_beta", "0.3"): 'divergence="jsd"',
     ("objective", "skew_alpha", "0.3"): 'divergence="skew_kl"',
     ("objective", "mixed_weight", "0.3"): 'divergence="mixed_kl"',
+    ("objective", "entropy_half", "0.3"): 'divergence="entropy_kl"',
+    ("objective", "tvd_scale", '"log"'): 'divergence="tvd"',
+    ("objective", "dkd_target", "2.0"): 'divergence="dkd"',
+    ("objective", "dkd_rest", "8.0"): 'divergence="dkd"',
     ("student", "rank", "4"): 'tuning="lora"',
     ("student", "alpha", "8.0"): 'tuning="dora"',
     ("student", "lora_layers", "1"): 'tuning="lora"',
@@ -663,7 +677,8 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     }
     assert outside == OUTSIDE_DIGEST
     newer = {"data": {"date"}, "optim": {"decayed"}}
-    newer["objective"] = {"skew_alpha", "mixed_weight"}
+    newer["objective"] = {"skew_alpha", "mixed_weight", "entropy_half", "tvd_scale"}
+    newer["objective"] |= {"dkd_target", "dkd_rest"}
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     newer["truncation"] = {"whole_share", "ending"}
     newer["teacher"] = {"compute_dtype"}

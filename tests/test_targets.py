@@ -19,8 +19,9 @@ from mlx_distill.backends.protocol import Backend, LossSums
 from mlx_distill.data.batches import Batch, make_batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import truncate
+from mlx_distill.divergences import log_softmax
 from mlx_distill.errors import CacheError
-from mlx_distill.objective import Objective, log_softmax
+from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import with_values
 from mlx_distill.recipe.tables import BatchTable, TeacherTable, TruncationTable
 from mlx_distill.teaching.cached_teacher import CachedTeacher
@@ -184,7 +185,7 @@ CUTS = {
 ENDED = ("half", "most", "half of the cot", "up to </think>", "middle in context")
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd", "dkd"])
 @pytest.mark.parametrize("kind", ["hidden", "top_k"])
 def test_cached_and_live_are_equal(backend, root, teacher, caches, kind, divergence):
     objective, batch = Objective(divergence, 0.3, 0.7), make_batch(SEQUENCES, ALL, 8)
@@ -193,6 +194,25 @@ def test_cached_and_live_are_equal(backend, root, teacher, caches, kind, diverge
     cached = update(backend, root, batch, caches[kind].targets(batch), objective)
     assert live[0].terms["kd"].min() > 1 and live[0].terms["agree"].sum() > 0
     assert_equal(cached, live, 1e-6 if kind == "hidden" else 1e-5)
+
+
+def test_dkd_refuses_a_target_that_the_cache_does_not_hold(backend, root, caches):
+    batch, learner = make_batch(SEQUENCES, ALL, 8), student(backend, root)
+    kept = caches["top_k"].targets(batch)
+    order = np.argsort(kept.ids != batch.targets[:, None], axis=1, kind="stable")
+    first = {  # three ids, the target being one of them
+        name: np.take_along_axis(getattr(kept, name), order, 1)[:, :3]
+        for name in ("ids", "log_probs")
+    }
+    with_target = dataclasses.replace(kept, **first)
+    assert np.isfinite(learner.score(batch, with_target, Objective("dkd")).terms["kd"]).all()
+    ids = with_target.ids.copy()
+    place = np.flatnonzero(batch.positions // batch.tokens.shape[1] == 1)[0]
+    ids[place] = (batch.targets[place] + np.arange(1, 4)) % 40
+    lacking = dataclasses.replace(with_target, ids=ids)
+    with pytest.raises(CacheError, match=rf"example '{batch.ids[1]}'.*raise teacher.cache_top_k"):
+        learner.score(batch, lacking, Objective("dkd"))
+    learner.score(batch, lacking, Objective("entropy_kl"))
 
 
 @pytest.mark.parametrize("segments", [("cot",), ("prompt", "answer"), ALL], ids="+".join)

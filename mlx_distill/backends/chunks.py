@@ -13,6 +13,8 @@ CHUNK_TOKENS = {("torch", "cpu"): 512, ("torch", "cuda"): 1024}
 MLX_BLOCK_ELEMENTS = {"cpu": 2**20, "gpu": 2**23}  # logits: 4 MB stay in cache
 # ids: BLAS may add one after the other, and a longer float32 sum of small numbers loses them
 MLX_WIDEST_BLOCK = {"cpu": 2**14}
+# arrays [C, V] that MLX's walk keeps of a chunk for a divergence that cannot do with two
+MLX_ARRAYS_KEPT = {"mixed_kl": 3, "entropy_kl": 3}
 TORCH_ROWS_AT_ONCE = 16  # positions that the elementwise part works on at once on a CPU
 
 
@@ -21,6 +23,13 @@ def chunk_tokens(asked: int, backend: str, device: str) -> int:
     cuda; MLX: all the same).
     """
     return asked or CHUNK_TOKENS.get((backend, device), 128)
+
+
+def mlx_chunk(most: int, divergence: str) -> int:
+    """Positions per chunk on MLX where a divergence that keeps two arrays has `most`: so that all
+    divergences need the same memory.
+    """
+    return max(1, most * 2 // MLX_ARRAYS_KEPT.get(divergence, 2))
 
 
 def even_chunk(positions: int, most: int) -> int:

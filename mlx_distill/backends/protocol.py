@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mlx_distill.data.batches import Batch
+from mlx_distill.errors import CacheError
 from mlx_distill.objective import ENDING, Objective
 from mlx_distill.recipe.recipe import Recipe
 
@@ -39,9 +40,9 @@ class SparseTargets:
     offset: np.ndarray
     top: np.ndarray
 
-    def check(self, objective: Objective, vocabulary: int) -> None:
-        """Raise `ValueError` at another temperature than 1 and `IndexError` for ids outside of the
-        vocabulary.
+    def check(self, objective: Objective, batch: Batch, vocabulary: int) -> None:
+        """Raise `ValueError` at another temperature than 1, `IndexError` for ids outside of the
+        vocabulary, and `CacheError` where dkd asks about a target that is none of the ids.
         """
         if objective.temperature != 1:
             raise ValueError(
@@ -50,6 +51,22 @@ class SparseTargets:
             )
         check_indices("the teacher's ids", np.maximum(self.ids, 0), vocabulary)
         check_indices("the teacher's ids", self.top, vocabulary)
+        if objective.divergence == "dkd":
+            self._refuse_unknown_targets(batch)
+
+    def _refuse_unknown_targets(self, batch: Batch) -> None:
+        asked = slice(len(self.ids))
+        known = (self.ids == batch.targets[asked, None]).any(axis=1)
+        unknown = np.flatnonzero(~known & (batch.weight[asked] != 0))
+        if not len(unknown):
+            return
+        row = batch.positions[unknown[0]] // batch.tokens.shape[1]
+        raise CacheError(
+            f'example {batch.ids[row]!r}: objective.divergence = "dkd" asks how likely the '
+            f"text's token {batch.targets[unknown[0]]} is, but the teacher cache holds "
+            f"{self.ids.shape[1]} likelier ones and that is none of them ({len(unknown)} such "
+            'positions here): raise teacher.cache_top_k, or set teacher.cache = "hidden"'
+        )
 
 
 @dataclass(frozen=True)

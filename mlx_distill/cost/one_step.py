@@ -137,7 +137,7 @@ class _KeptStates:
 
 
 class _KeptAnswers:
-    """K equally likely ids a position, and half of the mass on all others."""
+    """K equally likely ids a position, the text's own first, and half of the mass on all others."""
 
     def __init__(self, rows: int, kept: int):
         self.vocabulary_rows, self.kept = rows, kept
@@ -145,7 +145,8 @@ class _KeptAnswers:
     def targets(self, batch: Batch) -> SparseTargets:
         shape = len(batch.positions), self.kept
         return SparseTargets(
-            ids=np.broadcast_to(np.arange(self.kept, dtype=np.int32), shape).copy(),
+            ids=(batch.targets[:, None] + np.arange(self.kept, dtype=np.int32))
+            % self.vocabulary_rows,
             log_probs=np.full(shape, -np.log(2 * self.kept), np.float32),
             tail=np.full(shape[0], np.log(0.5), np.float32),
             offset=np.zeros(shape[0], np.float32),

@@ -39,6 +39,11 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             "toy embedded:teacher; or set kd_weight = 0"
         )
     yield from cache_contradictions(recipe, teacher.cache)
+    if objective.divergence == "dkd" and not (objective.dkd_target or objective.dkd_rest):
+        yield (
+            '[objective] divergence = "dkd" with dkd_target = 0 and dkd_rest = 0 teaches nothing: '
+            "raise one"
+        )
     yield from _rollouts_contradictions(recipe)
     if truncation.keep == "cot" and truncation.fraction != 1:
         yield (
@@ -136,6 +141,11 @@ def cache_contradictions(recipe: "Recipe", kind: str) -> Iterator[str]:
         yield (
             f"{asked} holds answers at temperature 1, but [objective] temperature is "
             f'{objective.temperature}: set 1.0, or cache = "hidden"'
+        )
+    if kind == "top_k" and objective.divergence == "tvd" and objective.tvd_scale == "log":
+        yield (
+            f'{asked} knows some ids a token, but [objective] tvd_scale = "log" counts every id '
+            'of the vocabulary the same: set tvd_scale = "linear", or cache = "hidden"'
         )
     if kind == "sampled" and objective.divergence != "forward_kl":
         yield (

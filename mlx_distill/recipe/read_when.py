@@ -71,6 +71,10 @@ READ_WHEN = {
     "objective.jsd_beta": choice("objective", "divergence", "jsd"),
     "objective.skew_alpha": choice("objective", "divergence", "skew_kl", "skew_reverse_kl"),
     "objective.mixed_weight": choice("objective", "divergence", "mixed_kl"),
+    "objective.entropy_half": choice("objective", "divergence", "entropy_kl"),
+    "objective.tvd_scale": choice("objective", "divergence", "tvd"),
+    "objective.dkd_target": choice("objective", "divergence", "dkd"),
+    "objective.dkd_rest": choice("objective", "divergence", "dkd"),
     "optim.decayed": Condition(
         lambda recipe: recipe.optim.weight_decay > 0, "a weight_decay above 0"
     ),

@@ -231,6 +231,18 @@ class ObjectiveTable(Table):
     mixed_weight: Annotated[float, within(1e-3, 0.999), CameLater(0.5)] = 0.5
     """Weight of forward KL; 1 - mixed_weight weighs reverse KL."""
 
+    entropy_half: Annotated[float, within(1e-3, 100.0), CameLater(1.0)] = 1.0
+    """Teacher's entropy in nats at which forward and reverse KL count the same; more is forward."""
+
+    tvd_scale: Annotated[Literal["linear", "log"], CameLater("linear")] = "linear"
+    """Compares probabilities, or their logarithms, where no id counts more than another."""
+
+    dkd_target: Annotated[float, within(1e-6, 1000.0, or_zero=True), CameLater(1.0)] = 1.0
+    """Weight of the text's own id against all others (α of Zhao et al. 2022)."""
+
+    dkd_rest: Annotated[float, within(1e-6, 1000.0, or_zero=True), CameLater(1.0)] = 1.0
+    """Weight of the other ids among themselves (their β; they take up to 8)."""
+
     kd_weight: Weight = 0.5
     """Weight of the divergence; 1 - kd_weight weighs cross-entropy with the text."""
 

@@ -79,7 +79,15 @@ class CameLater:
 
 Segment = Literal["prompt", "cot", "answer"]
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "mixed_kl"
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "mixed_kl",
+    "entropy_kl",
+    "dkd",
 ]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tuples
 Fraction = Annotated[float, within(1e-6, 1.0)]

@@ -27,6 +27,8 @@ DIVERGENCES = {
     "skew_reverse_kl": "skewed reverse KL",
     "tvd": "total variation",
     "mixed_kl": "forward and reverse KL",
+    "entropy_kl": "forward and reverse KL by the teacher's entropy",
+    "dkd": "decoupled distillation",
 }
 ENDINGS = {"answer": "the answer after the cut", "none": "nothing after the cut"}
 CONTEXTS = {"drop": "context dropped", "keep": "context read"}

@@ -17,8 +17,10 @@ from mlx_distill.backends.mlx import vocabulary as mlx_vocabulary
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.backends.torch import products
 from mlx_distill.backends.torch import vocabulary as torch_vocabulary
-from mlx_distill.objective import DIVERGENCES, Objective
+from mlx_distill.divergences import DIVERGENCES
+from mlx_distill.objective import Objective
 
+ALL = (*DIVERGENCES, "dkd")  # the pairs, and the one that asks for the target
 EPSILON = 2.0**-23
 NAMES = ("loss", "kd", "ce", "hidden_grad", "weight_grad")
 
@@ -79,7 +81,7 @@ def exact(
     total = (
         definition.loss(case.logits, teacher_logits, case.targets, objective) * weight
     ).sum() / rows
-    kd = definition.divergence(case.logits, teacher_logits, objective) * live
+    kd = definition.divergence(case.logits, teacher_logits, objective, case.targets) * live
     ce = definition.cross_entropy(case.logits, case.targets) * live
     return dict(
         zip(NAMES, (total, kd, ce, slope @ case.matrix, slope.T @ case.hidden), strict=True)
@@ -138,8 +140,8 @@ def evaluate(framework: Framework, function, case: Case, matrix=None) -> dict[st
 
 def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, np.ndarray]:
     """The same from the dense float32 formula and the framework's own derivatives."""
-    xp, beta, alpha, temperature = (
-        framework.xp,
+    xp, vocab = framework.xp, len(case.matrix)
+    beta, alpha, temperature = (
         objective.jsd_beta,
         objective.skew_alpha,
         objective.temperature,
@@ -154,6 +156,20 @@ def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, n
     def kl(log_p, log_q):
         return (xp.exp(log_p) * (log_p - log_q)).sum(-1)
 
+    def dkd(s, t):
+        at_target = xp.arange(vocab)[None] == targets[:, None]
+        others = [xp.where(at_target, -1e9, x) for x in (s, t)]
+        rest = [xp.logsumexp(x, axis=-1, keepdims=True) for x in others]
+        of_target = [x[xp.arange(len(case.targets)), targets][:, None] for x in (s, t)]
+        binary = kl(of_target[1], of_target[0]) + kl(rest[1], rest[0])
+        among = kl(others[1] - rest[1], others[0] - rest[0])
+        return objective.dkd_target * binary + objective.dkd_rest * among
+
+    def entropy_kl(s, t):
+        entropy = -(xp.exp(t) * t).sum(-1)
+        forward = entropy / (entropy + objective.entropy_half)
+        return forward * kl(t, s) + (1 - forward) * kl(s, t)
+
     def formula(hidden, matrix) -> tuple:
         logits = hidden @ matrix.T
         s = log_softmax(logits / temperature)
@@ -164,7 +180,10 @@ def dense(framework: Framework, case: Case, objective: Objective) -> dict[str, n
             "reverse_kl": lambda: kl(s, t),
             "jsd": lambda: beta * kl(t, m) + (1 - beta) * kl(s, m),
             "mixed_kl": lambda: kl(t, s) / 2 + kl(s, t) / 2,
+            "entropy_kl": lambda: entropy_kl(s, t),
+            "dkd": lambda: dkd(s, t),
             "tvd": lambda: xp.abs(xp.exp(s) - xp.exp(t)).sum(-1) / 2,
+            "log_tvd": lambda: xp.abs(s - t).sum(-1) / 2,
             "skew_kl": lambda: kl(t, xp.logaddexp(math.log(alpha) + t, math.log1p(-alpha) + s)),
             "skew_reverse_kl": lambda: kl(
                 s, xp.logaddexp(math.log(alpha) + s, math.log1p(-alpha) + t)
@@ -216,7 +235,7 @@ def walker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> F
 TEMPERS, TEMPERATURES, CHUNKS = ("plain", "peaked", "onehot"), (0.7, 1.0, 2.0), (1, 8, 64)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 @pytest.mark.parametrize("temper", TEMPERS)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_error_is_at_most_twice_that_of_the_dense_float32_formula(
@@ -234,7 +253,7 @@ def test_error_is_at_most_twice_that_of_the_dense_float32_formula(
         assert_no_worse(got, naive, want)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_a_real_vocabulary_is_summed_no_worse_than_densely(divergence: str):
     objective = Objective(divergence, 0.5, 0.5)
     case = make_case(0, rows=5, vocab=151_936, masked=False)
@@ -263,7 +282,7 @@ def test_beyond_the_taught_positions_the_loss_is_the_cross_entropy(
         assert got["loss"] == answer(walker, case, objective, 8)["loss"]
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 17])
 @pytest.mark.parametrize("kd_weight", [0.0, 0.4, 1.0])
 def test_chunked_equals_whole_at_odd_sizes(
@@ -281,7 +300,7 @@ def test_chunked_equals_whole_at_odd_sizes(
         assert chunked[name] == near(want[name], rel=1e-5, abs=2e-6), name
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_masked_equals_filtered_whatever_the_masked_rows_hold(walker: Framework, divergence: str):
     objective = Objective(divergence, 0.3, 0.4, 2.0)
     case = make_case(0)
@@ -324,7 +343,7 @@ def test_nothing_supervised_is_zero_not_nan(walker: Framework, loss_tokens: floa
     assert not got["hidden_grad"].any() and not got["weight_grad"].any()
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_gradients_are_finite_differences_of_the_loss(walker: Framework, divergence: str):
     objective = Objective(divergence, 0.3, 0.6, 2.0)
     case = make_case(1, rows=6, vocab=11, masked=False)
@@ -341,7 +360,7 @@ def test_gradients_are_finite_differences_of_the_loss(walker: Framework, diverge
         )
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_zero_divergence_from_oneself(framework: Framework, divergence: str):
     case = make_case(2, temper="peaked", masked=False)
     twin = replace(case, teacher_hidden=case.hidden, teacher_matrix=case.matrix)
@@ -542,7 +561,7 @@ def test_kd_weight_zero_needs_no_teacher_and_kd_weight_one_no_target(walker: Fra
     assert not np.array_equal(first["ce"], second["ce"])  # still reported
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ALL)
 def test_scores_are_the_rows_of_the_loss(walker: Framework, divergence: str):
     case = make_case(13)
     objective = Objective(divergence, 0.3, 0.4, 2.0)

@@ -59,6 +59,10 @@ DIVERGENCES = [
     ("full", Objective("skew_kl", temperature=2.0)),
     ("full", Objective("tvd")),
     ("full", Objective("mixed_kl", mixed_weight=0.3)),
+    ("full", Objective("log_tvd", kd_weight=0.5)),
+    ("full", Objective("entropy_kl", entropy_half=0.5, **HOT)),
+    ("full", Objective("dkd", temperature=2.0, dkd_rest=8.0)),
+    ("lora", Objective("dkd", kd_weight=0.5, dkd_target=2.0)),
     ("lora", Objective("skew_reverse_kl")),
 ]
 TRAJECTORIES = [  # what errors compound over: the other families and objectives are compared in one pass
@@ -363,6 +367,24 @@ def skewed_the_other_way(monkeypatch):
     )
 
 
+def without_a_teacher_that_is_sure(monkeypatch):
+    """Forward and reverse KL weigh the same wherever the teacher stands."""
+    monkeypatch.setitem(divergences.PAIRS, "entropy_kl", divergences.mixed_kl)
+
+
+def with_the_target_among_the_others(monkeypatch):
+    """What decoupled distillation takes apart stays together."""
+    monkeypatch.setattr(divergences, "set_at", lambda x, ids, value: None)
+
+
+def with_the_sign_of_the_other(monkeypatch):
+    """The difference of the logarithms, but not its size."""
+    right = divergences.log_tvd
+    monkeypatch.setitem(
+        divergences.PAIRS, "log_tvd", lambda u, v, s, parameter: right(v, u, s, parameter)
+    )
+
+
 def shifted(monkeypatch):
     """Positions one token late."""
     gather = TorchModel.gather
@@ -403,6 +425,9 @@ def unscaled(monkeypatch):
         (half_scaled, Objective()),
         (unscaled, Objective(temperature=2.0)),
         (skewed_the_other_way, Objective("skew_kl")),
+        (without_a_teacher_that_is_sure, Objective("entropy_kl", entropy_half=0.5)),
+        (with_the_target_among_the_others, Objective("dkd")),
+        (with_the_sign_of_the_other, Objective("log_tvd")),
     ],
 )
 def test_a_mutant_of_the_loss_is_seen(

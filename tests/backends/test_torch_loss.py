@@ -21,7 +21,8 @@ from mlx_distill.backends.torch import loss as subject
 from mlx_distill.backends.torch import products
 from mlx_distill.backends.torch.heads import CallableHead, MatrixHead
 from mlx_distill.backends.torch.loss import kd_loss, score_rows
-from mlx_distill.objective import DIVERGENCES, Objective
+from mlx_distill.divergences import DIVERGENCES
+from mlx_distill.objective import Objective
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
@@ -344,7 +345,7 @@ def pretended_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "mm", mm)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", (*DIVERGENCES, "dkd"))
 @pytest.mark.parametrize("temperature, kd_weight", [(1.0, 0.4), (2.0, 0.4), (1.0, 1.0), (2.0, 0.0)])
 def test_cudas_branch_computes_the_definition(
     pretended_cuda,
@@ -404,7 +405,8 @@ def test_cudas_products_in_half_precision(
 
 
 @pytest.mark.parametrize(
-    "divergence, dtype", [("forward_kl", torch.bfloat16), ("jsd", torch.float32)]
+    "divergence, dtype",
+    [("forward_kl", torch.bfloat16), ("jsd", torch.float32), ("dkd", torch.float32)],
 )
 def test_the_fused_kernels_tell_the_same_numbers(
     compiler: Callable, divergence: str, dtype: torch.dtype

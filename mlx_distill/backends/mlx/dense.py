@@ -6,27 +6,12 @@ over the vocabulary makes the logits; what a gradient needs of them is kept. Axe
 chunk.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import mlx.core as mx
 
 from mlx_distill.backends.mlx.divergences import divergence_of
+from mlx_distill.backends.mlx.terms import Logits, Terms
 from mlx_distill.backends.mlx.vocabulary import Blocks, MostLikely, Picked, Softmax
 from mlx_distill.objective import Objective
-
-Logits = Callable[[int, int, list[mx.array]], mx.array]  # of a block, computed after some arrays
-
-
-class Terms(NamedTuple):
-    """Columns [C, 1] in nats, nats, 0 or 1. `gradient(block, share)` is `share` [C, 1] times the
-    loss's gradient with respect to a block's logits, all but what the targets take from it.
-    """
-
-    kd: mx.array
-    ce: mx.array
-    agree: mx.array
-    gradient: Callable[[int, mx.array], mx.array]
 
 
 def against_nothing(
@@ -73,7 +58,7 @@ def against_logits(
             t, teacher_top = t / temperature, teacher_top / temperature
             done += student.add(z, top)
         done += teacher.add(t, teacher_top)
-        done += divergence.add(student.kept[-1], teacher.kept[-1], z, t)
+        done += divergence.add(student, teacher, z, t)
     for softmax in (plain, teacher) if shared else (plain, student, teacher):
         softmax.close()
     kd = objective.divergence_scale * divergence.close(student, teacher)

@@ -1,10 +1,11 @@
 """The divergences on MLX, met block by block of the vocabulary.
 
 In: what both softmaxes keep of a block, and its scaled logits. Out: the divergence [C, 1], and the
-gradient of each block. A divergence is a pair of f and g = ∂f/∂u for every id, as `objective.py`
-defines them: Σ f is its value and g - s Σ g its gradient. `Pointwise` sums any pair. Forward and
-reverse KL are linear in the logits, so they need no pass over what was kept: that halves the memory
-of a large vocabulary (benchmarks/README.md, "pairs alone"). Axes: `C` positions per chunk.
+gradient of each block. A divergence is a pair of f and g = ∂f/∂u for every id, as
+`mlx_distill/divergences.py` defines them: Σ f is its value and g - s Σ g its gradient. `Pointwise`
+sums any pair. Forward and reverse KL, and what is made of both, are linear in the logits, so they
+need no pass over what was kept: that halves the memory of a large vocabulary (benchmarks/README.md,
+"pairs alone"). Axes: `C` positions per chunk.
 """
 
 from collections.abc import Callable
@@ -13,15 +14,16 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_distill.backends.mlx.vocabulary import Softmax, after, row_dot, row_sum
+from mlx_distill.backends.mlx.vocabulary import Softmax, after, blend, row_dot, row_sum
 from mlx_distill.objective import Objective
 
 TINY = 1.1754944e-38  # smallest normal float32
+FORBIDDEN, FAR = -1e6, 1e9  # logits below come of -inf; what stands for a difference from them
 
 Pair = tuple[mx.array, mx.array]
 
 
-# `objective.py`'s pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their
+# The definitions' pairs of f and g = ∂f/∂u for every id, of log-probabilities u and v and their
 # exponentials s and t. What is a multiple of s may be left out of g: g - s Σ g is the same without
 # it.
 
@@ -55,11 +57,6 @@ def tvd(u: mx.array, v: mx.array, s: mx.array, t: mx.array, parameter: mx.array)
     return 0.5 * mx.abs(s - t), 0.5 * s * mx.sign(s - t)
 
 
-def mixed_kl(u: mx.array, v: mx.array, s: mx.array, t: mx.array, weight: mx.array) -> Pair:
-    reverse = (1 - weight) * s * (u - v)
-    return reverse + weight * t * (v - u), reverse - weight * t
-
-
 PAIRS = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -67,16 +64,15 @@ PAIRS = {
     "skew_kl": skew_kl,
     "skew_reverse_kl": skew_reverse_kl,
     "tvd": tvd,
-    "mixed_kl": mixed_kl,
 }
 
 
 class Divergence(Protocol):
     """How a divergence is summed over the blocks of the vocabulary."""
 
-    def add(self, student: mx.array, teacher: mx.array, u: mx.array, v: mx.array) -> list[mx.array]:
-        """Take what both softmaxes keep of a block [C, block] and its scaled logits u and v; returns
-        what must be computed before the next block.
+    def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
+        """Take a block whose scaled logits u and v [C, block] were the last that both softmaxes met;
+        returns what must be computed before the next block.
         """
 
     def close(self, student: Softmax, teacher: Softmax) -> mx.array:
@@ -89,9 +85,13 @@ class Divergence(Protocol):
 
 
 def divergence_of(objective: Objective) -> Divergence:
-    """The objective's divergence, with nothing added yet."""
+    """The objective's divergence, with nothing added yet; `dkd` is none of them."""
     if linear := LINEAR.get(objective.divergence):
         return linear()
+    if mixed := MIXED.get(objective.divergence):
+        return mixed(objective.parameter)
+    if objective.divergence == "log_tvd":
+        return LogTVD()
     return Pointwise(PAIRS[objective.divergence], objective.parameter)
 
 
@@ -104,8 +104,8 @@ class Pointwise:
         self.terms, self.parameter = _terms_of(pair), mx.array(parameter)
         self.kept: list[tuple[mx.array, ...]] = []
 
-    def add(self, student: mx.array, teacher: mx.array, u: mx.array, v: mx.array) -> list[mx.array]:
-        self.kept.append((student, teacher, u, v))
+    def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
+        self.kept.append((student.kept[-1], teacher.kept[-1], u, v))
         return []
 
     def close(self, student: Softmax, teacher: Softmax) -> mx.array:
@@ -125,7 +125,7 @@ class Pointwise:
 
     def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
         probability, g = self.kept[block]
-        return _blend(probability, ce_weight - weight * self.total, g, weight)
+        return blend(probability, ce_weight - weight * self.total, g, weight)
 
 
 @cache
@@ -165,9 +165,9 @@ class ForwardKL:
         self.kept: list[tuple[mx.array, mx.array]] = []
         self.sums: list[mx.array] = []
 
-    def add(self, student: mx.array, teacher: mx.array, u: mx.array, v: mx.array) -> list[mx.array]:
-        self.kept.append((student, teacher))
-        self.sums.append(row_dot(teacher, v - u))
+    def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
+        self.kept.append((student.kept[-1], teacher.kept[-1]))
+        self.sums.append(row_dot(teacher.kept[-1], v - u))
         return [self.sums[-1]]
 
     def close(self, student: Softmax, teacher: Softmax) -> mx.array:
@@ -177,7 +177,7 @@ class ForwardKL:
     def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
         student, teacher = self.kept[block]
         a = (weight + ce_weight) * self.student_scales[block]
-        return _blend(student, a, teacher, -weight * self.teacher_scales[block])
+        return blend(student, a, teacher, -weight * self.teacher_scales[block])
 
 
 class ReverseKL:
@@ -187,8 +187,8 @@ class ReverseKL:
         self.kept: list[tuple[mx.array, mx.array]] = []
         self.sums: list[mx.array] = []
 
-    def add(self, student: mx.array, teacher: mx.array, u: mx.array, v: mx.array) -> list[mx.array]:
-        self.kept.append((student, u - v))
+    def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
+        self.kept.append((student.kept[-1], u - v))
         self.sums.append(row_dot(*self.kept[-1]))
         return [self.kept[-1][1], self.sums[-1]]
 
@@ -205,12 +205,121 @@ class ReverseKL:
         )
 
 
+class MixedKL:
+    """Both of them, forward KL by its weight w and reverse KL by the rest. Its gradient is w (s - t) +
+    (1 - w) s (d - m) with d = log s/t and its mean m; three arrays are kept.
+    """
+
+    def __init__(self, weight: float) -> None:
+        self.weight = mx.array(weight)
+        self.kept: list[tuple[mx.array, mx.array, mx.array]] = []
+        self.forward: list[mx.array] = []
+        self.reverse: list[mx.array] = []
+
+    def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
+        s, t, difference = student.kept[-1], teacher.kept[-1], u - v
+        self.kept.append((s, t, difference))
+        self.forward.append(row_dot(t, difference))
+        self.reverse.append(row_dot(s, difference))
+        return [difference, self.forward[-1], self.reverse[-1]]
+
+    def close(self, student: Softmax, teacher: Softmax) -> mx.array:
+        self.student_scales, self.teacher_scales = student.scales, teacher.scales
+        self.mean_difference = student.mean(self.reverse)
+        shift = student.log_ratio(teacher)
+        forward, reverse = shift - teacher.mean(self.forward), self.mean_difference - shift
+        return self.weight * forward + (1 - self.weight) * reverse
+
+    def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
+        forward, scale = self.weight * weight, self.student_scales[block]
+        return _mixed(
+            *self.kept[block],
+            self.mean_difference,
+            (weight - forward) * scale,
+            (forward + ce_weight) * scale,
+            forward * self.teacher_scales[block],
+        )
+
+
+class EntropyKL(MixedKL):
+    """The same, where the weight is H / (H + half) of the teacher's entropy H. Of logits v that are
+    taken from their largest one it is log Σ exp(v) - Σ t v, exact where the teacher is nearly sure.
+    """
+
+    def __init__(self, half: float) -> None:
+        super().__init__(0.0)
+        self.half = half
+        self.products: list[mx.array] = []
+
+    def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
+        self.products.append(row_dot(teacher.kept[-1], v - teacher.tops[-1]))
+        return [*super().add(student, teacher, u, v), self.products[-1]]
+
+    def close(self, student: Softmax, teacher: Softmax) -> mx.array:
+        blocks = zip(self.products, teacher.tops, teacher.sums, strict=True)
+        shifted = [product + (top - teacher.top) * total for product, top, total in blocks]
+        entropy = teacher.log_sum - teacher.mean(shifted)
+        self.weight = entropy / (entropy + self.half)
+        return super().close(student, teacher)
+
+
+class LogTVD:
+    """½ Σ |log s - log t|, of which the difference of the logits is kept, FAR where one of the two is
+    forbidden; gradient ½ (sign(log s/t) - s Σ sign).
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[mx.array, mx.array]] = []
+
+    def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
+        self.kept.append((student.kept[-1], _difference(u, v)))
+        return [self.kept[-1][1]]
+
+    def close(self, student: Softmax, teacher: Softmax) -> mx.array:
+        self.scales, self.shift = student.scales, student.log_ratio(teacher)
+        sizes: list[mx.array] = []
+        signs: list[mx.array] = []
+        for _, difference in self.kept:
+            size, sign = _size_and_sign(after(difference, sizes[-1:] + signs[-1:]), self.shift)
+            sizes.append(row_sum(size))
+            signs.append(row_sum(sign))
+        self.total = sum(signs)
+        return 0.5 * sum(sizes)
+
+    def gradient(self, block: int, weight: mx.array, ce_weight: mx.array) -> mx.array:
+        student, difference = self.kept[block]
+        half = 0.5 * weight
+        among = (ce_weight - half * self.total) * self.scales[block]
+        return blend(student, among, _size_and_sign(difference, self.shift)[1], half)
+
+
 LINEAR: dict[str, Callable[[], Divergence]] = {"forward_kl": ForwardKL, "reverse_kl": ReverseKL}
+MIXED: dict[str, Callable[[float], Divergence]] = {"mixed_kl": MixedKL, "entropy_kl": EntropyKL}
 
 
 @mx.compile
-def _blend(x: mx.array, a: mx.array, y: mx.array, b: mx.array) -> mx.array:
-    return x * a + y * b
+def _difference(u: mx.array, v: mx.array) -> mx.array:
+    return mx.where(mx.minimum(u, v) < FORBIDDEN, FAR, u - v)
+
+
+@mx.compile
+def _size_and_sign(difference: mx.array, shift: mx.array) -> tuple[mx.array, mx.array]:
+    """|log s/t| and its sign; 0 where the difference is FAR."""
+    ratio = mx.where(difference == FAR, 0.0, difference - shift)
+    return mx.abs(ratio), mx.sign(ratio)
+
+
+@mx.compile
+def _mixed(
+    s: mx.array,
+    t: mx.array,
+    difference: mx.array,
+    mean: mx.array,
+    a: mx.array,
+    b: mx.array,
+    c: mx.array,
+) -> mx.array:
+    return s * ((difference - mean) * a + b) - t * c
 
 
 @mx.compile

@@ -26,9 +26,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_distill.backends.mlx.dense import Terms, against_logits, against_nothing
+from mlx_distill.backends.chunks import mlx_chunk
+from mlx_distill.backends.mlx.decoupled import against_logits_apart
+from mlx_distill.backends.mlx.dense import against_logits, against_nothing
 from mlx_distill.backends.mlx.heads import Head, SparseHead
 from mlx_distill.backends.mlx.sparse import against_some_ids
+from mlx_distill.backends.mlx.terms import Terms
 from mlx_distill.backends.mlx.vocabulary import Blocks, add_at, after, blocks_of, floor
 from mlx_distill.objective import Objective
 
@@ -155,7 +158,7 @@ class _Walk:
         for.
         """
         vocab = self.vocab or head_weight.shape[0]
-        blocks = blocks_of(vocab, min(self.chunk_tokens, hidden.shape[0]), self._splits)
+        blocks = blocks_of(vocab, min(self._most, hidden.shape[0]), self._splits)
         rows, hidden_grads = [], []
         head_grads: list[mx.array] = []
         done: list[mx.array] = []
@@ -182,8 +185,13 @@ class _Walk:
         """The chunks: none holds positions of which the teacher says something and others."""
         taught = count if self.taught is None else self.taught
         for first, last in ((0, taught), (taught, count)):
-            for start in range(first, last, self.chunk_tokens):
-                yield slice(start, min(start + self.chunk_tokens, last))
+            for start in range(first, last, self._most):
+                yield slice(start, min(start + self._most, last))
+
+    @property
+    def _most(self) -> int:
+        """Positions of a chunk."""
+        return mlx_chunk(self.chunk_tokens, self.objective.divergence)
 
     @property
     def _splits(self) -> bool:
@@ -219,7 +227,9 @@ class _Walk:
         def teacher_logits(start: int, stop: int, done: list[mx.array]) -> mx.array:
             return floor(head.logits(after(teacher_inputs, done), start, stop))
 
-        return against_logits(student_logits, teacher_logits, *arguments)
+        apart = chunk.objective.divergence == "dkd"
+        against = against_logits_apart if apart else against_logits
+        return against(student_logits, teacher_logits, *arguments)
 
     def _rows(self, chunk: "_Chunk", terms: Terms) -> tuple[mx.array, ...]:
         """(weight * loss / loss_tokens, kd, ce, agree), each [C]."""

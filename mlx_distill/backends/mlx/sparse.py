@@ -6,9 +6,10 @@ In and out as in `dense.py`. Student and teacher are compared over K + 1 outcome
 
 import mlx.core as mx
 
-from mlx_distill.backends.mlx.dense import Logits, Terms
+from mlx_distill.backends.mlx.decoupled import Decoupled
 from mlx_distill.backends.mlx.divergences import divergence_of
 from mlx_distill.backends.mlx.heads import FLOOR, SparseHead
+from mlx_distill.backends.mlx.terms import Logits, Terms
 from mlx_distill.backends.mlx.vocabulary import Blocks, MostLikely, Picked, Softmax, add_at, floor
 from mlx_distill.objective import Objective
 
@@ -35,17 +36,22 @@ def against_some_ids(
     others.close()
     outcomes = mx.concatenate([known.logits, others.top + others.log_sum], axis=1)
     teacher_outcomes = floor(mx.concatenate([teacher.log_probs, teacher.tail[:, None]], axis=1))
-    student_softmax, teacher_softmax = _softmax(outcomes), _softmax(teacher_outcomes)
-    divergence = divergence_of(objective)
-    divergence.add(student_softmax.kept[0], teacher_softmax.kept[0], outcomes, teacher_outcomes)
-    kd = divergence.close(student_softmax, teacher_softmax) + teacher.offset[:, None]
+    student_softmax = _softmax(outcomes)
+    if objective.divergence == "dkd":
+        known_target = mx.argmax(teacher.ids == targets, axis=1, keepdims=True)
+        decoupled = Decoupled(known_target, objective)
+        decoupled.add(outcomes, teacher_outcomes, 0)
+        kd, of_outcomes = decoupled.close(), decoupled.gradient
+    else:
+        teacher_softmax, divergence = _softmax(teacher_outcomes), divergence_of(objective)
+        divergence.add(student_softmax, teacher_softmax, outcomes, teacher_outcomes)
+        kd, of_outcomes = divergence.close(student_softmax, teacher_softmax), divergence.gradient
+    kd = kd + teacher.offset[:, None]
 
     def gradient(block: int, share: mx.array) -> mx.array:
-        of_outcomes = divergence.gradient(
-            0, objective.kd_weight * share, (1 - objective.kd_weight) * share
-        )
-        found = others.kept[block] * (of_outcomes[:, -1:] * others.scales[block])
-        return add_at(found, teacher.ids, blocks[block][0], of_outcomes[:, :-1])
+        found = of_outcomes(0, objective.kd_weight * share, (1 - objective.kd_weight) * share)
+        everywhere = others.kept[block] * (found[:, -1:] * others.scales[block])
+        return add_at(everywhere, teacher.ids, blocks[block][0], found[:, :-1])
 
     agree = (choice.id == teacher.top[:, None]).astype(mx.float32)
     return Terms(kd, student_softmax.minus_log(target_logit.logits), agree, gradient)

@@ -127,7 +127,7 @@ class MlxStudent(MlxModel):
         return (
             self.gather(batch.tokens, batch.positions),
             self._head_matrix(weights),
-            *self._teacher(targets, objective),
+            *self._teacher(targets, batch, objective),
             mx.array(batch.targets),
             mx.array(batch.weight),
             objective,
@@ -143,14 +143,14 @@ class MlxStudent(MlxModel):
         return found
 
     def _teacher(
-        self, targets: Targets, objective: Objective
+        self, targets: Targets, batch: Batch, objective: Objective
     ) -> tuple[mx.array | None, Head | SparseHead | None]:
         """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or
         (None, None).
         """
         if not isinstance(targets, SparseTargets):
             return targets or (None, None)
-        targets.check(objective, self.compared_ids)
+        targets.check(objective, batch, self.compared_ids)
         arrays = targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top
         return None, SparseHead(*map(mx.array, arrays))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mlx_distill.backends.torch.divergences import divergence
 from mlx_distill.backends.torch.heads import FLOOR
-from mlx_distill.backends.torch.vocabulary import log_softmax, most_likely, subtract_at
+from mlx_distill.backends.torch.vocabulary import add_at, log_softmax, most_likely
 from mlx_distill.objective import Objective
 
 Terms = tuple[Tensor | None, Tensor, Tensor, Tensor]
@@ -28,7 +28,7 @@ def against_nothing(
     if not wants_gradient:
         return None, nothing, ce, nothing
     gradient = u.exp_().mul_(ce_weight)
-    subtract_at(gradient, targets, ce_weight)
+    add_at(gradient, targets, -ce_weight)
     return gradient, nothing, ce, nothing
 
 
@@ -52,7 +52,7 @@ def against_logits(
     v = log_softmax(t, z)
     weight = objective.kd_weight * objective.divergence_scale / temperature
     kd, gradient = divergence(
-        u, v, t, objective, weight, ce_weight if shared else 0.0, wants_gradient
+        u, v, t, objective, weight, ce_weight if shared else 0.0, wants_gradient, targets
     )
     kd = kd * objective.divergence_scale
     if gradient is None:
@@ -60,5 +60,5 @@ def against_logits(
     if objective.needs_targets:
         if not shared:
             gradient.add_(plain.exp_().mul_(ce_weight))
-        subtract_at(gradient, targets, ce_weight)
+        add_at(gradient, targets, -ce_weight)
     return gradient, kd, ce, agree

@@ -37,8 +37,9 @@ def against_some_ids(
     u = outcomes.log_softmax(1)
     v = torch.cat([teacher.log_probs, teacher.tail[:, None]], 1).clamp_(min=FLOOR).log_softmax(1)
     kd_weight, ce_weight = objective.kd_weight, 1 - objective.kd_weight
+    outcome = (teacher.ids == targets).int().argmax(1, keepdim=True)  # that dkd asks for
     kd, gradient = divergence(
-        u, v, torch.empty_like(u), objective, kd_weight, ce_weight, wants_gradient
+        u, v, torch.empty_like(u), objective, kd_weight, ce_weight, wants_gradient, outcome
     )
     kd = kd + teacher.offset[:, None]
     if gradient is None:

@@ -116,21 +116,21 @@ class TorchStudent(TorchModel):
         return (
             hidden,
             together.whole_with_gradient(self.head),
-            *self._teacher(targets, objective),
+            *self._teacher(targets, batch, objective),
             self.tensor(batch.targets),
             self.tensor(batch.weight),
             objective,
         )
 
     def _teacher(
-        self, targets: Targets, objective: Objective
+        self, targets: Targets, batch: Batch, objective: Objective
     ) -> tuple[Tensor | None, Head | SparseHead | None]:
         """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or
         (None, None).
         """
         if not isinstance(targets, SparseTargets):
             return targets or (None, None)
-        targets.check(objective, self.compared_ids)
+        targets.check(objective, batch, self.compared_ids)
         arrays = targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top
         return None, SparseHead(*map(self.tensor, arrays))
 

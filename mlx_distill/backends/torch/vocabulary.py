@@ -37,11 +37,27 @@ def _ranges(logits: Tensor, size: int) -> list[Tensor]:
     return [view for view in views if view.shape[2]]
 
 
-def subtract_at(x: Tensor, ids: Tensor, amount: float) -> None:
-    """`amount` less at one id of each row; a compiler fuses the comparison, while scattering would
-    have it write [C, V] and read it.
+def add_at(x: Tensor, ids: Tensor, amount: float | Tensor) -> None:
+    """`amount`, one number or [C, 1], more at one id of each row; a compiler fuses the comparison,
+    while scattering would have it write [C, V] and read it.
     """
     if torch.compiler.is_compiling():
-        x.sub_((torch.arange(x.shape[1], device=x.device) == ids).to(x.dtype), alpha=amount)
+        x.add_(_is(x, ids).to(x.dtype) * amount)
     else:
-        x.scatter_add_(1, ids, x.new_full((len(x), 1), -amount))
+        x.scatter_add_(1, ids, amount if isinstance(amount, Tensor) else _column(x, amount))
+
+
+def set_at(x: Tensor, ids: Tensor, value: float) -> None:
+    """`value` at one id of each row."""
+    if torch.compiler.is_compiling():
+        x.masked_fill_(_is(x, ids), value)
+    else:
+        x.scatter_(1, ids, value)
+
+
+def _is(x: Tensor, ids: Tensor) -> Tensor:
+    return torch.arange(x.shape[1], device=x.device) == ids
+
+
+def _column(x: Tensor, value: float) -> Tensor:
+    return x.new_full((len(x), 1), value)
