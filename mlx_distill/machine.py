@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Protocol
 
 import mlx_distill
+from mlx_distill.errors import DistillError
 
+DEVICE = "MLX_DISTILL_DEVICE"
+CHIP = "machdep.cpu.brand_string"
 PACKAGES = (
     "mlx-distill",
     "mlx",
@@ -67,15 +70,28 @@ class Machine:
 
 def this_machine(backend_name: str = "auto") -> Machine:
     """What `choose_backend` would choose, found without importing a framework."""
-    if platform.system() == "Darwin" and backend_name != "torch":
+    off_gpu = is_kept_off_gpu()
+    if platform.system() == "Darwin" and backend_name != "torch" and not off_gpu:
         return Machine("mlx", "metal", "bfloat16", *device_memory("metal"))
     cuda = has_nvidia_driver()
     torch = backend_name == "torch" or (
         backend_name == "auto" and cuda and importlib.util.find_spec("torch") is not None
     )
-    on_gpu = cuda and (torch or _installed("mlx-cuda"))
+    on_gpu = cuda and (torch or (_installed("mlx-cuda") and not off_gpu))
     device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
     return Machine("torch" if torch else "mlx", device, dtype, *device_memory(device))
+
+
+def is_kept_off_gpu() -> bool:
+    """Whether MLX_DISTILL_DEVICE=cpu asks that MLX compute on the processor alone. Raises
+    `DistillError` for another word.
+    """
+    asked = os.environ.get(DEVICE, "")
+    if asked not in ("", "cpu"):
+        raise DistillError(
+            f"{DEVICE}={asked}: it may be cpu, or be left out for the GPU that is there"
+        )
+    return asked == "cpu"
 
 
 def device_memory(kind: str) -> tuple[int, str]:
@@ -122,11 +138,17 @@ def total_memory_bytes() -> int:
 
 def _asked(*command: str) -> int:
     """The number in the first line of what a command prints, 0 where it has none to say."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.split()
-    except (OSError, subprocess.TimeoutExpired):
-        return 0
+    answer = _said(*command).split()
     return int(answer[0]) if answer and answer[0].isdigit() else 0
+
+
+def _said(*command: str) -> str:
+    """What a command prints, "" where it cannot be run."""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip()
 
 
 def versions() -> dict[str, str]:
@@ -172,8 +194,16 @@ def git_commit() -> str:
     )
 
 
+def system_name() -> str:
+    """What system runs, as its users call it."""
+    macos = platform.mac_ver()[0] if platform.system() == "Darwin" else ""
+    return f"macOS {macos} ({platform.release()})" if macos else platform.platform()
+
+
 def processor_name() -> str:
-    """What the machine calls its processor."""
+    """What the machine calls its processor: on a Mac the chip."""
+    if platform.system() == "Darwin" and (chip := _said("sysctl", "-n", CHIP)):
+        return chip
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

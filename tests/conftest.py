@@ -24,6 +24,10 @@ from types import SimpleNamespace
 
 for _library in ("OMP", "OPENBLAS", "MKL"):  # before any of them is loaded: workers share the cores
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+# what the tests expect is float32's, and the same to the bit in a second run: a CPU's; `metal`
+# tests take the GPU, and there, too, a product of float32 is one
+ON_A_CPU = {"MLX_DISTILL_DEVICE": "cpu", "MLX_ENABLE_TF32": "0"}
+os.environ |= ON_A_CPU
 
 import pytest
 from hypothesis import settings
@@ -277,7 +281,7 @@ def command_line(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
     """`mlx-distill ARGUMENTS` in a process of its own, in a folder that nobody reads: code, out,
     err. Keywords go to `kill_at.py`, which can stop it anywhere.
     """
-    with _commands(tmp_path_factory.mktemp("elsewhere"), {}) as command:
+    with _commands(tmp_path_factory.mktemp("elsewhere"), dict(os.environ)) as command:
         yield command
 
 
@@ -285,7 +289,8 @@ def command_line(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
 def on_a_mac(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
     """The same on a pretended Mac with Metal (`fakemac/README.md`)."""
     path = (str(FAKEMAC / "site"), os.environ.get("PYTHONPATH", ""))
-    pretended = {
+    users = {name: word for name, word in os.environ.items() if name not in ON_A_CPU}
+    pretended = users | {
         "FAKEMAC": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PATH": os.pathsep.join((str(FAKEMAC / "bin"), os.environ["PATH"])),
@@ -306,7 +311,7 @@ def _commands(
             stdin=PIPE,
             stdout=PIPE,
             stderr=errors,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+            env=environment | {"HF_HUB_OFFLINE": "1"},
             cwd=folder,
         )
 

@@ -37,6 +37,30 @@ def test_a_run_computes_in_bfloat16_on_metal(run_on_a_mac, tmp_path: Path):
     assert "Metal (Apple M4 Pro)" in json.dumps(device) and "bfloat16" in json.dumps(device)
 
 
+def test_doctor_names_the_chip_the_system_and_the_limits(on_a_mac):
+    result = on_a_mac("doctor")
+    assert result.code == 0, result.out
+    for words in (
+        "Apple M4 Pro\n",
+        "macOS 15.5",
+        "memory       34.4 GB, GPU's working set 22.9 GB, largest buffer 19.3 GB",
+        "MLX's cache limit 32.6 GB, wired limit not set",
+        "mlx on Metal (Apple M4 Pro), bfloat16",
+        "against float64: ok",
+    ):
+        assert words in result.out
+
+
+def test_doctor_on_an_m5_says_ok(on_a_mac):
+    """Its products of float32 keep 11 bits unless they are told not to."""
+    result = on_a_mac("doctor", environments=M5)
+    assert result.code == 0, result.out
+    assert "keep 11 bits on this GPU" in result.out
+    assert "with MLX_ENABLE_TF32=0 (6.1e-04 without), relative error 2" in result.out
+    plain = on_a_mac("doctor", environments=[M5[0] | {"MLX_ENABLE_TF32": "0"}])
+    assert plain.code == 0 and "keep 11 bits" not in plain.out
+
+
 @pytest.mark.xfail(strict=True, reason="to come with the MLX backend's handling of them")
 @pytest.mark.parametrize(
     ("where", "text"),

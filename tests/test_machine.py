@@ -4,7 +4,28 @@ import pytest
 
 from mlx_distill import machine as subject
 from mlx_distill.backends.protocol import DeviceInfo
+from mlx_distill.errors import DistillError
 from mlx_distill.machine import Machine
+
+
+@pytest.fixture(autouse=True)
+def on_its_gpu(monkeypatch):
+    monkeypatch.delenv("MLX_DISTILL_DEVICE")
+
+
+def test_mlx_can_be_kept_off_the_gpu(monkeypatch):
+    monkeypatch.setenv("MLX_DISTILL_DEVICE", "cpu")
+    monkeypatch.setattr(subject, "total_memory_bytes", lambda: 7)
+    monkeypatch.setattr(subject.platform, "system", lambda: "Darwin")
+    expected = Machine("mlx", "cpu", "float32", 7, "physical memory")
+    assert subject.this_machine() == expected
+    monkeypatch.setattr(subject.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(subject, "has_nvidia_driver", lambda: True)
+    monkeypatch.setattr(subject, "_installed", lambda prefix: True)
+    assert subject.this_machine("mlx") == expected
+    monkeypatch.setenv("MLX_DISTILL_DEVICE", "gpu")
+    with pytest.raises(DistillError, match=r"^MLX_DISTILL_DEVICE=gpu: it may be cpu"):
+        subject.this_machine()
 
 
 def test_a_mac_has_a_working_set(monkeypatch):

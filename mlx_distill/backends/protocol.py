@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlx_distill.backends.oracle import Products
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import CacheError
 from mlx_distill.objective import ENDING, Objective
@@ -303,11 +304,24 @@ class Student(Model, Protocol):
 class SelfTest(Protocol):
     """What a framework says of itself on this machine, without a model."""
 
+    exact_environment: Mapping[str, str]  # with it a new process multiplies all bits of float32
+
     def loss_error(self) -> float:
         """Largest relative error of a tiny loss and its gradient against the float64 definition."""
 
-    def matmul_rate(self) -> float:
-        """Measured operations a second of a matrix product in the dtype that "auto" trains in."""
+    def products(self) -> Products:
+        """How exact products of float32 are, as this process was started."""
+
+    def limits(self) -> dict[str, int]:
+        """Bytes of a GPU's memory by what limits them; nothing on a CPU."""
+
+    def matmul_size(self) -> int:
+        """Rows of square matrices whose product keeps the device busy, and ends soon."""
+
+    def matmul_rate(self, size: int = 0) -> float:
+        """Measured operations a second of such a product, by default of `matmul_size`, in the dtype
+        that "auto" trains in.
+        """
 
 
 class Backend(Protocol):

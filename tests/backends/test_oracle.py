@@ -53,6 +53,45 @@ def test_nan_wins(wrong):
     assert np.isnan(oracle.loss_error(lambda *case: wrong(*exact(*case))))
 
 
+def test_float32_products_of_every_backend_are_exact(framework: Framework):
+    assert choose_backend(framework.name).self_test().products().are_exact
+
+
+def rounded(x: np.ndarray, bits: int) -> np.ndarray:
+    """Float32 with so many bits, to nearest and to even."""
+    below = 24 - bits
+    whole = x.view(np.uint32).astype(np.uint64)
+    to_even = (whole >> below) & 1
+    nearest = whole + (1 << (below - 1)) - 1 + to_even
+    return (nearest >> below << below).astype(np.uint32).view(np.float32)
+
+
+def cut(x: np.ndarray, bits: int) -> np.ndarray:
+    below = np.uint32(24 - bits)
+    return (x.view(np.uint32) >> below << below).view(np.float32)
+
+
+@pytest.mark.parametrize("shortened", [rounded, cut])
+@pytest.mark.parametrize(("bits", "reduced"), [(8, False), (11, True)])
+def test_eleven_bits_are_reduced_and_fewer_are_wrong(shortened, bits: int, reduced: bool):
+    found = oracle.products(lambda left, right: shortened(left, bits) @ shortened(right, bits))
+    assert found.are_reduced is reduced and not found.are_exact
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda left, right: (left @ right).astype(np.float16),
+        lambda left, right: left @ right + np.float32(0.05),
+        lambda left, right: left @ right * np.nan,
+        lambda left, right: left @ right.T,
+    ],
+)
+def test_wrong_products_are_neither(wrong):
+    found = oracle.products(wrong)
+    assert not found.are_exact and not found.are_reduced
+
+
 def test_student_and_teacher_are_not_confused():
     def swapped(student, teacher, *rest):
         return exact(teacher, student, *rest)

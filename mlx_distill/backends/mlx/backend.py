@@ -19,7 +19,10 @@ from mlx_distill.backends.mlx.teacher import MlxTeacher, from_bits
 from mlx_distill.backends.mlx.weights import cast
 from mlx_distill.backends.protocol import DeviceInfo, Memory
 from mlx_distill.blas import load_blas
+from mlx_distill.machine import is_kept_off_gpu
 from mlx_distill.recipe.recipe import Recipe
+
+SEES_NO_GPU = "MLX sees no GPU; half precision is slow on a CPU"
 
 
 class MlxBackend:
@@ -47,7 +50,7 @@ class MlxBackend:
             self.name,
             f"CPU ({platform.machine()}{ranks}, BLAS: {blas.name})",
             "float32",
-            "MLX sees no GPU; half precision is slow on a CPU",
+            "MLX_DISTILL_DEVICE=cpu" if is_kept_off_gpu() else SEES_NO_GPU,
             blas.advice,
         )
 

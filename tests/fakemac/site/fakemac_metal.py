@@ -93,7 +93,7 @@ _calls: list[str] = []
 
 
 def _limits(mx: ModuleType) -> None:
-    wired = [0]
+    wired, cache = [0], [min(WORKING_SET * 3 // 2, MEMORY * 19 // 20)]
 
     def set_wired_limit(limit: int) -> int:
         if limit > WORKING_SET:
@@ -101,8 +101,13 @@ def _limits(mx: ModuleType) -> None:
         before, wired[0] = wired[0], limit
         return before
 
+    def set_cache_limit(limit: int) -> int:
+        before, cache[0] = cache[0], limit
+        return before
+
+    mx.set_cache_limit = mx.metal.set_cache_limit = _noted("set_cache_limit", set_cache_limit)
     mx.set_wired_limit = mx.metal.set_wired_limit = _noted("set_wired_limit", set_wired_limit)
-    for name in ("set_cache_limit", "set_memory_limit", "clear_cache"):
+    for name in ("set_memory_limit", "clear_cache"):
         setattr(mx, name, _noted(name, getattr(mx, name)))
 
 
