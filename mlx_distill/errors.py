@@ -45,6 +45,12 @@ class OutOfMemory(DistillError, MemoryError):
     """A step, a model or a generation that does not fit the device's memory."""
 
 
+class DeviceStopped(DistillError, TimeoutError):
+    """Work on a GPU that the system ended: it took too long at a time, or held up the screen."""
+
+    __str__ = Exception.__str__
+
+
 class RankLost(DistillError, ConnectionError):
     """Another of the processes that train together is gone."""
 
@@ -56,6 +62,7 @@ NO_MEMORY = (
     "out of memory",
     "insufficient memory",
     "attempting to allocate",
+    "resource limit",  # Metal's, of buffers
     "unable to allocate",
     "can't allocate memory",
     "bad_alloc",

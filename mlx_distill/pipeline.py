@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.export import not_for_mlx_lm
+from mlx_distill.backends.failures import explained
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend, LiveTeacher, Model, Student, Teacher
 from mlx_distill.cost.flops import flops_counter, total_flops
@@ -22,7 +23,7 @@ from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.day import about_day, day_of_run, shared_day
 from mlx_distill.data.prepare import Prepared, choose, learnable
 from mlx_distill.data.sequences import TokenSequence, stop_ids
-from mlx_distill.errors import OutOfMemory, RecipeError
+from mlx_distill.errors import DeviceStopped, OutOfMemory, RecipeError
 from mlx_distill.machine import Machine
 from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.recipe.recipe import Recipe, with_values
@@ -180,10 +181,13 @@ class Pipeline:
         announce(*planned, self.view.say, force, self.backend.ranks.size)
         for_mlx_lm = self._why_not_for_mlx_lm()
         try:
-            student, state = self._train(folder, prepared)
+            with explained("training"):
+                student, state = self._train(folder, prepared)
+                self._export(folder, student, state, for_mlx_lm)
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {folder.what_is_saved()}; {shortage(*planned)}") from None
-        self._export(folder, student, state, for_mlx_lm)
+        except DeviceStopped as error:
+            raise DeviceStopped(f"{error}; {folder.what_is_saved()}") from None
 
     def _why_not_for_mlx_lm(self) -> dict[str, str]:
         """Say why mlx-lm will not open a student that torch trains, for the manifest too; MLX

@@ -27,6 +27,7 @@ from mlx_distill import pipeline
 from mlx_distill.backends import BACKENDS, chunks
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.mlx.self_test import MlxSelfTest
+from mlx_distill.backends.mlx.student import MlxStudent
 from mlx_distill.backends.torch import loading
 from mlx_distill.backends.torch import student as torch_student
 from mlx_distill.backends.torch.backend import TorchBackend
@@ -861,3 +862,36 @@ def test_a_teacher_cache_is_planned_and_spares_the_teacher(kind, settings, tiny_
     assert written <= planned.cache_bytes and (
         kind == "sampled" or written >= 0.97 * planned.cache_bytes
     )
+
+
+@pytest.mark.parametrize(
+    "where, said, expected",
+    [
+        (
+            "save_state",
+            "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            ("a checkpoint does not fit the memory", "planned was", "batch.micro_batch_size=1"),
+        ),
+        (
+            "accumulate",
+            "Caused GPU Timeout Error (00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+            ("the system ended training on the GPU", "lower batch.micro_batch_size"),
+        ),
+    ],
+)
+def test_what_metal_could_not_do_is_one_line_that_says_what_to_lower(
+    where, said, expected, tiny_recipe, tmp_path, monkeypatch, capsys
+):
+    """Wherever it comes up in a run, a checkpoint's writing included: it is never the disk."""
+
+    def failing(*rest):
+        raise RuntimeError(f"[METAL] Command buffer execution failed: {said}.")
+
+    monkeypatch.setattr(MlxStudent, where, failing)
+    monkeypatch.setattr("sys.argv", ["mlx-distill", *arguments(tiny_recipe, tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert all(words in line for words in (*expected, said, "no checkpoint was written yet"))
+    assert "disk" not in line

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Self
 
 from mlx_distill import files
+from mlx_distill.backends.failures import explained
 from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
 from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
@@ -285,7 +286,8 @@ class RunFolder(SmallFiles):
         Raises `RunError` if it cannot be written; earlier checkpoints are then as they were.
         """
         try:
-            self.saved.save(state, write)
+            with explained("a checkpoint"):
+                self.saved.save(state, write)
         except DistillError:  # says itself what failed: a GPU's memory, a lost rank
             raise
         except UNWRITTEN as error:

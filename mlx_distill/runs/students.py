@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_distill.backends.failures import explained
 from mlx_distill.errors import DistillError, RunError
 from mlx_distill.files import first_line, left_overs, made_whole, remedy
 from mlx_distill.runs import own_files
@@ -51,7 +52,7 @@ class ExportedStudent:
         """Whole or not at all, in the place of an incomplete one. Raises `RunError`."""
         try:
             own_files.remove(self.path, self.own())
-            with made_whole(self.path) as half:
+            with explained("the student's export"), made_whole(self.path) as half:
                 write(half)
                 self.files.update(Manifest, student_files=digests(half, all_files(half)))
         except DistillError:

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_distill.backends.failures import explained
 from mlx_distill.backends.mlx import loading
 from mlx_distill.backends.mlx import ranks as together
 from mlx_distill.backends.mlx.heads import Head, MatrixHead
@@ -60,15 +61,17 @@ class MlxBackend:
     def load_teacher(
         self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
     ) -> MlxTeacher:
-        split = loading.load_teacher(folder, name, quantize_bits)
-        if dtype != "auto" or self.device().dtype == "float32":
-            split.model.update(cast(split.model.parameters(), self.dtype(dtype)))
-            mx.eval(split.model.parameters())
-        return MlxTeacher(split)
+        with explained(f"loading {name}"):
+            split = loading.load_teacher(folder, name, quantize_bits)
+            if dtype != "auto" or self.device().dtype == "float32":
+                split.model.update(cast(split.model.parameters(), self.dtype(dtype)))
+                mx.eval(split.model.parameters())
+            return MlxTeacher(split)
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> MlxStudent:
-        split = loading.load_student(folder, name, recipe.student, recipe.run.seed)
-        return MlxStudent(split, folder, recipe, self.dtype(recipe.student.compute_dtype))
+        with explained(f"loading {name}"):
+            split = loading.load_student(folder, name, recipe.student, recipe.run.seed)
+            return MlxStudent(split, folder, recipe, self.dtype(recipe.student.compute_dtype))
 
     def cached_head(self, matrix: np.ndarray) -> Head:
         return MatrixHead(from_bits(matrix))

@@ -6,11 +6,13 @@ finished, by mlx-lm's batch generator.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_distill.backends.draws import draws_of
+from mlx_distill.backends.failures import OF_TEXTS, explained
 from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.backends.mlx.weights import parameter_count
 from mlx_distill.backends.protocol import Sampling, check_indices
@@ -73,12 +75,18 @@ class MlxModel:
         try:
             names = generator.insert([list(prompt) for prompt in prompts], samplers=samplers)
             places = {name: place for place, name in enumerate(names)}
-            while responses := generator.next_generated():
+            while responses := _next(generator):
                 for response in responses:
                     ends = response.finish_reason is not None
                     yield places[response.uid], response.token, ends
         finally:
             generator.close()
+
+
+def _next(generator: Any) -> list[Any]:
+    """What mlx-lm's generator makes next: a token of each text under way."""
+    with explained("generating", OF_TEXTS):
+        return generator.next_generated()
 
 
 def _samplers(sampling: Sampling, prompts: Sequence[Sequence[int]]) -> list[Sampler] | None:

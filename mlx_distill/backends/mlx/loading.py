@@ -13,6 +13,7 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten
 
 from mlx_distill.backends import refusals
+from mlx_distill.backends.failures import refuse_of_device
 from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.backends.mlx.adapters import add_adapters
 from mlx_distill.backends.mlx.model import SplitModel
@@ -98,6 +99,7 @@ def _load(
             Exception,
             SystemExit,
         ) as error:  # a family's code, run on a config it was not written for, fails in any way
+            refuse_of_device(f"loading {name}", error)
             raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
     ours = arithmetic.settle(model, meaning)
     return model, config, meaning.notes(), ours

@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_distill.backends import refusals
+from mlx_distill.backends.failures import refuse_of_device
 from mlx_distill.backends.mlx.heads import CallableHead, Head, MatrixHead, QuantizedHead
 from mlx_distill.files import all_lines
 
@@ -157,9 +158,10 @@ class SplitModel:
                 [head.logits(probe, 0, middle), head.logits(probe, middle, rows)], axis=-1
             )
             return _close(blocks, self.head(probe))
-        # a family's code run on parts it was not written for: any failure says that it is not this
-        # head
-        except Exception:
+        # a family's code run on parts it was not written for: any other failure says that it is not
+        # this head
+        except Exception as error:
+            refuse_of_device(f"loading {self.name}", error)
             return False
 
     def _check_split(self) -> None:
@@ -168,6 +170,7 @@ class SplitModel:
             hidden, self._probe_logits = self.hidden(probe), self.model(probe)
             finite = mx.all(mx.isfinite(self._probe_logits)).item()
         except Exception as error:  # a family's code, run on a config it was not written for
+            refuse_of_device(f"loading {self.name}", error)
             raise refusals.not_computed(self.name, error) from None
         if not finite:
             raise refusals.not_finite(self.name)
@@ -175,6 +178,7 @@ class SplitModel:
         try:
             equal, how = _close(self.head(hidden), self._probe_logits), "differs from"
         except Exception as error:  # as above
+            refuse_of_device(f"loading {self.name}", error)
             equal, how = False, f"fails ({all_lines(error, 100)}) instead of giving"
         if not equal:
             raise refusals.not_split(self.name, type(self.model), how)

@@ -15,9 +15,9 @@ from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 from mlx_distill.backends import refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.chunks import chunk_tokens
+from mlx_distill.backends.failures import OF_VALIDATION, explained
 from mlx_distill.backends.mlx import ranks as together
 from mlx_distill.backends.mlx.adapters import fused_weights
-from mlx_distill.backends.mlx.failures import explained
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.backends.mlx.heads import Head, SparseHead
 from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
@@ -76,15 +76,16 @@ class MlxStudent(MlxModel):
         """Add the gradients of the batch's share of the step's loss; returns its sums. Evaluates
         everything before it returns.
         """
-        try:
-            (_, terms), gradients = self._value_and_grad(
-                self.weights, batch, targets, objective, loss_tokens
-            )
-        finally:
-            self.split.model.update(self.weights)  # the traced arrays must not stay
-        if self.gradients is not None:
-            gradients = tree_map(mx.add, self.gradients, gradients)
-        mx.eval(terms, gradients)
+        with explained("a training step"):
+            try:
+                (_, terms), gradients = self._value_and_grad(
+                    self.weights, batch, targets, objective, loss_tokens
+                )
+            finally:
+                self.split.model.update(self.weights)  # the traced arrays must not stay
+            if self.gradients is not None:
+                gradients = tree_map(mx.add, self.gradients, gradients)
+            mx.eval(terms, gradients)
         self.gradients = gradients
         return _sums(batch, terms)
 
@@ -109,13 +110,14 @@ class MlxStudent(MlxModel):
 
     def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
-        try:
-            arguments = self._arguments(self.weights, batch, targets, objective)
-        finally:
-            self.split.model.update(self.weights)
-        rows = score_rows(*arguments, self.chunk_tokens, self.compared_ids, batch.taught)
-        terms = _terms(rows)
-        mx.eval(terms)
+        with explained("validation", OF_VALIDATION):
+            try:
+                arguments = self._arguments(self.weights, batch, targets, objective)
+            finally:
+                self.split.model.update(self.weights)
+            rows = score_rows(*arguments, self.chunk_tokens, self.compared_ids, batch.taught)
+            terms = _terms(rows)
+            mx.eval(terms)
         return _sums(batch, terms)
 
     def _arguments(
@@ -159,7 +161,11 @@ class MlxStudent(MlxModel):
         finite nothing changes.
         """
         assert self.gradients is not None, "a step without a batch"
-        gradients, self.gradients = together.sum_gradients(self.gradients), None
+        with explained("an optimizer step"):
+            gradients, self.gradients = together.sum_gradients(self.gradients), None
+            return self._applied(gradients, learning_rate)
+
+    def _applied(self, gradients: Weights, learning_rate: float) -> float:
         norm = mx.sqrt(
             tree_reduce(
                 lambda total, g: total + mx.sum(mx.sum(mx.square(g.reshape(g.shape[0], -1)), -1)),
@@ -187,8 +193,9 @@ class MlxStudent(MlxModel):
         """
         if folder is None:
             return
-        for name, tree in (("weights", self.weights), ("optimizer", self.optimizer.state)):
-            mx.save_safetensors(str(folder / f"{name}.safetensors"), dict(tree_flatten(tree)))
+        with explained("a checkpoint"):
+            for name, tree in (("weights", self.weights), ("optimizer", self.optimizer.state)):
+                mx.save_safetensors(str(folder / f"{name}.safetensors"), dict(tree_flatten(tree)))
 
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
         """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises
@@ -220,8 +227,9 @@ class MlxStudent(MlxModel):
         """
         if folder is None:
             return
-        fused = fused_weights(self.split.model, self.base)
-        save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
+        with explained("the student's export"):
+            fused = fused_weights(self.split.model, self.base)
+            save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
         if not self.full:
             adapters = {key: np.array(array) for key, array in tree_flatten(self.weights)}
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)

@@ -12,6 +12,7 @@ from functools import partial
 import mlx.core as mx
 import numpy as np
 
+from mlx_distill.backends.failures import explained
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.backends.mlx.heads import FLOOR, Head, MatrixHead, QuantizedHead
 from mlx_distill.backends.mlx.model import SplitModel
@@ -41,8 +42,9 @@ class MlxTeacher(MlxModel):
         return ids, entropy, top
 
     def states(self, batch: Batch) -> np.ndarray:
-        hidden, _ = self.targets(batch)
-        return to_bits(hidden)
+        with explained("the teacher's forward pass"):
+            hidden, _ = self.targets(batch)
+            return to_bits(hidden)
 
     def head_matrix(self) -> np.ndarray | None:
         head = self._head
@@ -71,11 +73,12 @@ class MlxTeacher(MlxModel):
             below = logits - logits.max(
                 axis=1, keepdims=True
             )  # so that a log-probability near 0 keeps its digits
-            found = answer(
-                below - mx.logsumexp(below, axis=1, keepdims=True),
-                *(array[place] for array in inputs),
-            )
-            columns.append([np.array(column) for column in found])
+            with explained("the teacher's forward pass"):
+                found = answer(
+                    below - mx.logsumexp(below, axis=1, keepdims=True),
+                    *(array[place] for array in inputs),
+                )
+                columns.append([np.array(column) for column in found])
         return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
 

@@ -8,6 +8,7 @@ import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_distill.backends import export, refusals
+from mlx_distill.backends.failures import refuse_of_device
 from mlx_distill.models.weights import read_weights
 
 
@@ -36,6 +37,7 @@ def stored_weights(folder: Path, name: str = "") -> dict[str, mx.array]:
     try:
         stored = {key: value for file in files for key, value in mx.load(str(file)).items()}
     except RuntimeError as error:  # formats that MLX does not have, float64 among them
+        refuse_of_device(f"loading {name or folder}", error)
         raise refusals.unloadable(name or str(folder), folder, "mlx", error) from None
     return {key: value for key, value in stored.items() if "rotary_emb.inv_freq" not in key}
 
