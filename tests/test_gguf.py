@@ -417,7 +417,7 @@ def refused(tmp_path: Path, how: Written, *parts: str) -> None:
         (Written(architecture="gemma3"), "architecture 'gemma3' is not one of llama, qwen2, qwen3"),
         (
             Written(pre="tekken"),
-            "pre-tokenizer 'tekken' is not one of smollm, qwen2, deepseek-r1-qwen, llama-bpe",
+            "pre-tokenizer 'tekken' is not one of smollm, gpt-2, qwen2, deepseek-r1-qwen, llama-bpe",
         ),
         (Written(vocabulary="llama"), "of the kind 'llama'"),
         (Written(leave_out="blk.1.ffn_up.weight"), "tensor blk.1.ffn_up.weight is missing"),

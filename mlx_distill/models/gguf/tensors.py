@@ -128,3 +128,9 @@ def unpermute(values: np.ndarray, heads: int) -> np.ndarray:
     """
     pairs = values.reshape(heads, values.shape[0] // heads // 2, 2, -1)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+
+
+def permute(values: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of q and k rows [heads·d, D] from Hugging Face's: `unpermute` undoes it."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)

@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of the format
+ADDED = (CONTROL, USER_DEFINED)  # found in a text before anything is merged
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 SPLIT += r"|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 DIGIT_PATTERNS = {"qwen2": r"\p{N}", "deepseek-r1-qwen": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}
-PRE_TOKENIZERS = ("smollm", *DIGIT_PATTERNS)
+PRE_TOKENIZERS = ("smollm", "gpt-2", *DIGIT_PATTERNS)
 
 
 def build_tokenizer(file: GGUFFile) -> "Tokenizer":
@@ -40,15 +41,16 @@ def build_tokenizer(file: GGUFFile) -> "Tokenizer":
     if len(tokens) != len(types):
         raise file.refused(f"{len(tokens)} tokens with {len(types)} types")
     vocabulary = _vocabulary(file, tokens, types)
-    merges = _merges(file, vocabulary)
+    added = [token for token, kind in zip(tokens, types, strict=True) if kind in ADDED]
+    merges = _merges(file, vocabulary, set(added))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _splitting(pre)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = splitting(pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(
         [
             AddedToken(token, special=kind == CONTROL, normalized=False)
             for token, kind in zip(tokens, types, strict=True)
-            if kind in (CONTROL, USER_DEFINED)
+            if kind in ADDED
         ]
     )
     if file.metadata.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
@@ -87,8 +89,10 @@ def _vocabulary(file: GGUFFile, tokens: list[str], types: list[int]) -> dict[str
     return vocabulary
 
 
-def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, ...]]:
-    merges = [tuple(merge.split(" ")) for merge in file.listed("merges", str)]
+def _merges(file: GGUFFile, vocabulary: dict[str, int], added: set[str]) -> list[tuple[str, ...]]:
+    """Those that can apply: a vocabulary without merges is written with one that never does."""
+    listed = [tuple(merge.split(" ")) for merge in file.listed("merges", str)]
+    merges = [merge for merge in listed if not added.issuperset(merge)]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocabulary.keys():
             raise file.refused(
@@ -98,14 +102,16 @@ def _merges(file: GGUFFile, vocabulary: dict[str, int]) -> list[tuple[str, ...]]
     return merges
 
 
-def _splitting(pre: str) -> tuple[Any, Any]:
+def splitting(pre: str) -> tuple[Any, Any]:
     """The normalizer (or None) and the pre-tokenizer that a GGUF pre-tokenizer name stands for."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pre == "gpt-2":
+        return None, plain
     if pre == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
-        rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        return None, pre_tokenizers.Sequence([digits, rest])
+        return None, pre_tokenizers.Sequence([digits, plain])
     split = pre_tokenizers.Split(Regex(SPLIT.replace("DIGITS", DIGIT_PATTERNS[pre])), "isolated")
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     normalizer = None if pre == "llama-bpe" else normalizers.NFC()
