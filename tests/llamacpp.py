@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 
 class LlamaCpp:
@@ -14,8 +15,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path):
-        import xllamacpp
-
+        xllamacpp = pytest.importorskip("xllamacpp", reason="pip install 'mlx-distill[llamacpp]'")
         asked = xllamacpp.CommonParams()
         asked.model.path = str(path)
         asked.n_ctx, asked.n_parallel, asked.n_gpu_layers = 512, 1, 0

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from llamacpp import LlamaCpp
 from safetensors.numpy import load_file, save_file
 from test_gguf import sample_texts
 from tiny import model_folder as tiny_folder
@@ -25,8 +26,6 @@ from mlx_distill.models.gguf.convert import convert
 from mlx_distill.models.gguf.writer import AS_STORED, Written, write_gguf
 from mlx_distill.models.tokenizer import load_tokenizer
 
-pytest.importorskip("xllamacpp", reason="pip install 'mlx-distill[llamacpp]'")
-from llamacpp import LlamaCpp
 
 PROMPT = [9, 40, 77, 200, 31, 8, 8, 120, 66, 5]
 TEXTS = (
