@@ -2,7 +2,7 @@
 installed.
 
 Decided here: how much memory a run may use, and who is asked for it. No framework is imported for
-an answer.
+an answer but MLX's core, on a Mac.
 """
 
 import ctypes
@@ -33,6 +33,9 @@ PACKAGES = (
     "pydantic",
     "safetensors",
 )
+
+
+JOBS = "MLX_DISTILL_JOBS"  # what a sweep tells its children: how many run side by side
 
 
 class Described(Protocol):
@@ -105,12 +108,35 @@ def device_memory(kind: str) -> tuple[int, str]:
     physical = total_memory_bytes()
     if kind != "metal":
         return physical, "physical memory"
+    if working_set := _working_set():
+        return working_set, "the GPU's working set, as MLX says it"
     wired = _asked("sysctl", "-n", "iogpu.wired_limit_mb") * 2**20
     return (
         (wired, "iogpu.wired_limit_mb")
         if wired
-        else (physical * 3 // 4, "75 % of memory, the GPU's working set")
+        else (
+            physical * 3 // 4,
+            "75 % of memory, for MLX is not there to say the GPU's working set",
+        )
     )
+
+
+def _working_set() -> int:
+    """Bytes that Metal recommends at most, which `iogpu.wired_limit_mb` moves; 0 without MLX. Its
+    core alone is imported, which takes milliseconds.
+    """
+    try:
+        import mlx.core as mx
+    except ImportError:
+        return 0
+    asked = mx.device_info() if mx.metal.is_available() else {}
+    return int(asked.get("max_recommended_working_set_size", 0))
+
+
+def jobs_beside() -> int:
+    """How many processes share this machine's memory by a sweep's `--jobs`, this one included."""
+    said = os.environ.get(JOBS, "")
+    return int(said) if said.isdigit() and int(said) else 1
 
 
 def has_nvidia_driver() -> bool:

@@ -213,7 +213,7 @@ class Pipeline:
         folder.write(make_sample(prepared, recipe, self.pair.tokenizer))
         student, teacher = self._load_models(cached)
         refuse_full_disk(folder, recipe.run, student, len(source))
-        with asked_to_stop() as asked:
+        with asked_to_stop() as asked, self.backend.training_limits():
             training = Training(
                 recipe,
                 self.backend,

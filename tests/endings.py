@@ -29,6 +29,7 @@ TIMES = {
     "active_bytes",
     "cache_bytes",
     "peak_bytes",
+    "footprint_bytes",
     "elapsed_seconds",
     "created",
     "git_commit",

@@ -169,17 +169,20 @@ def test_a_child_runs_this_package_and_imports_nothing_from_the_working_folder(
     )
 
 
-def test_children_share_the_cores_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+def test_children_share_cores_and_know_of_each_other(tmp_path, monkeypatch):
     for name in jobs.THREADS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    show = "import os; print(os.environ.get('OMP_NUM_THREADS'), os.environ.get('MKL_NUM_THREADS'))"
+    show = (
+        "import os; print(*map(os.environ.get, ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', "
+        "'MLX_DISTILL_JOBS')))"
+    )
     one = job(tmp_path, "one", show)
 
     def shown(at_once: int) -> str:
         (ended,) = side_by_side([one], at_once=at_once)
         return ended.job.log.read_text().strip()
 
-    assert (shown(1), shown(4)) == ("None None", "2 2")
+    assert (shown(1), shown(4)) == ("None None None", "2 2 4")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    assert shown(4) == "3 2"
+    assert shown(4) == "3 2 4"

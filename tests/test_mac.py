@@ -5,8 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from endings import arguments
+
+from mlx_distill.__main__ import main
 
 COMMAND_BUFFER = "[METAL] Command buffer execution failed: "
 NO_MEMORY = "Insufficient Memory (00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)."
@@ -61,7 +64,6 @@ def test_doctor_on_an_m5_says_ok(on_a_mac):
     assert plain.code == 0 and "keep 11 bits" not in plain.out
 
 
-@pytest.mark.xfail(strict=True, reason="to come with the MLX backend's handling of them")
 @pytest.mark.parametrize(
     ("where", "text"),
     [
@@ -76,3 +78,37 @@ def test_what_a_gpu_refuses_is_one_line(run_on_a_mac, where: str, text: str):
     assert result.code == 2, result.err
     assert len(result.err.strip().splitlines()) == 1, result.err
     assert "disk" not in result.err
+
+
+def test_training_wires_its_share_and_gives_it_back(
+    tiny_recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of the GPU's working set, by the sweep's jobs; the cache keeps a quarter of that. The log has
+    what was held of the memory.
+    """
+    limits, asked = {"wired": 0, "cache": 6000}, []
+
+    def setting(name: str) -> Callable[[int], int]:
+        def set_limit(limit: int) -> int:
+            before, limits[name] = limits[name], limit
+            asked.append((name, limit))
+            return before
+
+        return set_limit
+
+    gpu = SimpleNamespace(type=mx.DeviceType.gpu)
+    monkeypatch.setattr(mx, "default_device", lambda: gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    said = {"device_name": "Apple M4 Pro", "max_recommended_working_set_size": 4000}
+    monkeypatch.setattr(mx, "device_info", lambda: said)
+    for name in limits:
+        monkeypatch.setattr(mx, f"set_{name}_limit", setting(name))
+    monkeypatch.setenv("MLX_DISTILL_JOBS", "2")
+    words = ("--set", "eval.task=", "--set", "optim.steps=1", "--force")
+    monkeypatch.setattr("sys.argv", ["mlx-distill", *arguments(tiny_recipe, tmp_path), *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert not stop.value.code
+    assert asked == [("wired", 2000), ("cache", 500), ("wired", 0), ("cache", 6000)]
+    row = json.loads((tmp_path / "tiny" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["footprint_bytes"] == row["active_bytes"] + row["cache_bytes"] > 0

@@ -1,5 +1,6 @@
 """What machine this is, as far as it can be asked: pretended Macs and GPUs."""
 
+import mlx.core as mx
 import pytest
 
 from mlx_distill import machine as subject
@@ -31,6 +32,7 @@ def test_mlx_can_be_kept_off_the_gpu(monkeypatch):
 def test_a_mac_has_a_working_set(monkeypatch):
     monkeypatch.setattr(subject.platform, "system", lambda: "Darwin")
     monkeypatch.setattr(subject, "total_memory_bytes", lambda: 16 * 2**30)
+    monkeypatch.setattr(subject, "_working_set", lambda: 0)  # MLX is not installed
     answers = {"sysctl": 0}
     monkeypatch.setattr(subject, "_asked", lambda command, *rest: answers[command])
     machine = subject.this_machine()
@@ -42,6 +44,16 @@ def test_a_mac_has_a_working_set(monkeypatch):
     )
     answers["sysctl"] = 14_000
     assert subject.this_machine().memory_bytes == 14_000 * 2**20
+
+
+def test_what_mlx_says_of_the_working_set_is_the_limit(monkeypatch):
+    """Two thirds of a small Mac's memory, 84 % of a large one's: no share of ours fits all."""
+    monkeypatch.setattr(subject.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    said = {"max_recommended_working_set_size": 11_453_251_584}
+    monkeypatch.setattr(mx, "device_info", lambda: said)
+    assert subject.this_machine().memory_bytes == 11_453_251_584
+    assert "as MLX says" in subject.this_machine().limit
 
 
 @pytest.mark.parametrize(

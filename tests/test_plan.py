@@ -266,6 +266,26 @@ def test_what_a_llama_block_keeps_for_its_backward_pass():
     assert memory_of(last)._kept_bytes(micro) == 4 * (20 * memory_of(last)._kept_per_token() + 800)
 
 
+def test_scores_are_counted_as_the_installed_mlx_keeps_them(monkeypatch):
+    """Its fused backward pass, on Metal since 0.32.4, keeps none; a head of another width and other
+    devices take the plain formula.
+    """
+    wide, micro = CONFIG | {"head_dim": 64}, Micro(2, 10, 16)
+    scores = 3 * 2 * 4 * 2 * 100  # blocks, bytes, heads, and [T, T] of each sequence
+
+    def kept(version: str, machine: Machine = GPU, config: dict = wide) -> float:
+        monkeypatch.setattr(memory, "versions", lambda: {"mlx": version})
+        model = memory_of({}, config, machine)
+        return model._kept_bytes(micro) - 3 * 2 * 20 * model._kept_per_token()
+
+    assert kept("0.32.4") == kept("0.33.0") == kept("1.0") == 0
+    assert kept("0.32.2") == kept("0.32.4", config=CONFIG) == scores
+    assert kept("0.32.4", replace(GPU, device="cuda")) == scores
+    forward = [memory_of({}, config, GPU) for config in (wide, CONFIG | {"head_dim": 63})]
+    fused, plain = (one._scores_kept(one.student, trains=False) for one in forward)
+    assert (fused, plain) == (0, 1)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 63, 64, 128, 1024])
 @pytest.mark.parametrize("vocab", [2, 1000, 16_385, 151_936])
 def test_the_plan_counts_the_blocks_that_the_loss_makes(rows: int, vocab: int):

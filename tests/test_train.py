@@ -168,6 +168,7 @@ def test_every_step_has_one_row_with_all_that_is_promised(training):
         "active_bytes",
         "cache_bytes",
         "peak_bytes",
+        "footprint_bytes",
         "flops",
     }
     assert all(promised <= row.keys() for row in rows)

@@ -8,6 +8,7 @@ instead, lr g / (|g| + eps), clipped: what the contract looks at.
 
 import dataclasses
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,9 @@ class ToyBackend:
         return Memory(1, 2, 3)
 
     def reset_peak_memory(self) -> None: ...
+
+    def training_limits(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def part(self) -> None: ...
 

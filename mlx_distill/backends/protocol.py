@@ -7,6 +7,7 @@ opaque to all but the same backend's student. Axes: `B` sequences, `T` tokens, `
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -147,11 +148,17 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class Memory:
-    """The framework's own counters. The allocator's cache is not part of the peak."""
+    """The framework's own counters. The allocator's cache is not part of the peak; the footprint,
+    what is held of the device's memory, is what lives and what is cached.
+    """
 
     active_bytes: int
     cache_bytes: int
     peak_bytes: int
+    footprint_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "footprint_bytes", self.active_bytes + self.cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -356,6 +363,11 @@ class Backend(Protocol):
         """
 
     def memory(self) -> Memory: ...
+
+    def training_limits(self) -> AbstractContextManager[None]:
+        """What a framework may keep of the device's memory while it trains; as it was before,
+        afterwards. Every rank enters it.
+        """
 
     def reset_peak_memory(self) -> None: ...
 

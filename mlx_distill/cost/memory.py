@@ -36,6 +36,7 @@ from itertools import chain
 from mlx_distill.backends import chunks
 from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
 from mlx_distill.cost.weights import Weights
+from mlx_distill.machine import versions
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Habits:
 
     lazy: bool  # a micro-batch is one graph, and new gradients lie beside the held ones
     ffn_kept: int  # tensors [n, F] that an MLP keeps
-    scores_kept: int  # attention matrices [n, T] a head keeps; a fused kernel keeps none
+    scores_kept: int  # attention matrices [n, T] a head keeps, where no fused kernel keeps none
     dora_kept: int  # outputs of an adapted matrix that DoRA keeps
     recomputing: float  # blocks under way where each is computed again; otherwise there is one
     blocks_under_way: int  # of logits [C, V / blocks], beside those of each model
@@ -54,7 +55,7 @@ HABITS = {
     "mlx": Habits(
         lazy=True,
         ffn_kept=5,  # gate, its sigmoid, their product, up, and the product with up
-        scores_kept=1,  # it trains through unfused attention
+        scores_kept=1,
         dora_kept=1,
         recomputing=3.0,  # execution runs ahead of what frees memory
         blocks_under_way=7,
@@ -68,6 +69,11 @@ HABITS = {
         blocks_under_way=0,
     ),
 }
+# MLX's attention keeps scores for its backward pass, but on Metal from this version on not at these
+# widths of a head (mlx-metal's ScaledDotProductAttentionVJP; for the others it takes the plain
+# formula). A forward pass alone keeps none at these widths.
+FUSED_BACKWARD_SINCE = (0, 32, 4)
+FUSED_WIDTHS = (64, 72, 80, 96, 128)
 # [rows, V] float32 that the elementwise part of torch's walk works in, for a KL at temperature 1
 # and for anything else
 TORCH_WALK_BUFFERS = (1, 4)
@@ -142,7 +148,7 @@ class Memory(Weights):
             return _all_kept_per_token(self.student, self.habits)
         shape, names = self.student.shape, set(self.targets())
         queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-        fused = not self.habits.scores_kept
+        fused = not self._scores_kept(self.student)
         kept = 2 * shape.width + queries + 2 * keys + (self.habits.ffn_kept - 1) * shape.ffn
         kept += (queries + keys) * self.student.head_norms
         kept += shape.width * bool(names & {"q_proj", "k_proj", "v_proj"})
@@ -157,7 +163,15 @@ class Memory(Weights):
 
     def _scores(self, micro: Micro) -> float:
         heads = self.student.shape.heads
-        return self.habits.scores_kept * heads * micro.tokens * micro.length
+        return self._scores_kept(self.student) * heads * micro.tokens * micro.length
+
+    def _scores_kept(self, model: Dense, trains: bool = True) -> int:
+        """Attention matrices [n, T] a head keeps, as the MLX that is installed computes them."""
+        on_metal = (self.machine.backend, self.machine.device) == ("mlx", "metal")
+        fused = on_metal and model.shape.head_dim in FUSED_WIDTHS
+        if fused and (not trains or _installed_mlx() >= FUSED_BACKWARD_SINCE):
+            return 0
+        return self.habits.scores_kept
 
     def _kept_bytes(self, micro: Micro) -> float:
         if self.table.gradient_checkpointing:
@@ -171,7 +185,7 @@ class Memory(Weights):
     def _forward_bytes(self, model: Dense, micro: Micro) -> float:
         """A forward pass that keeps nothing: about what one block would keep."""
         number = FLOAT if self.machine.dtype == "float32" else DTYPE_BYTES.get(model.stored, 2)
-        scores = self.habits.scores_kept * model.shape.heads * micro.length
+        scores = self._scores_kept(model, trains=False) * model.shape.heads * micro.length
         return number * micro.tokens * (_all_kept_per_token(model, self.habits) + scores)
 
     def _holes_bytes(self, micro: Micro) -> float:
@@ -298,6 +312,12 @@ class Memory(Weights):
         vocabulary = head * (1 if self.student.tied else 2)
         block = (gradients - vocabulary) / max(1, self.blocks)
         return min(gradients, MLX_UPDATE[0] * block + MLX_UPDATE[1] * vocabulary)
+
+
+def _installed_mlx() -> tuple[int, ...]:
+    """Its version in numbers; () where it is not installed."""
+    parts = versions().get("mlx", "").split(".")[:3]
+    return tuple(int(part) for part in parts if part.isdigit())
 
 
 def _all_kept_per_token(model: Dense, habits: Habits) -> float:

@@ -25,7 +25,7 @@ def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
     """(value, name, remark) for each figure."""
     cost, made = cost_of(run), run.manifest
     planned = _text(made.steps, "{:,}".format)
-    held = ", ".join(f"{name} {_bytes(run, name)}" for name in ("active", "cache"))
+    held = ", ".join(f"{name} {_bytes(run, name)}" for name in ("active", "footprint"))
     split = ", ".join(f"{part} {amount(n)}" for part, n in made.flops.items() if part != "total")
     remarks = {
         "training time": f"{cost['steps']} of {planned} steps",
@@ -46,7 +46,7 @@ def _column(run: Run, name: str) -> list[float]:
 
 def _bytes(run: Run, name: str) -> str:
     """The most of one of the framework's counters."""
-    most = max(_column(run, f"{name}_bytes"), default=None)
+    most = max(_column(run, f"{name}_bytes"), default=0) or None
     return _text(most, lambda size: amount(size, "B"))
 
 

@@ -32,7 +32,7 @@ class Row(Record):
 class MetricsRow(Row):
     """One optimizer step. tokens, loss_tokens: of this step; tokens_seen: of all so far.
     source_seconds: what making it took before, the student's writing included. flops: its
-    operations by part. The three sizes are the framework's own counters.
+    operations by part. The sizes are the framework's own counters.
     """
 
     FILE: ClassVar[str] = "metrics.jsonl"
@@ -50,6 +50,7 @@ class MetricsRow(Row):
     active_bytes: Count = 0
     cache_bytes: Count = 0
     peak_bytes: Count = 0
+    footprint_bytes: Count = 0
 
     @classmethod
     def expected(cls, step: int) -> set[int]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_distill.machine import JOBS
 from mlx_distill.processes import program
 from mlx_distill.signals import POLITE
 
@@ -159,7 +160,7 @@ def _environment(at_once: int) -> dict[str, str]:
     """Each child gets its share of the cores, unless the user has said how many threads."""
     share = str(max(1, (os.cpu_count() or 1) // at_once))
     return {
-        **(dict.fromkeys(THREADS, share) if at_once > 1 else {}),
+        **(dict.fromkeys(THREADS, share) | {JOBS: str(at_once)} if at_once > 1 else {}),
         **os.environ,
         "PYTHONUNBUFFERED": "1",
     }

@@ -253,4 +253,5 @@ def _time_text(plan: Plan, rate: float, machine: Machine) -> Text:
         f"about {duration(plan.seconds(rate, machine.backend))} of training: an estimate from "
         f"{rate / 1e9:,.0f} GFLOP/s measured in {machine.dtype}, of which a step reaches "
         f"1/{SECONDS_FACTOR[machine.backend]:g}"
+        + ("" if machine.device == "cpu" else " on a CPU; not measured on this device")
     )

@@ -5,6 +5,8 @@ are the two models. Decided here: what is computed in which number format.
 """
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,10 +22,14 @@ from mlx_distill.backends.mlx.teacher import MlxTeacher, from_bits
 from mlx_distill.backends.mlx.weights import cast
 from mlx_distill.backends.protocol import DeviceInfo, Memory
 from mlx_distill.blas import load_blas
-from mlx_distill.machine import is_kept_off_gpu
+from mlx_distill.machine import is_kept_off_gpu, jobs_beside
 from mlx_distill.recipe.recipe import Recipe
 
 SEES_NO_GPU = "MLX sees no GPU; half precision is slow on a CPU"
+
+# Of the working set. The arrays of one step are made again in the next; those of batches of another
+# shape are not (one LoRA run's footprint fell from 51 to 7 GiB without them: mlx-lm).
+CACHED_SHARE = 0.25
 
 
 class MlxBackend:
@@ -88,6 +94,26 @@ class MlxBackend:
 
     def memory(self) -> Memory:
         return Memory(mx.get_active_memory(), mx.get_cache_memory(), mx.get_peak_memory())
+
+    @contextmanager
+    def training_limits(self) -> Iterator[None]:
+        """Metal keeps the working set wired, so that weights are not paged out between steps, and
+        the allocator keeps a quarter of it for reuse (MLX's own limit is more than all of it). Both
+        count for one process: those beside it on this machine get their shares.
+        """
+        processes = jobs_beside() * together.on_this_machine()
+        if not mx.metal.is_available() or mx.default_device().type != mx.DeviceType.gpu:
+            yield
+            return
+        share = int(mx.device_info()["max_recommended_working_set_size"]) // processes
+        wired = mx.set_wired_limit(share)
+        cache = mx.set_cache_limit(int(CACHED_SHARE * share))
+        try:
+            yield
+        finally:
+            mx.set_wired_limit(wired)
+            mx.set_cache_limit(cache)
+            mx.clear_cache()
 
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()

@@ -7,6 +7,7 @@ number format.
 
 import gc
 import platform
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,10 @@ class TorchBackend:
             torch.cuda.memory_reserved(self._device) - active,
             torch.cuda.max_memory_allocated(self._device),
         )
+
+    def training_limits(self) -> AbstractContextManager[None]:
+        """torch's allocator has none that would help."""
+        return nullcontext()
 
     def reset_peak_memory(self) -> None:
         if self._device.type == "cpu":
