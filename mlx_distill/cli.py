@@ -5,7 +5,7 @@ How a command ends, with an error or without one, is decided in `terminal/ending
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,9 +16,9 @@ from typer.core import TyperGroup
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe.load import load_recipe
-from mlx_distill.recipe.values import Range
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.terminal.ending import run_to_its_end, say_last
+from mlx_distill.terminal.options import BackendOption, RecipeArgument, SetOption, in_range
 from mlx_distill.view import Screen, View
 
 
@@ -41,38 +41,6 @@ app = typer.Typer(
     "transformers out.",
 )
 console = Screen()
-
-
-def _range(low: int, high: int) -> Callable:
-    """A check of a whole number's option, in the words that a recipe's fields have."""
-    allowed = Range(low, high)
-
-    def checked(option: typer.CallbackParam, value: int) -> int:
-        if not low <= value <= high:
-            raise DistillError(f"--{option.name} should be {allowed}, found {value}")
-        return value
-
-    return checked
-
-
-def _known_backend(name: str) -> str:
-    if name != "auto":
-        from mlx_distill.backends import refuse_unknown
-
-        refuse_unknown(name)
-    return name
-
-
-RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/cot50.toml.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="TABLE.FIELD=VALUE", help="Override one field; may be repeated."),
-]
-BackendOption = Annotated[
-    str, typer.Option("--backend", callback=_known_backend, help="auto, mlx or torch.")
-]
 
 
 @app.command()
@@ -177,7 +145,7 @@ def sweep(
     jobs: Annotated[
         int,
         typer.Option(
-            "--jobs", callback=_range(1, 1024), help="Runs side by side, as far as memory allows."
+            "--jobs", callback=in_range(1, 1024), help="Runs side by side, as far as memory allows."
         ),
     ] = 1,
     dry_run: Annotated[
@@ -210,7 +178,7 @@ def show(
     example: Annotated[
         int,
         typer.Option(
-            "--example", callback=_range(1, 10**9), help="Which training example, from 1."
+            "--example", callback=in_range(1, 10**9), help="Which training example, from 1."
         ),
     ] = 1,
 ) -> None:
@@ -275,6 +243,41 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            help="hf, mlx, mlx-4bit, mlx-8bit, gguf, gguf-q8_0, gguf-q4_0, peft or mlx-adapters.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder to write; default: exports/FORMAT in the run."),
+    ] = None,
+    push: Annotated[
+        str, typer.Option("--push", metavar="ID", help="Upload it to org/name of the hub, too.")
+    ] = "",
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Of a quantised export: its KL and its accuracy against the student.",
+        ),
+    ] = True,
+    backend: BackendOption = "auto",
+) -> None:
+    """Write the student of a run for another program, with a model card: transformers, mlx-lm, peft,
+    llama.cpp, LM Studio, Ollama.
+    """
+    from mlx_distill.exporting.export import export as write_export
+
+    with _stoppable() as view:
+        write_export(run, to, view, out, push, measure, backend)
+
+
+@app.command()
 def chat(
     model: Annotated[
         str,
@@ -289,14 +292,14 @@ def chat(
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            "--max-new-tokens", callback=_range(1, 2**20), help="Where an answer is cut off."
+            "--max-new-tokens", callback=in_range(1, 2**20), help="Where an answer is cut off."
         ),
     ] = 1024,
     temperature: Annotated[
         float, typer.Option("--temperature", help="At which answers are drawn; 0 = greedy.")
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option("--seed", callback=_range(0, 2**32 - 1), help="Draws the answers.")
+        int, typer.Option("--seed", callback=in_range(0, 2**32 - 1), help="Draws the answers.")
     ] = 0,
     backend: BackendOption = "auto",
 ) -> None:

@@ -24,6 +24,7 @@ from mlx_distill.data.day import about_day, day_of_run, shared_day
 from mlx_distill.data.prepare import Prepared, choose, learnable
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import DeviceStopped, OutOfMemory, RecipeError
+from mlx_distill.exporting.card import write_card
 from mlx_distill.machine import Machine
 from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.recipe.recipe import Recipe, with_values
@@ -321,6 +322,8 @@ class Pipeline:
 
     def _finish(self, folder: RunFolder) -> None:
         folder.update(Manifest, finished=True)
+        if note := write_card(folder):
+            self.view.say(f"note: {note}")
         report([folder.path], folder.path)
         if note := unfinished_note(self.recipe, folder.readable(TaskScores).whole):
             self.view.say(f"note: {note}")

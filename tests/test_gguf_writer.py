@@ -26,7 +26,6 @@ from mlx_distill.models.gguf.convert import convert
 from mlx_distill.models.gguf.writer import AS_STORED, Written, write_gguf
 from mlx_distill.models.tokenizer import load_tokenizer
 
-
 PROMPT = [9, 40, 77, 200, 31, 8, 8, 120, 66, 5]
 TEXTS = (
     "O9603",

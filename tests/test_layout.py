@@ -38,6 +38,7 @@ ORDER = [
     "training",
     "scoring",
     "reporting",
+    "exporting",
     "terminal",
     "pipeline",
     "sweeps",

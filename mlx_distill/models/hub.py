@@ -195,7 +195,7 @@ def _downloaded(name: str, revision: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError
 
-    patterns = [*TOKENIZER_FILES, *([WEIGHT_FILES] if weights else [])]
+    patterns = [*TOKENIZER_FILES, "README.md", *([WEIGHT_FILES] if weights else [])]
     try:
         return Path(
             snapshot_download(

@@ -77,7 +77,7 @@ class Manifest(Record):
     """exported_step: whose weights became the student, None before that. elapsed_seconds,
     tokens_read, loss_tokens and flops (by part, and `total`) are of the whole training. written:
     texts of a model that the run learned. logs, student_files: the SHA-256 of both logs and of each
-    file of the student. prompt_date, tokens_read, loss_tokens
+    file of the student. card: of its README.md, which a person may change. prompt_date, tokens_read, loss_tokens
     and student_files are None in manifests of versions that did not keep them.
     """
 
@@ -111,6 +111,7 @@ class Manifest(Record):
     not_for_mlx_lm: str = ""
     logs: dict[str, str] = Field(default_factory=dict)
     student_files: dict[str, str] | None = None
+    card: str = ""
     finished: bool = False
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 from mlx_distill.files import COMPANION, LEFT_BY_SYSTEMS
 
 SCORES = "eval.json"
+CARD = "README.md"  # of a student
 REPORTS = ("report.md", "report.html")
 FILES = (
     "manifest.json",

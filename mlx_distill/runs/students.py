@@ -79,8 +79,14 @@ class ExportedStudent:
 
     def own(self) -> own_files.Own:
         """Which files in it are the run's own."""
-        kept = self.files.readable(Manifest).student_files
-        return own_files.is_student_file if kept is None else kept.__contains__
+        manifest = self.files.readable(Manifest)
+        kept = manifest.student_files
+        named = own_files.is_student_file if kept is None else kept.__contains__
+        return lambda name: named(name) or (name == own_files.CARD and self._card_is(manifest.card))
+
+    def _card_is(self, digest: str) -> bool:
+        """Whether the model card is as a run wrote it."""
+        return bool(digest) and not changed(self.path, {own_files.CARD: digest})
 
     def remove_left_overs(self) -> None:
         """What a kill left half exported."""

@@ -56,10 +56,10 @@ def convert(path: Path, folder: Path, dtype: DType = "auto") -> None:
             text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8")
         tokenizer.save(str(partial / "tokenizer.json"))
-        _write_weights(file, names, number, partial)
+        write_weights(file, names, number, partial)
 
 
-def _write_weights(
+def write_weights(
     file: GGUFFile, names: dict[str, str], number: type[np.floating[Any]], folder: Path
 ) -> None:
     """Safetensors of at most `SHARD_BYTES` each (a larger tensor alone), with an index if several."""
