@@ -122,6 +122,20 @@ def test_a_gguf_writes_what_the_student_writes(run: Path, command_line, tmp_path
     assert "FROM ./tiny.gguf" in (tmp_path / "out" / "Modelfile").read_text()
 
 
+def test_the_docs_ask_llama_cpp(tmp_path: Path, capsys) -> None:
+    """The last step of the docs, word for word but for the path: the embedded student answers."""
+    pytest.importorskip("xllamacpp", reason="pip install 'mlx-distill[llamacpp]'")
+    student = model_folder("embedded:student")
+    layouts.LAYOUTS["gguf-q8_0"](student, tmp_path, "cot50")
+    page = (Path(__file__).parents[1] / "docs" / "exports.md").read_text()
+    code = re.search(r"<!-- ask-llama-cpp -->\n```python\n(.*?)```", page, re.S)[1]
+    path = "runs/cot50/exports/gguf-q8_0/cot50-q8_0.gguf"
+    assert path in code
+    exec(code.replace(path, str(tmp_path / "cot50-q8_0.gguf")), {})
+    lines = capsys.readouterr().out.split()
+    assert len(lines) > 10 and re.fullmatch(r"\w+", lines[-1])
+
+
 def divergence(run: Path, logits: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float]:
     """KL from the student's distribution to another one and how often both choose alike, in
     float64, over the reasoning and the answers that the run holds out.
@@ -262,6 +276,10 @@ def test_a_card_that_a_person_wrote_stays(run: Path) -> None:
     card.write_text("mine")
     assert "is left as it is" in write_card(folder) and card.read_text() == "mine"
     assert not folder.exported.damage()  # the student itself is whole
+    folder.update(Manifest, card="")
+    card.write_text(model_card(run))  # killed before it was kept whose it is
+    assert write_card(folder) == ""
+    card.write_text("mine")
     assert folder.exported.foreign() == [card]  # and --fresh names it
 
 

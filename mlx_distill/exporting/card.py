@@ -5,6 +5,7 @@ here: what a stranger should know before using the model, all of it computed fro
 and that no path of this machine is shown but its last part.
 """
 
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +80,16 @@ def write_card(run: RunFolder) -> str:
     """Write the card into the run's student, unless a person changed the one that lies there; a
     sentence where that is so, else "".
     """
-    path, kept = run.student / CARD, run.readable(Manifest).card
-    if path.is_symlink() or (path.exists() and (not path.is_file() or sha256_of(path) != kept)):
+    path, text = run.student / CARD, model_card(run.path)
+    ours = (
+        run.readable(Manifest).card,
+        sha256(text.encode()).hexdigest(),
+    )  # or a kill came between
+    if path.is_symlink() or (path.exists() and not (path.is_file() and sha256_of(path) in ours)):
         return f"{path} is not as a run wrote it and is left as it is"
     with told_as(RunError, path):
-        write_text(path, model_card(run.path))
-        run.update(Manifest, card=sha256_of(path))
+        write_text(path, text)
+        run.update(Manifest, card=ours[1])
     return ""
 
 
