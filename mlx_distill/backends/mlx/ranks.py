@@ -7,14 +7,17 @@ student; gradients are summed. With one process everything here does nothing.
 import os
 import platform
 import zlib
+from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.backends.protocol import Ranks
 
+MESSAGE_BYTES = 32 * 2**20  # as mlx.nn.average_gradients has it
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # what `mlx.launch` sets, by its way of connecting
 
 
@@ -37,8 +40,39 @@ def on_this_machine() -> int:
 
 
 def sum_gradients(gradients: dict) -> dict:
-    """Summed: the loss was divided by the tokens of all ranks."""
-    return gradients if join().size == 1 else tree_map(mx.distributed.all_sum, gradients)
+    """Summed: the loss was divided by the tokens of all ranks.
+
+    They are put together into messages of `MESSAGE_BYTES` at least, of one format each; many small
+    ones wait for each other. Sums are computed before they are returned: a GPU that waits in its
+    own queue for another rank is taken for one that hangs.
+    """
+    if join().size == 1:
+        return gradients
+    summed: dict[str, mx.array] = {}
+    for group in _messages(tree_flatten(gradients)):
+        message = mx.concatenate([array.reshape(-1) for _, array in group])
+        mx.eval(message)
+        message = mx.distributed.all_sum(message)
+        mx.eval(message)
+        edges = list(accumulate(array.size for _, array in group))
+        parts = mx.split(message, edges[:-1])
+        for (key, array), part in zip(group, parts, strict=True):
+            summed[key] = part.reshape(array.shape)
+    return tree_unflatten([(key, summed[key]) for key, _ in tree_flatten(gradients)])
+
+
+def _messages(arrays: list[tuple[str, mx.array]]) -> Iterator[list[tuple[str, mx.array]]]:
+    """Neighbours of one format, until there are enough of them."""
+    group: list[tuple[str, mx.array]] = []
+    for key, array in arrays:
+        if group and (
+            array.dtype != group[0][1].dtype or sum(one.nbytes for _, one in group) >= MESSAGE_BYTES
+        ):
+            yield group
+            group = []
+        group.append((key, array))
+    if group:
+        yield group
 
 
 def all_sum(values: np.ndarray) -> np.ndarray:
