@@ -203,6 +203,31 @@ def checkpoint_layers(split: SplitModel) -> None:
         layer.__class__ = type(f"Checkpointed{plain.__name__}", (plain,), {"__call__": call})
 
 
+class RoundedEmbedding:
+    """A trunk's embedding, read in its own format while the trunk computes in another one: what is
+    read is rounded. So a token's gradient, the sum over all of its places, is summed in float32
+    (in bfloat16 such a sum is off by per cents: beyond 256 equal addends it does not grow).
+    """
+
+    def __init__(self, split: SplitModel):
+        name = next((name for name in EMBEDDINGS if name in split.trunk), "")
+        self.module = split.trunk[name] if name else nn.Module()
+        paths = (path for path, module in split.model.named_modules() if module is self.module)
+        self.path = f"{next(paths)}.weight" if name else ""  # of its matrix among the parameters
+        self.round_to(None)
+        plain = type(self.module)
+
+        def call(module: nn.Module, tokens: mx.array, *rest: Any) -> mx.array:
+            found = plain.__call__(module, tokens, *rest)
+            return found if module.rounds_to is None else found.astype(module.rounds_to)
+
+        self.module.__class__ = type(f"Rounded{plain.__name__}", (plain,), {"__call__": call})
+
+    def round_to(self, dtype: mx.Dtype | None) -> None:
+        """What is read from now on; None is as it is."""
+        self.module.rounds_to = dtype
+
+
 class _AfterTrunk:
     """What a family's own code does after its trunk, as a function of the trunk's output [..., D].
 

@@ -21,7 +21,7 @@ from mlx_distill.backends.mlx.adapters import fused_weights
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.backends.mlx.heads import Head, SparseHead
 from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
-from mlx_distill.backends.mlx.model import SplitModel, checkpoint_layers
+from mlx_distill.backends.mlx.model import RoundedEmbedding, SplitModel, checkpoint_layers
 from mlx_distill.backends.mlx.optimizer import make_optimizer
 from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
 from mlx_distill.backends.protocol import LossSums, SparseTargets, Targets, check_indices
@@ -52,6 +52,7 @@ class MlxStudent(MlxModel):
             cast_frozen(split.model, dtype)
         if recipe.student.gradient_checkpointing:
             checkpoint_layers(split)
+        self.embedding = RoundedEmbedding(split)
         self.optimizer = make_optimizer(recipe)
         self.weights: Weights = split.model.trainable_parameters()
         self.optimizer.init(self.weights)
@@ -125,15 +126,26 @@ class MlxStudent(MlxModel):
     ) -> Inputs:
         """What both losses begin with."""
         check_indices("targets", batch.targets, self.compared_ids)
-        self.split.model.update(cast(weights, self.dtype) if self.full else weights)
         return (
-            self.gather(batch.tokens, batch.positions),
+            self._hidden(weights, batch),
             self._head_matrix(weights),
             *self._teacher(targets, batch, objective),
             mx.array(batch.targets),
             mx.array(batch.weight),
             objective,
         )
+
+    def _hidden(self, weights: Weights, batch: Batch) -> mx.array:
+        """The hidden states [N, D], computed with these weights in the format that is asked for."""
+        if not self.full:
+            self.split.model.update(weights)
+            return self.gather(batch.tokens, batch.positions)
+        self.split.model.update(cast(weights, self.dtype, but=self.embedding.path))
+        self.embedding.round_to(self.dtype)
+        try:
+            return self.gather(batch.tokens, batch.positions)
+        finally:
+            self.embedding.round_to(None)
 
     def _head_matrix(self, weights: Weights) -> mx.array:
         """[V, D]: the trained float32 matrix, not its cast copy; the frozen one with adapters."""

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
 from mlx_distill.backends import export, refusals
 from mlx_distill.backends.failures import refuse_of_device
@@ -24,11 +24,14 @@ def cast_frozen(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(cast(tree_unflatten(frozen), dtype), strict=False)
 
 
-def cast(parameters: dict, dtype: mx.Dtype) -> dict:
-    """The tree with its floating-point arrays as `dtype`."""
-    return tree_map(
-        lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, parameters
-    )
+def cast(parameters: dict, dtype: mx.Dtype, but: str = "") -> dict:
+    """The tree with its floating-point arrays as `dtype`, the one at the path `but` left alone."""
+
+    def as_asked(path: str, array: mx.array) -> mx.array:
+        keeps = path == but or not mx.issubdtype(array.dtype, mx.floating)
+        return array if keeps else array.astype(dtype)
+
+    return tree_map_with_path(as_asked, parameters)
 
 
 def stored_weights(folder: Path, name: str = "") -> dict[str, mx.array]:
