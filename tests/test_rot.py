@@ -150,6 +150,7 @@ CASES = {
     "batch.micro_batch_size": ("1", ()),
     "batch.global_batch_size": ("4", ()),
     "batch.pad_multiple": ("5", ()),
+    "batch.sort_window": ("2", TWICE),
     "optim.optimizer": ("lion", ()),
     "optim.learning_rate": ("2e-3", ()),
     "optim.schedule": ("linear", TWICE),

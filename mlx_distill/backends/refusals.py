@@ -41,6 +41,13 @@ def not_finite(name: str) -> ModelError:
     )
 
 
+def beyond_float16(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: computed in float16, whose numbers end at 65,504, its logits are not finite: set "
+        'teacher.compute_dtype = "bfloat16"'
+    )
+
+
 def not_split(name: str, kind: type, how: str) -> ModelError:
     return ModelError(
         f"{name}: head(hidden(x)) {how} model(x), so this family ({kind.__module__}) "

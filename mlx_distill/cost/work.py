@@ -66,9 +66,7 @@ class Work:
             recipe.optim.epochs,
             recipe.optim.steps,
         )
-        rows = np.array(steps.order.rows(0, len(steps) * table.global_batch_size)).reshape(
-            len(steps), -1
-        )
+        rows = steps.order.all_steps()
         lengths, positions = _sizes(prepared.train, segments)
         shapes = partial(micro_batches, size=table.micro_batch_size, multiple=table.pad_multiple)
         whole, everything = _sizes(sorted(prepared.validation, key=len), ALL_SEGMENTS)

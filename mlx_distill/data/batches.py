@@ -16,6 +16,7 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.tables import BatchTable
 
+SORTED = 0x736F7274  # tells a window's random numbers from an epoch's
 ALL_SEGMENTS = ("prompt", "cot", "answer")
 
 
@@ -68,12 +69,21 @@ class Order:
     `examples` for each epoch, one after the other.
 
     Step i takes exactly `global_batch_size` of them, from `i * global_batch_size` on, so a step may
-    hold the end of one epoch and the start of the next. Without `steps` there are as many as it
+    hold the end of one epoch and the start of the next. A `Window` deals the examples of several
+    steps anew to these. Without `steps` there are as many as it
     takes to see every example `epochs` times at least. Raises `DataError` where a step asks for
     more examples than there are.
     """
 
-    def __init__(self, examples: int, size: int, seed: int, epochs: int = 1, steps: int = 0):
+    def __init__(
+        self,
+        examples: int,
+        size: int,
+        seed: int,
+        epochs: int = 1,
+        steps: int = 0,
+        window: "Window | None" = None,
+    ):
         if size > examples:
             raise DataError(
                 f"batch.global_batch_size is {size}, but only {examples} training examples carry "
@@ -81,6 +91,7 @@ class Order:
             )
         self._examples, self._size, self._seed = examples, size, seed
         self._count = steps or -(-epochs * examples // size)
+        self._window = window
 
     def __len__(self) -> int:
         return self._count
@@ -91,7 +102,26 @@ class Order:
         """
         if not 0 <= index < self._count:
             raise IndexError(f"step {index} of {self._count}")
-        return self.rows(index * self._size, self._size)
+        if self._window is None:
+            return self.rows(index * self._size, self._size)
+        begin = index - index % self._window.steps
+        return self._dealt(begin)[index - begin].tolist()
+
+    def all_steps(self) -> np.ndarray:
+        """The examples of every step, int[S, G]."""
+        if self._window is None:
+            rows = self.rows(0, self._count * self._size)
+            return np.array(rows).reshape(self._count, self._size)
+        begins = range(0, self._count, self._window.steps)
+        return np.concatenate([self._dealt(begin) for begin in begins])
+
+    def _dealt(self, begin: int) -> np.ndarray:
+        """The examples of the window of steps from `begin` on, int[steps, G]."""
+        assert self._window is not None
+        count = min(self._window.steps, self._count - begin)
+        taken = np.array(self.rows(begin * self._size, count * self._size))
+        random = np.random.default_rng([self._seed, begin, SORTED])
+        return self._window.deal(taken.reshape(count, self._size), random)
 
     def rows(self, start: int, count: int) -> list[int]:
         """Places in the stream `[start, start + count)` → examples."""
@@ -106,6 +136,33 @@ class Order:
         return stream[start - first * n : start - first * n + count].tolist()
 
 
+@dataclass(frozen=True)
+class Window:
+    """So many steps, whose examples, of these `lengths`, are sorted together into micro-batches of
+    `size`: the longer the window, the less padding.
+
+    A step still averages over short and long examples: it takes one micro-batch of each range of
+    lengths, and in every other range the longer ones go to the steps with the shorter ones of the
+    range before, so that steps are about equally long. Which step gets which is drawn.
+    """
+
+    steps: int
+    size: int
+    lengths: np.ndarray
+
+    def deal(self, taken: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """The examples `taken` [steps, G], dealt anew to these steps."""
+        steps, total = taken.shape
+        rows = taken.ravel()
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        ranges: list[np.ndarray] = []
+        for start in range(0, total, self.size):
+            width = min(self.size, total - start)
+            alike = rows[steps * start : steps * (start + width)].reshape(steps, width)
+            ranges.append(alike if len(ranges) % 2 == 0 else alike[::-1])
+        return random.permutation(np.concatenate(ranges, axis=1))
+
+
 class Steps:
     """The optimizer steps of a run over rows that lie there from the start, in an `Order`."""
 
@@ -118,7 +175,11 @@ class Steps:
         epochs: int = 1,
         steps: int = 0,
     ):
-        self.order = Order(len(sequences), batch.global_batch_size, seed, epochs, steps)
+        window = None
+        if batch.sort_window > 1:
+            lengths = np.array([len(sequence) for sequence in sequences])
+            window = Window(batch.sort_window, batch.micro_batch_size, lengths)
+        self.order = Order(len(sequences), batch.global_batch_size, seed, epochs, steps, window)
         self._sequences, self._segments, self._batch = sequences, segments, batch
         # of any example, so that all ranks make batches of one kind
         self._endings = any(sequence.ending for sequence in sequences)

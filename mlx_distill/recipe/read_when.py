@@ -75,6 +75,9 @@ READ_WHEN = {
     "objective.tvd_scale": choice("objective", "divergence", "tvd"),
     "objective.dkd_target": choice("objective", "divergence", "dkd"),
     "objective.dkd_rest": choice("objective", "divergence", "dkd"),
+    "batch.sort_window": Condition(
+        lambda recipe: recipe.rollouts.refresh_every == 0, "rollouts.refresh_every = 0"
+    ),
     "optim.decayed": Condition(
         lambda recipe: recipe.optim.weight_decay > 0, "a weight_decay above 0"
     ),

@@ -52,8 +52,11 @@ class TeacherTable(Table):
     quantize_bits: Literal[0, 4, 6, 8] = 0
     """Quantise the teacher to so many bits on load; 0 = as stored."""
 
-    compute_dtype: Annotated[Literal["auto", "float32", "bfloat16"], CameLater("auto")] = "auto"
-    """In which the teacher computes; auto = float32 on a CPU, elsewhere as stored."""
+    compute_dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], CameLater("auto")
+    ] = "auto"
+    """In which the teacher computes; auto = float32 on a CPU, elsewhere as stored. M1 and M2 are
+    faster in float16, and a model whose numbers fit it is more exact there than in bfloat16."""
 
     cache: Literal["off", "top_k", "sampled", "hidden"] = "off"
     """Keep its answers on disk: K a token, drawn ones, or hidden states (exact, large)."""
@@ -265,6 +268,10 @@ class BatchTable(Table):
 
     pad_multiple: Annotated[int, within(1, 65_536)] = 32
     """Sequences are padded to a multiple of this, to keep shapes few."""
+
+    sort_window: Annotated[int, within(1, 65_536), CameLater(1)] = 1
+    """Steps whose examples are sorted by length together: less padding. Each step still takes one
+    micro-batch of each range of lengths, so that it has several; 1 = each step by itself."""
 
 
 class OptimTable(Table):

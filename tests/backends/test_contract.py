@@ -8,6 +8,7 @@ keeps the part of the promise that the loop relies on.
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -424,7 +425,9 @@ def test_bfloat16_is_for_computing_only(
 
 
 def test_a_teacher_computes_in_what_is_asked_for(backend: Backend, root: Path, teacher: Teacher):
-    """Its answers in bfloat16 are nearly those in float32, and not quite."""
+    """Its answers in half a float32 are nearly those in a whole one, and not quite; three more bits
+    of float16 are nearer.
+    """
     student, folder = load_student(backend, root), root / "teacher"
     found = [
         student.score(batch(), asked.targets(batch()), Objective(kd_weight=1)).terms["kd"].sum()
@@ -432,11 +435,26 @@ def test_a_teacher_computes_in_what_is_asked_for(backend: Backend, root: Path, t
             teacher,
             backend.load_teacher(folder, "teacher", dtype="float32"),
             backend.load_teacher(folder, "teacher", dtype="bfloat16"),
+            backend.load_teacher(folder, "teacher", dtype="float16"),
         )
     ]
     assert found[0] == found[1]
     assert found[2] == pytest.approx(found[0], rel=0.1)
     assert found[2] != pytest.approx(found[0], rel=1e-5)
+    assert 0 < abs(found[3] - found[0]) < abs(found[2] - found[0])
+
+
+def test_a_teacher_that_float16_cannot_hold_is_refused(
+    backend: Backend, root: Path, tmp_path: Path
+):
+    shutil.copytree(root / "teacher", tmp_path / "large")
+    file = tmp_path / "large" / "model.safetensors"
+    stored = load_file(file)
+    stored["model.norm.weight"] = 1e6 * stored["model.norm.weight"]
+    save_file(stored, file, {"format": "pt"})
+    backend.load_teacher(tmp_path / "large", "large", dtype="bfloat16")
+    with pytest.raises(ModelError, match=r"large: .*logits are not finite"):
+        backend.load_teacher(tmp_path / "large", "large", dtype="float16")
 
 
 def test_the_model_at_rest_holds_its_own_weights(backend: Backend, root: Path, teacher: Teacher):

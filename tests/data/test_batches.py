@@ -1,6 +1,7 @@
 """Shift, padding, order and the count of loss tokens, against plain loops over the sequences."""
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -154,6 +155,68 @@ def test_global_batch_size_is_exact(micro, total):
         assert all(len(batch.ids) <= micro for batch in step.batches)
         lengths = np.concatenate([batch.lengths for batch in step.batches])
         assert (np.diff(lengths) >= 0).all()
+
+
+def long_chains(count: int) -> list[TokenSequence]:
+    """As long as chains of thought are: half of them within 30 % of 600 to 1,700 tokens."""
+    lengths = np.random.default_rng(4).lognormal(7.0, 0.7, count).clip(40, 4096).astype(int)
+    return [
+        TokenSequence(str(i), np.ones(n, np.int32), 20, n - 2, np.ones(n, bool))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def padding(steps) -> float:
+    """Share of the tokens computed."""
+    batches = [batch for step in steps for batch in step.batches]
+    real = sum(int(batch.lengths.sum()) for batch in batches)
+    return 1 - real / sum(batch.tokens.size for batch in batches)
+
+
+def test_a_window_of_steps_sorted_together_needs_little_padding():
+    """The recipe's defaults but for the window, on the lengths of long chains: every example as
+    often as before, each step as many, of short and long ones; the largest micro-batch is no larger.
+    """
+    sequences = long_chains(640)
+    plain = Steps(sequences, ("cot",), table(4, 8, 32), seed=1)
+    sorted_table = BatchTable(
+        micro_batch_size=4, global_batch_size=8, pad_multiple=32, sort_window=16
+    )
+    window = Steps(sequences, ("cot",), sorted_table, seed=1)
+    assert padding(plain) > 0.25 and padding(window) <= 0.12
+    assert len(window) == len(plain) == 80
+    for begin in range(0, 80, 16):  # what a window holds is what its steps held
+        taken, before = (
+            [ids_of(steps.step(index)) for index in range(begin, begin + 16)]
+            for steps in (window, plain)
+        )
+        assert sorted(chain(*taken)) == sorted(chain(*before))
+        assert all(len(ids) == 8 for ids in taken) and taken != before
+    largest = [max(b.tokens.size for step in s for b in step.batches) for s in (plain, window)]
+    assert largest[1] <= largest[0]
+
+    def spread(steps: Steps) -> float:
+        return float(np.std([sum(b.lengths.sum() for b in step.batches) for step in steps]))
+
+    assert spread(window) < 1.1 * spread(plain)  # steps are about as long as each other as before
+    again = Steps(sequences, ("cot",), sorted_table, seed=1)  # a step knows no step before it
+    assert [ids_of(again.step(i)) for i in (79, 3, 40)] == [
+        ids_of(window.step(i)) for i in (79, 3, 40)
+    ]
+    order = window.order
+    assert [order.of_step(i) for i in range(80)] == order.all_steps().tolist()
+
+
+@pytest.mark.parametrize(
+    ("micro", "total", "window"), [(3, 8, 4), (1, 5, 3), (8, 4, 7), (4, 4, 100)]
+)
+def test_a_window_takes_every_example_of_an_epoch_once(micro, total, window):
+    """Where a micro-batch is left over, where a step is one, and at the end of a run too."""
+    asked = BatchTable(micro_batch_size=micro, global_batch_size=total, sort_window=window)
+    steps = Steps(long_chains(10 * total), ("cot",), asked, seed=2)
+    taken = [ids_of(step) for step in steps]
+    assert all(len(ids) == total for ids in taken)
+    assert sorted(chain(*taken), key=int) == [str(i) for i in range(10 * total)]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ class MlxBackend:
             if dtype != "auto" or self.device().dtype == "float32":
                 split.model.update(cast(split.model.parameters(), self.dtype(dtype)))
                 mx.eval(split.model.parameters())
+            if dtype == "float16":
+                split.refuse_overflow()
             return MlxTeacher(split)
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> MlxStudent:

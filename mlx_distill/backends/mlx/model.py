@@ -54,6 +54,11 @@ class SplitModel:
         self._head = _AfterTrunk(self.owner, self.trunk_name)
         self._check_split()
 
+    def refuse_overflow(self) -> None:
+        """Raise `ModelError` where its logits are not finite in the format that it now computes in."""
+        if not mx.all(mx.isfinite(self.model(mx.array(PROBE)))).item():
+            raise refusals.beyond_float16(self.name)
+
     @property
     def trunk(self) -> nn.Module:
         return getattr(self.owner, self.trunk_name)
