@@ -133,6 +133,26 @@ def write(
 
 
 @app.command()
+def prune(
+    recipes: Annotated[
+        list[Path],
+        typer.Argument(metavar="RECIPE…", help="Recipes; those that cut the same share a folder."),
+    ],
+    set_: SetOption = None,
+    backend: BackendOption = "auto",
+) -> None:
+    """Make the model that a student begins as: its base with fewer layers, MLP channels or heads,
+    as the recipe's prune table says.
+    """
+    from mlx_distill import pipeline
+
+    with _stoppable() as view:
+        pipeline.prune(
+            [load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend
+        )
+
+
+@app.command()
 def sweep(
     sweeps: Annotated[
         list[Path],

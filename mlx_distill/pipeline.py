@@ -8,6 +8,7 @@ import datetime
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import DeviceStopped, OutOfMemory, RecipeError
 from mlx_distill.exporting.card import write_card
 from mlx_distill.machine import Machine
+from mlx_distill.pruning.of_recipe import PrunedBase
 from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.reporting.runs_page import report
@@ -114,6 +116,7 @@ class Pipeline:
         self.choose_day(folder.kept_day())
         self.announce()
         task = self._task()
+        self.prune()
         if folder.has_student():
             self._say_damage(folder)
         else:
@@ -171,6 +174,16 @@ class Pipeline:
             return learnable(chosen, self.recipe)
         self.rollouts = Rollouts(self.pair, chosen, self.day)
         return self.rollouts.written(self._load_writer, self.backend, self.view)
+
+    def prune(self) -> Path:
+        """Cut the student's base as the recipe says; the folder, which the student begins as."""
+        if self.recipe.prune.cuts:
+            texts = self.prepare().train_whole if self.recipe.prune.measures else ()
+            base = PrunedBase(self.pair, texts)
+            self.pair = replace(
+                self.pair, student=base.made(self._load_base, self.backend, self.view)
+            )
+        return self.pair.student
 
     # training
 
@@ -287,6 +300,10 @@ class Pipeline:
         """Who writes once: the teacher, or the student as it is before training."""
         if self.recipe.rollouts.by == "teacher":
             return self._load_teacher()
+        return self._load_base()
+
+    def _load_base(self) -> LiveTeacher:
+        """The student as it is before training."""
         asked = self.recipe.student
         return self.backend.load_teacher(self.pair.student, asked.model, 0, asked.compute_dtype)
 
@@ -381,4 +398,24 @@ def write(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
         pipeline.prepare()
         assert pipeline.rollouts is not None  # nothing else was let in
         folders.append(pipeline.rollouts.folder)
+    return folders
+
+
+def prune(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:
+    """Make the pruned models that recipes' students begin as; returns their folders.
+
+    Raises `DistillError`.
+    """
+    for recipe in recipes:
+        if not recipe.prune.cuts:
+            raise RecipeError(
+                f"{recipe.run.name}: [prune] cuts nothing: set layers, channels or kv_heads, for "
+                "example --set prune.layers=15"
+            )
+    backend = choose_backend(backend_name)
+    folders = []
+    for recipe in recipes:
+        pipeline = Pipeline(recipe, view, backend)
+        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
+        folders.append(pipeline.prune())
     return folders

@@ -34,6 +34,7 @@ ORDER = [
     "cost",
     "teaching",
     "runs",
+    "pruning",
     "writing",
     "training",
     "scoring",

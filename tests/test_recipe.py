@@ -59,7 +59,7 @@ def test_an_unknown_field_is_refused_with_table_field_nearest_name_and_choices(w
 def test_an_unknown_table_is_refused_likewise(write):
     message = refused(write, "[optimizer]\nsteps = 5\n")
     assert (
-        "no table [optimizer] in a recipe; did you mean 'optim'? Choices: teacher, student, data,"
+        "no table [optimizer] in a recipe; did you mean 'optim'? Choices: teacher, student, prune, data,"
         in message
     )
     assert "no table [steps]" in refused(write, "", "steps.x=1")
@@ -368,6 +368,8 @@ UNREAD = {
     ("data", "messages_column", '"m"'): 'format="conversations"',
     ("teacher", "quantize_bits", "4"): 'model="some"',
     ("teacher", "compute_dtype", '"float32"'): 'model="some"',
+    ("prune", "layers_by", '"change"'): "layers=2",
+    ("prune", "examples", "8"): "channels=16",
     ("rollouts", "share", "0.5"): 'by="teacher"',
     ("rollouts", "samples", "4"): 'by="student"',
     ("rollouts", "temperature", "0.7"): 'by="teacher"',
@@ -385,6 +387,7 @@ UNREAD_WITH = {
     "optim": 'optim.optimizer="adafactor"',
     "eval": "eval.temperature=0.0",
     "rollouts": 'rollouts.by="data"',
+    "prune": "prune.channels=0",
 }
 
 
@@ -672,6 +675,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     outside = {
         "teacher": {"cache_folder"},
         "rollouts": {"folder"},
+        "prune": {"folder"},
         "run": {"name", "folder"},
         "eval": {"compare", "score_teacher", "score_base"},
     }
@@ -680,6 +684,8 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     newer["objective"] = {"skew_alpha", "mixed_weight", "entropy_half", "tvd_scale"}
     newer["objective"] |= {"dkd_target", "dkd_rest"}
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
+    newer["prune"] = set(TABLES["prune"].model_fields) - {"folder"}
+    newer["student"] = {"from_teacher"}
     newer["truncation"] = {"whole_share", "ending"}
     newer["teacher"] = {"compute_dtype"}
     assert {(table, field) for table, fields in newer.items() for field in fields} == set(

@@ -67,6 +67,7 @@ WRITES = (
     "rollouts.samples=3",
     "truncation.span=cot",
 )
+PRUNED = ("prune.folder={out}/pruned", "student.model={root}/deep")
 REWRITES = ("rollouts.by=student", "rollouts.max_new_tokens=5", "truncation.span=cot", *TWICE)
 
 # (table.field, another value, companions); the shipped defaults are the first value
@@ -115,6 +116,12 @@ CASES = {
         "2026-01-02",
         ("student.model={root}/clock", "eval.task=", "run.validate_every=0"),
     ),
+    "prune.layers": ("1", PRUNED),
+    "prune.layers_by": ("change", ("prune.layers=2", *PRUNED)),
+    "prune.channels": ("16", PRUNED),
+    "prune.kv_heads": ("1", PRUNED),
+    "prune.examples": ("1", ("prune.channels=16", *PRUNED)),
+    "prune.folder": ("{out}/tiny/pruned", ("prune.layers=1", *PRUNED)),
     "rollouts.by": ("student", WRITES),
     "rollouts.share": ("0.5", WRITES),
     "rollouts.samples": ("2", WRITES),
@@ -198,6 +205,7 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     )
     model_folder(root / "teacher", bytes_tokenizer("qwen2_5"), seed=1, layers=1)
     model_folder(root / "wide", bytes_tokenizer("qwen2_5"), seed=3, layers=1, width=64)
+    model_folder(root / "deep", bytes_tokenizer("qwen2_5"), seed=7, layers=4)
     model_folder(root / "clock", bytes_tokenizer("clock"), seed=2)
     rows_file(root / "other.jsonl", seed=9)
     rows = [json.loads(line) for line in (root / "rows.jsonl").read_text().splitlines()]
@@ -354,7 +362,8 @@ def kept() -> dict:
 
 
 def test_every_field_has_a_case():
-    assert sorted(CASES) == sorted(f"{table}.{field}" for table, field in FIELDS)
+    alias = "student.from_teacher"  # of a student.model: tests/test_pruning.py
+    assert sorted([*CASES, alias]) == sorted(f"{table}.{field}" for table, field in FIELDS)
 
 
 @pytest.mark.parametrize("field", CASES)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mlx_distill.backends.activations import Activations
 from mlx_distill.backends.oracle import Products
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import CacheError
@@ -248,6 +249,9 @@ class LiveTeacher(Model, Teacher, Protocol):
         """Ids `int32[N, S]` drawn by inverting the distribution at `uniform` float32 [N, S],
         entropy float32 [N], first most likely id [N].
         """
+
+    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
+        """How much each part does, over the tokens of `texts`, each int[T] and read by itself."""
 
     def states(self, batch: Batch) -> np.ndarray:
         """Hidden states [N, D]: float32, or bfloat16 as uint16 bits."""

@@ -64,6 +64,7 @@ class Question:
         content = {
             "models": [read_config(folder) for folder in (self.student, self.teacher) if folder],
             "tables": tables | {"optimizer": recipe["optim"]["optimizer"]},
+            "prune": recipe["prune"] if self.recipe.prune.cuts else {},
             "shapes": asdict(self.costliest),
             "machine": [asdict(self.machine), processor_name()],
             "versions": versions(),

@@ -21,7 +21,9 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     """The lines of all contradictions, the ones to mend first in front."""
     teacher, objective, truncation = recipe.teacher, recipe.objective, recipe.truncation
     batch, run, scoring = recipe.batch, recipe.run, recipe.eval
-    if not recipe.student.model:
+    yield from _prune_contradictions(recipe)
+    given = not recipe.student.from_teacher or "model" in recipe.student.model_fields_set
+    if given and not recipe.student.model:
         yield (
             f"[student] model is empty: {_lines('student', 'model')}, a hub id, a folder, a "
             ".gguf, or recipes/cot50.toml's toy embedded:student"
@@ -69,6 +71,30 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
 
 def _lines(table: str, field: str) -> str:
     return f'add the two lines [{table}] and {field} = "NAME"'
+
+
+def _prune_contradictions(recipe: "Recipe") -> Iterator[str]:
+    """What cannot be cut, or would cut nothing."""
+    student, teacher, cut = recipe.student, recipe.teacher, recipe.prune
+    if student.from_teacher and student.model and student.model != teacher.model:
+        yield (
+            f'[student] from_teacher = true begins as the teacher, but model = "{student.model}": '
+            "remove one of the two"
+        )
+    if student.from_teacher and not teacher.model:
+        yield "[student] from_teacher = true, but [teacher] model is empty: name a teacher"
+    if student.from_teacher and not cut.cuts:
+        yield (
+            "[student] from_teacher = true and nothing to prune would distil a model into itself: "
+            "set [prune] layers, channels or kv_heads"
+        )
+    if cut.cuts and not cut.folder:
+        yield "[prune] needs a place for the pruned model, but folder is empty: name one"
+    if cut.cuts and recipe.rollouts.by == "student" and not recipe.rollouts.refresh_every:
+        yield (
+            '[rollouts] by = "student" lets the base write once, but [prune] cuts it first: name '
+            "the folder that `mlx-distill prune` made as [student] model, or set refresh_every"
+        )
 
 
 def _rollouts_contradictions(recipe: "Recipe") -> Iterator[str]:

@@ -17,11 +17,19 @@ if TYPE_CHECKING:
 class Following:
     """A default as a function of the other fields, and the words for it in the reference."""
 
-    value: Callable[["Recipe"], float]
+    value: Callable[["Recipe"], float | str]
     words: str
 
 
 FOLLOWS = {
+    "student.model": Following(
+        lambda recipe: recipe.teacher.model if recipe.student.from_teacher else "",
+        "teacher.model with from_teacher",
+    ),
+    "student.revision": Following(
+        lambda recipe: recipe.teacher.revision if recipe.student.from_teacher else "main",
+        "teacher.revision with from_teacher",
+    ),
     "student.alpha": Following(lambda recipe: 2.0 * recipe.student.rank, "2 × rank"),
     "optim.learning_rate": Following(
         lambda recipe: 2e-5 if recipe.student.tuning == "full" else 2e-4,

@@ -51,6 +51,10 @@ READ_WHEN = {
     "student.alpha": ADAPTERS,
     "student.lora_layers": ADAPTERS,
     "student.lora_targets": ADAPTERS,
+    "prune.layers_by": Condition(lambda recipe: recipe.prune.layers > 0, "prune.layers above 0"),
+    "prune.examples": Condition(
+        lambda recipe: recipe.prune.measures, 'layers_by = "change", channels or kv_heads'
+    ),
     "data.prompt_column": choice(
         "data", "format", "columns", "response", "alpaca", "gsm8k", "prompts"
     ),

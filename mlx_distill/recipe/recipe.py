@@ -16,6 +16,7 @@ from mlx_distill.recipe.tables import (
     EvalTable,
     ObjectiveTable,
     OptimTable,
+    PruneTable,
     RolloutsTable,
     RunTable,
     StudentTable,
@@ -31,6 +32,7 @@ class Recipe(Table):
 
     teacher: TeacherTable = TeacherTable()
     student: StudentTable = StudentTable()
+    prune: PruneTable = PruneTable()
     data: DataTable = DataTable()
     rollouts: RolloutsTable = RolloutsTable()
     truncation: TruncationTable = TruncationTable()

@@ -78,6 +78,9 @@ class StudentTable(Table):
     revision: str = "main"
     """Of a hub id: branch, tag or commit."""
 
+    from_teacher: Annotated[bool, CameLater(False)] = False
+    """The student begins as the teacher, cut as [prune] says."""
+
     tuning: Literal["full", "lora", "dora"] = "full"
     """Train every weight, or adapters beside them."""
 
@@ -109,6 +112,36 @@ class StudentTable(Table):
 
     save_dtype: Literal["base", "float32", "bfloat16"] = "base"
     """Of the exported student; base = as its base model's."""
+
+
+class PruneTable(Table):
+    layers: Annotated[int, within(0, 10_000), CameLater(0)] = 0
+    """Blocks of the student's base that stay; 0 = all."""
+
+    layers_by: Annotated[Literal["position", "change"], CameLater("position")] = "position"
+    """Which stay: at even distances, or those that change the hidden state most (2403.03853)."""
+
+    channels: Annotated[int, within(0, 10**6), CameLater(0)] = 0
+    """Channels of each MLP that stay: the most active ones (arXiv 2407.14679); 0 = all."""
+
+    kv_heads: Annotated[int, within(0, 10_000), CameLater(0)] = 0
+    """Key-value heads that stay, with the query heads that share them; 0 = all."""
+
+    examples: Annotated[int, within(1, 65_536), CameLater(32)] = 32
+    """Training examples whose activations are looked at."""
+
+    folder: Annotated[str, OutsideDigest()] = "pruned"
+    """Where pruned models are kept; one folder may serve any number of runs."""
+
+    @property
+    def cuts(self) -> bool:
+        """Whether anything goes."""
+        return bool(self.layers or self.channels or self.kv_heads)
+
+    @property
+    def measures(self) -> bool:
+        """Whether activations decide what goes."""
+        return bool(self.channels or self.kv_heads or (self.layers and self.layers_by == "change"))
 
 
 class DataTable(Table):

@@ -8,6 +8,7 @@ is worth a probe, and what is said when memory is not enough.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +25,8 @@ from mlx_distill.data.prepare import Prepared
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.machine import Machine, this_machine
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.prune import pruned_config
+from mlx_distill.pruning.of_recipe import PrunedBase
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.terminal.show import account, count_table
@@ -57,7 +60,18 @@ def plan_of(
     pair = Pair.of(recipe, weights)
     day = choose_day(recipe.data, pair.tokenizer, [RunFolder.of(recipe).kept_day()])
     prepared = known_sequences(pair, day)
-    return prepared, *_planned(recipe, prepared, pair.student, pair.teacher, machine, advised)
+    student = pair.student
+    if recipe.prune.cuts and weights:
+        student = PrunedBase(pair, prepared.train_whole).existing()
+    return prepared, *_planned(recipe, prepared, student, pair.teacher, machine, advised)
+
+
+def student_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The config.json of the student, or of the base in `folder` with the sizes that it will have."""
+    config, cut = read_config(folder), recipe.prune
+    if not cut.cuts:
+        return config
+    return pruned_config(config, recipe.student.model, cut.layers, cut.channels, cut.kv_heads)
 
 
 def _planned(
@@ -69,7 +83,7 @@ def _planned(
     advised: bool = True,
 ) -> tuple[Plan, Question]:
     """With the peak that an earlier probe measured, if one did."""
-    configs = read_config(teacher) if teacher else None, read_config(student)
+    configs = read_config(teacher) if teacher else None, student_config(recipe, student)
     made = make_plan(recipe, prepared, *configs, machine, advised)
     question = Question(recipe, student, teacher, made.costliest, machine)
     return made.with_measured(kept_answer(question)), question
@@ -179,7 +193,7 @@ def shortage(
         expected, _ = _planned(recipe, prepared, student, teacher, machine)
         peak = expected.peak.total
         less = int(0.8 * min(peak, machine.memory_bytes or peak))
-        configs = read_config(teacher) if teacher else None, read_config(student)
+        configs = read_config(teacher) if teacher else None, student_config(recipe, student)
         tight = make_plan(recipe, prepared, *configs, replace(machine, memory_bytes=less))
     except ModelError:
         return (

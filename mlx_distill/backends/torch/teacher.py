@@ -5,14 +5,16 @@ takes; for a cache what is left of the distributions over the vocabulary, made o
 a time: [N, V] is never made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mlx_distill.backends.activations import Activations
 from mlx_distill.backends.torch import ranks as together
+from mlx_distill.backends.torch.activations import activations
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.generate import TorchModel
 from mlx_distill.backends.torch.heads import FLOOR, Head, MatrixHead
@@ -46,6 +48,10 @@ class TorchTeacher(TorchModel):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, entropy, top = self._by_chunk(batch, rows, _draw, self.tensor(uniform))
         return ids, entropy, top
+
+    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
+        with explained("reading texts"):
+            return activations(self.split, texts, head_dim)
 
     @torch.no_grad()
     def states(self, batch: Batch) -> np.ndarray:
