@@ -5,7 +5,6 @@ call also continues a run that was stopped anywhere.
 """
 
 import datetime
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -39,13 +38,13 @@ from mlx_distill.runs.provenance import make_start
 from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder, SilentFolder, TrainState
 from mlx_distill.runs.sample import make_sample
-from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.of_run import score_run
 from mlx_distill.scoring.task_scores import TaskScores, changed_generations, forget_score
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.folder import TeacherCache
 from mlx_distill.teaching.of_recipe import asked_of_teacher, cache_of, days_of, filled
+from mlx_distill.terminal.last_words import last_words
 from mlx_distill.terminal.plan import announce, shortage
 from mlx_distill.training.loop import Source, Training, restore
 from mlx_distill.verify.tasks import Task, load_task
@@ -324,6 +323,7 @@ class Pipeline:
         folder.update(
             Manifest,
             exported_step=exported,
+            trained_steps=state.step,
             elapsed_seconds=state.elapsed_seconds,
             tokens_read=state.tokens_seen,
             loss_tokens=state.loss_tokens_seen,
@@ -342,10 +342,7 @@ class Pipeline:
         if note := write_card(folder):
             self.view.say(f"note: {note}")
         report([folder.path], folder.path)
-        if note := unfinished_note(self.recipe, folder.readable(TaskScores).whole):
-            self.view.say(f"note: {note}")
-        self.view.say(f"report: {folder.path / 'report.html'}")
-        self.view.say(f"try it: mlx-distill chat {shlex.quote(str(folder.path))}")
+        last_words(folder, self.recipe, self.view)
 
 
 def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:

@@ -17,6 +17,8 @@ WRITES = ("rollouts.max_new_tokens=6", "rollouts.batch_size=5", "truncation.span
 TEACHER_WRITES = ("rollouts.by=teacher", "rollouts.samples=2", "rollouts.share=0.6", *WRITES)
 STUDENT_WRITES = ("rollouts.by=student", "rollouts.refresh_every=2", *WRITES)
 MODES = {"full": SHORT, "lora": (*SHORT, *LORA), "torch": SHORT, "torch lora": (*SHORT, *LORA)}
+PATIENT = ("optim.patience=2", "run.validate_every=1", "optim.learning_rate=0.3", "eval.task=")
+MODES |= {"patience": PATIENT, "torch patience": PATIENT}
 MODES |= {
     "teacher writes": (*SHORT, *TEACHER_WRITES),
     "student writes": (*SHORT, *STUDENT_WRITES),

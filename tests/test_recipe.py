@@ -360,6 +360,7 @@ UNREAD = {
     ("optim", "beta2", "0.99"): 'optimizer="adamw"',
     ("optim", "eps", "1e-6"): 'optimizer="adamw"',
     ("optim", "decayed", '"all"'): "weight_decay=0.1",
+    ("optim", "patience", "2"): "steps=7; run.validate_every=5",
     ("eval", "top_p", "0.9"): "temperature=0.7",
     ("data", "prompt_column", '"q"'): 'format="gsm8k"',
     ("data", "cot_column", '"c"'): 'format="columns"',
@@ -403,6 +404,7 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
         "quantize_bits": "teacher.model=",
         "compute_dtype": "teacher.model=",
         "decayed": "optim.weight_decay=0.0",
+        "patience": "run.validate_every=0",
         "cache_folder": "teacher.cache=off",
         "cache_top_k": "teacher.cache=off",
         "cache_samples": "teacher.cache=off",
@@ -680,7 +682,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
         "eval": {"compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST
-    newer = {"data": {"date"}, "optim": {"decayed"}}
+    newer = {"data": {"date"}, "optim": {"decayed", "patience"}}
     newer["objective"] = {"skew_alpha", "mixed_weight", "entropy_half", "tvd_scale"}
     newer["objective"] |= {"dkd_target", "dkd_rest"}
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}

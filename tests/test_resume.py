@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from endings import STUDENT, TORCH_STUDENT, arguments, assert_same, logged
+from endings import STUDENT, TORCH_STUDENT, arguments, assert_same, ending, logged
 
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
@@ -88,6 +88,25 @@ def test_a_run_on_torch_killed_in_turn(run_tiny, never_stopped, tmp_path, mode):
         assert run_tiny(mode, **kill).code == -9, kill
     assert run_tiny(mode).code == 0
     assert_same(tmp_path / "tiny", never_stopped(mode))
+
+
+@pytest.mark.parametrize("mode", ["patience", "torch patience"])
+def test_a_run_out_of_patience_ends_there_after_kills_too(run_tiny, never_stopped, tmp_path, mode):
+    expected = never_stopped(mode)
+    assert [row["step"] for row in expected["validation.jsonl"]] == [0, 1, 2, 3]
+    assert expected["manifest.json"]["trained_steps"] == 3
+    student = TORCH_STUDENT if mode.startswith("torch") else STUDENT
+    for kill in (
+        dict(at=f"{student}.apply", call=2, when="after"),
+        dict(at=f"{RUN}.append", call=3, when="after"),  # a validation, before its checkpoint
+        dict(at=f"{RUN}.write_student"),
+    ):
+        assert run_tiny(mode, **kill).code == -9, kill
+    result = run_tiny(mode)
+    assert result.code == 0, result.err
+    said = "training ends after step 3 of 6: validation was best after step 1 (optim.patience = 2)"
+    assert said in result.out
+    assert ending(tmp_path / "tiny") == expected
 
 
 @pytest.mark.parametrize(

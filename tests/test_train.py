@@ -171,8 +171,34 @@ def test_every_step_has_one_row_with_all_that_is_promised(training):
         "footprint_bytes",
         "flops",
     }
+    # the first step compiles, so that it tells nothing of the rate
+    assert [row["tokens_per_second"] is None for row in rows] == [True, *[False] * 5]
     assert all(promised <= row.keys() for row in rows)
     assert made.student.rates == [row["learning_rate"] for row in rows] == [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    "losses, patience, ends, best",
+    [
+        ([5, 3, 2, 4, 2, 9], 2, 4, 2),  # an equal loss is no better one
+        ([1, 3, 4, 0, 0, 0], 1, 2, 1),  # what was before training does not count
+        ([5, 4, 5, 3, 4, 2, 1], 2, 6, 6),
+        ([5, 3, 4, 4, 4, 4, 4], 0, 6, 1),
+    ],
+)
+def test_training_ends_when_validation_no_longer_falls(
+    training, monkeypatch, losses, patience, ends, best
+):
+    tables = {"optim": {"patience": patience}, "run": {"validate_every": 1}}
+    monkeypatch.setattr(loop, "validation_terms", write_script(losses))
+    made = training(**tables)
+    state = made.train()
+    assert (state.step, state.best_step) == (ends, best)
+    said = made.view.console.file.getvalue()
+    assert (f"training ends after step {ends} of 6: validation was best" in said) == (ends < 6)
+    again = training(**tables)  # its checkpoint says the same, and nothing is asked again
+    assert again.train().step == ends
+    assert len(logged(made.run.path, "metrics.jsonl")) == ends
 
 
 def test_a_new_term_is_logged_shown_and_drawn_by_its_name(training, monkeypatch):

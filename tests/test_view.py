@@ -84,3 +84,107 @@ def test_the_first_line_says_in_what_the_student_computes(tiny_recipe, asked, sa
     recipe = load_recipe(tiny_recipe, [f"student.compute_dtype={asked}"])
     Pipeline(recipe, View(Console(file=text)), MlxBackend()).announce()
     assert text.getvalue().startswith("backend mlx on ") and f", {said}" in text.getvalue()
+
+
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_view(width=80, terminal=False):
+    clock = Clock()
+    screen = Screen(file=io.StringIO(), width=width, force_terminal=terminal)
+    return View(screen, clock), clock
+
+
+def numbers_of(step):
+    more = {"loss": 0.5, "kd": 0.25, "ce": 1.0, "peak_bytes": 5.6e8}
+    return more if step == 1 else more | {"tokens_per_second": 12_345.6}
+
+
+def test_the_time_left_is_told_without_a_terminal_and_the_first_step_is_not_counted():
+    view, clock = make_view(200)
+    view.start(20, 0)
+    for step in range(1, 21):
+        clock.now += 60 if step == 1 else 2  # it compiles
+        view.step(step, numbers_of(step), ["kd"])
+    lines = view.console.file.getvalue().splitlines()
+    assert lines[0] == "training 1/20  loss 0.5000  kd 0.2500  peak 0.56 GB"
+    assert lines[1].startswith("training 2/20  left 36 s  loss 0.5000")
+    assert lines[1].endswith("  12,346 tok/s  peak 0.56 GB")
+    assert "training 19/20  left 2.0 s" in lines[18] and "left" not in lines[19]
+
+
+def test_a_continued_run_tells_its_own_pace():
+    view, clock = make_view(200)
+    view.start(20, 10)
+    for step in (11, 12, 13):
+        clock.now += 3
+        view.step(step, numbers_of(step), [])
+    assert "training 13/20  left 21 s  loss" in view.console.file.getvalue().splitlines()[-1]
+
+
+def test_other_work_tells_its_time_from_its_first_piece_on():
+    view, clock = make_view()
+    count = view.count("asking the teacher", 40)
+    clock.now += 5
+    count(10)
+    count(0)
+    clock.now += 5
+    count(30)
+    said = "asking the teacher 10/40  left 15 s\nasking the teacher 40/40\n"
+    assert view.console.file.getvalue() == said
+
+
+@pytest.mark.parametrize("width", [30, 40, 80, 200])
+def test_lines_are_folded_between_their_fields(width):
+    view, clock = make_view(width)
+    view.start(4, 0)
+    for step in (1, 2, 3):
+        clock.now += 100
+        view.step(step, numbers_of(2), ["kd", "ce"])
+    view.validation(
+        3,
+        {f"{name}_{part}": 0.125 for name in ("kl", "ce") for part in ("cot", "answer")}
+        | {"loss": 1},
+    )
+    text = view.console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= max(
+        width, len("validation after step 3: loss 1.0000")
+    )
+    fields = [field for line in text.splitlines() for field in line.strip().split("  ")]
+    assert fields[6:13] == [
+        "training 2/4", "left 3 min 20 s", "loss 0.5000", "kd 0.2500", "ce 1.0000", "12,346 tok/s",
+        "peak 0.56 GB",
+    ]  # fmt: skip
+    assert fields[-4:] == ["kl_cot 0.1250", "kl_answer 0.1250", "ce_cot 0.1250", "ce_answer 0.1250"]
+
+
+def test_a_live_bar_fits_its_terminal():
+    for width in (60, 80):
+        view, clock = make_view(width, terminal=True)
+        with view:
+            view.start(10_000, 9_000)
+            for step in (9_001, 9_002):
+                clock.now += 100
+                view.step(step, numbers_of(2), ["kd"])
+            shown = view._bar.get_renderable()
+            lines = view.console.render_lines(shown, pad=False)
+            said = "".join(segment.text for segment in lines[0])
+            assert len(lines) == 1 and len(said) <= width
+            assert "9002/10000" in said and "left 27 h 43 min" in said
+            assert ("loss 0.5000" in said) == (width == 80)
+            view.doing("half of the tokens, with the teacher, seed 1: training 50/100", True)
+            lines = view.console.render_lines(view._bar.get_renderable(), pad=False)
+            assert len(lines) == 1
+
+
+def test_what_a_run_is_at_is_a_line_where_it_is_news():
+    view, _ = make_view()
+    view.doing("a tenth of the tokens: training 3/10", False)
+    view.doing("a tenth of the tokens: training 5/10", True)
+    assert view.console.file.getvalue() == "a tenth of the tokens: training 5/10\n"

@@ -88,6 +88,9 @@ READ_WHEN = {
     "optim.beta1": MOMENTA,
     "optim.beta2": MOMENTA,
     "optim.eps": choice("optim", "optimizer", "adamw"),
+    "optim.patience": Condition(
+        lambda recipe: recipe.run.validate_every > 0, "a validate_every above 0"
+    ),
     "eval.top_p": Condition(lambda recipe: recipe.eval.temperature > 0, "a temperature above 0"),
 }
 

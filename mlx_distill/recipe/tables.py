@@ -344,6 +344,9 @@ class OptimTable(Table):
     steps: Annotated[int, within(0, 10**6)] = 0
     """Optimizer steps, instead of epochs; 0 = as many as epochs ask for."""
 
+    patience: Annotated[int, within(0, 10_000), CameLater(0)] = 0
+    """Validations in a row without a lower loss after which training ends; 0 = never."""
+
 
 class EvalTable(Table):
     task: str = ""

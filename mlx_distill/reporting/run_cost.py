@@ -28,7 +28,7 @@ def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
     held = ", ".join(f"{name} {_bytes(run, name)}" for name in ("active", "footprint"))
     split = ", ".join(f"{part} {amount(n)}" for part, n in made.flops.items() if part != "total")
     remarks = {
-        "training time": f"{cost['steps']} of {planned} steps",
+        "training time": f"{cost['steps']} of {planned} steps{_why_fewer(run)}",
         "peak memory": held,
         "tokens read": f"{cost['with loss']} carried loss",
         "tokens per second": "median over steps",
@@ -38,6 +38,12 @@ def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
         (cost[name], name, remark if cost[name] != DASH else "not recorded")
         for name, remark in remarks.items()
     ]
+
+
+def _why_fewer(run: Run) -> str:
+    made = run.manifest
+    early = None not in (made.steps, made.trained_steps) and made.trained_steps != made.steps
+    return ", ended by optim.patience" if early else ""
 
 
 def _column(run: Run, name: str) -> list[float]:

@@ -74,7 +74,9 @@ class Start(Record):
 
 
 class Manifest(Record):
-    """exported_step: whose weights became the student, None before that. elapsed_seconds,
+    """exported_step: whose weights became the student, None before that. trained_steps: after how
+    many of the planned `steps` training ended, None in manifests of versions that had no
+    `optim.patience`. elapsed_seconds,
     tokens_read, loss_tokens and flops (by part, and `total`) are of the whole training. written:
     texts of a model that the run learned. logs, student_files: the SHA-256 of both logs and of each
     file of the student. card: of its README.md, which a person may change. prompt_date, tokens_read, loss_tokens
@@ -104,6 +106,7 @@ class Manifest(Record):
     written: Written | None = None
     starts: list[Start] = Field(default_factory=list)
     exported_step: Count | None = None
+    trained_steps: Count | None = None
     elapsed_seconds: Number | None = None
     tokens_read: Count | None = None
     loss_tokens: Count | None = None

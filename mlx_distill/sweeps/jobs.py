@@ -73,10 +73,11 @@ def side_by_side(
     at_once: int = 1,
     memory_bytes: float = 0,
     say: Callable[[str], None] = lambda text: None,
+    watch: Callable[[Job], None] = lambda job: None,
 ) -> Iterator[Ended]:
     """Run all jobs in their order, at most `at_once` together and no more than `memory_bytes` hold
     (0: not known), and yield each as it ends. One whose work another process is at waits until that
-    is through.
+    is through. `watch` is called with each that runs, again and again.
 
     On Ctrl-C the children get it too; those that end then are still yielded, and
     `KeyboardInterrupt` follows.
@@ -91,6 +92,8 @@ def side_by_side(
                 waiting.remove(job)
                 running[job] = _start(job, environment), time.monotonic()
             yield from _ended(running)
+            for one in running:
+                watch(one)
             if not job:
                 time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:

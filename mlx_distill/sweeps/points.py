@@ -24,6 +24,7 @@ from mlx_distill.recipe.contradictions import cache_serves
 from mlx_distill.recipe.load import build_recipe
 from mlx_distill.recipe.recipe import OUTSIDE_DIGEST, Recipe, with_values
 from mlx_distill.recipe.tables import TeacherTable, TruncationTable
+from mlx_distill.reporting.condition_words import in_words
 from mlx_distill.reporting.study import MATCHED
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
@@ -55,6 +56,13 @@ class Point:
     @property
     def name(self) -> str:
         return self.recipe.run.name
+
+    @property
+    def words(self) -> str:
+        """What it is called where a person reads it: its condition and its seed."""
+        settings = in_words(self.settings)
+        named = f"{self.label}, {settings}" if self.label == MATCHED else self.label or settings
+        return f"{named or 'as in the recipe'}, seed {self.recipe.run.seed}"
 
     @property
     def folder(self) -> RunFolder:

@@ -27,6 +27,7 @@ from mlx_distill.signals import ended_by_signals
 from mlx_distill.sweeps.jobs import Ended, Job, side_by_side
 from mlx_distill.sweeps.outline import planned
 from mlx_distill.sweeps.points import Point
+from mlx_distill.sweeps.progress import Mirror, Runs
 from mlx_distill.sweeps.results import shared_scores, student_row, write_results
 from mlx_distill.sweeps.sweep import Sweep, distinct
 from mlx_distill.view import View
@@ -152,7 +153,8 @@ class Queue:
         by_job = {self._job(point): point for point in self.missing}
         memory = this_machine(self.backend).memory_bytes if self.at_once > 1 else 0
         progress = self.view.count("runs", len(by_job))
-        for ended in side_by_side(list(by_job), self.at_once, memory, self.view.say):
+        watch = Runs(self.view, {job: point.words for job, point in by_job.items()})
+        for ended in side_by_side(list(by_job), self.at_once, memory, self.view.say, watch):
             if not ended.stopped:
                 self._account(by_job[ended.job], ended)
                 progress(1)
@@ -160,12 +162,11 @@ class Queue:
     def _account(self, point: Point, ended: Ended) -> None:
         if ended.trouble:
             self.troubles[point.folder.path] = ended.trouble
-            self.view.say(f"{point.name}: failed: {ended.trouble}")
+            self.view.say(f"{point.words}: failed: {ended.trouble} ({point.name})")
         else:
-            self.view.say(
-                f"{point.name}: {percent(student_row(point).accuracy)} after "
-                f"{duration(ended.seconds)}"
-            )
+            solved = percent(student_row(point).accuracy)
+            took = f"{solved} after {duration(ended.seconds)}"
+            self.view.say_fields([f"{point.words}: {took}", f"({point.name})"])
         for one in self._sweeps_of(point):
             write_results(one, self.troubles)
 
@@ -179,7 +180,7 @@ class Queue:
         flags = {"score_base": "base" in one.shared, "score_teacher": "teacher" in one.shared}
         scoring = dataclasses.replace(done[0], recipe=with_values(done[0].recipe, eval=flags))
         self.view.say(f"scoring {' and '.join(sorted(one.shared))}")
-        for ended in side_by_side([self._job(scoring)]):
+        for ended in side_by_side([self._job(scoring)], watch=Mirror(self.view)):
             if ended.trouble:
                 self.troubles[done[0].folder.path] = f"scoring what all runs share: {ended.trouble}"
 
@@ -200,7 +201,7 @@ class Queue:
         log = self.sweeps[0].folder / "logs" / "teacher.log"
         arguments = ("teach", *map(str, recipes), "--backend", self.backend)
         self.view.say("asking the teacher once for all runs that read its answers")
-        for ended in side_by_side([Job("teacher", arguments, log)]):
+        for ended in side_by_side([Job("teacher", arguments, log)], watch=Mirror(self.view)):
             if ended.trouble:
                 self.view.say(
                     "note: the teacher pass failed, so each run makes what it lacks: "

@@ -98,7 +98,7 @@ def student_row(point: Point) -> Row:
     kl = kl_before_after(run)[1]
     return dataclasses.replace(
         row,
-        steps=made.steps or 0,
+        steps=made.steps or 0 if made.trained_steps is None else made.trained_steps,
         exported_step=made.exported_step or 0,
         tokens_read=made.tokens_read or sum(row.tokens for row in logged),
         loss_tokens=made.loss_tokens or sum(row.loss_tokens for row in logged),

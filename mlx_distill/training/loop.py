@@ -69,6 +69,7 @@ class Training:
         # one yardstick for every recipe: forward KL at temperature 1, weighed as the recipe weighs
         # its divergence
         self.yardstick = Objective(kd_weight=self.objective.kd_weight)
+        self.first_step = True  # of this process: it compiles, which tells nothing of the rate
         self.state = TrainState(
             recipe_digest=self.recipe.digest(), inputs_digest=self.inputs_digest, flops={}
         )
@@ -79,18 +80,34 @@ class Training:
         """
         self._resume()
         self.view.start(len(self.source), self.state.step)
-        while self.state.step < len(self.source):
+        while self.state.step < len(self.source) and not self._out_of_patience():
             began = time.perf_counter()
             step = self.source.step(self.state.step)
             self._step(step, time.perf_counter() - began)
             done = self.state.step == len(self.source)
             improved = self._due(self.recipe.run.validate_every, done) and self._validate()
             stop = self._any(self.stop_asked())
+            done = done or self._out_of_patience()
             if improved or stop or self._due(self.recipe.run.checkpoint_every, done):
                 self._save()
             if stop:
                 raise Interrupted(f"saved at step {self.state.step} in {self.run.path}")
+        if self.state.step < len(self.source):
+            self.view.say(
+                f"training ends after step {self.state.step} of {len(self.source)}: validation was "
+                f"best after step {self.state.best_step} (optim.patience = "
+                f"{self.recipe.optim.patience})"
+            )
         return self.state
+
+    def _out_of_patience(self) -> bool:
+        """Whether the last `patience` validations were no better than the best one before them. A
+        function of the state, so that a run that is continued ends where it would have.
+        """
+        patience, every = self.recipe.optim.patience, self.recipe.run.validate_every
+        if not patience or self.state.best_step < 0:
+            return False
+        return self.state.step - self.state.best_step >= patience * every
 
     def _resume(self) -> None:
         last = self._newest()
@@ -221,10 +238,11 @@ class Training:
             loss_tokens=int(step.loss_tokens),
             seconds=seconds,
             source_seconds=source_seconds,
-            tokens_per_second=step.tokens / seconds,
+            tokens_per_second=None if self.first_step else step.tokens / seconds,
             flops=flops,
             **dataclasses.asdict(self.backend.memory()),
         )
+        self.first_step = False
         self.run.append(row)
         self.view.step(row.step, row.numbers, self.objective.weights_of(sums.terms))
 
