@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_distill import __version__
+from mlx_distill.awake import kept_awake
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.signals import ended_by_signals
@@ -383,14 +384,16 @@ def _keep_torch_out() -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[View]:
-    """A view to work in; Ctrl-C, or a polite kill, ends the work with a line and exit code 130."""
+    """A view to work in, while a Mac stays awake; Ctrl-C, or a polite kill, ends the work with a
+    line and exit code 130.
+    """
     if callable(
         signal.getsignal(signal.SIGINT)
     ):  # it may be ignored; else files will now be written that are to be left whole
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with View(console) as view:
         try:
-            with ended_by_signals():
+            with ended_by_signals(), kept_awake():
                 yield view
         except KeyboardInterrupt:
             view.say("stopped. The same command continues from what was saved last.")

@@ -176,6 +176,16 @@ def is_left_by_a_system(name: str) -> bool:
     return name in LEFT_BY_SYSTEMS or name.startswith(COMPANION)
 
 
+def of_people(folder: Path, pattern: str = "*") -> list[Path]:
+    """What lies in a folder under such names, in order, but for what a system put there. Nothing
+    where there is no folder; raises `OSError` for one that cannot be read.
+    """
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(
+        path for path in there if path.match(pattern) and not is_left_by_a_system(path.name)
+    )
+
+
 # through to the disk
 
 

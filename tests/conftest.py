@@ -286,17 +286,37 @@ def command_line(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
 
 
 @pytest.fixture(scope="session")
-def on_a_mac(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
-    """The same on a pretended Mac with Metal (`fakemac/README.md`)."""
+def pretended_mac(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
+    """`command_line` on a pretended Mac with Metal (`fakemac/README.md`), as a user has it."""
     path = (str(FAKEMAC / "site"), os.environ.get("PYTHONPATH", ""))
-    users = {name: word for name, word in os.environ.items() if name not in ON_A_CPU}
-    pretended = users | {
+    environment = _users() | {
         "FAKEMAC": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "PATH": os.pathsep.join((str(FAKEMAC / "bin"), os.environ["PATH"])),
     }
-    with _commands(tmp_path_factory.mktemp("elsewhere"), pretended) as command:
+    if sys.platform == "darwin" and "FAKEMAC" not in os.environ:
+        pytest.skip("a real Mac is at hand")
+    with _commands(tmp_path_factory.mktemp("elsewhere"), environment) as command:
         yield command
+
+
+@pytest.fixture(scope="session")
+def real_mac(tmp_path_factory) -> Iterator[Callable[..., SimpleNamespace]]:
+    """`command_line` on this Mac's GPU."""
+    if sys.platform != "darwin" or "FAKEMAC" in os.environ:
+        pytest.skip("needs a Mac")
+    with _commands(tmp_path_factory.mktemp("elsewhere"), _users()) as command:
+        yield command
+
+
+@pytest.fixture(params=["pretended_mac", pytest.param("real_mac", marks=pytest.mark.metal)])
+def on_a_mac(request: pytest.FixtureRequest) -> Callable[..., SimpleNamespace]:
+    """`command_line` on either."""
+    return request.getfixturevalue(request.param)
+
+
+def _users() -> dict[str, str]:
+    return {name: word for name, word in os.environ.items() if name not in ON_A_CPU}
 
 
 @contextmanager

@@ -19,6 +19,7 @@ ORDER = [
     "files",
     "signals",
     "processes",
+    "awake",
     "slots",
     "blas",
     "machine",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import all_lines
+from mlx_distill.files import all_lines, of_people
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_generation_config
 from mlx_distill.models.shards import write_shards
@@ -106,7 +106,7 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if templates := sorted((base / OTHER_TEMPLATES).glob("[!.]*.jinja")):
+    if templates := of_people(base / OTHER_TEMPLATES, "*.jinja"):
         (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
         for file in templates:
             shutil.copyfile(file, folder / OTHER_TEMPLATES / file.name)

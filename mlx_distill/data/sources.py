@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_distill.data.examples import MOST_HELD_OUT, Example, make_example
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.files import all_lines, one_line
+from mlx_distill.files import all_lines, of_people, one_line
 from mlx_distill.readers import path_of, read_json, read_json_lines, read_lines, read_text
 from mlx_distill.recipe.tables import DataTable
 
@@ -58,11 +58,7 @@ def _ending(path: Path) -> str:
 
 def _neighbours(path: Path) -> str:
     folder = path if path.is_dir() else path.parent
-    names = (
-        sorted(file.name for file in folder.iterdir() if _ending(file) in SOURCES)
-        if folder.is_dir()
-        else []
-    )
+    names = [file.name for file in of_people(folder) if _ending(file) in SOURCES]
     return f" ({folder} holds {', '.join(names[:8])})" if names else ""
 
 

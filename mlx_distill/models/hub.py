@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx_distill
 from mlx_distill.errors import ModelError, NotFound
-from mlx_distill.files import COMPANION, sha256_of
+from mlx_distill.files import of_people, sha256_of
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.shards import WEIGHT_FILES
 from mlx_distill.models.tokenizer import TOKENIZER_FILES, load_tokenizer
@@ -120,13 +120,9 @@ def _checked(folder: Path, name: str, weights: bool) -> Path:
 
 def _other_weights(folder: Path) -> str | None:
     """A file of weights in another format; adapters are known by `read_weights`."""
-    found = (
-        file.name
-        for pattern in ("*.bin", "*.safetensors", "*.gguf")
-        for file in folder.glob(pattern)
-    )
-    others = ("adapter", COMPANION)
-    return next((file for file in found if not file.startswith(others)), None)
+    patterns = ("*.bin", "*.safetensors", "*.gguf")
+    found = [file.name for pattern in patterns for file in of_people(folder, pattern)]
+    return next((name for name in found if not name.startswith("adapter")), None)
 
 
 def _shown(name: str) -> str:
@@ -142,7 +138,7 @@ def _advice(folder: Path) -> str:
             "it is an adapter: fuse it into its base model (peft's merge_and_unload) and name "
             "the folder of the result"
         )
-    if found := sorted(folder.glob("[!.]*.gguf")):
+    if found := of_people(folder, "*.gguf"):
         return f"name the file in it: {found[0]}"
     if found := sorted(folder.glob("*/config.json")):
         return f"a model lies one level down: {found[0].parent}"

@@ -7,12 +7,15 @@ file's on a text of all kinds, and the file's are taken.
 """
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import one_line, sha256_of
+from mlx_distill.files import of_people, one_line, sha256_of
 from mlx_distill.readers import read_json
 
 if TYPE_CHECKING:
@@ -113,12 +116,32 @@ def _opened(folder: Path, as_file: bool = False) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     kind = PreTrainedTokenizerFast if as_file else AutoTokenizer
+    options = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        with _without_companions(folder) as place:
+            return kind.from_pretrained(str(place), **options)
     except (
         Exception
     ) as error:  # a broken tokenizer.json surfaces as a bare Exception of the Rust library
         raise _unreadable(folder, error) from error
+
+
+@contextmanager
+def _without_companions(folder: Path) -> Iterator[Path]:
+    """The folder; where a system put files between its templates, which transformers would take for
+    templates, one of links to all others.
+    """
+    templates = folder / OTHER_TEMPLATES
+    if not templates.is_dir() or len(of_people(templates)) == len(list(templates.iterdir())):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx-distill-tokenizer-") as place:
+        there = Path(place)
+        (there / OTHER_TEMPLATES).mkdir()
+        files = [file for file in of_people(folder) if file != templates]
+        for file in (*files, *of_people(templates)):
+            (there / file.relative_to(folder)).symlink_to(file.absolute())
+        yield there
 
 
 def _file(folder: Path) -> "Tokenizer":

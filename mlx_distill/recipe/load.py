@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from mlx_distill import readers
 from mlx_distill.errors import NotFound, RecipeError
+from mlx_distill.files import of_people
 from mlx_distill.recipe.complaints import describe, found_as, near, short
 from mlx_distill.recipe.contradictions import wrong_name
 from mlx_distill.recipe.read_when import is_read
@@ -74,7 +75,7 @@ def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
     try:
         return readers.read_toml(path)
     except NotFound:
-        there = [file.name for file in path.parent.glob("*.toml")]
+        there = [file.name for file in of_people(path.parent, "*.toml")]
         nearest = difflib.get_close_matches(path.name, there, 1)
     hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else "; recipes/ has examples"
     raise NotFound(f"no {what} at {path}{', which is a folder' if path.is_dir() else ''}{hint}")

@@ -8,7 +8,7 @@ manifest, or a recipe with every field in our order. A person may have files of 
 from pathlib import Path
 
 from mlx_distill.errors import DistillError, RunError
-from mlx_distill.files import is_left_by_a_system, one_line, remedy
+from mlx_distill.files import of_people, one_line, remedy
 from mlx_distill.readers import read_text
 from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.runs import own_files
@@ -52,7 +52,7 @@ def _is_begun(path: Path, names: set[str]) -> bool:
         return _is_ours(path / "recipe.toml")
     if locked and "checkpoints" in names:  # a report comes after a recipe
         return not names & set(own_files.REPORTS)
-    return names <= {"checkpoints", ".recipe.toml.tmp"} and not any(checkpoints.iterdir())
+    return names <= {"checkpoints", ".recipe.toml.tmp"} and not of_people(checkpoints)
 
 
 def _is_ours(recipe: Path) -> bool:
@@ -60,8 +60,3 @@ def _is_ours(recipe: Path) -> bool:
         return load_kept_recipe(recipe).toml() == read_text(recipe)
     except DistillError:
         return False
-
-
-def of_people(folder: Path) -> list[Path]:
-    """What lies in a folder, in order, but for what a system put there."""
-    return sorted(entry for entry in folder.iterdir() if not is_left_by_a_system(entry.name))

@@ -22,14 +22,14 @@ from mlx_distill import files
 from mlx_distill.backends.failures import explained
 from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
-from mlx_distill.files import InUse, flush_folder, one_line, remedy, told_as
+from mlx_distill.files import InUse, flush_folder, of_people, one_line, remedy, told_as
 from mlx_distill.readers import read_text
 from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.runs import own_files
 from mlx_distill.runs.checkpoints import UNWRITTEN, Checkpoints, TrainState
 from mlx_distill.runs.manifest import Manifest
-from mlx_distill.runs.ownership import of_people, refuse_other_folder
+from mlx_distill.runs.ownership import refuse_other_folder
 from mlx_distill.runs.record import Record
 from mlx_distill.runs.rows import LOGS, Row
 from mlx_distill.runs.small_files import INTACT, Say, SmallFiles, quiet

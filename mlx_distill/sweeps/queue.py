@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mlx_distill.data.day import share_day
 from mlx_distill.errors import DistillError, RunError
+from mlx_distill.files import of_people
 from mlx_distill.machine import this_machine
 from mlx_distill.readers import read_text
 from mlx_distill.recipe.recipe import with_values
@@ -95,7 +96,7 @@ def _refuse_foreign(one: Sweep) -> None:
     or its results.
     """
     there = [path for name in (*PARTS, *RESULTS) if (path := one.folder / name).exists()]
-    foreign = [path for path in there if not path.is_dir() or any(path.iterdir())]
+    foreign = [path for path in there if not path.is_dir() or of_people(path)]
     if not foreign or (one.folder / LOCK).exists():
         return
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DataError, NotFound
+from mlx_distill.files import of_people
 from mlx_distill.readers import is_text, path_of, read_json_lines
 from mlx_distill.verify import TEXT, compared_as, states
 
@@ -165,7 +166,7 @@ def _drawn(
     """
     if not path.is_file():
         near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.jsonl")], 1
+            path.name, [p.name for p in of_people(path.parent, "*.jsonl")], 1
         )
         raise NotFound(
             f"no task file at {path}"
