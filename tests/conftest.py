@@ -155,7 +155,6 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_folder(smollm2_gguf: Path) -> Path:
     """The same model as a Hugging Face folder (270 MB), made by our converter."""
-    pytest.importorskip("gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLX_DISTILL_CACHE", str(_cache() / "converted"))
         return model_folder(str(smollm2_gguf))

@@ -240,7 +240,11 @@ def ending(folder: Path) -> dict:
         row.step: row.loss for row in RunFolder(folder).rows(MetricsRow) if row.loss is not None
     }
     return {
-        "student": {path.name: path.read_bytes() for path in (folder / "student").iterdir()},
+        "student": {
+            path.name: path.read_bytes()
+            for path in (folder / "student").iterdir()
+            if path.name != "README.md"  # it says times, and a damaged one is left as it is
+        },
         "totals": {
             name: manifest.get(name)
             for name in ("exported_step", "tokens_read", "loss_tokens", "flops", "models", "steps")

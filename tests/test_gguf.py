@@ -8,7 +8,6 @@ vocabularies are `network` tests.
 
 import json
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.models import hub
 from mlx_distill.models.gguf.convert import DType, convert
-from mlx_distill.models.gguf.file import GGUFFile, read_gguf
+from mlx_distill.models.gguf.file import GGUFFile
 from mlx_distill.models.gguf.tensors import BLOCK_TENSORS, EXTRA_BLOCK_TENSORS
 from mlx_distill.models.gguf.tokenizer import build_tokenizer
 
@@ -469,12 +468,6 @@ def test_damaged_missing_and_occupied(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(ModelError, match="already exists"):
         convert(path, tmp_path / "model")
-
-
-def test_gguf_package_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModelError, match=r"pip install 'mlx-distill\[gguf\]'"):
-        read_gguf(tmp_path / "tiny.gguf")
 
 
 def test_disk_full_is_one_line_and_leaves_nothing(

@@ -4,7 +4,7 @@ In: one GGUF file, whatever its quantisation. Out: a folder that mlx-lm and tran
 safetensors, `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` with
 the chat template. Decided here: the folder appears whole or not at all. What is not understood is
 refused by name, because a guess would be a model that runs and is wrong. Reading and dequantising
-are the `gguf` package's, our extra.
+are the `gguf` package's.
 """
 
 import json
@@ -34,7 +34,7 @@ def convert(path: Path, folder: Path, dtype: DType = "auto") -> None:
 
     Needs disk for the weights at 2 or 4 bytes a parameter, and memory for one shard of at most 4 GB
     and one tensor. Raises `NotFound` (no such file) and `ModelError` (unknown architecture, tensor,
-    quantisation, rope scaling or pre-tokenizer; damaged file; the `gguf` package not installed;
+    quantisation, rope scaling or pre-tokenizer; damaged file;
     target in the way; disk full).
     """
     if folder.exists():

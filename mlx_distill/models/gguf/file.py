@@ -158,12 +158,8 @@ def read_gguf(path: Path) -> GGUFFile:
     """Open a `.gguf` file; refuse unknown architectures, mixtures of experts and parts of a split
     file.
     """
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ModelError(
-            f"model {str(path)!r}: reading it needs gguf; pip install 'mlx-distill[gguf]'"
-        ) from error
+    from gguf import GGUFReader
+
     if not path.is_file():
         raise NotFound(f"model {str(path)!r}: no such file; check the path")
     try:

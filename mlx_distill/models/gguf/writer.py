@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.gguf.fields import ROPE_FACTORS, add_fields, refuse_unwritable, refused
 from mlx_distill.models.gguf.fields import rope_factors as factors_of
@@ -54,14 +53,10 @@ def write_gguf(
     `name` how messages begin and what the file says of itself, `ends` the ids that end a text.
 
     Needs memory for one tensor in float32. Raises `ModelError` (a family, setting, tensor or
-    tokenizer that cannot be written; the `gguf` package not installed) and `OSError`.
+    tokenizer that cannot be written) and `OSError`.
     """
-    try:
-        from gguf import GGUFWriter
-    except ImportError as error:
-        raise ModelError(
-            f"{path}: writing it needs gguf; pip install 'mlx-distill[gguf]'"
-        ) from error
+    from gguf import GGUFWriter
+
     meaning = Meaning(folder, name)
     refuse_unwritable(meaning)
     weights = read_weights(folder, name)
