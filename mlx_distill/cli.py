@@ -193,6 +193,14 @@ def sweep(
 
 
 @app.command()
+def datasets() -> None:
+    """List the public datasets that data.source can name: hub id, format, rows, size, licence."""
+    from mlx_distill.terminal.datasets import print_datasets
+
+    print_datasets(console)
+
+
+@app.command()
 def show(
     recipe: RecipeArgument,
     set_: SetOption = None,

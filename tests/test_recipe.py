@@ -102,7 +102,12 @@ def test_a_field_outside_of_its_table_is_refused(write, tmp_path):
             "a valid string",
             "1",
         ),
-        ("where = {level = 3}\n", "[data] where[level]", "a valid string", "3"),
+        (
+            "where = {level = {a = 3}}\n",
+            "[data] where[level]",
+            "a text, a number, true, false or a list of these",
+            "{'a': 3}",
+        ),
         ("[truncation]\nfraction = 0.0\n", "[truncation] fraction", "from 1e-06 to 1.0", "0.0"),
         ("[truncation]\nfraction = 1.01\n", "[truncation] fraction", "from 1e-06 to 1.0", "1.01"),
         ("[batch]\nmicro_batch_size = 0\n", "[batch] micro_batch_size", "from 1 to 65,536", "0"),

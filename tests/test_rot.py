@@ -109,6 +109,7 @@ CASES = {
         ("data.source={root}/many.jsonl", "data.format=messages"),
     ),
     "data.where": ('{{kind="odd"}}', ("data.source={root}/many.jsonl",)),
+    "data.stream_rows": ("20", ("data.source=org/rows",)),
     "data.train_examples": ("5", ()),
     "data.validation_examples": ("3", ()),
     "data.longest_tokens": ("137", ()),
@@ -301,10 +302,19 @@ def calls(monkeypatch, world) -> set:
         sys.modules,
         "datasets",
         SimpleNamespace(
-            load_dataset=lambda name, config, split: asked.add((name, config, split)) or rows
+            load_dataset=lambda name, config, split, streaming=False: (
+                asked.add((name, config, split)) or (Streamed(rows) if streaming else rows)
+            )
         ),
     )
     return asked
+
+
+class Streamed(list):
+    """Rows as `datasets` streams them."""
+
+    def shuffle(self, seed, buffer_size):
+        return self[::-1]
 
 
 def run(recipe) -> RunFolder:

@@ -21,7 +21,7 @@ REMEDIES = {
     "no ####": 'format "gsm8k" reads worked steps, then #### and the answer; set data.format to '
     "what the rows hold",
     "no steps": 'format "gsm8k" learns the steps before ####; name a source whose rows have some',
-    "not chosen by data.where": "correct data.where, whose values are compared as whole texts",
+    "not chosen by data.where": "correct data.where",
     "same as an earlier row": "the rows repeat each other; name a source with more of them",
     "content that is not text": "only text can be learned; remove such rows or name another source",
     "its answer is a tool call": "conversations must end in an answer that is text",

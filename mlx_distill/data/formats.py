@@ -9,21 +9,8 @@ remedy. A row that has nothing to *learn from* (no reasoning, no answer) raises 
 walks the rows counts its reason. What a row carries besides (a column, a key of a message) is
 counted by its name in `unused`: nothing is lost in silence.
 
-Column settings left empty take the format's usual names (`COLUMNS`). Public datasets, and how to
-name them where that is not enough:
-
-- bespokelabs/Bespoke-Stratos-17k, open-thoughts/OpenThoughts-114k, open-thoughts/OpenThoughts3-1.2M,
-  NovaSky-AI/Sky-T1_data_17k: conversations
-- open-r1/OpenR1-Math-220k, open-r1/Mixture-of-Thoughts, PrimeIntellect/SYNTHETIC-2-SFT-verified,
-  HuggingFaceH4/Multilingual-Thinking: messages
-- PrimeIntellect/SYNTHETIC-1: response, with response_column = "llm_response" and
-  where = { task_type = "verifiable_math" }
-- nvidia/Llama-Nemotron-Post-Training-Dataset (config = "SFT", split = "math"): response, with
-  prompt_column = "input", response_column = "output" and where = { reasoning = "on" }
-- simplescaling/s1K-1.1: columns, with prompt_column = "question",
-  cot_column = "deepseek_thinking_trajectory" and answer_column = "deepseek_attempt"
-- zwhe99/DeepMath-103K: response, with prompt_column = "question", response_column = "r1_solution_1"
-- openai/gsm8k (config = "main") or its .jsonl files: gsm8k
+Column settings left empty take the format's usual names (`COLUMNS`). Public datasets have names of
+their own, which `data/named.py` reads as settings of this table.
 """
 
 import re
@@ -34,10 +21,12 @@ from typing import Any
 
 from mlx_distill.data.account import listed, remedy, unused_lines
 from mlx_distill.data.calls import read_tools
+from mlx_distill.data.chosen import fits
 from mlx_distill.data.columns import COLUMNS, OPTIONAL, OPTIONAL_ROLES, Place, column_of
 from mlx_distill.data.content import as_text, count_unused, has_content, printable
 from mlx_distill.data.examples import Example, Skip, make_example
 from mlx_distill.data.messages import Message, read_message
+from mlx_distill.data.named import resolved
 from mlx_distill.data.reasoning import BEGIN_OF_THOUGHT, calls_a_tool, split_reasoning
 from mlx_distill.data.sources import Row, embedded_examples, rows_of
 from mlx_distill.data.turns import before_answer
@@ -71,6 +60,7 @@ def read_examples(
     `NotFound` for a source that is not there, `DataError` for a row that cannot be read and when
     nothing is left.
     """
+    data = resolved(data)
     skipped = Counter() if skipped is None else skipped
     unused = Counter() if unused is None else unused
     found: set[str] = set()
@@ -78,7 +68,7 @@ def read_examples(
     items = (
         embedded_examples(data, seed)
         if data.source.startswith("embedded:")
-        else _read_rows(data, unused)
+        else _read_rows(data, seed, unused)
     )
     for item in items:
         if isinstance(item, Example) and item.id not in found:
@@ -99,7 +89,7 @@ def _nothing_usable(data: DataTable, reasons: Counter[str], unused: Counter[str]
     return f"{found}: {listed(reasons)}; {remedy(reasons, 'correct these rows')}{also}"
 
 
-def _read_rows(data: DataTable, unused: Counter[str]) -> Iterator[Example | str]:
+def _read_rows(data: DataTable, seed: int, unused: Counter[str]) -> Iterator[Example | str]:
     """An `Example`, or the reason why there is none, for each row."""
     read = FORMATS[data.format]
     known = {
@@ -108,14 +98,18 @@ def _read_rows(data: DataTable, unused: Counter[str]) -> Iterator[Example | str]
         *OPTIONAL[data.format],
         *data.where,
     }
-    for where, row in rows_of(data):
+    left = data.stream_rows or -1
+    for where, row in rows_of(data, seed):
         place = Place(f"{data.source}, {where}", data, unused)
-        if any(
-            as_text(place.cell(row, column, "data.where")) != value
-            for column, value in data.where.items()
+        if not all(
+            fits(place.cell(row, column, "data.where"), asked)
+            for column, asked in data.where.items()
         ):
             yield "not chosen by data.where"
             continue
+        if left == 0:
+            return
+        left -= 1
         count_unused(row, known, "column", unused)
         try:
             yield read(row, place)

@@ -23,16 +23,17 @@ from mlx_distill.recipe.tables import DataTable
 
 Row = dict[str, Any]
 SEPARATORS = ",;\t|"
+STREAM_BUFFER = 10_000  # rows among which a stream's next one is drawn
 
 
-def rows_of(data: DataTable) -> Iterator[tuple[str, Row]]:
+def rows_of(data: DataTable, seed: int = 0) -> Iterator[tuple[str, Row]]:
     """(where, row) for each row of a file or a hub dataset; where is "line 7" or "row 7", counted
-    from 1.
+    from 1. `seed` draws the rows of a stream.
     """
     path = path_of(data.source, "data.source", DataError)
     read = SOURCES.get(_ending(path))
     if not read and not path.exists():
-        return _hub_rows(data)
+        return _hub_rows(data, seed)
     if not path.is_file():
         found = "a folder" if path.exists() else "not there"
         raise NotFound(
@@ -47,6 +48,11 @@ def rows_of(data: DataTable) -> Iterator[tuple[str, Row]]:
         raise DataError(
             f"{data.source}: data.config = {data.config!r} names a part of a hub dataset; leave "
             "it empty for a file"
+        )
+    if data.stream_rows:
+        raise DataError(
+            f"{data.source}: data.stream_rows = {data.stream_rows} is for a hub dataset; set it to 0 "
+            "for a file"
         )
     return read(path, data.source)
 
@@ -187,7 +193,7 @@ SOURCES: dict[str, Callable[[Path, str], Iterator[tuple[str, Row]]]] = {
 # the hub
 
 
-def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
+def _hub_rows(data: DataTable, seed: int) -> Iterator[tuple[str, Row]]:
     try:
         import datasets
     except ImportError:
@@ -197,7 +203,7 @@ def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
         ) from None
     asked = data.source + (f" ({data.config})" if data.config else "")
     try:
-        dataset = datasets.load_dataset(data.source, data.config or None, split=data.split)
+        dataset = _opened(datasets, data, seed)
     except (
         Exception
     ) as error:  # datasets, huggingface_hub, fsspec and requests each bring their own kinds
@@ -207,6 +213,15 @@ def _hub_rows(data: DataTable) -> Iterator[tuple[str, Row]]:
         ) from None
     for number, row in enumerate(dataset, 1):
         yield f"row {number}", _filled(row)
+
+
+def _opened(datasets: Any, data: DataTable, seed: int) -> Any:
+    """A stored dataset, or where only some rows are taken a stream, whose order the seed draws."""
+    name = data.source, data.config or None
+    if not data.stream_rows:
+        return datasets.load_dataset(*name, split=data.split)
+    stream = datasets.load_dataset(*name, split=data.split, streaming=True)
+    return stream.shuffle(seed=seed % 2**32, buffer_size=STREAM_BUFFER)
 
 
 def _hub_remedy(said: str) -> str:

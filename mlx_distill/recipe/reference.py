@@ -45,7 +45,8 @@ def range_of(info: FieldInfo) -> Range | None:
 def _line(table: str, field: str, info: FieldInfo) -> str:
     assert info.description, f"{table}.{field} has no sentence under it"
     setting = f"{field} = {json.dumps(info.default, ensure_ascii=False)}"
-    about = " · ".join((info.description.rstrip("."), *_limits(f"{table}.{field}", info)))
+    sentence = " ".join(info.description.split()).rstrip(".")
+    about = " · ".join((sentence, *_limits(f"{table}.{field}", info)))
     return f"{setting:<{COMMENT_COLUMN - 1}} # {about}"
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlx_distill.recipe.values import (
     Cadence,
     CameLater,
+    Condition,
     Day,
     Divergence,
     FormerDefault,
@@ -146,7 +147,8 @@ class PruneTable(Table):
 
 class DataTable(Table):
     source: str = ""
-    """To be named: .jsonl, .json, .csv, .tsv or .parquet (.gz too), hub dataset, embedded:dial."""
+    """To be named: .jsonl, .json, .csv, .tsv or .parquet (.gz too), hub dataset, embedded:dial, or
+    a name that `mlx-distill datasets` lists."""
 
     config: str = ""
     """Of a hub dataset."""
@@ -174,8 +176,11 @@ class DataTable(Table):
     messages_column: str = ""
     """The whole conversation."""
 
-    where: dict[str, str] = {}
-    """Keep rows whose column equals a text, for example { domain = "math" }."""
+    where: dict[str, Condition] = {}
+    """Keep rows whose columns hold these, for example { domain = ["math", "code"], score = ">= 0.5" }."""
+
+    stream_rows: Annotated[int, within(0, 10**9), CameLater(0)] = 0
+    """Rows that are taken of a hub dataset as it comes, drawn with run.seed; 0 = all, stored."""
 
     train_examples: Annotated[int, within(0, 10**9)] = 0
     """Rows to train on; 0 = all."""

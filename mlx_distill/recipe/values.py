@@ -52,6 +52,14 @@ def _day(value: Any) -> Any:
     return text
 
 
+def _condition(value: Any) -> Any:
+    """What data.where asks of a column."""
+    items = value if isinstance(value, list) else [value]
+    if not items or not all(isinstance(one, str | bool | int | float) for one in items):
+        raise PydanticCustomError("condition", "a text, a number, true, false or a list of these")
+    return value
+
+
 @dataclass(frozen=True)
 class OutsideDigest:
     """A field that says where things are kept, or what a run is shown beside."""
@@ -89,6 +97,7 @@ Divergence = Literal[
     "entropy_kl",
     "dkd",
 ]
+Condition = Annotated[Any, AfterValidator(_condition)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tuples
 Fraction = Annotated[float, within(1e-6, 1.0)]
 Weight = Annotated[float, within(1e-6, 1.0, or_zero=True)]
