@@ -687,7 +687,11 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
         "eval": {"compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST
-    newer = {"data": {"date"}, "optim": {"decayed", "patience"}}
+    newer = {
+        "data": {"date", "stream_rows"},
+        "optim": {"decayed", "patience"},
+        "batch": {"sort_window"},
+    }
     newer["objective"] = {"skew_alpha", "mixed_weight", "entropy_half", "tvd_scale"}
     newer["objective"] |= {"dkd_target", "dkd_rest"}
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
