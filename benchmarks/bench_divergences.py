@@ -2,7 +2,7 @@
 its gradient.
 
     python benchmarks/bench_divergences.py run [--framework torch]
-    python benchmarks/bench_divergences.py table                    rewrite the README's table only
+    python benchmarks/bench_divergences.py table                    rewrite both tables only
 
 Rows are appended to results/bench_divergences.csv. Each divergence is a process of its own with the
 same inputs; repetitions go round them in turn, and times are ratios of processor time within a
@@ -25,6 +25,40 @@ from benchmarks.tables import append_rows, read_rows, rewrite_section
 from mlx_distill.divergences import DIVERGENCES
 
 ALL = (*DIVERGENCES, "dkd")
+OPTIONS = ROOT / "docs" / "objectives.md"
+# definition, source, field of its own, whether a top_k cache serves it
+SAID = {
+    "forward_kl": ("KL(t‖s)", "Hinton et al. 2015", "", True),
+    "reverse_kl": ("KL(s‖t)", "Gu et al. 2024 (MiniLLM)", "", True),
+    "jsd": (
+        "β KL(t‖m) + (1−β) KL(s‖m), m = β t + (1−β) s",
+        "Agarwal et al. 2024 (GKD)",
+        "jsd_beta",
+        True,
+    ),
+    "skew_kl": ("KL(t‖(1−α) s + α t)", "Ko et al. 2024 (DistiLLM)", "skew_alpha", True),
+    "skew_reverse_kl": ("KL(s‖(1−α) t + α s)", "Ko et al. 2024 (DistiLLM)", "skew_alpha", True),
+    "tvd": ("½ Σ \\|s − t\\|", "Wen et al. 2023 (f-distill)", "tvd_scale", True),
+    "log_tvd": (
+        "½ Σ \\|log s − log t\\| over ids that both allow",
+        "the paper's code",
+        'tvd_scale = "log"',
+        False,
+    ),
+    "mixed_kl": ("w KL(t‖s) + (1−w) KL(s‖t)", "the paper's code", "mixed_weight", True),
+    "entropy_kl": (
+        "the same with w = H/(H + h), H the teacher's entropy",
+        "after Jin et al. 2026",
+        "entropy_half",
+        True,
+    ),
+    "dkd": (
+        "α KL of (target, all others) + β KL of the others, renormalised",
+        "Zhao et al. 2022 (DKD)",
+        "dkd_target, dkd_rest",
+        True,
+    ),
+}
 BASE = "forward_kl"
 app = typer.Typer(add_completion=False)
 
@@ -93,8 +127,39 @@ def measure(
 
 @app.command()
 def table() -> None:
-    """Rewrite the README's table from the kept rows: the newest row of each combination."""
-    rewrite_section("divergences", render(read_rows("bench_divergences")))
+    """Rewrite the tables from the kept rows: the newest row of each combination."""
+    rows = read_rows("bench_divergences")
+    rewrite_section("divergences", render(rows))
+    rewrite_section("options", options(rows), OPTIONS)
+
+
+def options(rows: list[dict[str, str]]) -> str:
+    """What each divergence is and costs, for a person who chooses one."""
+    newest = {
+        (row["divergence"], row["framework"]): row
+        for row in rows
+        if (row["temperature"], row["head"]) == ("1.0", "frozen")
+    }
+    lines = [
+        "| `divergence` | definition | source | its own fields | `top_k` cache | costs on MLX | on torch |",
+        "|---|---|---|---|---|---:|---:|",
+    ]
+    for d, (definition, source, fields, sparse) in SAID.items():
+        name = "tvd" if d == "log_tvd" else d
+        found = [newest.get((d, framework)) for framework in ("mlx", "torch")]
+        costs = [f"{row['cpu_ratio']}, {row['peak_ratio']}" if row else "–" for row in found]
+        if d == BASE:
+            costs = ["1, 1"] * 2
+        cells = [
+            f"`{name}`",
+            definition,
+            source,
+            fields and f"`{fields}`",
+            "yes" if sparse else "no",
+            *costs,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def render(rows: list[dict[str, str]]) -> str:

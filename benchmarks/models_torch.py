@@ -141,7 +141,7 @@ def make_step(vocabulary: int, rows: int, tokens: int, prompt_tokens: int) -> St
         TokenSequence(str(i), row, prompt_tokens, tokens, everywhere) for i, row in enumerate(drawn)
     ]
     batch = make_batch(sequences, ("cot",))
-    return Step(0, (batch,), float(batch.weight.sum()), rows * tokens)
+    return Step(0, (batch,), float(batch.weight.sum()), rows * tokens, len(batch.positions))
 
 
 def labels_of(batch: Batch, ignored: int) -> np.ndarray:

@@ -47,6 +47,8 @@ class Objective:
     entropy_half: float = 1.0
     dkd_target: float = 1.0
     dkd_rest: float = 1.0
+    hidden_weight: float = 0.0
+    hidden_distance: Literal["mse", "cosine"] = "mse"
 
     @classmethod
     def from_table(cls, table: ObjectiveTable) -> "Objective":
@@ -58,6 +60,11 @@ class Objective:
         return replace(asked, divergence="log_tvd") if logarithmic else asked
 
     @property
+    def matches_hidden(self) -> bool:
+        """Whether hidden states are compared, too."""
+        return self.hidden_weight > 0
+
+    @property
     def needs_teacher(self) -> bool:
         return self.kd_weight > 0
 
@@ -67,9 +74,12 @@ class Objective:
 
     @property
     def weights(self) -> dict[str, float]:
-        """What each term of the loss counts, by its name: kd (the divergence) and ce."""
-        ce = {"ce": 1 - self.kd_weight}
-        return {"kd": self.kd_weight, **ce} if self.needs_teacher else ce
+        """What each term of the loss counts, by its name: kd (the divergence), ce, and hidden (the
+        distance of hidden states).
+        """
+        found = {"kd": self.kd_weight} if self.needs_teacher else {}
+        found["ce"] = 1 - self.kd_weight
+        return found | ({"hidden": self.hidden_weight} if self.matches_hidden else {})
 
     def weights_of(self, terms: Collection[str]) -> dict[str, float]:
         """The same of a run whose terms are these: `ENDING` may be one, and counts whole."""
@@ -78,7 +88,7 @@ class Objective:
     @property
     def text_alone(self) -> "Objective":
         """What is minimised where no teacher is asked: the cross-entropy, and all of it."""
-        return replace(self, kd_weight=0.0)
+        return replace(self, kd_weight=0.0, hidden_weight=0.0)
 
     def total(self, terms: Mapping[str, Values]) -> Values:
         """The loss: the weighted sum of its terms. One that counts nothing may be missing."""
@@ -175,6 +185,28 @@ def coarse_divergence_grad(
     rows, columns = np.nonzero(ids >= 0)
     result[rows, ids[rows, columns]] = outcomes[rows, columns]
     return result
+
+
+def hidden_distance(student: np.ndarray, teacher: np.ndarray, kind: str) -> np.ndarray:
+    """How far hidden states [N, D] of a student, projected to the teacher's width, are from the
+    teacher's, as float64[N]: the mean squared difference, or 1 - their cosine.
+
+    FitNets (Romero et al. 2015, arXiv 1412.6550) learn hints through a trained projection, as here;
+    TinyBERT (Jiao et al. 2020, arXiv 1909.10351) takes each layer's mean square, DistilBERT (Sanh et
+    al. 2019, arXiv 1910.01108) the cosine.
+    """
+    student, teacher = np.asarray(student, np.float64), np.asarray(teacher, np.float64)
+    if kind == "mse":
+        return ((student - teacher) ** 2).mean(axis=-1)
+    lengths = np.linalg.norm(student, axis=-1) * np.linalg.norm(teacher, axis=-1)
+    return 1 - (student * teacher).sum(axis=-1) / lengths
+
+
+def layer_beside(layer: int, layers: int, of_teacher: int) -> int:
+    """Which of a teacher's layers, counted from 1, stands at the same share of the depth as a
+    student's; the last beside the last.
+    """
+    return max(1, (2 * layer * of_teacher + layers) // (2 * layers))
 
 
 def cross_entropy(student_logits: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -256,6 +256,7 @@ class Pipeline:
             recipe.run.seed,
             recipe.optim.epochs,
             recipe.optim.steps,
+            recipe.selection,
         )
 
     def _cached_teacher(self, prepared: Prepared) -> CachedTeacher | None:
@@ -264,7 +265,10 @@ class Pipeline:
         """
         if self.recipe.teacher.cache == "off":
             return None
-        return CachedTeacher(self.fill_cache(asked_of_teacher(prepared)), self.backend)
+        cached = CachedTeacher(self.fill_cache(asked_of_teacher(prepared)), self.backend)
+        if self.recipe.asks_cache_for_the_text:
+            cached.refuse_unknown_targets(prepared.train, self.recipe.objective.segments)
+        return cached
 
     def fill_cache(self, sequences: Sequence[TokenSequence]) -> TeacherCache:
         """The recipe's cache, with the teacher's answers to these sequences."""
@@ -284,6 +288,8 @@ class Pipeline:
         student.compare_first(compared)
         if cached:
             cached.refuse_other_rows(compared)
+        if self.recipe.objective.hidden_weight:
+            student.match_hidden(teacher)
         return student, teacher
 
     def _load_teacher(self) -> LiveTeacher:

@@ -37,7 +37,8 @@ def step(lengths: list[int], multiple: int = 8) -> Step:
         TokenSequence(str(n), np.ones(n, np.int32), 0, n, np.ones(n, bool)) for n in lengths
     ]
     batches = tuple(make_batch(part, ("cot",), multiple) for part in (sequences[:1], sequences[1:]))
-    return Step(0, batches, float(sum(lengths) - len(lengths)), sum(lengths))
+    positions = sum(lengths) - len(lengths)
+    return Step(0, batches, float(positions), sum(lengths), positions)
 
 
 def test_shape_of_a_config():

@@ -276,6 +276,26 @@ def test_the_ends_of_kd_weight_ignore_what_they_do_not_need():
     assert np.isfinite(definition.grad(forbidden, teacher, targets, pure)).all()
 
 
+def test_hidden_distances_by_hand():
+    student, teacher = np.array([[3.0, 4.0], [1.0, 0.0]]), np.array([[4.0, 3.0], [-2.0, 0.0]])
+    assert definition.hidden_distance(student, teacher, "mse") == pytest.approx([1.0, 4.5])
+    assert definition.hidden_distance(student, teacher, "cosine") == pytest.approx([1 / 25, 2.0])
+    scaled = definition.hidden_distance(7 * student, teacher, "cosine")
+    assert scaled == pytest.approx([1 / 25, 2.0])
+    objective = Objective(kd_weight=0.5, hidden_weight=3.0)
+    assert objective.total({"kd": 1.0, "ce": 2.0, "hidden": 4.0}) == 13.5
+    assert objective.text_alone.weights == {"ce": 1.0}
+
+
+@pytest.mark.parametrize(
+    "layers, of_teacher, beside",
+    [(4, 4, [1, 2, 3, 4]), (2, 3, [2, 3]), (3, 2, [1, 1, 2]), (4, 28, [7, 14, 21, 28])],
+)
+def test_a_layer_meets_the_one_at_its_share_of_the_depth(layers, of_teacher, beside):
+    found = [definition.layer_beside(one + 1, layers, of_teacher) for one in range(layers)]
+    assert found == beside
+
+
 def test_a_table_becomes_an_objective():
     values = {
         "divergence": "jsd",
@@ -285,6 +305,8 @@ def test_a_table_becomes_an_objective():
         "entropy_half": 0.5,
         "dkd_target": 2.0,
         "dkd_rest": 8.0,
+        "hidden_weight": 0.5,
+        "hidden_distance": "cosine",
         "kd_weight": 0.7,
         "temperature": 2.0,
         "temperature_scaling": "none",
@@ -292,6 +314,6 @@ def test_a_table_becomes_an_objective():
     assert asdict(Objective.from_table(ObjectiveTable(**values))) == values
     assert Objective.from_table(ObjectiveTable()) == Objective()
     # what is learned, how it is computed, and which of two divergences tvd is
-    elsewhere = {"segments", "chunk_tokens", "tvd_scale"}
+    elsewhere = {"segments", "chunk_tokens", "tvd_scale", "hidden_layers"}
     assert set(values) == set(ObjectiveTable.model_fields) - elsewhere
     assert set(get_args(Divergence)) == set(ALL) - {"log_tvd"}

@@ -101,7 +101,7 @@ def test_parameters_are_those_of_a_real_model(family, tied):
     )
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "schedule_free_adamw"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "dora"])
 def test_student_checkpoint_and_export_are_those_of_a_real_student(
     optimizer, tuning, tmp_path, bytes_tokenizer
@@ -116,13 +116,34 @@ def test_student_checkpoint_and_export_are_those_of_a_real_student(
     real = MlxBackend().load_student(folder, "it", recipe(**tables))
     found = memory_of(tables, read_config(folder))
     plan = plan_of([8] * 8, config=read_config(folder), **tables)
-    scalars = 12  # the optimizer's step and rate
+    # the optimizer's step and rate; the highest rate and the sum of what weighs the mean
+    scalars = 20 if optimizer == "schedule_free_adamw" else 12
     assert found.trainable() == real.trainable
     assert plan.checkpoint_bytes == real.state_bytes() - scalars
     assert found.student_bytes() == sum(
         array.nbytes for _, array in tree_flatten(real.split.model.parameters())
     )
     assert plan.student_bytes == real.export_bytes()
+
+
+def test_what_matches_hidden_states_is_counted(tmp_path, bytes_tokenizer):
+    """The matrices that train beside the student, in memory, time and a checkpoint."""
+    objective = {"hidden_weight": 0.5, "hidden_layers": [1, 2]}
+    student = model_folder(tmp_path / "student", bytes_tokenizer(), layers=3, width=64)
+    teacher = model_folder(tmp_path / "teacher", bytes_tokenizer(), layers=2, width=32)
+    tables = {"teacher": {"model": "it"}, "objective": objective}
+    backend, asked = MlxBackend(), recipe(**tables)
+    real = backend.load_student(student, "it", asked)
+    real.match_hidden(backend.load_teacher(teacher, "it"))
+    configs = read_config(teacher), read_config(student), CPU
+    rows = prepared([8] * 8)
+    plan, plain = (
+        make_plan(recipe(**tables | {"objective": one}), rows, *configs) for one in (objective, {})
+    )
+    assert plan.checkpoint_bytes == real.state_bytes() - 12
+    assert plan.checkpoint_bytes - plain.checkpoint_bytes == 3 * 4 * 2 * 64 * 32
+    assert plan.flops["hidden"] == 6 * plan.work.positions.sum() * 2 * 64 * 32
+    assert plan.peak.total > plain.peak.total and "hidden" not in plain.flops
 
 
 @pytest.mark.parametrize("bits, asked", [(0, "auto"), (4, "auto"), (8, "auto"), (0, "bfloat16")])
@@ -206,9 +227,8 @@ def test_flops_are_those_of_the_steps_and_of_their_padding():
     for batch in (batch for step in steps for batch in step.batches):
         whole = make_batch(sequences([batch.tokens.shape[1]] * len(batch.tokens)), ("cot",))
         whole = replace(whole, weight=np.ones(len(batch.positions), np.float32))
-        padded += sum(
-            step_flops(replace(steps.step(0), batches=(whole,)), *shapes, full=True).values()
-        )
+        step = replace(steps.step(0), batches=(whole,), positions=len(batch.positions))
+        padded += sum(step_flops(step, *shapes, full=True).values())
     assert plan.total_flops == pytest.approx(padded)
     assert plan.flops["padding"] > 0
     assert plan_of([9] * 8, batch={"pad_multiple": 1}).flops["padding"] == 0

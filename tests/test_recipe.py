@@ -122,7 +122,7 @@ def test_a_field_outside_of_its_table_is_refused(write, tmp_path):
         (
             '[optim]\noptimizer = "sgd"\n',
             "[optim] optimizer",
-            "'adamw', 'adafactor' or 'lion'",
+            "'adamw', 'adafactor', 'lion' or 'schedule_free_adamw'",
             "'sgd'",
         ),
     ],
@@ -210,6 +210,30 @@ def test_a_whole_number_is_a_number(write):
             '[objective]\ndivergence = "dkd"\ndkd_target = 0.0\ndkd_rest = 0.0\n',
             "teaches nothing",
         ),
+        (
+            '[selection]\nshare = 0.5\nby = "divergence"\n[objective]\nkd_weight = 0.0\n',
+            "asks the teacher, but [objective] kd_weight = 0 asks none",
+        ),
+        (
+            '[optim]\noptimizer = "schedule_free_adamw"\nschedule = "cosine"\n',
+            'averages instead of letting the rate fall, but schedule = "cosine": set "constant"',
+        ),
+        (
+            "[objective]\nhidden_weight = 0.5\nkd_weight = 0.0\n",
+            "hidden_weight = 0.5 asks the teacher, but kd_weight = 0 asks none",
+        ),
+        (
+            '[teacher]\ncache = "hidden"\n[objective]\nhidden_weight = 0.5\n',
+            'which no cache holds any: set [teacher] cache = "off" (found "hidden")',
+        ),
+        (
+            '[optim]\noptimizer = "schedule_free_adamw"\nbeta1 = 0.0\n',
+            "trains at a mean that beta1 weighs, but beta1 is 0",
+        ),
+        (
+            '[selection]\nshare = 0.5\nby = "position"\n',
+            'set "rising" for the last ones or "falling" for the first',
+        ),
     ],
 )
 def test_contradictions_are_refused_with_advice(write, text, said):
@@ -274,6 +298,11 @@ def test_a_default_follows_other_fields(write, override, expected):
     assert found(recipe) == expected
     kept = load_recipe(write(recipe.toml(), "kept.toml"))
     assert kept == recipe and kept.digest() == recipe.digest()
+
+
+def test_schedule_free_has_a_constant_rate_unless_told(write):
+    assert load(write, "", "optim.optimizer=schedule_free_adamw").optim.schedule == "constant"
+    assert load(write, "").optim.schedule == "one_cycle"
 
 
 @pytest.mark.parametrize(("by", "weight"), [("data", 0.5), ("teacher", 0.5), ("student", 1.0)])
@@ -357,6 +386,10 @@ UNREAD = {
     ("objective", "tvd_scale", '"log"'): 'divergence="tvd"',
     ("objective", "dkd_target", "2.0"): 'divergence="dkd"',
     ("objective", "dkd_rest", "8.0"): 'divergence="dkd"',
+    ("objective", "hidden_layers", "[1]"): "hidden_weight=0.5",
+    ("objective", "hidden_distance", '"cosine"'): "hidden_weight=0.5",
+    ("selection", "by", '"divergence"'): "share=0.5",
+    ("selection", "redraw", '"once"'): "share=0.5",
     ("student", "rank", "4"): 'tuning="lora"',
     ("student", "alpha", "8.0"): 'tuning="dora"',
     ("student", "lora_layers", "1"): 'tuning="lora"',
@@ -389,6 +422,7 @@ UNREAD = {
 }
 UNREAD_WITH = {
     "objective": 'objective.divergence="reverse_kl"',
+    "selection": "selection.share=1.0",
     "student": 'student.tuning="full"',
     "optim": 'optim.optimizer="adafactor"',
     "eval": "eval.temperature=0.0",
@@ -694,6 +728,8 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     }
     newer["objective"] = {"skew_alpha", "mixed_weight", "entropy_half", "tvd_scale"}
     newer["objective"] |= {"dkd_target", "dkd_rest"}
+    newer["objective"] |= {"hidden_weight", "hidden_layers", "hidden_distance"}
+    newer["selection"] = set(TABLES["selection"].model_fields)
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     newer["prune"] = set(TABLES["prune"].model_fields) - {"folder"}
     newer["student"] = {"from_teacher"}

@@ -17,13 +17,14 @@ from tiny import family_folder, left_by_a_mac, llama_config, recipe_of
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums
 from mlx_distill.data.batches import Batch, make_batch
+from mlx_distill.data.narrowing import narrowed
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import truncate
 from mlx_distill.divergences import log_softmax
 from mlx_distill.errors import CacheError
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import with_values
-from mlx_distill.recipe.tables import BatchTable, TeacherTable, TruncationTable
+from mlx_distill.recipe.tables import BatchTable, SelectionTable, TeacherTable, TruncationTable
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.fields import ADDED_LATER, CacheFields
 from mlx_distill.teaching.fill import fill, whole_batch
@@ -194,6 +195,28 @@ def test_cached_and_live_are_equal(backend, root, teacher, caches, kind, diverge
     cached = update(backend, root, batch, caches[kind].targets(batch), objective)
     assert live[0].terms["kd"].min() > 1 and live[0].terms["agree"].sum() > 0
     assert_equal(cached, live, 1e-6 if kind == "hidden" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_tokens_of_a_cache_are_those_of_the_teacher(backend, root, teacher, caches, kind):
+    """What was drawn tells the teacher's own entropy, for the cache keeps it."""
+    batch, learner = make_batch(SEQUENCES, ALL, 8), student(backend, root)
+    live, cached = teacher.targets(batch), caches[kind].targets(batch)
+    rules = ("teacher_entropy", "divergence") if kind != "sampled" else ("teacher_entropy",)
+    for by in rules:
+        expected, found = (
+            learner.token_scores(batch, targets, Objective(), by) for targets in (live, cached)
+        )
+        live_ones = batch.weight > 0
+        assert np.ptp(expected[live_ones]) > 0.1
+        np.testing.assert_allclose(found[live_ones], expected[live_ones], rtol=1e-3, atol=1e-3)
+    left, places = narrowed(batch, expected, SelectionTable(share=0.3, by=by), 8)
+    sums = [
+        learner.score(left, learner.targets_at(targets, places), Objective(kd_weight=1.0))
+        for targets in (live, cached)
+    ]
+    if kind != "sampled":
+        np.testing.assert_allclose(sums[0].stacked(), sums[1].stacked(), rtol=1e-4, atol=1e-4)
 
 
 def test_dkd_refuses_a_target_that_the_cache_does_not_hold(backend, root, caches):

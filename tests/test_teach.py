@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from mlx_distill import pipeline
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.torch.backend import TorchBackend
+from mlx_distill.errors import CacheError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
@@ -98,6 +99,19 @@ def test_a_student_of_hidden_states_is_the_live_one(ask, backend):
     for log in ("metrics.jsonl", "validation.jsonl"):
         for one, other in zip(logged(live, log), logged(cached, log), strict=True):
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_dkd_is_refused_before_training_where_the_cache_lacks_the_text(ask, tmp_path):
+    """And trains where it has it; validation measures forward KL, which asks for no ids."""
+    asked = ("teacher.cache=top_k", "objective.divergence=dkd", 'objective.segments=["cot"]')
+    with pytest.raises(CacheError, match=r"is none of them .* raise teacher.cache_top_k"):
+        ask(pipeline.run, *asked, "teacher.cache_top_k=3", "run.name=few")
+    assert not (tmp_path / "runs" / "few" / "metrics.jsonl").exists()
+    folder, _ = ask(pipeline.run, *asked, "teacher.cache_top_k=512", "run.name=most")
+    (held_out,) = logged(folder, "validation.jsonl")[-1:]
+    assert np.isfinite(held_out["loss"]) and all(
+        row["kd"] > 0 for row in logged(folder, "metrics.jsonl")
+    )
 
 
 def test_teach_completes_and_says_what_there_is(ask, loads):

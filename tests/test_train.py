@@ -70,6 +70,7 @@ def training(tmp_path):
             recipe.batch,
             recipe.run.seed,
             steps=recipe.optim.steps,
+            selection=recipe.selection,
         )
         teacher = ToyTeacher(table(1)) if recipe.teacher.model else None
         return Training(
@@ -146,6 +147,41 @@ def test_loss_terms_are_sums_over_the_step_divided_by_its_loss_tokens(training):
         whole[place] += part / step.loss_tokens
     assert row["grad_norm"] == pytest.approx(np.linalg.norm(whole), rel=1e-12)
     assert (row["loss_tokens"], row["tokens"]) == (step.loss_tokens, step.tokens)
+
+
+@pytest.mark.parametrize("by", ["student_entropy", "teacher_entropy", "divergence", "random"])
+@pytest.mark.parametrize("position_weight", ["flat", "rising"])
+def test_a_step_learns_the_tokens_that_a_rule_chooses(training, by, position_weight):
+    """The mutant that divides by the number of candidates failed here."""
+    selection = {"share": 0.4, "by": by, "position_weight": position_weight}
+    made = training(selection=selection, objective={"segments": ["cot"], "kd_weight": 1.0})
+    step, tables, count, loss = (
+        made.source.step(0),
+        {"student": table(2), "teacher": table(1)},
+        0,
+        0,
+    )
+    for batch in step.batches:
+        before = batch.tokens.ravel()[batch.positions]
+        student, teacher = tables["student"][before], tables["teacher"][before]
+        kd = definition.divergence(student, teacher, made.objective)
+        log_p = definition.log_softmax(student if by == "student_entropy" else teacher)
+        scores = kd if by == "divergence" else -(np.exp(log_p) * log_p).sum(axis=1)
+        rows = batch.positions // batch.tokens.shape[1]
+        for row in range(len(batch.ids)):
+            (among,) = np.nonzero((batch.weight > 0) & (rows == row))
+            chosen = among  # at random: they were chosen as the batch was made
+            if by != "random":
+                best = np.argsort(-scores[among], kind="stable")
+                chosen = np.sort(among[best[: math.ceil(0.4 * len(among))]])
+            n = len(chosen)
+            rising = 2 * np.arange(1, n + 1) / (n + 1)
+            loss += (kd[chosen] * (rising if position_weight == "rising" else 1)).sum()
+            count += n
+    made.train()
+    row = logged(made.run.path, "metrics.jsonl")[0]
+    assert row["loss_tokens"] == step.positions == count
+    assert row["loss"] == pytest.approx(loss / count, rel=1e-6)
 
 
 def test_every_step_has_one_row_with_all_that_is_promised(training):

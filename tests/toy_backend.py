@@ -61,7 +61,8 @@ class ToyStudent(ToyTeacher):
         if targets is not None:
             agree[:taught] = definition.same_choice(logits[:taught], targets)
         if targets is not None and objective.needs_teacher:
-            kd[:taught] = definition.divergence(logits[:taught], targets, objective)
+            of_taught = logits[:taught], targets, objective, batch.targets[:taught]
+            kd[:taught] = definition.divergence(*of_taught)
         ce = definition.cross_entropy(logits, batch.targets)
         return LossSums.of(batch, {"kd": kd, "ce": ce, "agree": agree})
 
@@ -84,6 +85,16 @@ class ToyStudent(ToyTeacher):
         if value is None:
             return sums
         return dataclasses.replace(sums, terms=sums.terms | {"ce": np.full(3, value)})
+
+    def token_scores(self, batch, targets, objective, by) -> np.ndarray:
+        logits = self.logits(batch)[: batch.taught]
+        if by == "divergence":
+            return definition.divergence(logits, targets, objective)
+        log_p = definition.log_softmax(targets if by == "teacher_entropy" else logits)
+        return -(np.exp(log_p) * log_p).sum(axis=1)
+
+    def targets_at(self, targets, places) -> np.ndarray:
+        return targets[places]
 
     def apply(self, learning_rate: float) -> float:
         self.rates.append(learning_rate)

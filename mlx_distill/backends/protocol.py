@@ -8,7 +8,7 @@ opaque to all but the same backend's student. Axes: `B` sequences, `T` tokens, `
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,19 @@ class SparseTargets:
     offset: np.ndarray
     top: np.ndarray
 
+    def at(self, places: np.ndarray) -> "SparseTargets":
+        """Those of some of the positions."""
+        return SparseTargets(*(getattr(self, field.name)[places] for field in fields(self)))
+
+    @property
+    def entropy(self) -> np.ndarray:
+        """The teacher's, `float32[N]` in nats: of the K + 1 outcomes, or its own, where answers were
+        drawn and offset makes up for the difference.
+        """
+        outcomes = np.concatenate([self.log_probs, self.tail[:, None]], axis=1).astype(np.float64)
+        products = np.exp(outcomes) * np.where(np.isfinite(outcomes), outcomes, 0.0)
+        return (-products.sum(axis=1) - self.offset).astype(np.float32)
+
     def check(self, objective: Objective, batch: Batch, vocabulary: int) -> None:
         """Raise `ValueError` at another temperature than 1, `IndexError` for ids outside of the
         vocabulary, and `CacheError` where dkd asks about a target that is none of the ids.
@@ -55,9 +68,10 @@ class SparseTargets:
         check_indices("the teacher's ids", np.maximum(self.ids, 0), vocabulary)
         check_indices("the teacher's ids", self.top, vocabulary)
         if objective.divergence == "dkd":
-            self._refuse_unknown_targets(batch)
+            self.refuse_unknown_targets(batch)
 
-    def _refuse_unknown_targets(self, batch: Batch) -> None:
+    def refuse_unknown_targets(self, batch: Batch) -> None:
+        """Raises `CacheError` where the text's own id is none of the kept ones."""
         asked = slice(len(self.ids))
         known = (self.ids == batch.targets[asked, None]).any(axis=1)
         unknown = np.flatnonzero(~known & (batch.weight[asked] != 0))
@@ -256,6 +270,9 @@ class LiveTeacher(Model, Teacher, Protocol):
     def states(self, batch: Batch) -> np.ndarray:
         """Hidden states [N, D]: float32, or bfloat16 as uint16 bits."""
 
+    def watch(self, layers: Sequence[int]) -> None:
+        """From now on the targets hold what these layers give, counted from 1."""
+
     def head_matrix(self) -> np.ndarray | None:
         """The head [V, D] as `states` are given, None where it is not one matrix and nothing else."""
 
@@ -272,6 +289,11 @@ class Student(Model, Protocol):
         Before the first step; without it all rows of the head are compared.
         """
 
+    def match_hidden(self, teacher: Any) -> None:
+        """Compare hidden states with this live teacher of the same backend, as the recipe says;
+        before the first step. Raises `ModelError` for a layer that there is not.
+        """
+
     def accumulate(
         self, batch: Batch, targets: Targets, objective: Objective, loss_tokens: float
     ) -> LossSums:
@@ -279,6 +301,16 @@ class Student(Model, Protocol):
 
     def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
+
+    def token_scores(
+        self, batch: Batch, targets: Targets, objective: Objective, by: str
+    ) -> np.ndarray:
+        """What a rule of `data.selection.SCORED` says of the first `batch.taught` positions, float32,
+        without gradients: an entropy at temperature 1, or the objective's divergence.
+        """
+
+    def targets_at(self, targets: Targets, places: np.ndarray) -> Targets:
+        """The targets of some of the positions, by their places among these."""
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer step from the accumulated gradients, which are then cleared; the gradient

@@ -55,6 +55,13 @@ def not_split(name: str, kind: type, how: str) -> ModelError:
     )
 
 
+def no_such_layer(name: str, asked: int, found: int) -> ModelError:
+    return ModelError(
+        f"{name}: [objective] hidden_layers asks for layer {asked}, but it has {found}: name layers "
+        f"from 1 to {found}"
+    )
+
+
 def quantised_already(name: str, asked: int, stored: int | str) -> ModelError:
     return ModelError(
         f"{name}: quantize_bits = {asked} asked, but it is already stored in {stored} bits: set 0"

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from mlx_distill.data.batches import Step
+from mlx_distill.data.batches import EVERY_TOKEN, Step
+from mlx_distill.data.selection import is_scored
 from mlx_distill.models.folder import read_config
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import StudentTable
+from mlx_distill.recipe.tables import SelectionTable, StudentTable
 
 # Elementwise operations a logit in the walk of backends/*/dense.py, an exponential counted as one:
 # floor, maximum, shift, exponential and sum of both models (10), the divergence (3), the slope (3);
@@ -133,16 +134,50 @@ def step_flops(
     full: bool,
     checkpointing: bool = False,
     adapters: Adapters | None = None,
+    selection: SelectionTable = EVERY_TOKEN,
+    matched: int = 0,
 ) -> dict[str, float]:
     """Operations of one optimizer step by part (teacher's trunk, student's trunk, both heads, the
-    loss); padding is not counted.
+    loss, what chooses tokens, and so many layers that are matched); padding is not counted.
     """
     lengths = [int(t) for batch in step.batches for t in batch.lengths]
-    positions = float(sum(np.count_nonzero(batch.weight) for batch in step.batches))
+    asked = float(sum(np.count_nonzero(batch.weight[: batch.taught]) for batch in step.batches))
     alone = float(sum(np.count_nonzero(batch.weight[batch.taught :]) for batch in step.batches))
-    return training_flops(
+    positions = float(step.positions)
+    parts = training_flops(
         lengths, positions, teacher, student, full, checkpointing, adapters, alone
     )
+    parts |= matching_flops(positions - alone, matched, teacher, student)
+    return parts | selection_flops(lengths, asked, selection, teacher, student)
+
+
+def matching_flops(
+    positions: float, layers: int, teacher: Shape | None, student: Shape
+) -> dict[str, float]:
+    """Operations of bringing the states of so many layers to the teacher's width, with both
+    gradients: "hidden", or nothing where the widths are one (distances are left out).
+    """
+    if not (layers and teacher and teacher.width != student.width):
+        return {}
+    return {"hidden": 6.0 * positions * layers * student.width * teacher.width}
+
+
+def selection_flops(
+    lengths: Sequence[int],
+    asked: float,
+    selection: SelectionTable,
+    teacher: Shape | None,
+    student: Shape,
+) -> dict[str, float]:
+    """Operations of asking the models which of so many tokens are chosen: "selection", or nothing."""
+    if not is_scored(selection):
+        return {}
+    operations = 0.0
+    if selection.by in ("student_entropy", "divergence"):
+        operations += student.trunk(lengths) + student.head(asked)
+    if selection.by in ("teacher_entropy", "divergence") and teacher:
+        operations += teacher.head(asked)
+    return {"selection": operations}
 
 
 def training_flops(
@@ -204,7 +239,9 @@ def flops_counter(
 
     def counted(step: Step) -> dict[str, float]:
         full = table.tuning == "full"
-        parts = step_flops(step, theirs, ours, full, table.gradient_checkpointing, adapters)
+        checkpointing, selection = table.gradient_checkpointing, recipe.selection
+        matched = recipe.objective.matched_layers
+        parts = step_flops(step, theirs, ours, full, checkpointing, adapters, selection, matched)
         if kind == "hidden":
             parts.pop("teacher", None)
         return parts

@@ -205,7 +205,11 @@ class Memory(Weights):
 
     def _hidden_bytes(self, micro: Micro) -> float:
         """float32 hidden states at the loss positions: of both models, gradients and a copy."""
-        widths = 3 * self.student.shape.width + (self.teacher.shape.width if self.teacher else 0)
+        teacher = self.teacher.shape.width if self.teacher else 0
+        widths = 3 * self.student.shape.width + teacher
+        # of a layer that is matched: both states, what is projected, their difference, gradients
+        matched = self.recipe.objective.matched_layers
+        widths += matched * (2 * self.student.shape.width + 3 * teacher)
         return float(FLOAT * micro.positions * widths)
 
     def _walk_bytes(self, micro: Micro, temperature: float, teacher: Dense | None) -> float:
@@ -304,9 +308,10 @@ class Memory(Weights):
     def _validation_moments(self, micro: Micro) -> Iterator[Moment]:
         models = [self.student, *([self.teacher] if self.teacher else [])]
         forward = max(self._forward_bytes(model, micro) for model in models)
-        yield self._moment("validation", activations=forward)
+        beside = float(FLOAT * self.trainable() * self.recipe.optim.schedule_free)  # or the mean
+        yield self._moment("validation", updating=beside, activations=forward)
         loss = self._walk_bytes(micro, 1.0, self.teacher) + self._hidden_bytes(micro)
-        yield self._moment("validation's loss", loss=loss)
+        yield self._moment("validation's loss", updating=beside, loss=loss)
 
     def _update_bytes(self, gradients: float, head: float) -> float:
         vocabulary = head * (1 if self.student.tied else 2)

@@ -64,6 +64,8 @@ def measure(asked: dict[str, Any]) -> dict[str, float]:
     rows = min(model.vocabulary_rows for model in (student, teacher) if model is not None)
     student.compare_first(rows)
     objective = Objective.from_table(recipe.objective)
+    if objective.matches_hidden:
+        student.match_hidden(teacher)
 
     batch = _batch(**asked["training"], vocabulary=rows)
     backend.reset_peak_memory()

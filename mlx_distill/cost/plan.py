@@ -11,7 +11,7 @@ from functools import partial
 
 from mlx_distill.cost.advice import Advice, Setting, advise
 from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
-from mlx_distill.cost.flops import training_flops
+from mlx_distill.cost.flops import matching_flops, selection_flops, training_flops
 from mlx_distill.cost.memory import Memory, Micro, Moment
 from mlx_distill.cost.work import Work
 from mlx_distill.data.counts import count_tokens
@@ -195,7 +195,7 @@ def make_plan(
             accumulates,
         ),
         memory_bytes=machine.memory_bytes,
-        checkpoint_bytes=FLOAT * (memory.trainable() + memory.optimizer_numbers()),
+        checkpoint_bytes=FLOAT * memory.checkpoint_numbers(),
         checkpoints=kept_checkpoints(recipe.run, work.steps),
         student_bytes=_exported_bytes(recipe, memory),
         cache_bytes=cache_bytes(recipe.teacher, prepared, described, machine) if described else 0,
@@ -225,7 +225,15 @@ def _flops(recipe: Recipe, work: Work, memory: Memory) -> dict[str, float]:
     )
     if recipe.teacher.cache == "hidden":
         parts.pop("teacher", None)
-    return parts
+    teacher = memory.asked.shape if memory.asked else None
+    lengths, asked = work.lengths.ravel().tolist(), float(work.asked.sum())
+    chosen_by = recipe.selection, teacher, memory.student.shape
+    taught, matched = (
+        float(work.positions.sum() - work.endings.sum()),
+        recipe.objective.matched_layers,
+    )
+    parts |= matching_flops(taught, matched, teacher, memory.student.shape)
+    return parts | selection_flops(lengths, asked, *chosen_by)
 
 
 def _exported_bytes(recipe: Recipe, memory: Memory) -> int:

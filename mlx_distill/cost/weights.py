@@ -58,15 +58,27 @@ class Weights:
     def trainable(self) -> int:
         """Numbers that train."""
         if self.adapters is None:
-            return self.student.parameters
+            return self.student.parameters + self.projections()
         magnitudes = self.blocks * sum(self.adapted_outputs()) if self.is_dora else 0
-        return self.adapters.weights + magnitudes
+        return self.adapters.weights + magnitudes + self.projections()
+
+    def projections(self) -> int:
+        """Numbers of the matrices that bring hidden states to the teacher's width."""
+        widths = self.student.shape.width, self.teacher.shape.width if self.teacher else 0
+        if not widths[1] or widths[0] == widths[1]:
+            return 0
+        return (
+            len(set(self.recipe.objective.hidden_layers) or {0})
+            * widths[0]
+            * widths[1]
+            * (self.recipe.objective.matched_layers > 0)
+        )
 
     def optimizer_numbers(self) -> int:
         """Numbers of state: Adafactor has a row and a column of each matrix."""
         kind = self.recipe.optim.optimizer
         if kind != "adafactor":
-            return self.trainable() * {"adamw": 2, "lion": 1}[kind]
+            return self.trainable() * {"lion": 1}.get(kind, 2)
         shape = self.student.shape
         if self.full:
             ends = sum(map(sum, shape.matrices().values()))
@@ -74,6 +86,11 @@ class Weights:
             return vocabulary + shape.layers * ends + self.student.vectors
         ends = sum(sum(shape.matrices()[name]) + 2 * self.table.rank for name in self.targets())
         return self.blocks * (ends + (sum(self.adapted_outputs()) if self.is_dora else 0))
+
+    def checkpoint_numbers(self) -> int:
+        """Numbers of a checkpoint: what trains, where it is not the student, beside the student."""
+        copies = 2 if self.recipe.optim.schedule_free else 1
+        return copies * self.trainable() + self.optimizer_numbers()
 
     def student_bytes(self) -> float:
         """float32 weights and the copy that is computed in; frozen ones in the computed format

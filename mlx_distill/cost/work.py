@@ -12,10 +12,12 @@ from functools import partial
 import numpy as np
 
 from mlx_distill.cost.memory import Micro
-from mlx_distill.data.batches import ALL_SEGMENTS, Steps
+from mlx_distill.data.batches import ALL_SEGMENTS, EVERY_TOKEN, Steps
 from mlx_distill.data.prepare import Prepared
+from mlx_distill.data.selection import is_scored, learned_count
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import SelectionTable
 
 
 def micro_batches(
@@ -51,8 +53,10 @@ class Work:
     steps: int
     lengths: np.ndarray  # int[S, G]: tokens of each example of each step
     positions: np.ndarray  # int[S, G]: those that carry loss
+    asked: np.ndarray  # int[S, G]: those among which a model's answers choose, where they do
     endings: np.ndarray  # int[S, G]: those that follow a cut and learn from the text alone
-    training: Counter[Micro]
+    training: Counter[Micro]  # with all positions that are held at once
+    learned: Counter[Micro]  # with those that carry loss
     validation: Counter[Micro]
 
     @classmethod
@@ -67,15 +71,21 @@ class Work:
             recipe.optim.steps,
         )
         rows = steps.order.all_steps()
-        lengths, positions = _sizes(prepared.train, segments)
+        lengths, positions, candidates = _sizes(prepared.train, segments, recipe.selection)
+        endings = np.array([sequence.ending for sequence in prepared.train], np.int64)
+        at_once = candidates if is_scored(recipe.selection) else positions
         shapes = partial(micro_batches, size=table.micro_batch_size, multiple=table.pad_multiple)
-        whole, everything = _sizes(sorted(prepared.validation, key=len), ALL_SEGMENTS)
+        whole, everything, _ = _sizes(
+            sorted(prepared.validation, key=len), ALL_SEGMENTS, EVERY_TOKEN
+        )
         held_out = shapes(whole[None], everything[None]) if len(whole) else Counter()
         return cls(
             len(steps),
             lengths[rows],
             positions[rows],
-            np.array([sequence.ending for sequence in prepared.train], np.int64)[rows],
+            (candidates - endings)[rows],
+            endings[rows],
+            shapes(lengths[rows], at_once[rows]),
             shapes(lengths[rows], positions[rows]),
             held_out,
         )
@@ -98,7 +108,7 @@ class Work:
         count = partial(count, alone=float(self.endings.sum()))
         parts = count(self.lengths.ravel().tolist(), float(self.positions.sum()))
         lengths, positions = [], 0
-        for micro, times in self.training.items():
+        for micro, times in self.learned.items():
             lengths += [micro.length] * (times * micro.sequences)
             positions += times * micro.positions
         padded = count(lengths, float(positions))
@@ -106,9 +116,11 @@ class Work:
 
 
 def _sizes(
-    sequences: Sequence[TokenSequence], segments: tuple[str, ...]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and supervised tokens of each sequence."""
-    counts = [(len(sequence), int(sequence.supervised(segments).sum())) for sequence in sequences]
-    lengths, positions = np.array(counts, np.int64).reshape(-1, 2).T
-    return lengths, positions
+    sequences: Sequence[TokenSequence], segments: tuple[str, ...], selection: SelectionTable
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens of each sequence, those that carry loss, and those among which they are chosen."""
+    counts = [
+        (len(sequence), *learned_count(sequence, segments, selection)) for sequence in sequences
+    ]
+    lengths, positions, candidates = np.array(counts, np.int64).reshape(-1, 3).T
+    return lengths, positions, candidates

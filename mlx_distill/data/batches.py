@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from mlx_distill.data.selection import is_scored, learned_count, place_weights, select_known
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.tables import BatchTable
+from mlx_distill.recipe.tables import BatchTable, SelectionTable
 
 SORTED = 0x736F7274  # tells a window's random numbers from an epoch's
 ALL_SEGMENTS = ("prompt", "cot", "answer")
+EVERY_TOKEN = SelectionTable()
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its micro-batches and the number of tokens that carry loss in all of
-    them.
+    """One optimizer step: its micro-batches, the summed weight of the tokens that carry loss in all
+    of them, and how many those are. Where a model is asked which ones (`selection.is_scored`), the
+    batches hold all candidates.
     """
 
     index: int
     batches: tuple[Batch, ...]
     loss_tokens: float
     tokens: int  # real (unpadded) tokens read
+    positions: int
 
 
 class Order:
@@ -123,6 +127,20 @@ class Order:
         random = np.random.default_rng([self._seed, begin, SORTED])
         return self._window.deal(taken.reshape(count, self._size), random)
 
+    def epochs_of_step(self, index: int) -> list[int]:
+        """In which epoch each example of a step is seen, counted from 0; of one that a window has
+        twice the first time is the earlier epoch's.
+        """
+        steps = self._window.steps if self._window else 1
+        begin = index - index % steps
+        start, count = begin * self._size, min(steps, self._count - begin) * self._size
+        dealt = np.concatenate([self.of_step(begin + i) for i in range(count // self._size)])
+        epochs = np.empty(count, np.int64)
+        taken = np.array(self.rows(start, count))
+        places = np.arange(start, start + count) // self._examples
+        epochs[np.argsort(dealt, kind="stable")] = places[np.argsort(taken, kind="stable")]
+        return epochs.reshape(-1, self._size)[index - begin].tolist()
+
     def rows(self, start: int, count: int) -> list[int]:
         """Places in the stream `[start, start + count)` → examples."""
         n = self._examples
@@ -174,6 +192,7 @@ class Steps:
         seed: int,
         epochs: int = 1,
         steps: int = 0,
+        selection: SelectionTable = EVERY_TOKEN,
     ):
         window = None
         if batch.sort_window > 1:
@@ -181,6 +200,7 @@ class Steps:
             window = Window(batch.sort_window, batch.micro_batch_size, lengths)
         self.order = Order(len(sequences), batch.global_batch_size, seed, epochs, steps, window)
         self._sequences, self._segments, self._batch = sequences, segments, batch
+        self._selection, self._seed = selection, seed
         # of any example, so that all ranks make batches of one kind
         self._endings = any(sequence.ending for sequence in sequences)
 
@@ -189,8 +209,14 @@ class Steps:
 
     def step(self, index: int) -> Step:
         """Step `index`, counted from 0. Raises `IndexError` for one that there is not."""
-        taken = [self._sequences[row] for row in self.order.of_step(index)]
-        return make_step(index, taken, self._segments, self._batch, self._endings)
+        segments, selection = self._segments, self._selection
+        taken = [
+            select_known(self._sequences[row], segments, selection, self._seed, epoch)
+            for row, epoch in zip(
+                self.order.of_step(index), self.order.epochs_of_step(index), strict=True
+            )
+        ]
+        return make_step(index, taken, segments, self._batch, self._endings, selection)
 
     def __iter__(self) -> Iterator[Step]:
         return (self.step(index) for index in range(len(self)))
@@ -202,16 +228,23 @@ def make_step(
     segments: tuple[str, ...],
     batch: BatchTable,
     endings: bool,
+    selection: SelectionTable = EVERY_TOKEN,
 ) -> Step:
     """One optimizer step over these sequences, in micro-batches ordered by length; `endings` as for
-    `make_batch`.
+    `make_batch`. Of what `selection` asks the choice was made already, unless a model is asked.
     """
-    taken = _by_length(sequences)
+    taken, scored = _by_length(sequences), is_scored(selection)
+    weighs = "flat" if scored else selection.position_weight
     batches = tuple(
-        make_batch(group, segments, batch.pad_multiple, endings) for group in _groups(taken, batch)
+        make_batch(group, segments, batch.pad_multiple, endings, weighs)
+        for group in _groups(taken, batch)
     )
-    loss_tokens = sum(float(batch.weight.sum(dtype=np.float64)) for batch in batches)
-    return Step(index, batches, loss_tokens, sum(map(len, taken)))
+    left = selection if scored else EVERY_TOKEN
+    counts = [learned_count(one, segments, left)[0] for one in taken]
+    weights = [float(np.float32(one.weight)) for one in taken]
+    loss_tokens = sum(weight * count for weight, count in zip(weights, counts, strict=True))
+    learned = sum(count for weight, count in zip(weights, counts, strict=True) if weight)
+    return Step(index, batches, loss_tokens, sum(map(len, taken)), learned)
 
 
 def validation_batches(sequences: Sequence[TokenSequence], batch: BatchTable) -> list[Batch]:
@@ -237,11 +270,13 @@ def make_batch(
     segments: tuple[str, ...],
     pad_multiple: int = 1,
     endings: bool = False,
+    position_weight: str = "flat",
 ) -> Batch:
     """Pad sequences to one `[B, T]` and shift: target `tokens[b, t]` is predicted at position `b*T
     + t - 1`.
 
-    T and N are rounded up to `pad_multiple`, to keep shapes few. `endings` says whether the run has
+    T and N are rounded up to `pad_multiple`, to keep shapes few. `position_weight` as in
+    `[selection]`. `endings` says whether the run has
     sequences with some, whose positions then stand last. Raises `DataError` for a batch with more
     positions than 32 bits count, `ValueError` for indices that do not fit.
     """
@@ -267,18 +302,24 @@ def make_batch(
         follows_a_cut[row, lengths[row] - sequence.ending : lengths[row]] = True
     places = places[np.argsort(follows_a_cut.ravel()[places], kind="stable")]
     weights = np.array([sequence.weight for sequence in sequences], np.float32)[places // width]
+    chosen = len(places) - int(follows_a_cut.sum())
+    weights[:chosen] *= place_weights(position_weight, places[:chosen] // width)
     _check(tokens, places, width)
-    padding = _round_up(len(places), pad_multiple) - len(places)
     return Batch(
         tokens=tokens,
-        positions=np.pad(places - 1, (0, padding)).astype(np.int32),
-        targets=np.pad(tokens.ravel()[places], (0, padding)),
-        segment=np.pad(kinds.ravel()[places], (0, padding)),
-        weight=np.pad(weights, (0, padding)),
+        positions=padded((places - 1).astype(np.int32), pad_multiple),
+        targets=padded(tokens.ravel()[places], pad_multiple),
+        segment=padded(kinds.ravel()[places], pad_multiple),
+        weight=padded(weights, pad_multiple),
         lengths=lengths,
         ids=tuple(sequence.id for sequence in sequences),
         endings=np.array([one.ending for one in sequences], np.int32) if endings else None,
     )
+
+
+def padded(column: np.ndarray, multiple: int) -> np.ndarray:
+    """A column [N] with zeros after it, up to a multiple of so many, and not to none."""
+    return np.pad(column, (0, _round_up(max(1, len(column)), multiple) - len(column)))
 
 
 def _check(tokens: np.ndarray, places: np.ndarray, width: int) -> None:

@@ -46,7 +46,20 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             '[objective] divergence = "dkd" with dkd_target = 0 and dkd_rest = 0 teaches nothing: '
             "raise one"
         )
+    if objective.hidden_weight and objective.kd_weight == 0:
+        yield (
+            f"[objective] hidden_weight = {objective.hidden_weight} asks the teacher, but kd_weight "
+            "= 0 asks none: raise it, or set hidden_weight = 0"
+        )
+    if objective.hidden_weight and teacher.cache != "off":
+        yield (
+            f"[objective] hidden_weight = {objective.hidden_weight} compares states of layers, of "
+            f'which no cache holds any: set [teacher] cache = "off" (found "{teacher.cache}"), or '
+            "hidden_weight = 0"
+        )
+    yield from _schedule_free_contradictions(recipe)
     yield from _rollouts_contradictions(recipe)
+    yield from _selection_contradictions(recipe)
     if truncation.keep == "cot" and truncation.fraction != 1:
         yield (
             '[truncation] keep = "cot" cuts after </think> and takes no fraction, found '
@@ -97,6 +110,21 @@ def _prune_contradictions(recipe: "Recipe") -> Iterator[str]:
         )
 
 
+def _schedule_free_contradictions(recipe: "Recipe") -> Iterator[str]:
+    """What averages take the place of, and what there would be no average with."""
+    optim = recipe.optim
+    if not optim.schedule_free:
+        return
+    asked = f'[optim] optimizer = "{optim.optimizer}"'
+    if optim.schedule != "constant" and "schedule" in optim.model_fields_set:
+        yield (
+            f"{asked} averages instead of letting the rate fall, but schedule = "
+            f'"{optim.schedule}": set "constant", whose warmup it keeps'
+        )
+    if optim.beta1 == 0:
+        yield f"{asked} trains at a mean that beta1 weighs, but beta1 is 0: set it near 0.9"
+
+
 def _rollouts_contradictions(recipe: "Recipe") -> Iterator[str]:
     """What cannot be written, or would not be learned."""
     rollouts, asked = recipe.rollouts, f'[rollouts] by = "{recipe.rollouts.by}"'
@@ -138,6 +166,24 @@ def _rollouts_contradictions(recipe: "Recipe") -> Iterator[str]:
         yield (
             f"[rollouts] refresh_every = {rollouts.refresh_every} writes texts that no teacher "
             'cache holds: set [teacher] cache = "off", or refresh_every = 0'
+        )
+
+
+def _selection_contradictions(recipe: "Recipe") -> Iterator[str]:
+    """What no token can be chosen by."""
+    selection = recipe.selection
+    if selection.share == 1:
+        return
+    asked = f'[selection] by = "{selection.by}"'
+    if selection.by in ("teacher_entropy", "divergence") and recipe.objective.kd_weight == 0:
+        yield (
+            f"{asked} asks the teacher, but [objective] kd_weight = 0 asks none: raise it, or set "
+            'by = "student_entropy" or "random"'
+        )
+    if selection.by == "position" and selection.position_weight == "flat":
+        yield (
+            f'{asked} takes the tokens that weigh most, but position_weight = "flat" weighs all '
+            'the same: set "rising" for the last ones or "falling" for the first'
         )
 
 

@@ -39,6 +39,10 @@ FOLLOWS = {
         lambda recipe: 1.0 if recipe.rollouts.by == "student" else 0.5,
         '1.0 with rollouts.by = "student"',
     ),
+    "optim.schedule": Following(
+        lambda recipe: "constant" if recipe.optim.schedule_free else "one_cycle",
+        'constant with optimizer = "schedule_free_adamw"',
+    ),
     "optim.beta2": Following(
         lambda recipe: 0.99 if recipe.optim.optimizer == "lion" else 0.999,
         '0.99 with optimizer = "lion"',

@@ -33,13 +33,17 @@ def choice(table: str, field: str, *values: str) -> Condition:
 
 
 ADAPTERS = choice("student", "tuning", "lora", "dora")
-MOMENTA = choice("optim", "optimizer", "adamw", "lion")
+MOMENTA = choice("optim", "optimizer", "adamw", "lion", "schedule_free_adamw")
 
 WRITTEN = choice("rollouts", "by", "teacher", "student")
 DRAWN = Condition(
     lambda recipe: WRITTEN.holds(recipe) and recipe.rollouts.temperature > 0,
     f"{WRITTEN.words} and a temperature above 0",
 )
+
+SELECTS = Condition(lambda recipe: recipe.selection.share < 1, "a share below 1")
+
+MATCHES = Condition(lambda recipe: recipe.objective.hidden_weight > 0, "a hidden_weight above 0")
 
 READ_WHEN = {
     "teacher.quantize_bits": Condition(lambda recipe: bool(recipe.teacher.model), "a teacher"),
@@ -72,6 +76,11 @@ READ_WHEN = {
     "rollouts.weigh": WRITTEN,
     "rollouts.refresh_every": choice("rollouts", "by", "student"),
     "rollouts.folder": WRITTEN,
+    "selection.by": SELECTS,
+    "selection.redraw": Condition(
+        lambda recipe: SELECTS.holds(recipe) and recipe.selection.by == "random",
+        f'{SELECTS.words} and by = "random"',
+    ),
     "objective.jsd_beta": choice("objective", "divergence", "jsd"),
     "objective.skew_alpha": choice("objective", "divergence", "skew_kl", "skew_reverse_kl"),
     "objective.mixed_weight": choice("objective", "divergence", "mixed_kl"),
@@ -82,12 +91,14 @@ READ_WHEN = {
     "batch.sort_window": Condition(
         lambda recipe: recipe.rollouts.refresh_every == 0, "rollouts.refresh_every = 0"
     ),
+    "objective.hidden_layers": MATCHES,
+    "objective.hidden_distance": MATCHES,
     "optim.decayed": Condition(
         lambda recipe: recipe.optim.weight_decay > 0, "a weight_decay above 0"
     ),
     "optim.beta1": MOMENTA,
     "optim.beta2": MOMENTA,
-    "optim.eps": choice("optim", "optimizer", "adamw"),
+    "optim.eps": choice("optim", "optimizer", "adamw", "schedule_free_adamw"),
     "optim.patience": Condition(
         lambda recipe: recipe.run.validate_every > 0, "a validate_every above 0"
     ),

@@ -19,6 +19,7 @@ from mlx_distill.recipe.tables import (
     PruneTable,
     RolloutsTable,
     RunTable,
+    SelectionTable,
     StudentTable,
     Table,
     TeacherTable,
@@ -36,6 +37,7 @@ class Recipe(Table):
     data: DataTable = DataTable()
     rollouts: RolloutsTable = RolloutsTable()
     truncation: TruncationTable = TruncationTable()
+    selection: SelectionTable = SelectionTable()
     objective: ObjectiveTable = ObjectiveTable()
     batch: BatchTable = BatchTable()
     optim: OptimTable = OptimTable()
@@ -49,6 +51,11 @@ class Recipe(Table):
         for table, values in following(self).items():  # before anyone sees the frozen recipe
             self.__dict__[table] = getattr(self, table).model_copy(update=values)
         return self
+
+    @property
+    def asks_cache_for_the_text(self) -> bool:
+        """Whether a teacher cache that knows some ids a token is asked about the text's own."""
+        return self.objective.divergence == "dkd" and self.teacher.cache == "top_k"
 
     def digest(self) -> str:
         """16 hex digits over every field that shapes the result: all but where it is kept and what

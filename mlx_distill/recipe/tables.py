@@ -19,6 +19,7 @@ from mlx_distill.recipe.values import (
     Divergence,
     FormerDefault,
     Fraction,
+    Layers,
     Momentum,
     Names,
     OutsideDigest,
@@ -256,6 +257,23 @@ class TruncationTable(Table):
     """After a cut: nothing, or </think>, answer and end of turn, learned from the text alone."""
 
 
+class SelectionTable(Table):
+    share: Annotated[Fraction, CameLater(1.0)] = 1.0
+    """Share of each sequence's supervised tokens that carries loss, rounded up; 1.0 = all."""
+
+    by: Annotated[
+        Literal["random", "position", "student_entropy", "teacher_entropy", "divergence"],
+        CameLater("random"),
+    ] = "random"
+    """Which ones; the last three ask the models in each step and take the highest."""
+
+    redraw: Annotated[Literal["epoch", "once"], CameLater("epoch")] = "epoch"
+    """How often a random choice is made."""
+
+    position_weight: Annotated[Literal["flat", "rising", "falling"], CameLater("flat")] = "flat"
+    """Weight of a token's loss by its place among those of its sequence; 1 on average."""
+
+
 class ObjectiveTable(Table):
     segments: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)] = ("cot",)
     """Which segments are learned."""
@@ -284,6 +302,15 @@ class ObjectiveTable(Table):
     dkd_rest: Annotated[float, within(1e-6, 1000.0, or_zero=True), CameLater(1.0)] = 1.0
     """Weight of the other ids among themselves (their β; they take up to 8)."""
 
+    hidden_weight: Annotated[float, within(1e-6, 1000.0, or_zero=True), CameLater(0.0)] = 0.0
+    """Weight of the distance of hidden states; 0 = they are not compared."""
+
+    hidden_layers: Annotated[Layers, CameLater(())] = ()
+    """Student's layers, from 1, which meet the teacher's at the same depth; [] = the last."""
+
+    hidden_distance: Annotated[Literal["mse", "cosine"], CameLater("mse")] = "mse"
+    """Mean squared difference, or 1 - cosine, through a trained projection where widths differ."""
+
     kd_weight: Weight = 0.5
     """Weight of the divergence; 1 - kd_weight weighs cross-entropy with the text."""
 
@@ -295,6 +322,11 @@ class ObjectiveTable(Table):
 
     chunk_tokens: Annotated[int, within(0, 2**20)] = 0
     """Positions whose logits exist at once: less = less memory; 0 = what suits the device."""
+
+    @property
+    def matched_layers(self) -> int:
+        """How many layers are compared with the teacher's."""
+        return max(1, len(self.hidden_layers)) if self.hidden_weight else 0
 
 
 class BatchTable(Table):
@@ -313,8 +345,8 @@ class BatchTable(Table):
 
 
 class OptimTable(Table):
-    optimizer: Literal["adamw", "adafactor", "lion"] = "adamw"
-    """Lion is MLX's alone."""
+    optimizer: Literal["adamw", "adafactor", "lion", "schedule_free_adamw"] = "adamw"
+    """Lion is MLX's alone; schedule-free AdamW trains beside a running mean, which is the student."""
 
     learning_rate: Annotated[float, within(1e-10, 1000.0)] = 2e-5
     """The schedule's peak (2e-5 as TRL; adapters want ten times that: LoRA Without Regret)."""
@@ -338,7 +370,7 @@ class OptimTable(Table):
     """Decay of its square's running mean; of Lion's momentum (arXiv 2302.06675 has 0.99)."""
 
     eps: Annotated[float, within(1e-20, 1.0)] = 1e-8
-    """Added to AdamW's denominator."""
+    """Added to AdamW's denominator, schedule-free or not."""
 
     max_grad_norm: Annotated[float, within(1e-6, 1e9, or_zero=True)] = 1.0
     """Gradients are clipped to this norm; 0 = never."""
@@ -351,6 +383,11 @@ class OptimTable(Table):
 
     patience: Annotated[int, within(0, 10_000), CameLater(0)] = 0
     """Validations in a row without a lower loss after which training ends; 0 = never."""
+
+    @property
+    def schedule_free(self) -> bool:
+        """Whether the student is a running mean of what trains."""
+        return self.optimizer == "schedule_free_adamw"
 
 
 class EvalTable(Table):

@@ -99,6 +99,7 @@ Divergence = Literal[
 ]
 Condition = Annotated[Any, AfterValidator(_condition)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tuples
+Layers = Annotated[tuple[Annotated[int, within(1, 1000)], ...], Field(strict=False)]
 Fraction = Annotated[float, within(1e-6, 1.0)]
 Weight = Annotated[float, within(1e-6, 1.0, or_zero=True)]
 # float32 knows no number nearer to 1 that a sum of 1 - beta survives

@@ -5,13 +5,15 @@ them, without the teacher's weights. Decided here: each row of the batch, withou
 the start of a kept sequence of its example.
 """
 
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from mlx_distill.backends.protocol import Backend, SparseTargets, Targets, check_indices
-from mlx_distill.data.batches import Batch
+from mlx_distill.data.batches import Batch, make_batch
+from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import CacheError
 from mlx_distill.teaching.folder import TeacherCache
 from mlx_distill.teaching.kinds import KINDS, RowPositions
@@ -52,6 +54,18 @@ class CachedTeacher:
             raise CacheError(
                 f"{self.cache.path}: vocabulary_rows {rows} asked, {self.vocabulary_rows} found"
             )
+
+    def refuse_unknown_targets(
+        self, sequences: Iterable[TokenSequence], segments: tuple[str, ...]
+    ) -> None:
+        """Raises `CacheError`, which names the example, where a learned token is none of the ids
+        that are kept: before training, for `dkd` asks about it.
+        """
+        for sequence in sequences:
+            batch = make_batch([sequence], segments)
+            targets = self.targets(batch)
+            if isinstance(targets, SparseTargets):
+                targets.refuse_unknown_targets(batch)
 
     def _record(self, batch: Batch, row: int) -> Record:
         ending = 0 if batch.endings is None else batch.endings[row]

@@ -20,6 +20,7 @@ from mlx_distill.data.account import unused_lines
 from mlx_distill.data.counts import TokenCounts, TokenRun, count_tokens, token_runs
 from mlx_distill.data.day import about_day, choose_day
 from mlx_distill.data.prepare import Prepared, prepare
+from mlx_distill.data.selection import describe
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DataError
 from mlx_distill.models.hub import load_tokenizer, model_folder
@@ -139,6 +140,8 @@ def _title(recipe: Recipe) -> str:
         parts.append("reads what lies before")
     if cut.token_share < 1:
         parts.append(f"a random {cut.token_share:.0%} of tokens")
+    if chosen := describe(recipe.selection):
+        parts.append(f"learns {chosen}")
     if cut.ending == "answer":
         parts.append("then </think> and the answer")
     if cut.whole_share:

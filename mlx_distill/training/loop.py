@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors import SafetensorError
 
-from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
+from mlx_distill.backends.protocol import Backend, LossSums, Student, Targets, Teacher
 from mlx_distill.data.batches import Batch, Step, share_of
+from mlx_distill.data.narrowing import narrowed
+from mlx_distill.data.selection import is_scored
 from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DistillError, DivergedError, RunError
 from mlx_distill.files import one_line
@@ -171,12 +173,9 @@ class Training:
     def _accumulate(self, step: Step) -> LossSums:
         """The sums over all micro-batches of the step, this rank's and the others'."""
         parts, broken = [], []
-        for batch in self._mine(step.batches):
-            targets = (
-                self.teacher.targets(batch)
-                if self.teacher and self.objective.needs_teacher
-                else None
-            )
+        for whole in self._mine(step.batches):
+            asked = self.teacher if self.objective.needs_teacher else None
+            batch, targets = self._chosen(whole, asked.targets(whole) if asked else None)
             parts.append(self.student.accumulate(batch, targets, self.objective, step.loss_tokens))
             if not math.isfinite(value := self._total(parts[-1])):
                 broken.append((value, batch.ids))
@@ -185,6 +184,20 @@ class Training:
             value, ids = broken[0] if broken else (value, ["of another rank"])
             raise self._diverged(step.index, "the loss", value, ids)
         return sums
+
+    def _chosen(self, batch: Batch, targets: Targets | None) -> tuple[Batch, Targets | None]:
+        """The positions that carry loss, with the teacher's answers to them: all of them, unless the
+        models are asked which.
+        """
+        table = self.recipe.selection
+        if not is_scored(table):
+            return batch, targets
+        if targets is None and table.by == "teacher_entropy":  # nothing that it is asked about
+            scores = np.zeros(0, np.float32)
+        else:
+            scores = self.student.token_scores(batch, targets, self.objective, table.by)
+        left, places = narrowed(batch, scores, table, self.recipe.batch.pad_multiple)
+        return left, None if targets is None else self.student.targets_at(targets, places)
 
     def _total(self, sums: LossSums) -> float:
         return self.objective.total({name: float(term.sum()) for name, term in sums.terms.items()})

@@ -181,8 +181,9 @@ class Rollouts:
         units, order = self._units(), self._order()
         segments = recipe.objective.segments
         endings = recipe.truncation.ending == "answer"
+        every, selection, seed = self.table.refresh_every, recipe.selection, recipe.run.seed
         return RewrittenSteps(
-            order, units, self.table.refresh_every, ask, segments, recipe.batch, endings
+            order, units, every, ask, segments, recipe.batch, endings, selection, seed
         )
 
     def _asked_once(self) -> list[Asked]:

@@ -8,10 +8,11 @@ written, so a run that is continued repeats the one that was stopped.
 
 from collections.abc import Callable, Iterable, Sequence
 
-from mlx_distill.data.batches import Order, Step, make_step
+from mlx_distill.data.batches import EVERY_TOKEN, Order, Step, make_step
+from mlx_distill.data.selection import select_known
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.tables import BatchTable
+from mlx_distill.recipe.tables import BatchTable, SelectionTable
 from mlx_distill.writing.texts import Asked
 
 Ask = Callable[[list[Asked], int], dict[Asked, TokenSequence]]
@@ -31,9 +32,12 @@ class RewrittenSteps:
         segments: tuple[str, ...],
         batch: BatchTable,
         endings: bool,
+        selection: SelectionTable = EVERY_TOKEN,
+        seed: int = 0,
     ):
         self._order, self._units, self._every, self._ask = order, units, every, ask
         self._segments, self._batch, self._endings = segments, batch, endings
+        self._selection, self._seed = selection, seed
         self._begun, self._texts = -1, dict[Asked, TokenSequence]()
 
     def __len__(self) -> int:
@@ -47,9 +51,9 @@ class RewrittenSteps:
         if begin != self._begun:
             self._texts = self._ask(self._asked(begin), begin)
             self._begun = begin
-        step = make_step(
-            index, list(self._sequences(index)), self._segments, self._batch, self._endings
-        )
+        taken = list(self._sequences(index))
+        segments, selection = self._segments, self._selection
+        step = make_step(index, taken, segments, self._batch, self._endings, selection)
         if not step.loss_tokens:
             raise DataError(
                 f"step {index + 1}: none of the texts that the student wrote has a token of "
@@ -65,6 +69,9 @@ class RewrittenSteps:
         return list(dict.fromkeys(unit for unit in units if isinstance(unit, Asked)))
 
     def _sequences(self, index: int) -> Iterable[TokenSequence]:
-        for row in self._order.of_step(index):
+        """What a step learns of each unit that it takes."""
+        rows, epochs = self._order.of_step(index), self._order.epochs_of_step(index)
+        for row, epoch in zip(rows, epochs, strict=True):
             unit = self._units[row]
-            yield self._texts[unit] if isinstance(unit, Asked) else unit
+            sequence = self._texts[unit] if isinstance(unit, Asked) else unit
+            yield select_known(sequence, self._segments, self._selection, self._seed, epoch)

@@ -18,22 +18,26 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 from tiny import family_folder, llama_config, recipe_of, texts
 from toy_backend import ToyBackend
 
+from mlx_distill import objective as definition
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.protocol import Backend, LossSums, Model, Sampling, Student, Teacher
 from mlx_distill.backends.torch import student as torch_student
 from mlx_distill.data.batches import Batch, Steps, make_batch
+from mlx_distill.data.narrowing import narrowed
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe, with_values
-from mlx_distill.recipe.tables import BatchTable
+from mlx_distill.recipe.tables import BatchTable, SelectionTable
 
 BACKENDS = ["mlx", "torch"]
-OPTIMIZERS = {"mlx": ["adamw", "lion", "adafactor"], "torch": ["adamw", "adafactor"]}
+ON_BOTH = ["adamw", "adafactor", "schedule_free_adamw"]
+OPTIMIZERS = {"mlx": [*ON_BOTH, "lion"], "torch": ON_BOTH}
 LOGITS = {  # [T, V] by the plain model
     "mlx": lambda model, ids: np.array(model.split.model(mx.array([ids])))[0],
     "torch": lambda model, ids: model.split.model(torch.tensor([ids])).logits[0].detach().numpy(),
@@ -295,6 +299,62 @@ def test_padding_and_dead_positions_do_not_matter(backend: Backend, root: Path, 
     assert_close(gradients(two, teacher, [loose]), gradients(one, teacher, [tight]))
 
 
+def test_what_a_rule_says_of_each_token(backend: Backend, root: Path, teacher: Teacher):
+    """An entropy at temperature 1, whatever the objective's is; its divergence."""
+    asked, student = batch(pad_multiple=8), load_student(backend, root)
+    logits = [
+        np.concatenate([LOGITS[backend.name](model, row.tolist()) for row in asked.tokens])
+        for model in (student, teacher)
+    ]
+    of_student, of_teacher = (array[asked.positions].astype(np.float64) for array in logits)
+
+    def entropy(z: np.ndarray) -> np.ndarray:
+        u = definition.log_softmax(z)
+        return -(np.exp(u) * u).sum(axis=1)
+
+    expected = {
+        "student_entropy": entropy(of_student),
+        "teacher_entropy": entropy(of_teacher),
+        "divergence": definition.divergence(of_student, of_teacher, KD),
+    }
+    for by, scores in expected.items():
+        found = student.token_scores(asked, teacher.targets(asked), KD, by)
+        assert np.ptp(scores) > 0.01
+        live = asked.weight > 0
+        np.testing.assert_allclose(found[live], scores[live], rtol=1e-4, atol=1e-5, err_msg=by)
+
+
+@with_the_toy
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_chosen_tokens_alone_are_as_if_the_others_weighed_nothing(
+    backend: Backend, root: Path, teacher: Teacher, multiple: int
+):
+    whole, table = (
+        make_batch(ENDED, ALL, multiple, True),
+        SelectionTable(share=0.3, by="divergence"),
+    )
+    scores = np.random.default_rng(1).normal(size=whole.taught).astype(np.float32)
+    left, places = narrowed(whole, scores, table, multiple)
+    kept = np.zeros(len(whole.positions), bool)
+    kept[places[left.weight[: len(places)] > 0]] = True
+    kept[whole.taught :] = True
+    masked = dataclasses.replace(whole, weight=np.where(kept, whole.weight, 0))
+    assert len(left.positions) < 0.7 * len(whole.positions)
+    total = float(left.weight.sum())
+    assert total == masked.weight.sum()
+    found, moved = [], []
+    for one in (left, masked):
+        student = load_student(backend, root)
+        targets = teacher.targets(whole)
+        targets = student.targets_at(targets, places) if one is left else targets
+        before = weights(student)
+        found.append(student.accumulate(one, targets, KD, total))
+        student.apply(SGD["learning_rate"])
+        moved.append({key: before[key] - array for key, array in weights(student).items()})
+    assert_sums(*found)
+    assert_close(*moved, tolerance=1e-4)
+
+
 ENDED = [dataclasses.replace(one, ending=3) for one in SEQUENCES[:3]] + SEQUENCES[3:]
 
 
@@ -526,6 +586,141 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
         accumulate(one, teacher, [batch()])
         one.apply(1e-3)
     assert_same(weights(student), weights(fresh))
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_student_of_schedule_free_adamw_is_the_mean_of_what_trains(
+    backend: Backend, root: Path, teacher: Teacher, tuning: str, tmp_path: Path
+):
+    """Validated, kept and exported; looking at it leaves no bit of what trains changed. The mutant
+    that validates what trains failed here.
+    """
+    asked = {"optimizer": "schedule_free_adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
+    looked, blind = (load_student(backend, root, tuning, asked) for _ in range(2))
+    for _ in range(3):
+        for one in (looked, blind):
+            accumulate(one, teacher, [batch()])
+            one.apply(1e-2)
+        sums = looked.score(batch(), teacher.targets(batch()), KD)
+    for one, name in ((looked, "looked"), (blind, "blind")):
+        (tmp_path / name).mkdir()
+        one.save_state(tmp_path / name)
+    mean, state = (
+        load_file(tmp_path / "looked" / f"{k}.safetensors") for k in ("weights", "optimizer")
+    )
+    assert_same(state, load_file(tmp_path / "blind" / "optimizer.safetensors"))
+    assert state["step"] == 3 and state["weight_sum"] == pytest.approx(3e-4)
+    for key, array in mean.items():
+        y, z = (state[f"{key}.{name}"].astype(np.float64) for name in "yz")
+        np.testing.assert_allclose(array, y - (z - y) / 9, rtol=1e-5, atol=1e-7, err_msg=key)
+    assert any(np.abs(array - state[f"{key}.y"]).max() > 1e-3 for key, array in mean.items())
+    alone = load_student(backend, root, tuning)
+    alone.restore_state(tmp_path / "looked", optimizer=False)
+    assert_sums(alone.score(batch(), teacher.targets(batch()), KD), sums)
+    exported = []
+    for one, name in ((looked, "a"), (alone, "b")):
+        (tmp_path / name).mkdir()
+        one.export(tmp_path / name, [2])
+        exported.append(load_file(tmp_path / name / "model.safetensors"))
+    assert_same(*exported)
+
+
+# Hidden states
+
+
+def matched(backend: Backend, root: Path, teacher: Teacher, *args, **objective) -> Student:
+    made = load_student(backend, root, *args)
+    object.__setattr__(made, "recipe", with_values(made.recipe, objective=objective))
+    made.match_hidden(teacher)
+    return made
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory) -> Path:
+    """A teacher whose states are wider than the student's."""
+    folder = tmp_path_factory.mktemp("wide") / "teacher"
+    family_folder(folder, llama_config(layers=3, width=48, tied=False, vocabulary=ROWS), seed=4)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+@pytest.mark.parametrize("projected", [False, True])
+def test_hidden_states_are_compared_as_defined(
+    backend: Backend, root: Path, wide: Path, kind: str, projected: bool
+):
+    """With transformers' own states, whichever backend computes; of two layers the mean."""
+    of_teacher = wide if projected else root / "teacher"
+    teacher = backend.load_teacher(of_teacher, "teacher")
+    fields = {"hidden_weight": 0.3, "hidden_distance": kind, "hidden_layers": (1, 1)}
+    student = matched(backend, root, teacher, **fields)
+    asked = make_batch(ENDED, ALL, 8, True)
+    objective = Objective(kd_weight=0.7, hidden_weight=0.3, hidden_distance=kind)
+    sums = student.score(asked, teacher.targets(asked), objective)
+
+    def states(folder: Path, layer: int) -> np.ndarray:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        out = model(torch.tensor(asked.tokens), output_hidden_states=True)
+        found = out.hidden_states[layer].detach().numpy()
+        return found.reshape(-1, found.shape[-1])[asked.positions[: asked.taught]]
+
+    ours = states(root / "student", 1).astype(np.float64)
+    if projected:
+        ours = ours @ weights(student)["hidden_projection.1"].astype(np.float64)
+    rows = definition.hidden_distance(ours, states(of_teacher, 2), kind)
+    counted = asked.weight[: asked.taught] * rows
+    expected = np.bincount(asked.segment[: asked.taught], counted, 3)
+    np.testing.assert_allclose(sums.terms["hidden"], expected, rtol=1e-4)
+    assert expected.min() > 0.01
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_the_gradient_of_hidden_states_is_the_slope_of_the_loss(
+    backend: Backend, root: Path, wide: Path, tuning: str, kind: str
+):
+    """Of the projection, too, which is kept in a checkpoint and exported with nothing."""
+    teacher = backend.load_teacher(wide, "teacher")
+    fields = {"hidden_weight": 5.0, "hidden_distance": kind, "hidden_layers": (1, 2)}
+    student = matched(backend, root, teacher, tuning, **fields)
+    objective = Objective(kd_weight=0.5, hidden_weight=5.0, hidden_distance=kind)
+
+    def loss() -> float:
+        sums = student.score(batch(), teacher.targets(batch()), objective)
+        return float(objective.total(sums.terms).sum() / sums.tokens.sum())
+
+    before, first = loss(), weights(student)
+    accumulate(student, teacher, [batch()], objective)
+    step = 1e-3
+    norm = student.apply(step * SGD["eps"])
+    assert before - loss() == pytest.approx(step * norm**2, rel=0.05)
+    moved = weights(student)
+    for layer in (1, 2):
+        name = f"hidden_projection.{layer}"
+        assert np.abs(moved[name] - first[name]).max() > 1e-6
+    with TemporaryDirectory() as folder:
+        student.export(Path(folder), [2])
+        files = [load_file(path) for path in Path(folder).rglob("*.safetensors")]
+        assert files and not any("hidden_projection" in name for one in files for name in one)
+        student.save_state(Path(folder))
+        again = matched(backend, root, teacher, tuning, **fields)
+        again.restore_state(Path(folder))
+        assert_same(weights(again), moved)
+
+
+def test_both_backends_move_hidden_states_alike(root: Path, wide: Path):
+    fields = {"hidden_weight": 1.0, "hidden_distance": "cosine", "hidden_layers": (2,)}
+    objective, found = Objective(kd_weight=0.5, hidden_weight=1.0, hidden_distance="cosine"), []
+    for name in BACKENDS:
+        backend = choose_backend(name)
+        teacher = backend.load_teacher(wide, "teacher")
+        student = matched(backend, root, teacher, **fields)
+        found.append(gradients(student, teacher, [batch()], objective))
+    assert_close(*found, tolerance=1e-3)
+
+
+def test_a_layer_that_there_is_not_is_refused(backend: Backend, root: Path, teacher: Teacher):
+    with pytest.raises(ModelError, match="asks for layer 3, but it has 2: name layers from 1 to 2"):
+        matched(backend, root, teacher, hidden_weight=1.0, hidden_layers=(1, 3))
 
 
 # Clipping

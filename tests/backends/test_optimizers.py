@@ -70,10 +70,36 @@ def adafactor(weight: np.ndarray, gradients: list[np.ndarray], table: dict) -> n
     return weight
 
 
+def schedule_free_adamw(weight: np.ndarray, gradients: list[np.ndarray], table: dict) -> np.ndarray:
+    """Defazio et al. 2024 (arXiv 2405.15682), algorithm 1, with its mean made by averaging; what
+    trains.
+    """
+    x, z = schedule_free_means(weight, gradients, table)
+    return (1 - table["beta1"]) * z + table["beta1"] * x
+
+
+def schedule_free_means(
+    weight: np.ndarray, gradients: list[np.ndarray], table: dict
+) -> tuple[np.ndarray, np.ndarray]:
+    """(x, z): the student, and the iterate that it is the mean of."""
+    x = z = weight
+    v, total, largest = np.zeros_like(weight), 0.0, 0.0
+    for t, (g, rate) in enumerate(zip(gradients, RATES, strict=True), 1):
+        y = (1 - table["beta1"]) * z + table["beta1"] * x
+        v = table["beta2"] * v + (1 - table["beta2"]) * g**2
+        step = g / (np.sqrt(v / (1 - table["beta2"] ** t)) + table["eps"])
+        z = z - rate * (step + table["weight_decay"] * y)
+        largest = max(largest, rate)
+        total += largest**2
+        x = x + largest**2 / total * (z - x)
+    return x, z
+
+
 RULES: dict[str, tuple[Rule, dict]] = {
     "adamw": (adamw, {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3}),
     "lion": (lion, {"beta1": 0.8, "beta2": 0.95}),
     "adafactor": (adafactor, {}),
+    "schedule_free_adamw": (schedule_free_adamw, {"beta1": 0.8, "beta2": 0.95, "eps": 1e-3}),
 }
 
 
@@ -122,7 +148,8 @@ def largest_error(
     return max(errors)
 
 
-HAS = [("mlx", optimizer) for optimizer in RULES] + [("torch", "adamw"), ("torch", "adafactor")]
+HAS = [("mlx", optimizer) for optimizer in RULES]
+HAS += [("torch", optimizer) for optimizer in RULES if optimizer != "lion"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -184,6 +211,16 @@ MUTANTS = {
         "Adafactor",
         lambda real, *args, **fields: real(*args, **fields | {"relative_step": True}),
     ),
+    ("mlx", "schedule_free_adamw"): (
+        mlx_optimizer,
+        "ScheduleFreeAdamW",
+        lambda real, rate, betas, *rest: real(rate, [0.3, 0.3], *rest),
+    ),
+    ("torch", "schedule_free_adamw"): (
+        torch_optimizer,
+        "ScheduleFreeAdamW",
+        lambda real, *args, **fields: real(*args, **fields, weight_lr_power=0.0),
+    ),
     ("torch", "adamw"): (
         torch.optim,
         "AdamW",
@@ -201,5 +238,7 @@ MUTANTS = {
 def test_a_mutant_is_seen(name: str, optimizer: str, monkeypatch: pytest.MonkeyPatch):
     module, kind, mutant = MUTANTS[name, optimizer]
     real = getattr(module, kind)
+    if optimizer == "schedule_free_adamw":  # a class that is asked for by its name, too
+        monkeypatch.setattr(torch_optimizer, "look_at_mean", lambda made, mean: made.train())
     monkeypatch.setattr(module, kind, lambda *args, **fields: mutant(real, *args, **fields))
     assert largest_error(FRAMEWORKS[name], optimizer, 0.3, 0) > 1e-2

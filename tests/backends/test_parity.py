@@ -315,6 +315,8 @@ CONTINUED = [  # each tuning by each optimizer and in each direction
     *(("full", "adamw", BOTH), ("lora", "adamw", BOTH[::-1]), ("dora", "adamw", BOTH)),
     *(("full", "adafactor", BOTH[::-1]), ("lora", "adafactor", BOTH)),
     ("dora", "adafactor", BOTH[::-1]),
+    ("full", "schedule_free_adamw", BOTH),
+    ("lora", "schedule_free_adamw", BOTH[::-1]),
 ]
 
 

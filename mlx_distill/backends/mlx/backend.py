@@ -18,7 +18,7 @@ from mlx_distill.backends.mlx import ranks as together
 from mlx_distill.backends.mlx.heads import Head, MatrixHead
 from mlx_distill.backends.mlx.self_test import MlxSelfTest
 from mlx_distill.backends.mlx.student import MlxStudent
-from mlx_distill.backends.mlx.teacher import MlxTeacher, from_bits
+from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher, from_bits
 from mlx_distill.backends.mlx.weights import cast
 from mlx_distill.backends.protocol import DeviceInfo, Memory
 from mlx_distill.blas import load_blas
@@ -84,8 +84,8 @@ class MlxBackend:
     def cached_head(self, matrix: np.ndarray) -> Head:
         return MatrixHead(from_bits(matrix))
 
-    def cached_targets(self, states: np.ndarray, head: Head) -> tuple[mx.array, Head]:
-        return from_bits(states), head
+    def cached_targets(self, states: np.ndarray, head: Head) -> LiveTargets:
+        return LiveTargets(from_bits(states), head)
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of float64 `values` over all ranks, on each."""

@@ -242,9 +242,7 @@ class MixedKL:
 
 
 class EntropyKL(MixedKL):
-    """The same, where the weight is H / (H + half) of the teacher's entropy H. Of logits v that are
-    taken from their largest one it is log Σ exp(v) - Σ t v, exact where the teacher is nearly sure.
-    """
+    """The same, where the weight is H / (H + half) of the teacher's entropy H."""
 
     def __init__(self, half: float) -> None:
         super().__init__(0.0)
@@ -252,13 +250,11 @@ class EntropyKL(MixedKL):
         self.products: list[mx.array] = []
 
     def add(self, student: Softmax, teacher: Softmax, u: mx.array, v: mx.array) -> list[mx.array]:
-        self.products.append(row_dot(teacher.kept[-1], v - teacher.tops[-1]))
+        self.products.append(teacher.product(v))
         return [*super().add(student, teacher, u, v), self.products[-1]]
 
     def close(self, student: Softmax, teacher: Softmax) -> mx.array:
-        blocks = zip(self.products, teacher.tops, teacher.sums, strict=True)
-        shifted = [product + (top - teacher.top) * total for product, top, total in blocks]
-        entropy = teacher.log_sum - teacher.mean(shifted)
+        entropy = teacher.entropy(self.products)
         self.weight = entropy / (entropy + self.half)
         return super().close(student, teacher)
 

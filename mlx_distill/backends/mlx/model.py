@@ -80,6 +80,11 @@ class SplitModel:
         module = self._head_module
         return module.weight if module is not None and self._head_is_matrix else None
 
+    @property
+    def width(self) -> int:
+        """D"""
+        return self._probe_width
+
     def head_rows(self) -> int:
         return self._probe_logits.shape[-1]
 

@@ -1,9 +1,13 @@
-"""The recipe's optimizer: one of mlx's own, with the numbers of the `[optim]` table."""
+"""The recipe's optimizer: one of mlx's own, or schedule-free AdamW, with the numbers of the `[optim]`
+table.
+"""
 
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optimizers
+from mlx.utils import tree_map
 
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import OptimTable
@@ -30,21 +34,66 @@ def _decay_matrices(
 
 
 def _optimizer(table: OptimTable) -> optimizers.Optimizer:
-    """AdamW with bias correction (MLX's default has none), Lion, or Adafactor (its rate is
-    `learning_rate` times each weight's RMS, 1e-3 at least: MLX's and transformers' default).
+    """AdamW with bias correction (MLX's default has none), the same without a schedule, Lion, or
+    Adafactor (its rate is `learning_rate` times each weight's RMS, 1e-3 at least: MLX's and
+    transformers' default).
     """
+    betas = [table.beta1, table.beta2]
     if table.optimizer == "adamw":
         return optimizers.AdamW(
             table.learning_rate,
-            betas=[table.beta1, table.beta2],
+            betas=betas,
             eps=table.eps,
             weight_decay=table.weight_decay,
             bias_correction=True,
         )
+    if table.schedule_free:
+        return ScheduleFreeAdamW(table.learning_rate, betas, table.eps, table.weight_decay)
     if table.optimizer == "lion":
-        return optimizers.Lion(
-            table.learning_rate, betas=[table.beta1, table.beta2], weight_decay=table.weight_decay
-        )
+        return optimizers.Lion(table.learning_rate, betas=betas, weight_decay=table.weight_decay)
     return optimizers.Adafactor(
         table.learning_rate, weight_decay=table.weight_decay, relative_step=False
     )
+
+
+class ScheduleFreeAdamW(optimizers.Optimizer):
+    """Defazio et al. 2024 (arXiv 2405.15682, algorithm 1), as the library `schedulefree` has it.
+
+    The weights that train are y = (1 - β₁) z + β₁ x: z is AdamW's iterate without momentum, and x
+    the mean of all z, each weighed by the square of the highest rate so far. x is the student.
+    """
+
+    def __init__(self, learning_rate: float, betas: list[float], eps: float, weight_decay: float):
+        super().__init__()
+        self._maybe_schedule("learning_rate", learning_rate)
+        self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
+        self.state["weight_sum"] = self.state["largest_rate"] = mx.array(0.0)
+
+    def init_single(self, parameter: mx.array, state: dict) -> None:
+        state["z"], state["v"] = parameter, mx.zeros_like(parameter)
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        self.state["largest_rate"] = mx.maximum(self.state["largest_rate"], self.learning_rate)
+        weight = self.state["largest_rate"] ** 2
+        self.state["weight_sum"] = self.state["weight_sum"] + weight
+        self.share = weight / mx.maximum(self.state["weight_sum"], 1e-38)  # of z in the mean
+        return super().apply_gradients(gradients, parameters)
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
+        beta1, beta2 = self.betas
+        rate, share, z = self.learning_rate, self.share, state["z"]
+        state["v"] = beta2 * state["v"] + (1 - beta2) * mx.square(gradient)
+        correction = 1 - mx.power(beta2, self.step.astype(mx.float32))
+        update = gradient / (mx.sqrt(state["v"] / correction) + self.eps)
+        update = update + self.weight_decay * parameter
+        state["z"] = z - rate * update
+        return parameter + share * (z - parameter) + rate * (beta1 * (1 - share) - 1) * update
+
+    def restart(self, weights: dict[str, Any]) -> None:
+        """Begin anew at these weights, of which the mean is then made."""
+        tree_map(lambda weight, state: state.update(z=weight), weights, self.state)
+
+    def mean(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """x, of the weights y."""
+        away = 1 - 1 / self.betas[0]
+        return tree_map(lambda y, state: y + away * (state["z"] - y), weights, self.state)

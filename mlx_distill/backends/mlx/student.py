@@ -5,6 +5,7 @@ gradient, files. Decided here: what is computed in which number format, when laz
 and what a checkpoint holds.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,22 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
 
-from mlx_distill.backends import refusals
+from mlx_distill.backends import matching, refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.chunks import chunk_tokens
 from mlx_distill.backends.failures import OF_VALIDATION, explained
 from mlx_distill.backends.mlx import ranks as together
 from mlx_distill.backends.mlx.adapters import fused_weights
+from mlx_distill.backends.mlx.entropy import entropy_rows
 from mlx_distill.backends.mlx.generate import MlxModel
-from mlx_distill.backends.mlx.heads import Head, SparseHead
+from mlx_distill.backends.mlx.heads import Head, MatrixHead, SparseHead
 from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
+from mlx_distill.backends.mlx.matching import Watched, distance_rows
 from mlx_distill.backends.mlx.model import RoundedEmbedding, SplitModel, checkpoint_layers
-from mlx_distill.backends.mlx.optimizer import make_optimizer
+from mlx_distill.backends.mlx.optimizer import ScheduleFreeAdamW, make_optimizer
+from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher
 from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
-from mlx_distill.backends.protocol import LossSums, SparseTargets, Targets, check_indices
+from mlx_distill.backends.protocol import LossSums, Sampling, SparseTargets, Targets, check_indices
 from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
@@ -42,7 +46,7 @@ class MlxStudent(MlxModel):
 
     def __init__(self, split: SplitModel, base: Path, recipe: Recipe, dtype: mx.Dtype):
         super().__init__(split)
-        self.base, self.table, self.dtype = base, recipe.student, dtype
+        self.base, self.recipe, self.table, self.dtype = base, recipe, recipe.student, dtype
         self.full = recipe.student.tuning == "full"
         self.chunk_tokens = chunk_tokens(
             recipe.objective.chunk_tokens, "mlx", mx.default_device().type.name
@@ -53,17 +57,57 @@ class MlxStudent(MlxModel):
         if recipe.student.gradient_checkpointing:
             checkpoint_layers(split)
         self.embedding = RoundedEmbedding(split)
-        self.optimizer = make_optimizer(recipe)
         self.weights: Weights = split.model.trainable_parameters()
-        self.optimizer.init(self.weights)
+        self._make_optimizer()
+        self._watched: Watched | None = None  # layers that are compared with the teacher's
         self.gradients: Weights | None = None
+        self._mean: Weights | None = None  # under schedule-free AdamW, once asked for
         self.compared_ids = self.vocabulary_rows
         self._value_and_grad = mx.value_and_grad(self._loss)
         mx.eval(split.model.parameters(), self.optimizer.state)
 
+    def _make_optimizer(self) -> None:
+        self.optimizer = make_optimizer(self.recipe)
+        self.optimizer.init(self.weights)
+
+    def match_hidden(self, teacher: MlxTeacher) -> None:
+        """Compare hidden states with this teacher's, as the recipe says; before the first step."""
+        layers, of_teacher = len(self.split.layers), len(teacher.split.layers)
+        chosen = matching.chosen_layers(self.recipe, layers, self.split.name)
+        self._watched = Watched(self.split, chosen)
+        teacher.watch(matching.beside(chosen, layers, of_teacher))
+        widths = self.split.width, teacher.split.width
+        made = matching.first_projections(chosen, *widths, self.recipe.run.seed)
+        if made:
+            arrays = {layer: mx.array(matrix) for layer, matrix in made.items()}
+            self.weights = self.weights | {matching.PROJECTION: arrays}
+            self._make_optimizer()
+
     @property
     def trainable(self) -> int:
         return sum(array.size for _, array in tree_flatten(self.weights))
+
+    @property
+    def evaluated(self) -> Weights:
+        """The weights that are validated, write texts and are exported: those that train, but under
+        schedule-free AdamW.
+        """
+        if not isinstance(self.optimizer, ScheduleFreeAdamW):
+            return self.weights
+        if self._mean is None:
+            self._mean = self.optimizer.mean(self.weights)
+            mx.eval(self._mean)
+        return self._mean
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(which prompt, its new ids) as they finish, the stop id included where one came."""
+        self._settle(self.evaluated)
+        try:
+            yield from super().generate(prompts, sampling)
+        finally:
+            self._settle(self.weights)
 
     def compare_first(self, ids: int) -> None:
         """The loss compares the first `ids` of the vocabulary alone."""
@@ -83,7 +127,7 @@ class MlxStudent(MlxModel):
                     self.weights, batch, targets, objective, loss_tokens
                 )
             finally:
-                self.split.model.update(self.weights)  # the traced arrays must not stay
+                self._settle(self.weights)  # the traced arrays must not stay
             if self.gradients is not None:
                 gradients = tree_map(mx.add, self.gradients, gradients)
             mx.eval(terms, gradients)
@@ -107,19 +151,80 @@ class MlxStudent(MlxModel):
             self.compared_ids,
             batch.taught,
         )
-        return rows.loss, _terms(rows)
+        if not objective.matches_hidden:
+            return rows.loss, _terms(rows)
+        hidden = self._distances(weights, batch, targets, objective.hidden_distance)
+        distance = mx.sum(mx.array(batch.weight) * hidden) / (loss_tokens or 1.0)
+        loss = rows.loss + objective.hidden_weight * distance
+        return loss, _terms(rows) | {"hidden": hidden}
+
+    def _distances(self, weights: Weights, batch: Batch, targets: Any, kind: str) -> mx.array:
+        """How far the layers' hidden states of the pass under way are from the teacher's,
+        float32[N]; 0 beyond the taught positions.
+        """
+        assert self._watched is not None, "match_hidden comes first"
+        ours = self._watched.taken(batch.positions[: batch.taught])
+        learned = weights.get(matching.PROJECTION, {})
+        projections = [learned.get(str(layer)) for layer in self._watched.layers]
+        rows = distance_rows(ours, targets.states, projections, kind)
+        rows = mx.where(mx.array(batch.weight[: batch.taught]) != 0, rows, 0.0)
+        return mx.pad(rows, (0, len(batch.positions) - batch.taught))
 
     def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
         with explained("validation", OF_VALIDATION):
-            try:
-                arguments = self._arguments(self.weights, batch, targets, objective)
-            finally:
-                self.split.model.update(self.weights)
-            rows = score_rows(*arguments, self.chunk_tokens, self.compared_ids, batch.taught)
-            terms = _terms(rows)
+            terms = self._scored(self.evaluated, batch, targets, objective)
             mx.eval(terms)
         return _sums(batch, terms)
+
+    def _scored(
+        self, weights: Weights, batch: Batch, targets: Targets, objective: Objective
+    ) -> dict[str, mx.array]:
+        """The terms' rows by name, under these weights."""
+        try:
+            arguments = self._arguments(weights, batch, targets, objective)
+            rows = score_rows(*arguments, self.chunk_tokens, self.compared_ids, batch.taught)
+            if not objective.matches_hidden:
+                return _terms(rows)
+            hidden = self._distances(weights, batch, targets, objective.hidden_distance)
+            return _terms(rows) | {"hidden": hidden}
+        finally:
+            self._settle(self.weights)
+
+    def _settle(self, weights: Weights) -> None:
+        """Have the model compute with these weights, and hold nothing of the last pass."""
+        self.split.model.update(_of_model(weights))
+        if self._watched:
+            self._watched.forget()
+
+    # which positions are chosen
+
+    def token_scores(
+        self, batch: Batch, targets: Targets, objective: Objective, by: str
+    ) -> np.ndarray:
+        """What a rule says of the first `batch.taught` positions, without gradients."""
+        if by == "teacher_entropy" and isinstance(targets, SparseTargets):
+            return targets.entropy
+        with explained("choosing tokens"):
+            if by == "divergence":
+                terms = self._scored(self.weights, batch, targets, objective)
+                return np.array(terms["kd"][: batch.taught])
+            if by == "teacher_entropy":
+                hidden, head = targets.hidden, targets.head
+            else:
+                hidden, matrix, *_ = self._arguments(self.weights, batch, None, objective)
+                hidden, head = hidden[: batch.taught], MatrixHead(matrix)
+            rows = np.array(entropy_rows(hidden, head, self.chunk_tokens, self.compared_ids))
+            self._settle(self.weights)
+            return rows
+
+    def targets_at(self, targets: Targets, places: np.ndarray) -> Targets:
+        """The targets of some of the positions."""
+        if isinstance(targets, SparseTargets):
+            return targets.at(places)
+        chosen = mx.array(places)
+        states = tuple(given[chosen] for given in targets.states)
+        return LiveTargets(targets.hidden[chosen], targets.head, states)
 
     def _arguments(
         self, weights: Weights, batch: Batch, targets: Targets, objective: Objective
@@ -137,10 +242,11 @@ class MlxStudent(MlxModel):
 
     def _hidden(self, weights: Weights, batch: Batch) -> mx.array:
         """The hidden states [N, D], computed with these weights in the format that is asked for."""
+        of_model = _of_model(weights)
         if not self.full:
-            self.split.model.update(weights)
+            self.split.model.update(of_model)
             return self.gather(batch.tokens, batch.positions)
-        self.split.model.update(cast(weights, self.dtype, but=self.embedding.path))
+        self.split.model.update(cast(of_model, self.dtype, but=self.embedding.path))
         self.embedding.round_to(self.dtype)
         try:
             return self.gather(batch.tokens, batch.positions)
@@ -163,7 +269,7 @@ class MlxStudent(MlxModel):
         (None, None).
         """
         if not isinstance(targets, SparseTargets):
-            return targets or (None, None)
+            return (targets.hidden, targets.head) if targets else (None, None)
         targets.check(objective, batch, self.compared_ids)
         arrays = targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top
         return None, SparseHead(*map(mx.array, arrays))
@@ -192,8 +298,9 @@ class MlxStudent(MlxModel):
         if scale < 1.0:
             gradients = tree_map(lambda g: g * scale, gradients)
         self.optimizer.learning_rate = learning_rate
+        self._mean = None
         self.weights = self.optimizer.apply_gradients(gradients, self.weights)
-        self.split.model.update(self.weights)
+        self._settle(self.weights)
         mx.eval(self.weights, self.optimizer.state)
         return value
 
@@ -205,9 +312,13 @@ class MlxStudent(MlxModel):
         """
         if folder is None:
             return
+        state = dict(tree_flatten(self.optimizer.state))
         with explained("a checkpoint"):
-            for name, tree in (("weights", self.weights), ("optimizer", self.optimizer.state)):
-                mx.save_safetensors(str(folder / f"{name}.safetensors"), dict(tree_flatten(tree)))
+            if self.evaluated is not self.weights:
+                state |= {f"{key}.y": array for key, array in tree_flatten(self.weights)}
+            weights = dict(tree_flatten(self.evaluated))
+            for name, arrays in (("weights", weights), ("optimizer", state)):
+                mx.save_safetensors(str(folder / f"{name}.safetensors"), arrays)
 
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
         """Load what `save_state` wrote; `optimizer=False` for the weights alone. Raises
@@ -220,16 +331,25 @@ class MlxStudent(MlxModel):
                 raise refusals.other_state(folder)
             # in the model's order, in which norms are summed
             self.weights = tree_unflatten([(key, weights[key]) for key in shapes])
-            self.split.model.update(self.weights)
-            self.gradients = None
+            self.gradients = self._mean = None
             if optimizer:
                 state = mx.load(str(folder / "optimizer.safetensors"))
+                if isinstance(self.optimizer, ScheduleFreeAdamW):
+                    self._mean = self.weights
+                    trained = [(key, state.pop(f"{key}.y")) for key in shapes]
+                    self.weights = tree_unflatten(trained)
                 self.optimizer.state = tree_unflatten(list(state.items()))
+            elif isinstance(self.optimizer, ScheduleFreeAdamW):
+                self.optimizer.restart(self.weights)
+            self._settle(self.weights)
             mx.eval(self.weights, self.optimizer.state)
 
     def state_bytes(self) -> int:
         """Bytes of one checkpoint."""
-        return sum(array.nbytes for _, array in tree_flatten([self.weights, self.optimizer.state]))
+        kept = [self.weights, self.optimizer.state]
+        if isinstance(self.optimizer, ScheduleFreeAdamW):
+            kept.append(self.weights)  # what trains and the student
+        return sum(array.nbytes for _, array in tree_flatten(kept))
 
     # the exported student
 
@@ -239,12 +359,16 @@ class MlxStudent(MlxModel):
         """
         if folder is None:
             return
+        self._settle(self.evaluated)
         with explained("the student's export"):
             fused = fused_weights(self.split.model, self.base)
             save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
         if not self.full:
-            adapters = {key: np.array(array) for key, array in tree_flatten(self.weights)}
+            adapters = {
+                key: np.array(array) for key, array in tree_flatten(_of_model(self.evaluated))
+            }
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
+        self._settle(self.weights)
 
     def export_bytes(self) -> int:
         """Bytes of the exported weights, and of the float32 adapters beside them (in two layouts),
@@ -257,6 +381,11 @@ class MlxStudent(MlxModel):
     def _save_dtype(self) -> mx.Dtype:
         asked = self.table.save_dtype
         return self.split.stored_dtype if asked == "base" else getattr(mx, asked)
+
+
+def _of_model(weights: Weights) -> Weights:
+    """Those that are the student's own."""
+    return {name: part for name, part in weights.items() if name != matching.PROJECTION}
 
 
 def _terms(rows: LossRows) -> dict[str, mx.array]:

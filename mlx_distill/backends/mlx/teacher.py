@@ -8,6 +8,7 @@ a time: [N, V] is never made.
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -17,10 +18,19 @@ from mlx_distill.backends.failures import explained
 from mlx_distill.backends.mlx.activations import activations
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.backends.mlx.heads import FLOOR, Head, MatrixHead, QuantizedHead
+from mlx_distill.backends.mlx.matching import Watched
 from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.data.batches import Batch
 
 TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written
+
+
+class LiveTargets(NamedTuple):
+    """Hidden states [N, D], the head that makes logits of them, and what watched layers gave."""
+
+    hidden: mx.array
+    head: Head
+    states: tuple[mx.array, ...] = ()
 
 
 class MlxTeacher(MlxModel):
@@ -29,9 +39,18 @@ class MlxTeacher(MlxModel):
     def __init__(self, split: SplitModel):
         super().__init__(split)
         self._head = split.loss_head()
+        self._watched: Watched | None = None
 
-    def targets(self, batch: Batch) -> tuple[mx.array, Head]:
-        return self.gather(batch.tokens, batch.positions[: batch.taught]), self._head
+    def watch(self, layers: Sequence[int]) -> None:
+        """From now on targets hold what these layers give, counted from 1."""
+        self._watched = Watched(self.split, layers)
+
+    def targets(self, batch: Batch) -> LiveTargets:
+        positions = batch.positions[: batch.taught]
+        hidden = self.gather(batch.tokens, positions)
+        return LiveTargets(
+            hidden, self._head, self._watched.taken(positions) if self._watched else ()
+        )
 
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, log_probs, tail = self._by_chunk(batch, rows, partial(_top_k, k=k))
@@ -48,8 +67,7 @@ class MlxTeacher(MlxModel):
 
     def states(self, batch: Batch) -> np.ndarray:
         with explained("the teacher's forward pass"):
-            hidden, _ = self.targets(batch)
-            return to_bits(hidden)
+            return to_bits(self.targets(batch).hidden)
 
     def head_matrix(self) -> np.ndarray | None:
         head = self._head
@@ -70,7 +88,7 @@ class MlxTeacher(MlxModel):
         """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of
         them.
         """
-        hidden, head = self.targets(batch)
+        hidden, head, _ = self.targets(batch)
         columns = []
         for start in range(0, len(hidden), TEACHER_CHUNK):
             place = slice(start, start + TEACHER_CHUNK)

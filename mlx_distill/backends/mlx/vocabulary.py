@@ -65,6 +65,19 @@ class Softmax:
             scale * partial for scale, partial in zip(self.scales, partial_sums, strict=True)
         )
 
+    def product(self, scaled: mx.array) -> mx.array:
+        """Of the block that was added last, what `entropy` needs: Σ kept (scaled - top), [C, 1]."""
+        return row_dot(self.kept[-1], scaled - self.tops[-1])
+
+    def entropy(self, products: list[mx.array]) -> mx.array:
+        """[C, 1] in nats from each block's `product`: log Σ exp(x) - Σ p x, of logits x that are
+        taken from their largest one, hence exact where one id has nearly all.
+        """
+        blocks = zip(products, self.tops, self.sums, strict=True)
+        return self.log_sum - self.mean(
+            [product + (top - self.top) * total for product, top, total in blocks]
+        )
+
     def log_ratio(self, other: "Softmax") -> mx.array:
         """log Z / log Z of the other, [C, 1]."""
         return (self.top - other.top) + (self.log_sum - other.log_sum)

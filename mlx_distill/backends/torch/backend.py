@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mlx_distill.backends.protocol import DeviceInfo, Memory, Ranks
 from mlx_distill.backends.torch import loading, resident
@@ -21,7 +20,7 @@ from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.heads import Head, MatrixHead
 from mlx_distill.backends.torch.self_test import TorchSelfTest
 from mlx_distill.backends.torch.student import TorchStudent
-from mlx_distill.backends.torch.teacher import TorchTeacher, from_bits
+from mlx_distill.backends.torch.teacher import LiveTargets, TorchTeacher, from_bits
 from mlx_distill.recipe.recipe import Recipe
 
 
@@ -77,8 +76,8 @@ class TorchBackend:
     def cached_head(self, matrix: np.ndarray) -> Head:
         return MatrixHead(from_bits(matrix, self._device))
 
-    def cached_targets(self, states: np.ndarray, head: Head) -> tuple[Tensor, Head]:
-        return from_bits(states, self._device), head
+    def cached_targets(self, states: np.ndarray, head: Head) -> LiveTargets:
+        return LiveTargets(from_bits(states, self._device), head)
 
     def all_sum(self, values: np.ndarray) -> np.ndarray:
         """The sum of float64 `values` over all ranks, on each."""

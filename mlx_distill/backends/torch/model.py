@@ -74,6 +74,11 @@ class SplitModel:
         """
         return self._head_weight if self._head_is_matrix else None
 
+    @property
+    def width(self) -> int:
+        """D"""
+        return self._probe_width
+
     def head_rows(self) -> int:
         return self._probe_logits.shape[-1]
 

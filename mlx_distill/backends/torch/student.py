@@ -5,7 +5,7 @@ gradient, files. Decided here: what is computed in which number format, and what
 MLX's names and shapes, so that either backend continues what the other began.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,29 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from mlx_distill.backends import refusals
+from mlx_distill.backends import matching, refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.chunks import chunk_tokens
-from mlx_distill.backends.protocol import LossSums, SparseTargets, Targets, check_indices
+from mlx_distill.backends.protocol import LossSums, Sampling, SparseTargets, Targets, check_indices
 from mlx_distill.backends.torch import ranks as together
 from mlx_distill.backends.torch import resident
 from mlx_distill.backends.torch.adapters import canonical, fused_weights, is_transposed
+from mlx_distill.backends.torch.entropy import entropy_rows
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.generate import TorchModel
-from mlx_distill.backends.torch.heads import Head, SparseHead
+from mlx_distill.backends.torch.heads import Head, MatrixHead, SparseHead
 from mlx_distill.backends.torch.loss import LossRows, kd_loss, score_rows
+from mlx_distill.backends.torch.matching import Watched, distance_rows, of_student
 from mlx_distill.backends.torch.model import SplitModel, checkpoint_layers
-from mlx_distill.backends.torch.optimizer import make_optimizer, state_names
+from mlx_distill.backends.torch.optimizer import (
+    ScheduleFreeAdamW,
+    counters,
+    look_at_mean,
+    make_optimizer,
+    restore_counters,
+    state_names,
+)
+from mlx_distill.backends.torch.teacher import LiveTargets, TorchTeacher
 from mlx_distill.backends.torch.weights import save_folder
 from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
@@ -45,7 +55,7 @@ class TorchStudent(TorchModel):
 
     def __init__(self, split: SplitModel, base: Path, recipe: Recipe, dtype: torch.dtype):
         super().__init__(split)
-        self.base, self.table, self.dtype = base, recipe.student, dtype
+        self.base, self.recipe, self.table, self.dtype = base, recipe, recipe.student, dtype
         self.full = recipe.student.tuning == "full"
         self.chunk_tokens = chunk_tokens(recipe.objective.chunk_tokens, "torch", self.device.type)
         self.max_grad_norm = recipe.optim.max_grad_norm
@@ -60,13 +70,39 @@ class TorchStudent(TorchModel):
         self.weights = {
             name: parameter for name, parameter in named.items() if parameter.requires_grad
         }
-        ranked = together.size() > 1
-        self.optimizer = make_optimizer(recipe, list(self.weights.values()), ranked)
+        self.optimizer = self._made_optimizer()
+        self._averages = recipe.optim.schedule_free  # what trains is then not the student
+        self._watched: Watched | None = None  # layers that are compared with the teacher's
         self.compared_ids = self.vocabulary_rows
+
+    def _made_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.recipe, list(self.weights.values()), together.size() > 1)
+
+    def match_hidden(self, teacher: TorchTeacher) -> None:
+        """Compare hidden states with this teacher's, as the recipe says; before the first step."""
+        layers, of_teacher = len(self.split.layers), len(teacher.split.layers)
+        chosen = matching.chosen_layers(self.recipe, layers, self.split.name)
+        self._watched = Watched(self.split, chosen)
+        teacher.watch(matching.beside(chosen, layers, of_teacher))
+        widths = self.split.width, teacher.split.width
+        made = matching.first_projections(chosen, *widths, self.recipe.run.seed)
+        like = next(iter(self.weights.values()))  # sharded, or whole on each rank
+        for layer, matrix in made.items():
+            parameter = torch.nn.Parameter(together.spread(self.tensor(matrix), like))
+            self.weights[f"{matching.PROJECTION}.{layer}"] = parameter
+        if made:
+            self.optimizer = self._made_optimizer()
 
     @property
     def trainable(self) -> int:
         return sum(parameter.numel() for parameter in self.weights.values())
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(which prompt, its new ids), a batch at a time, the stop id included where one came."""
+        look_at_mean(self.optimizer, True)
+        yield from super().generate(prompts, sampling)
 
     def compare_first(self, ids: int) -> None:
         """The loss compares the first `ids` of the vocabulary alone."""
@@ -85,6 +121,7 @@ class TorchStudent(TorchModel):
         self, batch: Batch, targets: Targets, objective: Objective, loss_tokens: float
     ) -> LossSums:
         """Add the gradients of the batch's share of the step's loss; returns its sums."""
+        look_at_mean(self.optimizer, False)
         with explained("a training step"):
             rows = kd_loss(
                 *self._arguments(batch, targets, objective),
@@ -95,18 +132,80 @@ class TorchStudent(TorchModel):
                 self.dtype,
                 batch.taught,
             )
-            rows.loss.backward()
-            return _sums(batch, rows)
+            loss, terms = rows.loss, _terms(rows)
+            if objective.matches_hidden:
+                terms["hidden"] = self._distances(batch, targets, objective.hidden_distance)
+                distance = (self.tensor(batch.weight) * terms["hidden"]).sum() / (
+                    loss_tokens or 1.0
+                )
+                loss = loss + objective.hidden_weight * distance
+            loss.backward()
+            return _sums(batch, terms)
+
+    def _distances(self, batch: Batch, targets: Any, kind: str) -> Tensor:
+        """How far the layers' hidden states of the last pass are from the teacher's, float32[N]; 0
+        beyond the taught positions.
+        """
+        assert self._watched is not None, "match_hidden comes first"
+        ours = self._watched.taken(self.tensor(batch.positions[: batch.taught]))
+        learned = [
+            self.weights.get(f"{matching.PROJECTION}.{layer}") for layer in self._watched.layers
+        ]
+        projections = [one if one is None else together.whole_with_gradient(one) for one in learned]
+        rows = distance_rows(ours, targets.states, projections, kind)
+        rows = rows.masked_fill(self.tensor(batch.weight[: batch.taught]) == 0, 0.0)
+        return torch.nn.functional.pad(rows, (0, len(batch.positions) - batch.taught))
 
     @torch.no_grad()
     def score(self, batch: Batch, targets: Targets, objective: Objective) -> LossSums:
         """The same sums without gradients."""
+        look_at_mean(self.optimizer, True)
         with explained("validation"):
-            arguments = self._arguments(batch, targets, objective)
-            rows = score_rows(
-                *arguments, self.chunk_tokens, self.compared_ids, self.dtype, batch.taught
-            )
-            return _sums(batch, rows)
+            return _sums(batch, self._scored(batch, targets, objective))
+
+    def _scored(self, batch: Batch, targets: Targets, objective: Objective) -> dict[str, Tensor]:
+        """The terms' rows by name."""
+        arguments = self._arguments(batch, targets, objective)
+        rows = score_rows(
+            *arguments, self.chunk_tokens, self.compared_ids, self.dtype, batch.taught
+        )
+        if objective.matches_hidden:
+            hidden = self._distances(batch, targets, objective.hidden_distance)
+            return _terms(rows) | {"hidden": hidden}
+        if self._watched:
+            self._watched.forget()
+        return _terms(rows)
+
+    # which positions are chosen
+
+    @torch.no_grad()
+    def token_scores(
+        self, batch: Batch, targets: Targets, objective: Objective, by: str
+    ) -> np.ndarray:
+        """What a rule says of the first `batch.taught` positions, without gradients."""
+        look_at_mean(self.optimizer, False)
+        if by == "teacher_entropy" and isinstance(targets, SparseTargets):
+            return targets.entropy
+        with explained("choosing tokens"):
+            if by == "divergence":
+                rows = self._scored(batch, targets, objective)["kd"]
+                return rows[: batch.taught].cpu().numpy()
+            if by == "teacher_entropy":
+                hidden, head = targets.hidden, targets.head
+            else:
+                hidden, matrix, *_ = self._arguments(batch, None, objective)
+                matrix = matrix.to(self.dtype) if matrix.is_cuda else matrix
+                hidden, head = hidden[: batch.taught], MatrixHead(matrix)
+            rows = entropy_rows(hidden, head, self.chunk_tokens, self.compared_ids)
+            return rows.cpu().numpy()
+
+    def targets_at(self, targets: Targets, places: np.ndarray) -> Targets:
+        """The targets of some of the positions."""
+        if isinstance(targets, SparseTargets):
+            return targets.at(places)
+        chosen = self.tensor(places)
+        states = tuple(given[chosen] for given in targets.states)
+        return LiveTargets(targets.hidden[chosen], targets.head, states)
 
     def _arguments(self, batch: Batch, targets: Targets, objective: Objective) -> Inputs:
         """What both losses begin with."""
@@ -125,11 +224,9 @@ class TorchStudent(TorchModel):
     def _teacher(
         self, targets: Targets, batch: Batch, objective: Objective
     ) -> tuple[Tensor | None, Head | SparseHead | None]:
-        """Targets of any kind as the loss takes them: (hidden states, head), (None, K answers) or
-        (None, None).
-        """
+        """As the loss takes them: (hidden states, head), (None, K answers) or (None, None)."""
         if not isinstance(targets, SparseTargets):
-            return targets or (None, None)
+            return (targets.hidden, targets.head) if targets else (None, None)
         targets.check(objective, batch, self.compared_ids)
         arrays = targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top
         return None, SparseHead(*map(self.tensor, arrays))
@@ -138,6 +235,7 @@ class TorchStudent(TorchModel):
         """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not
         finite nothing changes.
         """
+        look_at_mean(self.optimizer, False)
         with explained("an optimizer step"):
             parameters = list(self.weights.values())
             together.sum_replicated(parameters)
@@ -167,18 +265,21 @@ class TorchStudent(TorchModel):
             save_file(optimizer, folder / "optimizer.safetensors")
 
     def _weight_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        look_at_mean(self.optimizer, True)
         for name, parameter in self.weights.items():
-            yield canonical(name), _kept(name, parameter)
+            array = _kept(name, parameter)
+            # a copy, for on a CPU what trains will lie in the same memory
+            yield canonical(name), array.copy() if self._averages else array
 
     def _optimizer_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
-        yield "learning_rate", np.array(self.optimizer.param_groups[0]["lr"], np.float32)
-        step = 0
+        look_at_mean(self.optimizer, False)
+        yield from counters(self.optimizer).items()
         for name, parameter in self.weights.items():
             state = self.optimizer.state[parameter]
-            step = int(state["step"])
+            if self._averages:
+                yield f"{canonical(name)}.y", _kept(name, parameter)
             for ours, theirs in state_names(name, state).items():
                 yield f"{canonical(name)}.{theirs}", _kept(name, state[ours])
-        yield "step", np.array(step, np.uint64)
 
     @torch.no_grad()
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
@@ -186,9 +287,12 @@ class TorchStudent(TorchModel):
         `ModelError` on other arrays, `OutOfMemory`.
         """
         with explained(f"loading {folder}"):
+            look_at_mean(self.optimizer, False)
             self._restore_weights(folder)
             if optimizer:
                 self._restore_optimizer(load_file(folder / "optimizer.safetensors"))
+            elif isinstance(self.optimizer, ScheduleFreeAdamW):
+                self.optimizer.restart()
 
     def _restore_weights(self, folder: Path) -> None:
         kept = load_file(folder / "weights.safetensors")
@@ -203,11 +307,17 @@ class TorchStudent(TorchModel):
         self.optimizer.zero_grad()
 
     def _restore_optimizer(self, kept: dict[str, np.ndarray]) -> None:
+        restore_counters(self.optimizer, kept)
+        beside = {}
         for name, parameter in self.weights.items():
             state = self.optimizer.state[parameter]
-            state["step"] = _like(state["step"], int(kept["step"]))
+            if self._averages:
+                beside[parameter] = torch.empty_like(parameter)
+                _restore(beside[parameter], kept[f"{canonical(name)}.y"], name)
             for ours, theirs in state_names(name, state).items():
                 _restore(state[ours], kept[f"{canonical(name)}.{theirs}"], name)
+        if isinstance(self.optimizer, ScheduleFreeAdamW):
+            self.optimizer.kept = beside  # the weights are the mean, to the bit
 
     def state_bytes(self) -> int:
         """Bytes of one checkpoint."""
@@ -217,7 +327,9 @@ class TorchStudent(TorchModel):
             for key, tensor in self.optimizer.state[parameter].items()
             if key not in ("step", "RMS")
         )
-        return 4 * (self.trainable + sum(tensor.numel() for tensor in moments))
+        return 4 * (
+            (1 + self._averages) * self.trainable + sum(tensor.numel() for tensor in moments)
+        )
 
     # the exported student
 
@@ -225,15 +337,21 @@ class TorchStudent(TorchModel):
         """A Hugging Face folder with adapters fused; the adapters themselves go to `adapters` and
         `adapters-peft` in it.
         """
+        look_at_mean(self.optimizer, True)
         if self.full:
             with explained("gathering the student"):
-                whole = ((name, _whole(parameter)) for name, parameter in self.weights.items())
+                whole = (
+                    (name, _whole(parameter))
+                    for name, parameter in of_student(self.weights).items()
+                )
                 fused = _gathered(whole, folder is not None)
         if folder is None:
             return
         if not self.full:
             fused = fused_weights(self.split, self.base)
-            adapters = dict(self._weight_arrays())
+            adapters = {
+                canonical(name): _kept(name, one) for name, one in of_student(self.weights).items()
+            }
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
         save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
 
@@ -278,11 +396,11 @@ def _restore(tensor: Tensor, array: np.ndarray, name: str) -> None:
     tensor.detach().copy_(together.spread(torch.from_numpy(array), tensor))
 
 
-def _like(old: Tensor | int, value: int) -> Tensor | int:
-    return torch.full_like(old, value) if isinstance(old, Tensor) else value
+def _terms(rows: LossRows) -> dict[str, Tensor]:
+    """All rows but the loss itself, by name."""
+    return dict(zip(rows._fields[1:], rows[1:], strict=True))
 
 
-def _sums(batch: Batch, rows: LossRows) -> LossSums:
-    _, *names = rows._fields
-    values = torch.stack(rows[1:]).cpu().numpy()  # which waits for the GPU once
-    return LossSums.of(batch, dict(zip(names, values, strict=True)))
+def _sums(batch: Batch, terms: dict[str, Tensor]) -> LossSums:
+    values = torch.stack(list(terms.values())).detach().cpu().numpy()  # waits for the GPU once
+    return LossSums.of(batch, dict(zip(terms, values, strict=True)))

@@ -7,6 +7,7 @@ a time: [N, V] is never made.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,19 @@ from mlx_distill.backends.torch.activations import activations
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.generate import TorchModel
 from mlx_distill.backends.torch.heads import FLOOR, Head, MatrixHead
+from mlx_distill.backends.torch.matching import Watched
 from mlx_distill.backends.torch.model import SplitModel
 from mlx_distill.data.batches import Batch
 
 TEACHER_CHUNK = 128  # positions whose logits exist at once while a cache is written
+
+
+class LiveTargets(NamedTuple):
+    """Hidden states [N, D], the head that makes logits of them, and what watched layers gave."""
+
+    hidden: Tensor
+    head: Head
+    states: tuple[Tensor, ...] = ()
 
 
 class TorchTeacher(TorchModel):
@@ -30,12 +40,20 @@ class TorchTeacher(TorchModel):
     def __init__(self, split: SplitModel):
         super().__init__(split)
         self._head = split.loss_head()
+        self._watched: Watched | None = None
         together.shard(split)
 
+    def watch(self, layers: Sequence[int]) -> None:
+        """From now on targets hold what these layers give, counted from 1."""
+        self._watched = Watched(self.split, layers)
+
     @torch.no_grad()
-    def targets(self, batch: Batch) -> tuple[Tensor, Head]:
+    def targets(self, batch: Batch) -> LiveTargets:
+        positions = batch.positions[: batch.taught]
         with explained("the teacher's forward pass"):
-            return self.gather(batch.tokens, batch.positions[: batch.taught]), self._head
+            hidden = self.gather(batch.tokens, positions)
+            states = self._watched.taken(self.tensor(positions)) if self._watched else ()
+            return LiveTargets(hidden, self._head, states)
 
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,7 +73,7 @@ class TorchTeacher(TorchModel):
 
     @torch.no_grad()
     def states(self, batch: Batch) -> np.ndarray:
-        hidden, _ = self.targets(batch)
+        hidden = self.targets(batch).hidden
         return to_bits(hidden)
 
     def head_matrix(self) -> np.ndarray | None:
@@ -70,7 +88,7 @@ class TorchTeacher(TorchModel):
         """`answer(log-probabilities [C, rows], inputs [C, …])` of all N positions, by chunks of
         them.
         """
-        hidden, head = self.targets(batch)
+        hidden, head, _ = self.targets(batch)
         columns = []
         for start in range(0, len(hidden), TEACHER_CHUNK):
             place = slice(start, start + TEACHER_CHUNK)

@@ -1,0 +1,75 @@
+"""Hidden states of some layers, and how far a student's are from its teacher's, on MLX.
+
+In: a split model and its layers, counted from 1. Out: what they gave at the loss positions, and rows
+of distances. Decided here: where widths differ the student's states go through a matrix that trains
+with it and is no part of it. The definition is `objective.py`'s. Axes: `N` loss positions, `D` width.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_distill.backends.mlx.model import SplitModel
+
+
+class Watched:
+    """Some layers of a model, which remember what they gave until it is taken."""
+
+    def __init__(self, split: SplitModel, layers: Sequence[int]):
+        self.layers = tuple(layers)
+        self._given: dict[int, mx.array] = {}
+        for layer in set(layers):
+            self._watch(split.layers[layer - 1], layer)
+
+    def _watch(self, module: nn.Module, layer: int) -> None:
+        """Give the block a class of its own: no other model changes."""
+        plain, given = type(module), self._given
+
+        def call(
+            self: nn.Module, *args: Any, _forward: Callable = plain.__call__, **kwargs: Any
+        ) -> Any:
+            output = _forward(self, *args, **kwargs)
+            given[layer] = output[0] if isinstance(output, tuple) else output
+            return output
+
+        module.__class__ = type(f"Watched{plain.__name__}", (plain,), {"__call__": call})
+
+    def taken(self, positions: np.ndarray) -> tuple[mx.array, ...]:
+        """What the last pass gave at flat positions [N], [N, D] of each layer; it is forgotten."""
+        places = mx.array(positions)
+        found = tuple(
+            given.reshape(-1, given.shape[-1])[places]
+            for given in (self._given[layer] for layer in self.layers)
+        )
+        self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Hold nothing of the last pass."""
+        self._given.clear()
+
+
+def distance_rows(
+    student: Sequence[mx.array],
+    teacher: Sequence[mx.array],
+    projections: Sequence[mx.array | None],
+    kind: str,
+) -> mx.array:
+    """The mean over pairs of layers of their distance, float32[N]; a projection is [D, Dt]."""
+    pairs = zip(student, teacher, projections, strict=True)
+    return mx.mean(mx.stack([_distance(*pair, kind) for pair in pairs]), axis=0)
+
+
+def _distance(
+    student: mx.array, teacher: mx.array, projection: mx.array | None, kind: str
+) -> mx.array:
+    student, teacher = student.astype(mx.float32), teacher.astype(mx.float32)
+    if projection is not None:
+        student = student @ projection
+    if kind == "mse":
+        return mx.mean(mx.square(student - teacher), axis=-1)
+    lengths = mx.sqrt(mx.sum(mx.square(student), -1) * mx.sum(mx.square(teacher), -1))
+    return 1 - mx.sum(student * teacher, axis=-1) / mx.maximum(lengths, 1e-12)
