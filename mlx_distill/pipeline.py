@@ -6,7 +6,7 @@ call also continues a run that was stopped anywhere.
 
 import datetime
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ from mlx_distill.runs.provenance import make_start
 from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder, SilentFolder, TrainState
 from mlx_distill.runs.sample import make_sample
+from mlx_distill.runs.trackers import followed, refuse_absent
 from mlx_distill.scoring.of_run import score_run
 from mlx_distill.scoring.task_scores import TaskScores, changed_generations, forget_score
 from mlx_distill.signals import asked_to_stop
@@ -112,6 +113,7 @@ class Pipeline:
 
     def run(self, folder: RunFolder, force: bool) -> None:
         """All stages."""
+        refuse_absent(self.recipe.run.track)
         self.choose_day(folder.kept_day())
         self.announce()
         task = self._task()
@@ -240,7 +242,16 @@ class Pipeline:
                 inputs,
                 asked.is_set,
             )
-            return student, training.train()
+            with self._tracked(folder):
+                return student, training.train()
+
+    def _tracked(self, folder: RunFolder) -> AbstractContextManager[None]:
+        """Trackers follow the logs that the first rank writes."""
+        run = self.recipe.run
+        names = run.track if self.backend.ranks.first else ()
+        created = folder.readable(Manifest).created
+        config = {"created": created, "digest": self.recipe.digest(), "recipe": self.recipe.toml()}
+        return followed(folder.path, run.name, names, config, self.view.say)
 
     def _source(
         self, folder: RunFolder, prepared: Prepared, student: Callable[[], Student]

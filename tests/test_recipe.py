@@ -717,7 +717,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
         "teacher": {"cache_folder"},
         "rollouts": {"folder"},
         "prune": {"folder"},
-        "run": {"name", "folder"},
+        "run": {"name", "folder", "track"},
         "eval": {"compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST

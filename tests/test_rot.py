@@ -183,6 +183,7 @@ CASES = {
     "eval.max_new_tokens": ("5", SCORED),
     "eval.batch_size": ("1", SCORED),
     "eval.temperature": ("5.0", SCORED),
+    "run.track": ('["tensorboard"]', ()),
     "optim.patience": ("1", ("optim.learning_rate=0.3", *OFTEN)),
     "eval.top_p": ("0.01", SAMPLED),
     "eval.samples": ("2", SAMPLED),

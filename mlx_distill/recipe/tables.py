@@ -446,3 +446,10 @@ class RunTable(Table):
 
     export: Literal["best", "last"] = "best"
     """Which checkpoint becomes the student; best = lowest validation loss."""
+
+    track: Annotated[
+        tuple[Literal["trackio", "tensorboard", "wandb"], ...],
+        Field(strict=False),
+        OutsideDigest(),
+    ] = ()
+    """Trackers that follow the run's logs; each is an extra of the package."""

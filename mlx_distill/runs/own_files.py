@@ -26,6 +26,7 @@ FILES = (
     SCORES,
     "generations.jsonl",
     "rollouts.jsonl",
+    "tracked.json",
     *REPORTS,
 )
 LOCK = "run.lock"
