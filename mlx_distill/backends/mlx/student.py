@@ -25,7 +25,7 @@ from mlx_distill.backends.mlx.heads import Head, MatrixHead, SparseHead
 from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
 from mlx_distill.backends.mlx.matching import Watched, distance_rows
 from mlx_distill.backends.mlx.model import RoundedEmbedding, SplitModel, checkpoint_layers
-from mlx_distill.backends.mlx.optimizer import ScheduleFreeAdamW, make_optimizer
+from mlx_distill.backends.mlx.optimizer import AdamW, ScheduleFreeAdamW, make_optimizer
 from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher
 from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
 from mlx_distill.backends.protocol import LossSums, Sampling, SparseTargets, Targets, check_indices
@@ -295,7 +295,9 @@ class MlxStudent(MlxModel):
         if not np.isfinite(value):
             return value
         scale = self.max_grad_norm / (value + 1e-6) if self.max_grad_norm else 1.0
-        if scale < 1.0:
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.clipped = min(1.0, scale)
+        elif scale < 1.0:
             gradients = tree_map(lambda g: g * scale, gradients)
         self.optimizer.learning_rate = learning_rate
         self._mean = None
