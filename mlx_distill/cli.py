@@ -233,7 +233,8 @@ def evaluate(
         str,
         typer.Option(
             "--task",
-            help="embedded:NAME, gsm8k:PATH, math:PATH or jsonl:PATH; "
+            help="gsm8k, math500, aime24, aime25, aime26, amc23, olympiadbench (of the hub, or "
+            "NAME:PATH), embedded:NAME, math:PATH or jsonl:PATH; "
             "default: the task of a run's own recipe, for its eval.json and report.",
         ),
     ] = "",

@@ -39,6 +39,7 @@ from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder, SilentFolder, TrainState
 from mlx_distill.runs.sample import make_sample
 from mlx_distill.runs.trackers import followed, refuse_absent
+from mlx_distill.scoring.also import score_also
 from mlx_distill.scoring.of_run import score_run
 from mlx_distill.scoring.task_scores import TaskScores, changed_generations, forget_score
 from mlx_distill.signals import asked_to_stop
@@ -48,7 +49,7 @@ from mlx_distill.teaching.of_recipe import asked_of_teacher, cache_of, days_of, 
 from mlx_distill.terminal.last_words import last_words
 from mlx_distill.terminal.plan import announce, shortage
 from mlx_distill.training.loop import Source, Training, restore
-from mlx_distill.verify.tasks import Task, load_task
+from mlx_distill.verify.tasks import Task, tasks_of
 from mlx_distill.view import View, silent
 from mlx_distill.writing.of_recipe import Rollouts
 
@@ -116,7 +117,7 @@ class Pipeline:
         refuse_absent(self.recipe.run.track)
         self.choose_day(folder.kept_day())
         self.announce()
-        task = self._task()
+        tasks = self._tasks()
         self.prune()
         if folder.has_student():
             self._say_damage(folder)
@@ -126,8 +127,9 @@ class Pipeline:
         self.backend.part()
         self.backend.release()
         if self.backend.ranks.first:
-            if task:
-                score_run(folder, self.pair, task, self.day, self.backend, self.view)
+            for index, task in enumerate(tasks):
+                scored = score_also if index else score_run
+                scored(folder, self.pair, task, self.day, self.backend, self.view)
             self._finish(folder)
 
     def choose_day(self, kept: str) -> None:
@@ -152,10 +154,9 @@ class Pipeline:
         if self.day:
             self.view.say(about_day(self.day))
 
-    def _task(self) -> Task | None:
+    def _tasks(self) -> list[Task]:
         """Read before anything is trained, so that one that cannot be used is refused."""
-        asked = self.recipe.eval
-        return load_task(asked.task, asked.examples, asked.seed) if asked.task else None
+        return tasks_of(self.recipe.eval)
 
     def _say_damage(self, folder: RunFolder) -> None:
         """The owner of a file that was changed may have meant it; such a student is not scored as

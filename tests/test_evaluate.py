@@ -1,5 +1,6 @@
 """Scores: intervals against numbers worked out by hand or published, and what counts as finished."""
 
+import itertools
 import json
 import math
 import re
@@ -9,7 +10,7 @@ import pytest
 from mlx_distill.backends.protocol import Sampling
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.tables import EvalTable
-from mlx_distill.scoring.intervals import interval, student_t, wilson
+from mlx_distill.scoring.intervals import interval, pass_at, student_t, wilson
 from mlx_distill.scoring.score import Score, compare, describe, retention, score
 from mlx_distill.verify.tasks import Problem, Task, answer_text
 
@@ -256,3 +257,59 @@ def test_nothing_to_keep_is_not_a_number():
     assert retention(some, none, none).accuracy is None
     assert retention(some, none, none).gain is None
     assert retention(some, some, some).gain is None
+
+
+# several samples, lengths, and where the answer stands
+
+
+def test_pass_at_k_against_every_subset():
+    """The formula beside the share of all subsets of k samples that hold a right one."""
+    rows = [[1.0, 0.0, 0.0, 1.0, 0.0], [0.0] * 5, [1.0] * 5, [0.0, 0.0, 0.0, 0.0, 1.0]]
+    for k in range(1, 6):
+        shares = [sum(map(any, itertools.combinations(row, k))) / math.comb(5, k) for row in rows]
+        found = pass_at(rows, k)
+        assert found.mean == pytest.approx(sum(shares) / 4)
+        assert (found.low, found.high) == wilson(found.mean, 4)
+
+
+def last_word(expected, generated):
+    return generated.split()[-1] == expected
+
+
+def sampled(answer, lines, samples, verify=exact):
+    words = Words()
+    task = Task("t", [Problem("a", "q", "1"), Problem("b", "r", "1")], verify, answer=answer)
+    settings = EvalTable(samples=samples, temperature=1.0, max_new_tokens=99)
+    return score(Scripted(words, lines), words, task, settings)
+
+
+def test_a_score_has_pass_at_k_and_the_spread_of_lengths():
+    lines = ["x </think> 1 <|end|>", "y y y </think> 2 <|end|>", "y </think> 2 <|end|>", "z " * 9]
+    found = sampled("after_think", lines, 2)
+    assert found.accuracy == 0.25
+    assert found.pass_at["2"] == (0.5, *wilson(0.5, 2))
+    assert found.pass_at["1"][0] == 0.25
+    assert found.tokens_at == {"0.5": 5.0, "0.9": pytest.approx(8.1), "1": 9.0}
+    assert "pass@2 50.0%" in describe(found) and "(median 5, longest 9)" in describe(found)
+    assert Score.model_validate_json(found.model_dump_json()) == found
+
+
+def test_anywhere_judges_texts_without_an_end_of_thinking_too():
+    def right(answer):
+        return sampled(answer, ["1 <|end|>", "2 <|end|>", "1", "</think> 1 <|end|>"], 2, last_word)
+
+    exactly_said = right("anywhere")
+    assert exactly_said.correct == {"a": [1.0, 0.0], "b": [1.0, 1.0]}
+    assert exactly_said.unfinished == 0.25, "that one did not stop by itself"
+    assert right("after_think").accuracy == 0.25
+
+
+def test_a_setting_in_which_no_answer_fits_is_refused():
+    words = Words()
+    task = Task("aime24", [Problem("a", "q", "1 2 3"), Problem("b", "r", "1 2")], exact, tokens=9)
+    with pytest.raises(
+        DataError, match="max_new_tokens is 2, and its shortest answer alone takes 3"
+    ):
+        score(Scripted(words, []), words, task, EvalTable(max_new_tokens=2))
+    lines = ["</think>1 2 3 <|end|>"] * 2
+    assert score(Scripted(words, lines), words, task, EvalTable(max_new_tokens=3)).problems == 2

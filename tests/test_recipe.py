@@ -718,7 +718,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
         "rollouts": {"folder"},
         "prune": {"folder"},
         "run": {"name", "folder", "track"},
-        "eval": {"compare", "score_teacher", "score_base"},
+        "eval": {"also", "compare", "score_teacher", "score_base"},
     }
     assert outside == OUTSIDE_DIGEST
     newer = {
@@ -735,6 +735,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     newer["student"] = {"from_teacher"}
     newer["truncation"] = {"whole_share", "ending"}
     newer["teacher"] = {"compute_dtype"}
+    newer["eval"] = {"prompt", "answer"}
     assert {(table, field) for table, fields in newer.items() for field in fields} == set(
         CAME_LATER
     )

@@ -179,6 +179,9 @@ CASES = {
     "optim.epochs": ("2", ("optim.steps=0",)),
     "optim.steps": ("3", ()),
     "eval.task": ("jsonl:{root}/other.jsonl", SCORED),
+    "eval.also": ('["jsonl:{root}/other.jsonl"]', SCORED),
+    "eval.prompt": ("Q {{problem}}", SCORED),
+    "eval.answer": ("anywhere", SCORED),
     "eval.examples": ("3", SCORED),
     "eval.max_new_tokens": ("5", SCORED),
     "eval.batch_size": ("1", SCORED),
@@ -345,6 +348,7 @@ def outcome(world: Path, out: Path, settings: tuple[str, ...], calls: set) -> di
         "scores": {
             part: timeless(score.content()) for part, score in folder.read(TaskScores).whole.items()
         },
+        "put": (folder.read(TaskScores).prompt, folder.read(TaskScores).answer),
         "files": sorted(str(path.relative_to(folder.path)) for path in folder.path.rglob("*")),
         "folder": str(folder.path),
         "beside": "neighbour" in (folder.path / "report.md").read_text().split("## Recipe")[0],

@@ -3,11 +3,14 @@ told.
 """
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mlx_distill.embedded import task as embedded
 from mlx_distill.errors import DataError, NotFound
+from mlx_distill.verify.named import NAMED_TASKS
 from mlx_distill.verify.tasks import answer_text, load_task
 
 
@@ -151,8 +154,6 @@ def test_the_embedded_task_is_asked_for_its_held_out_problems():
             "no task 'gsm8:x'; did you mean gsm8k:PATH.*Choices: embedded:NAME, gsm8k:PATH, "
             "math:PATH, jsonl:PATH",
         ),
-        ("aime24", "no task 'aime24'.*Choices: embedded:NAME"),
-        ("gsm8k", "names nothing after 'gsm8k': write gsm8k:PATH"),
     ],
 )
 def test_an_unknown_task_is_told_the_choices(name, message):
@@ -233,3 +234,85 @@ def test_only_commas_between_thousands_are_taken_out_of_a_gsm8k_answer(written, 
     )
     (problem,) = load_task(f"gsm8k:{tmp_path / 'task.jsonl'}", 5, 0).problems
     assert problem.expected == gold
+
+
+# tasks by name
+
+AIME = {"id": 60, "problem": "When?", "answer": "025"}
+NAMED_ROWS = {
+    "gsm8k": {"question": "When?", "answer": "20 + 5 = <<20+5=25>>25\n#### 25"},
+    "math500": {"problem": "When?", "answer": "25", "level": 2, "subject": "Algebra"},
+    "aime24": AIME,
+    "aime25": AIME,
+    "aime26": AIME,
+    "amc23": {"question": "When?", "answer": 25.0},
+    "olympiadbench": {"question": "When?", "final_answer": ["$25$"], "is_multiple_answer": False},
+}
+
+
+@pytest.mark.parametrize("name", NAMED_TASKS)
+def test_a_named_task_asks_the_hub_for_its_rows(name, monkeypatch):
+    asked = []
+    fake = SimpleNamespace(
+        load_dataset=lambda *names, split: asked.append((*names, split)) or [NAMED_ROWS[name]]
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    task = load_task(name, 10, 0)
+    named = NAMED_TASKS[name]
+    assert asked == [(named.id, named.config or None, named.split)]
+    (problem,) = task.problems
+    assert problem.prompt == (
+        "When?\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+    assert task.verify(problem.expected, r"<think>x</think>So \boxed{25}.")
+    assert not task.verify(problem.expected, r"<think>x</think>So \boxed{26}.")
+    assert "put as '{problem}\\n\\nPlease reason" in task.describe()
+
+
+@pytest.mark.parametrize("name", ["math500", "olympiadbench"])
+def test_a_named_task_reads_a_file_of_its_rows(name, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [NAMED_ROWS[name]])
+    (problem,) = load_task(f"{name}:{path}", 10, 0).problems
+    assert problem.prompt.startswith("When?\n\nPlease")
+
+
+def test_a_prompt_may_be_put_otherwise_and_the_problem_keeps_its_id(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"problem": "a {b}?", "answer": "1"}])
+    bare, put = (
+        load_task(f"math:{path}", 1, 0),
+        load_task(f"math500:{path}", 1, 0, "Q: {problem}\n"),
+    )
+    assert (bare.problems[0].prompt, put.problems[0].prompt) == ("a {b}?", "Q: a {b}?\n")
+    assert bare.problems[0].id == put.problems[0].id
+    assert put.prompt == "Q: {problem}\n"
+
+
+@pytest.mark.parametrize(
+    ("generated", "after", "anywhere"),
+    [
+        (r"x</think>\boxed{42}", True, True),
+        (r"so \boxed{42}", False, True),
+        (r"\boxed{42}</think>\boxed{41}", False, False),
+        (r"\boxed{41}</think>\boxed{42}", True, True),
+        ("no idea", False, False),
+    ],
+)
+def test_the_answer_is_looked_for_after_the_reasoning_or_anywhere(
+    tmp_path, generated, after, anywhere
+):
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "6*7?", "answer": "42"}])
+    strict, loose = (
+        load_task(f"jsonl:{path}", 1, 0, answer=place) for place in ("after_think", "anywhere")
+    )
+    assert (strict.verify("42", generated), loose.verify("42", generated)) == (after, anywhere)
+    assert "anywhere" in loose.describe() and "anywhere" not in strict.describe()
+
+
+def test_fewer_tokens_than_a_task_is_reported_with_are_said(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [AIME])
+    task = load_task(f"aime24:{path}", 1, 0)
+    assert "reported with 32,768 new tokens, and eval.max_new_tokens is 512" in (
+        task.short_of_tokens(512)
+    )
+    assert not task.short_of_tokens(32_768)
+    assert not load_task(f"math:{path}", 1, 0).short_of_tokens(1)

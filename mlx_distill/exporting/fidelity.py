@@ -33,7 +33,7 @@ from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.score import Difference, Score
 from mlx_distill.scoring.task_scores import TaskScores
-from mlx_distill.verify.tasks import load_task
+from mlx_distill.verify.tasks import task_of
 from mlx_distill.view import View
 from mlx_distill.words import number, percent, points
 from mlx_distill.writing.of_recipe import known_sequences
@@ -119,7 +119,7 @@ def _score(
     if not asked.task:
         return None, "accuracy was not measured: the run's recipe has no [eval] task"
     try:
-        task = load_task(asked.task, asked.examples, asked.seed)
+        task = task_of(asked)
         tokenizer = load_tokenizer(run.student)
         progress = view.count("scoring the export", len(task.problems) * asked.samples)
         stops = stops_of(run.student, tokenizer)

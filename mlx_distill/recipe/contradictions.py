@@ -75,6 +75,13 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             '[run] export = "best" needs the best checkpoint, but keep_checkpoints = "last" drops '
             'it: set export = "last" or keep_checkpoints = "last_and_best"'
         )
+    if scoring.prompt and "{problem}" not in scoring.prompt:
+        yield (
+            f"[eval] prompt has no place for the problem, found {scoring.prompt[:60]!r}: write "
+            "{problem} where it belongs"
+        )
+    if scoring.also and not scoring.task:
+        yield "[eval] also names more tasks, but task is empty: name the first one there"
     if scoring.samples > 1 and scoring.temperature == 0:
         yield (
             f"[eval] samples = {scoring.samples} at temperature 0 would repeat one greedy answer: "

@@ -392,7 +392,17 @@ class OptimTable(Table):
 
 class EvalTable(Table):
     task: str = ""
-    """embedded:NAME, gsm8k:FILE, math:FILE or jsonl:FILE; "" = no scoring."""
+    """gsm8k, math500, aime24, aime25, aime26, amc23 or olympiadbench (of the hub, or NAME:FILE),
+    embedded:NAME, math:FILE or jsonl:FILE; "" = no scoring."""
+
+    also: Annotated[Names, OutsideDigest()] = ()
+    """More tasks, scored under the same settings; their scores lie in evals/ of the run."""
+
+    prompt: Annotated[str, CameLater("")] = ""
+    """How a problem is put, for example "{problem} Answer in a box."; "" = as the task does."""
+
+    answer: Annotated[Literal["after_think", "anywhere"], CameLater("after_think")] = "after_think"
+    """Where the answer is looked for; anywhere = in all of the text, as lighteval does."""
 
     examples: Rows = 500
     """Problems that are asked."""

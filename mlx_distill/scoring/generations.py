@@ -195,7 +195,11 @@ class Evaluation:
         with told_as(RunError, folder):
             folder.mkdir(parents=True, exist_ok=True)
             with locked(folder / f".{name}.lock"):
-                told |= {"compared": task.compared()}
+                told |= {
+                    "compared": task.compared(),
+                    "prompt": task.prompt,
+                    "answer": task.answer,
+                }
                 yield cls(folder / f"{name}.jsonl", folder / f"{name}.json", told)
 
     def write(self, score: dict[str, Any], generations: dict[str, Any]) -> None:

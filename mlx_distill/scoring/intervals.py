@@ -8,7 +8,7 @@ problems: each seed's student answers the same problems. Axes: `S` seeds, `P` pr
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import comb, sqrt
 from statistics import NormalDist, fmean
 
 import numpy as np
@@ -71,6 +71,22 @@ def interval(correct: Iterable[list[float]]) -> tuple[float, float]:
     spread = p * (1 - p)
     trials = spread / squared_error if squared_error > 0 else (n * k if spread > 0 else n)
     return wilson(p, min(max(trials, n), n * k), student_t(n - 1))
+
+
+def pass_at(correct: Iterable[list[float]], k: int) -> Estimate:
+    """pass@k over problems of n ≥ k samples each: the chance that one of k samples is right.
+
+    Of a problem with c right samples it is 1 − C(n−c, k) / C(n, k), which has no bias (Chen et al.
+    2021, arXiv 2107.03374). The problems are the trials of `wilson`; a problem's own chance is at
+    most as uncertain as a single outcome, so the interval covers problems and samples.
+    """
+    chances = [_chance(len(samples), round(sum(samples)), k) for samples in correct]
+    mean = fmean(chances)
+    return Estimate(mean, *wilson(mean, len(chances)))
+
+
+def _chance(n: int, c: int, k: int) -> float:
+    return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def paired(differences: Sequence[float]) -> Estimate:

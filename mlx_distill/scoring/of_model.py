@@ -13,7 +13,7 @@ from mlx_distill.runs.provenance import identity
 from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.generations import Evaluation, Generations
 from mlx_distill.scoring.score import Score, describe
-from mlx_distill.verify.tasks import load_task
+from mlx_distill.verify.tasks import task_of
 from mlx_distill.view import View
 
 
@@ -33,7 +33,7 @@ def score_model(
     """
     asked = Named.of(name)
     table = eval_table(settings)
-    task = load_task(task_name, table.examples, table.seed)
+    task = task_of(table, task_name)
     backend = choose_backend(backend_name)
     if asked.day:
         view.say(about_day(asked.day))
@@ -43,6 +43,8 @@ def score_model(
     progress = view.count(f"scoring {name}", len(task.problems) * table.samples)
     made_by = identity(asked.folder) | {"backend": backend.name}
     view.say(task.describe())
+    if short := task.short_of_tokens(table.max_new_tokens):
+        view.say(f"note: {short}")
     kept_in = out or (asked.run.path if asked.run else Path()) / "evals"
     with Evaluation.opened(kept_in, name, task, table, made_by) as kept:
         generations = Generations(kept.generations, name, made_by, view.say)

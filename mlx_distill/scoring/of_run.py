@@ -31,9 +31,11 @@ def score_run(
     scores = _kept_scores(folder, view)
     for part, score in scores.items():
         view.say(f"{part}: {describe(score)}")
-    missing = [one for one in _scored(folder, pair) if one[0] not in scores]
+    missing = [one for one in scored_models(folder, pair) if one[0] not in scores]
     if missing:
         view.say(task.describe())
+        if short := task.short_of_tokens(pair.recipe.eval.max_new_tokens):
+            view.say(f"note: {short}")
     for part, path, bits in missing:
         refuse_older_arithmetic(folder, pair)
         if part == "student":
@@ -49,6 +51,8 @@ def score_run(
             TaskScores(
                 task=task.name,
                 compared=task.compared(),
+                prompt=task.prompt,
+                answer=task.answer,
                 generations=GenerationsFile(**generations.reference()),
                 scores={**scores},
             )
@@ -91,7 +95,7 @@ def stops(pair: Pair, part: str, path: Path) -> frozenset[int]:
     return stops_of(path, pair.tokenizer, *own)
 
 
-def _scored(folder: RunFolder, pair: Pair) -> Iterator[tuple[str, Path, int]]:
+def scored_models(folder: RunFolder, pair: Pair) -> Iterator[tuple[str, Path, int]]:
     """What is scored, where it lies, and to how many bits it is quantised."""
     settings = pair.recipe.eval
     if pair.teacher and settings.score_teacher:

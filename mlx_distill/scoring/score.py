@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import Field
 
 from mlx_distill import verify
@@ -25,9 +26,10 @@ from mlx_distill.errors import DataError
 from mlx_distill.recipe.tables import EvalTable
 from mlx_distill.runs.record import Count, Number, Record
 from mlx_distill.scoring.generations import Generation, Generations
-from mlx_distill.scoring.intervals import interval, paired
-from mlx_distill.verify.tasks import THINK_END, Problem, Task
+from mlx_distill.scoring.intervals import interval, paired, pass_at
+from mlx_distill.verify.tasks import AFTER_THINK, ANYWHERE, THINK_END, Problem, Task
 
+QUANTILES = (0.5, 0.9, 1.0)
 KEYED = (
     "max_new_tokens",
     "temperature",
@@ -45,7 +47,9 @@ class Score(Record):
     (see `interval`). correct: for each problem id, 1.0 or 0.0 for each sample. unfinished: share of
     generations without a stop token or without `</think>`; they count as wrong. well_formed: share
     with exactly one `</think>` and a stop token. mean_tokens: new tokens a generation, stop token
-    included. seconds: the time that generating took.
+    included. seconds: the time that generating took. tokens_at: quantiles of their number ("0.5" the
+    median, "1" the longest). pass_at: by k (1, 2, 4, … and `samples`) the mean over problems of the
+    chance that one of k samples is right, and its interval (see `pass_at`); accuracy is avg@samples.
     """
 
     accuracy: Number
@@ -58,6 +62,8 @@ class Score(Record):
     well_formed: Number
     mean_tokens: Number
     seconds: Number
+    tokens_at: dict[str, Number] = Field(default_factory=dict)
+    pass_at: dict[str, tuple[Number, Number, Number]] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,7 @@ def score(
     stops = stop_ids | ends_of_answers(tokenizer)
     problems = {problem.id: problem for problem in task.problems}
     prompts = {problem.id: _prompt_ids(problem, task, tokenizer, day) for problem in task.problems}
+    _refuse_hopeless(task, settings, tokenizer)
     batches = _batches(prompts, settings)
     if kept:
         golds = {problem.id: [problem.expected, problem.compared] for problem in task.problems}
@@ -120,6 +127,7 @@ def score(
             verifier=verify.VERSION,
             settings=settings.model_dump(include=set(KEYED)),
             **({"draws": draws.VERSION} if settings.temperature else {}),
+            **({"answer": task.answer} if task.answer != AFTER_THINK else {}),
         )
     found = dict(kept.kept) if kept else {}
     for batch in batches:
@@ -151,6 +159,25 @@ def score(
     return summarize(task.problems, found, settings.samples)
 
 
+def _refuse_hopeless(task: Task, settings: EvalTable, tokenizer: Any) -> None:
+    """Raise `DataError` for a named task none of whose answers fits into the tokens that a
+    generation may have.
+    """
+    if settings.max_new_tokens >= task.tokens:
+        return
+    before = THINK_END if task.answer == AFTER_THINK else ""
+    texts = [before + problem.expected for problem in task.problems]
+    shortest = 1 + min(
+        len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts
+    )
+    if shortest > settings.max_new_tokens:
+        raise DataError(
+            f"task {task.name!r}: eval.max_new_tokens is {settings.max_new_tokens}, and its shortest "
+            f"answer alone takes {shortest} tokens, so that every problem would count as wrong; "
+            f"it is reported with {task.tokens:,}: raise it"
+        )
+
+
 def _batches(prompts: dict[str, list[int]], settings: EvalTable) -> list[list[tuple[str, int]]]:
     """(problem, sample)s by batch, the longest prompts first: they need the most memory."""
     asked = [(problem, sample) for problem in prompts for sample in range(settings.samples)]
@@ -171,12 +198,12 @@ def judge(
     stop_ids: frozenset[int],
 ) -> Generation:
     """One generation's verdict: it can only be right if it stopped by itself and closed its
-    reasoning with `</think>`.
+    reasoning with `</think>`, unless the answer is looked for anywhere.
     """
     stopped = bool(ids) and ids[-1] in stop_ids
     text = tokenizer.decode(ids[:-1] if stopped else ids, skip_special_tokens=False)
     ends = text.count(THINK_END)
-    finished = stopped and ends > 0
+    finished = stopped and (ends > 0 or task.answer == ANYWHERE)
     return Generation(
         problem=problem.id,
         sample=sample,
@@ -184,7 +211,7 @@ def judge(
         gold=problem.expected,
         compared=problem.compared,
         text=text,
-        correct=finished and task.verify(problem.expected, text),
+        correct=(finished or task.answer == ANYWHERE) and task.verify(problem.expected, text),
         finished=finished,
         well_formed=stopped and ends == 1,
         tokens=len(ids),
@@ -212,8 +239,23 @@ def summarize(
         unfinished=fmean(not answer.finished for answer in answers),
         well_formed=fmean(answer.well_formed for answer in answers),
         mean_tokens=fmean(answer.tokens for answer in answers),
+        tokens_at={
+            f"{share:g}": float(np.quantile([answer.tokens for answer in answers], share))
+            for share in QUANTILES
+        },
+        pass_at={
+            str(k): (found.mean, found.low, found.high)
+            for k in _counts(samples)
+            for found in [pass_at(correct.values(), k)]
+        },
         seconds=sum(answer.seconds for answer in answers),
     )
+
+
+def _counts(samples: int) -> list[int]:
+    """1, 2, 4, … and the number of samples itself; nothing where there is one sample alone."""
+    powers = [2**i for i in range(samples.bit_length()) if 2**i < samples]
+    return [*powers, samples] if samples > 1 else []
 
 
 def compare(a: Score, b: Score) -> Difference:
@@ -245,10 +287,18 @@ def retention(student: Score, base: Score, full: Score) -> Retention:
 
 def describe(score: Score) -> str:
     """One line for a terminal: accuracy with its interval, what did not finish, tokens."""
+    several = ""
+    if score.samples > 1 and str(score.samples) in score.pass_at:
+        mean, low, high = score.pass_at[str(score.samples)]
+        several = f"pass@{score.samples} {mean:.1%} ({low:.1%} to {high:.1%}), "
+    spread = ""
+    if score.tokens_at:
+        spread = f" (median {score.tokens_at['0.5']:.0f}, longest {score.tokens_at['1']:.0f})"
     return (
         f"{score.accuracy:.1%} right (95 % interval {score.low:.1%} to {score.high:.1%}, "
         f"{score.problems} problems{f' × {score.samples} samples' if score.samples > 1 else ''}), "
-        f"{score.unfinished:.1%} unfinished, {score.mean_tokens:.0f} tokens a generation, "
+        f"{several}{score.unfinished:.1%} unfinished, "
+        f"{score.mean_tokens:.0f} tokens a generation{spread}, "
         f"{score.seconds:.0f} s"
     )
 

@@ -21,7 +21,8 @@ class GenerationsFile(Record):
 
 
 class TaskScores(Record):
-    """compared: how many problems were compared as mathematics, and how many as text. scores: by
+    """compared: how many problems were compared as mathematics, and how many as text. prompt: how a
+    problem was put. answer: where the answer was looked for. scores: by
     model ("teacher", "base", "student"); None where what is kept of one is no whole score.
     """
 
@@ -30,6 +31,8 @@ class TaskScores(Record):
 
     task: str = ""
     compared: dict[str, Count] = Field(default_factory=dict)
+    prompt: str = ""
+    answer: str = ""
     generations: GenerationsFile | None = None
     scores: dict[str, Score | None] = Field(default_factory=dict)
 

@@ -30,7 +30,7 @@ from mlx_distill.pruning.of_recipe import PrunedBase
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.terminal.show import account, count_table
-from mlx_distill.verify.tasks import load_task
+from mlx_distill.verify.tasks import tasks_of
 from mlx_distill.words import amount, duration
 from mlx_distill.writing.of_recipe import known_sequences
 
@@ -105,7 +105,7 @@ def plan(
     machine = Machine.of(backend.device()) if backend else this_machine(backend_name)
     if recipe.eval.task:
         # a run reads it first, and refuses what it can't use
-        load_task(recipe.eval.task, recipe.eval.examples, recipe.eval.seed)
+        tasks_of(recipe.eval)
     prepared, made, question = plan_of(recipe, machine, weights=probed)
     trouble: OutOfMemory | ProbeFailed | None = None
     if probed and not made.measured:

@@ -1,10 +1,12 @@
 """Tasks: problems with a checkable answer, and the check.
 
-In: a task's name (`embedded:NAME`, `gsm8k:PATH`, `math:PATH`, `jsonl:PATH`), how many problems and
-a seed. Out: a `Task` whose `verify` says whether a whole generation, reasoning included, ends in the expected
-answer. Decided here: what is read as the answer (the text after the first `</think>`), which rows
-are drawn, what makes two problems the same (the digest of their text), and how a gold answer that
-is a number or a list in JSON is written. Whether an answer is right, `verify/` says.
+In: a task's name (`embedded:NAME`, `gsm8k:PATH`, `math:PATH`, `jsonl:PATH`, or one of
+`verify/named.py` as `NAME` or `NAME:PATH`), how many problems and a seed. Out: a `Task` whose
+`verify` says whether a whole generation, reasoning included, ends in the expected answer. Decided
+here: what is read as the answer (the text after the first `</think>`, or all of it), how a problem
+is put, which rows are drawn, what makes two problems the same (the digest of their text), and how a
+gold answer that is a number or a list in JSON is written. Whether an answer is right, `verify/`
+says.
 """
 
 import difflib
@@ -13,15 +15,18 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import of_people
 from mlx_distill.readers import is_text, path_of, read_json_lines
+from mlx_distill.recipe.tables import EvalTable
 from mlx_distill.verify import TEXT, compared_as, states
+from mlx_distill.verify.named import BOXED, NAMED_TASKS, PROBLEM
 
+AFTER_THINK, ANYWHERE = "after_think", "anywhere"
 THINK_END = "</think>"
 GSM8K_ANSWER = re.compile(r"####[ \t]*(\S[^\n]*)$")
 GSM8K_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")  # not 1.234,5
@@ -46,12 +51,18 @@ class Task:
     """Problems under one name; `verify(expected, generated_text)` takes the whole generation,
     reasoning included.
 
-    A generation without `</think>` has given no answer and is never right.
+    prompt: how a problem is put. answer: where the answer is looked for; "after_think": a
+    generation without `</think>` has given no answer and is never right; "anywhere": all of the
+    text is searched, as lighteval does. tokens: what an answer is usually given, 0 if nothing is
+    usual.
     """
 
     name: str
     problems: list[Problem]
     verify: Callable[[str, str], bool]
+    prompt: str = PROBLEM
+    answer: str = AFTER_THINK
+    tokens: int = 0
 
     def compared(self) -> dict[str, int]:
         """How many problems are compared in which way."""
@@ -60,20 +71,63 @@ class Task:
     def describe(self) -> str:
         """One line: how many problems there are and how they are compared."""
         ways = ", ".join(f"{count:,} as {way}" for way, count in sorted(self.compared().items()))
-        return f"{self.name}: {len(self.problems):,} problems, compared {ways}"
+        return f"{self.name}: {len(self.problems):,} problems, compared {ways}{self._asked()}"
+
+    def _asked(self) -> str:
+        """What is not as it is by default, in words."""
+        put = "" if self.prompt == PROBLEM else f"; put as {self.prompt!r}"
+        looked = "" if self.answer == AFTER_THINK else "; answers looked for anywhere in the text"
+        return put + looked
+
+    def short_of_tokens(self, max_new_tokens: int) -> str:
+        """What is to be said where answers get fewer tokens than is usual; "" where they do not."""
+        if max_new_tokens >= self.tokens:
+            return ""
+        return (
+            f"{self.name} is reported with {self.tokens:,} new tokens, and eval.max_new_tokens is "
+            f"{max_new_tokens:,}: answers that it cuts off count as wrong"
+        )
 
 
-def load_task(name: str, examples: int, seed: int) -> Task:
+def task_of(asked: EvalTable, name: str = "") -> Task:
+    """The task of an `[eval]` table, or another one under its settings; raises as `load_task`."""
+    return load_task(name or asked.task, asked.examples, asked.seed, asked.prompt, asked.answer)
+
+
+def tasks_of(asked: EvalTable) -> list[Task]:
+    """The tasks of an `[eval]` table, the first one in front; none where it names none."""
+    return [task_of(asked, name) for name in (asked.task, *asked.also) if name]
+
+
+def load_task(
+    name: str, examples: int, seed: int, prompt: str = "", answer: str = AFTER_THINK
+) -> Task:
     """The task called `name` with at most `examples` problems, drawn with `seed`; the same
-    arguments give the same problems.
+    arguments give the same problems. `prompt` puts each of them ("" = as the task does), `answer`
+    says where it is looked for.
 
     Raises `NotFound` (no such task or file) or `DataError` (a row or column that cannot be used).
     """
     kind, _, rest = name.partition(":")
+    if kind in NAMED_TASKS and not (rest and kind in _LOADERS):
+        task = _load_named(name, kind, rest, examples, seed)
+    else:
+        task = _load_file(name, kind, rest, examples, seed)
+    put = prompt or task.prompt
+    problems = [
+        replace(problem, prompt=put.replace(PROBLEM, problem.prompt)) for problem in task.problems
+    ]
+    verify = task.verify if answer == ANYWHERE else _after_think(task.verify)
+    return replace(task, problems=problems, verify=verify, prompt=put, answer=answer)
+
+
+def _load_file(name: str, kind: str, rest: str, examples: int, seed: int) -> Task:
     if kind not in _LOADERS:
-        near = difflib.get_close_matches(kind, _LOADERS, 1)
-        hint = f"; did you mean {_FORMS[near[0]]}?" if near else "."
-        raise NotFound(f"no task {name!r}{hint} Choices: {', '.join(_FORMS.values())}")
+        forms = {one: one for one in NAMED_TASKS} | _FORMS
+        near = difflib.get_close_matches(kind, forms, 1)
+        hint = f"; did you mean {forms[near[0]]}?" if near else "."
+        choices = ", ".join([*_FORMS.values(), *NAMED_TASKS])
+        raise NotFound(f"no task {name!r}{hint} Choices: {choices}")
     if not rest:
         raise NotFound(f"task {name!r} names nothing after {kind!r}: write {_FORMS[kind]}")
     if kind != "embedded":
@@ -103,7 +157,7 @@ def _load_embedded(name: str, rest: str, examples: int, seed: int) -> Task:
         (example.prompt, example.answer, TEXT)
         for example in task.generate("held_out", examples, seed)
     )
-    return Task(name, _problems(rows), _after_think(task.verify))
+    return Task(name, _problems(rows), task.verify)
 
 
 def _load_gsm8k(name: str, rest: str, examples: int, seed: int) -> Task:
@@ -111,6 +165,20 @@ def _load_gsm8k(name: str, rest: str, examples: int, seed: int) -> Task:
     return _stated(
         name, ((place, question, _gsm8k_gold(answer, place)) for place, question, answer in rows)
     )
+
+
+def _load_named(name: str, kind: str, file: str, examples: int, seed: int) -> Task:
+    """Problems of the hub, or of a file whose rows are as the hub has them."""
+    named = NAMED_TASKS[kind]
+    if file:
+        path_of(file, f"task {name}", NotFound)
+    rows = list(named.rows(file))
+    if not rows:
+        raise DataError(f"task {name}: it has no rows, so there is nothing to score")
+    found = [_row(*rows[i], named.columns) for i in _sample(len(rows), examples, seed)]
+    if kind == "gsm8k":
+        found = [(place, asked, _gsm8k_gold(gold, place)) for place, asked, gold in found]
+    return replace(_stated(name, found), prompt=BOXED, tokens=named.tokens)
 
 
 def _load_math(name: str, rest: str, examples: int, seed: int) -> Task:
@@ -133,7 +201,7 @@ def _stated(name: str, rows: Iterable[tuple[str, str, str]]) -> Task:
                 f"{place}: answer {gold[:60]!r} cannot be compared with ({error}); give it, or "
                 "drop the row"
             ) from None
-    return Task(name, _problems(found), _after_think(states))
+    return Task(name, _problems(found), states)
 
 
 _LOADERS = {
@@ -175,8 +243,13 @@ def _drawn(
     rows = list(read_json_lines(path))
     if not rows:
         raise DataError(f"{path}: it has no rows, so there is nothing to score; name another file")
-    kept = sorted(random.Random(seed).sample(range(len(rows)), min(examples, len(rows))))
+    kept = _sample(len(rows), examples, seed)
     return [_row(f"{path}, line {rows[i][0]}", rows[i][1], columns) for i in kept]
+
+
+def _sample(rows: int, examples: int, seed: int) -> list[int]:
+    """Which of so many rows are asked, in their order."""
+    return sorted(random.Random(seed).sample(range(rows), min(examples, rows)))
 
 
 def _row(place: str, row: Any, columns: tuple[str, str]) -> tuple[str, str, str]:
