@@ -25,7 +25,7 @@ from benchmarks.machines import facts, versions
 from benchmarks.tables import append_rows, read_rows, rewrite_section
 from mlx_distill import objective as definition
 from mlx_distill.backends import choose_backend
-from mlx_distill.data.formats import read_examples
+from mlx_distill.data.reading import read_examples
 from mlx_distill.data.sequences import Segment, render
 from mlx_distill.divergences import kl, log_softmax
 from mlx_distill.models.hub import load_tokenizer

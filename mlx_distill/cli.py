@@ -3,6 +3,7 @@
 How a command ends, with an error or without one, is decided in `terminal/ending.py`.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 from typer.core import TyperGroup
 
 from mlx_distill import __version__
 from mlx_distill.awake import kept_awake
+from mlx_distill.data.detection import about_format, with_format
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.signals import ended_by_signals
 from mlx_distill.terminal.ending import run_to_its_end, say_last
 from mlx_distill.terminal.options import BackendOption, RecipeArgument, SetOption, in_range
@@ -35,13 +39,45 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Distil reasoning models on a Mac: a recipe in, a smaller model that opens in mlx-lm and "
     "transformers out.",
 )
 console = Screen()
+
+
+@app.command()
+def init(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where recipe.toml is written.")
+    ] = Path("."),
+    teacher: Annotated[
+        str, typer.Option("--teacher", help="A hub id, a folder, a .gguf, or embedded:teacher.")
+    ] = "",
+    student: Annotated[
+        str, typer.Option("--student", help="The same; it has the teacher's vocabulary.")
+    ] = "",
+    data: Annotated[
+        str,
+        typer.Option("--data", help="Your rows: a file, a hub dataset, or embedded:dial."),
+    ] = "",
+) -> None:
+    """Write a first recipe: looks at your rows, says what they hold, asks for what you do not name."""
+    from mlx_distill.terminal.init import init as write_recipe
+
+    asked = {"data": data, "teacher": teacher, "student": student}
+    for name, value in asked.items():
+        asked[name] = value or _ask(name)
+    with _stoppable() as view:
+        write_recipe(folder, asked["teacher"], asked["student"], asked["data"], view.say)
+
+
+def _ask(name: str) -> str:
+    """What a person types at the terminal; where there is none, the option has to be given."""
+    if not sys.stdin or not sys.stdin.isatty():
+        raise DistillError(f"init: --{name} is missing, and there is no terminal to ask at")
+    return str(typer.prompt(f"{name} (mlx-distill init --help says what can stand here)"))
 
 
 @app.command()
@@ -60,7 +96,7 @@ def run(
     from mlx_distill import pipeline
     from mlx_distill.training.loop import Interrupted
 
-    loaded = load_recipe(recipe, tuple(set_ or ()))
+    loaded = _read(recipe, set_)
     with _stoppable() as view:
         try:
             pipeline.run(loaded, view, backend, fresh, force)
@@ -90,7 +126,7 @@ def plan(
         _keep_torch_out()
     from mlx_distill.terminal.plan import plan as print_plan
 
-    print_plan(load_recipe(recipe, tuple(set_ or ())), console, backend, time, probe)
+    print_plan(_read(recipe, set_), console, backend, time, probe)
 
 
 @app.command()
@@ -108,9 +144,7 @@ def teach(
     from mlx_distill import pipeline
 
     with _stoppable() as view:
-        pipeline.teach(
-            [load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend
-        )
+        pipeline.teach([_read(recipe, set_) for recipe in recipes], view, backend)
 
 
 @app.command()
@@ -128,9 +162,7 @@ def write(
     from mlx_distill import pipeline
 
     with _stoppable() as view:
-        pipeline.write(
-            [load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend
-        )
+        pipeline.write([_read(recipe, set_) for recipe in recipes], view, backend)
 
 
 @app.command()
@@ -148,9 +180,7 @@ def prune(
     from mlx_distill import pipeline
 
     with _stoppable() as view:
-        pipeline.prune(
-            [load_recipe(recipe, tuple(set_ or ())) for recipe in recipes], view, backend
-        )
+        pipeline.prune([_read(recipe, set_) for recipe in recipes], view, backend)
 
 
 @app.command()
@@ -158,7 +188,7 @@ def sweep(
     sweeps: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SWEEP…", help="Sweep files, for example recipes/sweeps/fraction.toml."
+            metavar="SWEEP…", help="Sweep files, or names: fraction, position, segments."
         ),
     ],
     set_: SetOption = None,
@@ -217,7 +247,7 @@ def show(
     _keep_torch_out()
     from mlx_distill.terminal.show import show as print_example
 
-    print_example(load_recipe(recipe, tuple(set_ or ())), console, example)
+    print_example(_read(recipe, set_), console, example)
 
 
 @app.command("eval")
@@ -376,6 +406,16 @@ def doctor(
 
     if not (check_model(console, model) if model else check(console, backend)):
         raise typer.Exit(1)
+
+
+def _read(path: Path, settings: list[str] | None) -> Recipe:
+    """A recipe with the format of its rows, which is said where it was found."""
+    asked = load_recipe(path, tuple(settings or ()))
+    recipe = with_format(asked)
+    note = about_format(asked.data, recipe.data)
+    if note and (os.environ.get("RANK") or os.environ.get("MLX_RANK") or "0") == "0":
+        console.print(Text(note), soft_wrap=True)
+    return recipe
 
 
 def _keep_torch_out() -> None:

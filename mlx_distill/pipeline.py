@@ -21,6 +21,7 @@ from mlx_distill.backends.protocol import Backend, LiveTeacher, Model, Student, 
 from mlx_distill.cost.flops import flops_counter, total_flops
 from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.day import about_day, day_of_run, shared_day
+from mlx_distill.data.detection import with_format
 from mlx_distill.data.prepare import Prepared, choose, learnable
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import DeviceStopped, OutOfMemory, RecipeError
@@ -62,6 +63,7 @@ def run(
 
     A run whose plan does not fit the machine is refused (`OutOfMemory`), unless `force`.
     """
+    recipe = with_format(recipe)
     backend = choose_backend(backend_name)
     pipeline = Pipeline(recipe, view, backend)
     with held_folder(recipe, backend, fresh, pipeline.view.say) as folder:

@@ -17,8 +17,8 @@ import tomli_w
 from test_report import PARTS
 from tiny import recipe_of
 
-from mlx_distill.data.formats import read_examples
 from mlx_distill.data.prepare import prepare
+from mlx_distill.data.reading import read_examples
 from mlx_distill.errors import DistillError
 from mlx_distill.models.hub import load_tokenizer, model_folder
 from mlx_distill.recipe.load import eval_table, load_recipe

@@ -519,7 +519,7 @@ def test_a_missing_file_names_its_neighbour(write, tmp_path):
         str(error.value)
         == f"no recipe at {tmp_path / 'cot5.toml'}; did you mean {tmp_path / 'cot50.toml'}?"
     )
-    with pytest.raises(NotFound, match="recipes/ has examples"):
+    with pytest.raises(NotFound, match="`mlx-distill run NAME` knows cot50"):
         load_recipe(tmp_path / "nothing" / "like-it.toml")
     with pytest.raises(NotFound):
         load_recipe(tmp_path)

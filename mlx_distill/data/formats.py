@@ -1,8 +1,7 @@
 """Rows of a dataset → `Example`s.
 
-In: the `[data]` table of a recipe. Out: plain text split into prompt, reasoning and answer. Decided
-here: how a row is read (`FORMATS`, one function each), which of its columns that takes (`COLUMNS`,
-`OPTIONAL`), and what is skipped.
+In: a row. Out: plain text split into prompt, reasoning and answer. Decided here: how a row is read
+(`FORMATS`, one function each). `data/reading.py` walks over the rows.
 
 A row that cannot be *understood* (bad JSON, no such column) stops the run with its file, line and
 remedy. A row that has nothing to *learn from* (no reasoning, no answer) raises `Skip`; whoever
@@ -14,25 +13,20 @@ their own, which `data/named.py` reads as settings of this table.
 """
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from mlx_distill.data.account import listed, remedy, unused_lines
 from mlx_distill.data.calls import read_tools
-from mlx_distill.data.chosen import fits
-from mlx_distill.data.columns import COLUMNS, OPTIONAL, OPTIONAL_ROLES, Place, column_of
-from mlx_distill.data.content import as_text, count_unused, has_content, printable
+from mlx_distill.data.columns import Place
+from mlx_distill.data.content import as_text, has_content, printable
 from mlx_distill.data.examples import Example, Skip, make_example
 from mlx_distill.data.messages import Message, read_message
-from mlx_distill.data.named import resolved
 from mlx_distill.data.reasoning import BEGIN_OF_THOUGHT, calls_a_tool, split_reasoning
-from mlx_distill.data.sources import Row, embedded_examples, rows_of
+from mlx_distill.data.sources import Row
 from mlx_distill.data.turns import before_answer
 from mlx_distill.errors import DataError
 from mlx_distill.readers import parse_json
-from mlx_distill.recipe.tables import DataTable
 
 # what the Stratos family tells a model about its own marks, which are gone when it is learned
 MARKER_INSTRUCTION = re.compile(
@@ -43,78 +37,6 @@ MARKER_INSTRUCTION = re.compile(
     r"(?:\s*Now, try to solve the following question through the above guidelines:?)?"
 )
 MARKER_NAME = f"system text that asks for {BEGIN_OF_THOUGHT}"
-
-
-def read_examples(
-    data: DataTable,
-    seed: int = 0,
-    skipped: Counter[str] | None = None,
-    unused: Counter[str] | None = None,
-) -> Iterator[Example]:
-    """Every usable example of `data.source`, in its order, each id once; reasons for the others are
-    added to `skipped`.
-
-    What has content in a row and is not used is added to `unused`, by kind and name ("column
-    source", "key name"), for every row that `data.where` chooses. `seed` matters to `embedded:NAME`
-    alone, which writes `validation_examples + train_examples` problems of its own. Raises
-    `NotFound` for a source that is not there, `DataError` for a row that cannot be read and when
-    nothing is left.
-    """
-    data = resolved(data)
-    skipped = Counter() if skipped is None else skipped
-    unused = Counter() if unused is None else unused
-    found: set[str] = set()
-    before = skipped.copy()
-    items = (
-        embedded_examples(data, seed)
-        if data.source.startswith("embedded:")
-        else _read_rows(data, seed, unused)
-    )
-    for item in items:
-        if isinstance(item, Example) and item.id not in found:
-            found.add(item.id)
-            yield item
-        else:
-            skipped["same as an earlier row" if isinstance(item, Example) else item] += 1
-    if not found:
-        raise DataError(_nothing_usable(data, skipped - before, unused))
-
-
-def _nothing_usable(data: DataTable, reasons: Counter[str], unused: Counter[str]) -> str:
-    found = f"{data.source}: no usable example with format = {data.format!r}"
-    if not reasons:
-        return f"{found}: it has no rows; name a source that has some"
-    columns = [line for line in unused_lines(unused) if line.startswith("column ")]
-    also = f"; not used: {', '.join(columns)}" if columns else ""
-    return f"{found}: {listed(reasons)}; {remedy(reasons, 'correct these rows')}{also}"
-
-
-def _read_rows(data: DataTable, seed: int, unused: Counter[str]) -> Iterator[Example | str]:
-    """An `Example`, or the reason why there is none, for each row."""
-    read = FORMATS[data.format]
-    known = {
-        *(column_of(data, role) for role in COLUMNS[data.format]),
-        *(column_of(data, role) for role in OPTIONAL_ROLES.get(data.format, ())),
-        *OPTIONAL[data.format],
-        *data.where,
-    }
-    left = data.stream_rows or -1
-    for where, row in rows_of(data, seed):
-        place = Place(f"{data.source}, {where}", data, unused)
-        if not all(
-            fits(place.cell(row, column, "data.where"), asked)
-            for column, asked in data.where.items()
-        ):
-            yield "not chosen by data.where"
-            continue
-        if left == 0:
-            return
-        left -= 1
-        count_unused(row, known, "column", unused)
-        try:
-            yield read(row, place)
-        except Skip as skip:
-            yield str(skip)
 
 
 def _columns(row: Row, place: Place) -> Example:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from mlx_distill.data.account import listed, remedy
 from mlx_distill.data.examples import Example, Skip, Turns, held_out_of, shuffled
-from mlx_distill.data.formats import read_examples
+from mlx_distill.data.reading import read_examples
 from mlx_distill.data.sequences import TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
 from mlx_distill.data.truncate import stays_whole, thin, truncate

@@ -65,7 +65,8 @@ def _digest(file: Path) -> str:
 
 @lru_cache(maxsize=4)
 def _loaded(folder: Path, content: tuple[tuple[Path, str], ...]) -> "PreTrainedTokenizerFast":
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    others = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if not any((folder / name).is_file() for name in others):
         raise ModelError(
             f"tokenizer in {folder}: there is no tokenizer.json; copy it from the model it "
             "belongs to"

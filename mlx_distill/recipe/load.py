@@ -18,6 +18,7 @@ from mlx_distill.recipe.complaints import describe, found_as, near, short
 from mlx_distill.recipe.contradictions import wrong_name
 from mlx_distill.recipe.read_when import is_read
 from mlx_distill.recipe.recipe import CAME_LATER, TABLES, Recipe, with_values
+from mlx_distill.recipe.shipped import named, where_recipes_are
 from mlx_distill.recipe.tables import EvalTable
 
 # what a recipe must name, for a table that is read without it
@@ -29,15 +30,26 @@ UNNAMED = {
 
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a TOML recipe and apply `table.field=value` overrides through the same checks.
+    """Read a TOML recipe and apply `table.field=value` overrides through the same checks. A name
+    that no file has ("cot50") may be one of the recipes that come with the program.
 
     Raises `NotFound` (no such file) or `RecipeError` (file, table, field, what was found and the
     choices), one line each.
     """
+    path = named(path)
     tables = read_toml(path)
+    refuse_sweep(tables, path)
     for override in overrides:
         apply_override(tables, override)
     return build_recipe(tables, path)
+
+
+def refuse_sweep(tables: dict[str, Any], path: Path) -> None:
+    """Raise `RecipeError` for a sweep's file where a recipe is asked for."""
+    if isinstance(tables.get("recipe"), str) or "axes" in tables or "arms" in tables:
+        raise RecipeError(
+            f"{path} is a sweep, which runs a recipe many times: `mlx-distill sweep {path}` runs it"
+        )
 
 
 def load_kept_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -77,7 +89,8 @@ def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
     except NotFound:
         there = [file.name for file in of_people(path.parent, "*.toml")]
         nearest = difflib.get_close_matches(path.name, there, 1)
-    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else "; recipes/ has examples"
+    advice = where_recipes_are(what == "sweep")
+    hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else f"; {advice}"
     raise NotFound(f"no {what} at {path}{', which is a folder' if path.is_dir() else ''}{hint}")
 
 

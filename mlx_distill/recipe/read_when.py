@@ -60,12 +60,12 @@ READ_WHEN = {
         lambda recipe: recipe.prune.measures, 'layers_by = "change", channels or kv_heads'
     ),
     "data.prompt_column": choice(
-        "data", "format", "columns", "response", "alpaca", "gsm8k", "prompts"
+        "data", "format", "auto", "columns", "response", "alpaca", "gsm8k", "prompts"
     ),
-    "data.cot_column": choice("data", "format", "columns"),
-    "data.answer_column": choice("data", "format", "columns", "gsm8k", "prompts"),
-    "data.response_column": choice("data", "format", "response", "alpaca"),
-    "data.messages_column": choice("data", "format", "messages", "conversations"),
+    "data.cot_column": choice("data", "format", "auto", "columns"),
+    "data.answer_column": choice("data", "format", "auto", "columns", "gsm8k", "prompts"),
+    "data.response_column": choice("data", "format", "auto", "response", "alpaca"),
+    "data.messages_column": choice("data", "format", "auto", "messages", "conversations"),
     "rollouts.share": WRITTEN,
     "rollouts.samples": WRITTEN,
     "rollouts.temperature": WRITTEN,

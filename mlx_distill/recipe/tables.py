@@ -158,9 +158,16 @@ class DataTable(Table):
     """Of a hub or embedded dataset."""
 
     format: Literal[
-        "columns", "response", "alpaca", "messages", "conversations", "gsm8k", "prompts"
-    ] = "columns"
-    """What a row holds; README has a table of them."""
+        "auto",
+        "columns",
+        "response",
+        "alpaca",
+        "messages",
+        "conversations",
+        "gsm8k",
+        "prompts",
+    ] = "auto"
+    """What a row holds; auto = found from the first rows, with its columns, and said (docs/data.md)."""
 
     prompt_column: str = ""
     """Text, or a list of messages; "" = the format's usual name, here and below."""

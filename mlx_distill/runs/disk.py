@@ -7,6 +7,7 @@ from mlx_distill.cost.plan import kept_checkpoints
 from mlx_distill.errors import RunError
 from mlx_distill.recipe.tables import RunTable
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.words import amount
 
 
 def refuse_full_disk(folder: RunFolder, table: RunTable, student: Student, steps: int) -> None:
@@ -17,8 +18,8 @@ def refuse_full_disk(folder: RunFolder, table: RunTable, student: Student, steps
     free = shutil.disk_usage(folder.path).free
     if needed > free:
         raise RunError(
-            f"{folder.path}: checkpoints and student need {needed / 1e9:.1f} GB more, "
-            f"{free / 1e9:.1f} GB are free: free some, "
+            f"{folder.path}: checkpoints and student need {amount(needed, 'B')} more, "
+            f"{amount(free, 'B')} are free: free some, "
             'set run.folder to another disk, or run.keep_checkpoints = "last" with run.export '
             '= "last"'
         )

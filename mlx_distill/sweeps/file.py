@@ -13,6 +13,7 @@ from mlx_distill.errors import RecipeError
 from mlx_distill.readers import path_of
 from mlx_distill.recipe.complaints import describe, found_as, near, short
 from mlx_distill.recipe.load import read_toml
+from mlx_distill.recipe.recipe import TABLES
 from mlx_distill.recipe.tables import Table
 from mlx_distill.recipe.values import Fraction
 
@@ -61,6 +62,11 @@ def results_folder(file: SweepFile, path: Path) -> Path:
 def read_sweep_file(path: Path) -> SweepFile:
     """A sweep file's fields; raises `RecipeError` for what it cannot have."""
     content = read_toml(path, "sweep")
+    if content.keys() & TABLES.keys() and not content.keys() & SweepFile.model_fields.keys():
+        raise RecipeError(
+            f"{path} is a recipe, not a sweep of one: `mlx-distill run {path}` runs it, and a sweep "
+            "names it as its `recipe`"
+        )
     for key in content:
         if key not in SweepFile.model_fields:
             raise RecipeError(

@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.data.detection import with_format
 from mlx_distill.errors import RecipeError
 from mlx_distill.recipe.complaints import short
 from mlx_distill.recipe.contradictions import cache_serves
@@ -176,7 +177,8 @@ class Builder:
         tables = copy.deepcopy(self.tables)
         assign(tables, settings | SCORED_ALONE | {"run.seed": seed}, self.path)
         try:
-            recipe = self._cached_where_it_serves(tables, insist="teacher.cache" in settings)
+            insist = "teacher.cache" in settings
+            recipe = with_format(self._cached_where_it_serves(tables, insist))
         except RecipeError as error:
             what = label or ", ".join(
                 f"{name} = {json.dumps(value, default=str)}" for name, value in settings.items()

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_distill.data.detection import with_format
 from mlx_distill.errors import RecipeError, RunError
 from mlx_distill.recipe.complaints import found_as, short
 from mlx_distill.recipe.load import apply_override, build_recipe, read_toml
 from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.shipped import named
 from mlx_distill.sweeps.file import (
     Settings,
     SweepFile,
@@ -57,6 +59,7 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> Sweep:
     Raises `NotFound` or `RecipeError`, in one line, for whatever a recipe would be refused for, and
     for runs that cannot be compared.
     """
+    path = named(path, sweeps=True)
     file = read_sweep_file(path)
     tables = read_toml(path.parent / file.recipe)
     assign(tables, flat(file.set, path, "set"), path.parent / file.recipe)
@@ -69,7 +72,7 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> Sweep:
             raise RecipeError(
                 f"{path}: [axes] {short(name)} should be a list of values, found {found_as(values)}"
             )
-    base = build_recipe(tables, path.parent / file.recipe)
+    base = with_format(build_recipe(tables, path.parent / file.recipe))
     points = tuple(Builder(path, file, tables, axes, base).points())
     _refuse_other_problems(path, points)
     full = _full(path, flat(file.full, path, "full"), points)

@@ -30,6 +30,9 @@ REFUSALS = {
     errno.EIO, errno.ESTALE,
 }  # fmt: skip
 
+GOES_ON = "runs continue by themselves, with the same command (--fresh starts over)"
+NOT_NEEDED = {"--resume": GOES_ON, "--continue": GOES_ON}
+
 
 def run_to_its_end(command: Callable[[], int | None]) -> NoReturn:
     """Call a command that returns its exit code (None for 0), and end the process with it."""
@@ -81,6 +84,9 @@ def _say_usage(error: Any) -> int:
         return 2
     text = error.format_message().rstrip(".")
     command = error.ctx.command_path if error.ctx else "mlx-distill"
+    asked = getattr(error, "option_name", "")
+    if asked in NOT_NEEDED:
+        return _say_error(f"{asked} is not needed: {NOT_NEEDED[asked]}")
     return _say_error(f"{text}; `{command} --help` says what there is")
 
 

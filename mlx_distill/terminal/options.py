@@ -35,7 +35,7 @@ def known_backend(name: str) -> str:
 
 
 RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe, for example recipes/cot50.toml.")
+    Path, typer.Argument(metavar="RECIPE", help="A recipe's file, or a name: cot50 needs no file.")
 ]
 SetOption = Annotated[
     list[str] | None,

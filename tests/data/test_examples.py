@@ -10,8 +10,8 @@ from collections import Counter
 import pytest
 
 from mlx_distill.data.examples import example_id, make_example, shuffled
-from mlx_distill.data.formats import read_examples
 from mlx_distill.data.prepare import take
+from mlx_distill.data.reading import read_examples
 from mlx_distill.data.reasoning import split_reasoning
 from mlx_distill.data.sequences import render
 from mlx_distill.errors import DataError, NotFound
@@ -517,7 +517,7 @@ def test_hub_dataset_is_asked_for_config_and_split(monkeypatch):
         load_dataset=lambda *names, **options: asked.append((names, options)) or ROWS
     )
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    data = DataTable(source="org/name", config="SFT", split="math")
+    data = DataTable(source="org/name", config="SFT", split="math", format="columns")
     assert [example.prompt for example in read_examples(data)] == ["q, 1", "é"]
     assert asked == [(("org/name", "SFT"), {"split": "math"})]
 

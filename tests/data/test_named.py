@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from mlx_distill.cli import app
 from mlx_distill.data.chosen import fits
-from mlx_distill.data.formats import FORMATS, read_examples
+from mlx_distill.data.formats import FORMATS
 from mlx_distill.data.named import NAMED, resolved
+from mlx_distill.data.reading import read_examples
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.tables import DataTable
 

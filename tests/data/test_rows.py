@@ -14,8 +14,9 @@ from test_examples import INSTRUCTION, read, write
 
 from mlx_distill.data.columns import OPTIONAL
 from mlx_distill.data.examples import Skip
-from mlx_distill.data.formats import MARKER_NAME, read_examples
+from mlx_distill.data.formats import MARKER_NAME
 from mlx_distill.data.messages import KEYS
+from mlx_distill.data.reading import read_examples
 from mlx_distill.data.sequences import render
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.tables import DataTable

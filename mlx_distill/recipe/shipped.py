@@ -1,0 +1,34 @@
+"""The recipes and sweeps that come with the program, by their names.
+
+In: what a person typed. Out: the file that is meant. Decided here: a file that is there is taken;
+a bare name ("cot50") that no file has is one of `recipes/` in this package, where a clone's
+`recipes/` leads, too.
+"""
+
+from pathlib import Path
+
+SHIPPED = Path(__file__).parents[1] / "recipes"
+NOT_RUN = "reference"  # shows every field and names no models
+
+
+def shipped_names(sweeps: bool = False) -> list[str]:
+    """The names that `run` takes without a file, or `sweep`."""
+    folder = SHIPPED / "sweeps" if sweeps else SHIPPED
+    return sorted(file.stem for file in folder.glob("*.toml") if file.stem != NOT_RUN)
+
+
+def named(path: Path, sweeps: bool = False) -> Path:
+    """The file that `path` means: itself, or the shipped one of that name where there is no such
+    file."""
+    if path.is_file() or str(path) not in shipped_names(sweeps):
+        return path
+    folder = SHIPPED / "sweeps" if sweeps else SHIPPED
+    return folder / f"{path}.toml"
+
+
+def where_recipes_are(sweeps: bool = False) -> str:
+    """The remedy where a file is not there."""
+    command = "sweep" if sweeps else "run"
+    names = ", ".join(shipped_names(sweeps))
+    others = "" if sweeps else "; `mlx-distill init` writes one for your data"
+    return f"`mlx-distill {command} NAME` knows {names}{others}"
