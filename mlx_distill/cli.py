@@ -390,6 +390,45 @@ def report(
 
 
 @app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A", help="A run, a kept result, or a model.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="What it is compared with.")],
+    task: Annotated[
+        str, typer.Option("--task", help="Score both on this task first, as far as needed.")
+    ] = "",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="A field of the eval table, with --task."
+        ),
+    ] = None,
+    backend: BackendOption = "auto",
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the page and for what is scored.")
+    ] = Path("compared"),
+) -> None:
+    """Say which of two runs or models is better on the problems that both were given, in a line and
+    on a page.
+    """
+    from mlx_distill.reporting.compared import Scored, compared, scored_by
+    from mlx_distill.scoring.of_model import score_model
+
+    if set_ and not task:
+        raise DistillError("--set goes with --task: kept scores are compared as they are")
+    with _stoppable() as view:
+        found = []
+        for name in (a, b):
+            if task:
+                score = score_model(name, task, tuple(set_ or ()), view, backend, out)
+                found.append(Scored(name, score, (task, "", "")))
+            else:
+                found.append(scored_by(name))
+        line, page = compared(found[0], found[1], out)
+        view.say(line)
+        view.say(f"page: {page}")
+
+
+@app.command()
 def doctor(
     backend: BackendOption = "auto",
     model: Annotated[

@@ -1,0 +1,123 @@
+"""Two scores beside each other: `mlx-distill compare A B`.
+
+In: two names, each a run folder or a file that `mlx-distill eval` kept, and their scores. Out: one
+line, and a page. Decided here: that scores of different tasks, prompts or rules about where the
+answer stands are not compared.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from mlx_distill.errors import DataError, NotFound
+from mlx_distill.readers import read_json
+from mlx_distill.reporting.page import Note, Page, Report, Section, write
+from mlx_distill.reporting.table import Cell, Table
+from mlx_distill.runs.named import run_at
+from mlx_distill.scoring.score import Difference, Score, compare
+from mlx_distill.scoring.task_scores import TaskScores
+from mlx_distill.words import percent
+
+NOTES = (
+    "The difference is paired: each problem's share of right answers of the one less that of the "
+    "other. Its 95 % interval (Bonett and Price 2012) covers the choice of problems and the sampling "
+    "of answers, not another training seed.",
+    "An interval that contains zero leaves open which one is better.",
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score under its name, and how it was asked: task, prompt, where the answer stood."""
+
+    name: str
+    score: Score
+    asked: tuple[str, str, str]
+
+
+def scored_by(name: str) -> Scored:
+    """The score that a run keeps of its student, or a result file of `mlx-distill eval`. Raises
+    `NotFound` where there is none, `DataError` for a file that holds none.
+    """
+    run = run_at(name)
+    if run:
+        kept = run.readable(TaskScores)
+        if "student" not in kept.whole:
+            raise NotFound(f"{name}: this run has no score; `mlx-distill eval {name}` makes one")
+        return Scored(name, kept.whole["student"], (kept.task, kept.prompt, kept.answer))
+    path = Path(name).expanduser()
+    if path.suffix != ".json" or not path.is_file():
+        raise NotFound(
+            f"{name} is no run folder and no .json that `mlx-distill eval` kept: score a model with "
+            "--task TASK"
+        )
+    content = read_json(path, name)
+    try:
+        asked = content["task"], content.get("prompt", ""), content.get("answer", "")
+        return Scored(name, Score.model_validate_json(json.dumps(content["score"])), asked)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DataError(f"{name} holds no score of `mlx-distill eval`; name another file") from None
+
+
+def compared(a: Scored, b: Scored, out: Path) -> tuple[str, Report]:
+    """The verdict in one line, and the page. Raises `DataError` where the two were asked otherwise
+    or share no problem, `RunError` where nothing can be written.
+    """
+    for what, ours, theirs in zip(("task", "prompt", "answer"), a.asked, b.asked, strict=True):
+        if what != "task" and ours and theirs and ours != theirs:
+            raise DataError(
+                f"{a.name} was scored with {what} = {ours!r}, {b.name} with {theirs!r}: score both "
+                "in one way"
+            )
+    gap = compare(a.score, b.score)
+    line = verdict(a, b, gap)
+    return line, write(_page(a, b, gap, line), out)
+
+
+def verdict(a: Scored, b: Scored, gap: Difference) -> str:
+    """One line: who is better, by how much, how sure."""
+    said = {
+        "better": f"{a.name} is better than {b.name}",
+        "worse": f"{a.name} is worse than {b.name}",
+    }.get(gap.verdict, f"no clear difference between {a.name} and {b.name}")
+    return (
+        f"{said}: {100 * gap.mean:+.1f} points (95 % interval {100 * gap.low:+.1f} to "
+        f"{100 * gap.high:+.1f}, {gap.problems} shared problems)"
+    )
+
+
+def _page(a: Scored, b: Scored, gap: Difference, line: str) -> Page:
+    rows = [
+        [
+            Cell(one.name),
+            Cell(
+                percent(one.score.accuracy),
+                f"{percent(one.score.low)} to {percent(one.score.high)}",
+            ),
+            Cell(f"{one.score.problems} × {one.score.samples}"),
+            Cell(percent(one.score.unfinished)),
+            Cell(f"{one.score.mean_tokens:.0f}"),
+        ]
+        for one in (a, b)
+    ]
+    shared = [key for key in a.score.correct if key in b.score.correct]
+    differences = [fmean(a.score.correct[key]) - fmean(b.score.correct[key]) for key in shared]
+    wins = [
+        [Cell(f"{a.name} more often right"), Cell(str(sum(d > 0 for d in differences)))],
+        [Cell(f"{b.name} more often right"), Cell(str(sum(d < 0 for d in differences)))],
+        [Cell("equally often"), Cell(str(sum(d == 0 for d in differences)))],
+    ]
+    head = ["", "accuracy", "problems × samples", "unfinished", "tokens"]
+    return Page(
+        about=[f"{a.name} and {b.name}"],
+        headline=line,
+        question="",
+        leads=[f"Task: {a.asked[0]}."],
+        sections=[
+            Section("Scores", [Table(head, rows, "lrrrr")]),
+            Section("Problem by problem", [Table(["", "problems"], wins, "lr")]),
+            *([Section("Prompt", [Note(a.asked[1])])] if a.asked[1] else []),
+        ],
+        notes=NOTES,
+    )
