@@ -22,7 +22,15 @@ from mlx_distill import files
 from mlx_distill.backends.failures import explained
 from mlx_distill.data.day import kept_as_day, shared_day
 from mlx_distill.errors import DistillError, NotFound, RecipeError, RunError
-from mlx_distill.files import InUse, flush_folder, of_people, one_line, remedy, told_as
+from mlx_distill.files import (
+    InUse,
+    flush_folder,
+    of_people,
+    one_line,
+    remedy,
+    told_as,
+    write_text,
+)
 from mlx_distill.readers import read_text
 from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.recipe.recipe import Recipe, with_values
@@ -205,8 +213,9 @@ class RunFolder(SmallFiles):
             )
         mark = self.path / own_files.STARTING_OVER
         with told_as(RunError, mark):
-            mark.touch()
-            flush_folder(self.path)
+            if not mark.exists():  # what the manifest knows of the card outlives the manifest
+                write_text(mark, self.readable(Manifest).card)
+                flush_folder(self.path)
         self._remove_own()
         with told_as(RunError, mark):
             mark.unlink()

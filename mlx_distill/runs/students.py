@@ -82,7 +82,13 @@ class ExportedStudent:
         manifest = self.files.readable(Manifest)
         kept = manifest.student_files
         named = own_files.is_student_file if kept is None else kept.__contains__
-        return lambda name: named(name) or (name == own_files.CARD and self._card_is(manifest.card))
+        card = manifest.card or self._card_of_earlier_run()
+        return lambda name: named(name) or (name == own_files.CARD and self._card_is(card))
+
+    def _card_of_earlier_run(self) -> str:
+        """The digest of the card of a run that is being removed, whose manifest is gone."""
+        mark = self.files.path / own_files.STARTING_OVER
+        return mark.read_text(encoding="utf-8") if mark.is_file() else ""
 
     def _card_is(self, digest: str) -> bool:
         """Whether the model card is as a run wrote it."""
