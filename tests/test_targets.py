@@ -15,7 +15,8 @@ import pytest
 from tiny import family_folder, left_by_a_mac, llama_config, recipe_of
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.backends.protocol import Backend, LossSums
+from mlx_distill.backends.loss_sums import LossSums
+from mlx_distill.backends.protocol import Backend
 from mlx_distill.data.batches import Batch, make_batch
 from mlx_distill.data.narrowing import narrowed
 from mlx_distill.data.sequences import TokenSequence

@@ -16,7 +16,7 @@ from toy_backend import WORDS, ToyBackend, ToyStudent, ToyTeacher, table
 
 from mlx_distill import objective as definition
 from mlx_distill import pipeline
-from mlx_distill.backends.protocol import LossSums
+from mlx_distill.backends.loss_sums import LossSums
 from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DivergedError

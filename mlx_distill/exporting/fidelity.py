@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_distill.backends.loss_sums import LossSums
 from mlx_distill.backends.pair import Pair
-from mlx_distill.backends.protocol import Backend, LiveTeacher, LossSums
+from mlx_distill.backends.protocol import Backend, LiveTeacher
 from mlx_distill.backends.stops import stops_of
 from mlx_distill.data.batches import validation_batches
 from mlx_distill.data.sequences import TokenSequence

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 from safetensors import SafetensorError
 
-from mlx_distill.backends.protocol import Backend, LossSums, Student, Targets, Teacher
+from mlx_distill.backends.loss_sums import LossSums
+from mlx_distill.backends.protocol import Backend, Student, Targets, Teacher
 from mlx_distill.data.batches import Batch, Step, share_of
 from mlx_distill.data.narrowing import narrowed
 from mlx_distill.data.selection import is_scored

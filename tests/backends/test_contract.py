@@ -25,7 +25,8 @@ from toy_backend import ToyBackend
 
 from mlx_distill import objective as definition
 from mlx_distill.backends import choose_backend
-from mlx_distill.backends.protocol import Backend, LossSums, Model, Sampling, Student, Teacher
+from mlx_distill.backends.loss_sums import LossSums
+from mlx_distill.backends.protocol import Backend, Model, Sampling, Student, Teacher
 from mlx_distill.backends.torch import student as torch_student
 from mlx_distill.data.batches import Batch, Steps, make_batch
 from mlx_distill.data.narrowing import narrowed

@@ -29,7 +29,8 @@ from test_contract import (
 from tiny import family_folder, llama_config, texts
 
 from mlx_distill.backends import choose_backend
-from mlx_distill.backends.protocol import Backend, LossSums, Student, Teacher
+from mlx_distill.backends.loss_sums import LossSums
+from mlx_distill.backends.protocol import Backend, Student, Teacher
 from mlx_distill.backends.torch import dense, divergences
 from mlx_distill.backends.torch import loss as torch_loss
 from mlx_distill.backends.torch import student as torch_student

@@ -17,6 +17,7 @@ from mlx_distill.backends import matching, refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.chunks import chunk_tokens
 from mlx_distill.backends.failures import OF_VALIDATION, explained
+from mlx_distill.backends.loss_sums import LossSums
 from mlx_distill.backends.mlx import ranks as together
 from mlx_distill.backends.mlx.adapters import fused_weights
 from mlx_distill.backends.mlx.entropy import entropy_rows
@@ -28,7 +29,7 @@ from mlx_distill.backends.mlx.model import RoundedEmbedding, SplitModel, checkpo
 from mlx_distill.backends.mlx.optimizer import AdamW, ScheduleFreeAdamW, make_optimizer
 from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher
 from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
-from mlx_distill.backends.protocol import LossSums, Sampling, SparseTargets, Targets, check_indices
+from mlx_distill.backends.protocol import Sampling, SparseTargets, Targets, check_indices
 from mlx_distill.data.batches import Batch
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe

@@ -5,7 +5,7 @@ gradient, files. Decided here: what is computed in which number format, and what
 MLX's names and shapes, so that either backend continues what the other began.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from torch import Tensor
 from mlx_distill.backends import matching, refusals
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.chunks import chunk_tokens
-from mlx_distill.backends.protocol import LossSums, Sampling, SparseTargets, Targets, check_indices
+from mlx_distill.backends.loss_sums import LossSums
+from mlx_distill.backends.protocol import Sampling, SparseTargets, Targets, check_indices
 from mlx_distill.backends.torch import ranks as together
 from mlx_distill.backends.torch import resident
-from mlx_distill.backends.torch.adapters import canonical, fused_weights, is_transposed
+from mlx_distill.backends.torch.adapters import canonical, fused_weights
 from mlx_distill.backends.torch.entropy import entropy_rows
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.generate import TorchModel
@@ -37,6 +38,7 @@ from mlx_distill.backends.torch.optimizer import (
     restore_counters,
     state_names,
 )
+from mlx_distill.backends.torch.stored import gathered, kept_array, kept_shape, restore, whole
 from mlx_distill.backends.torch.teacher import LiveTargets, TorchTeacher
 from mlx_distill.backends.torch.weights import save_folder
 from mlx_distill.data.batches import Batch
@@ -258,8 +260,8 @@ class TorchStudent(TorchModel):
         ranks than the first help with None.
         """
         with explained("gathering a checkpoint"):
-            weights = _gathered(self._weight_arrays(), folder is not None)
-            optimizer = _gathered(self._optimizer_arrays(), folder is not None)
+            weights = gathered(self._weight_arrays(), folder is not None)
+            optimizer = gathered(self._optimizer_arrays(), folder is not None)
         if folder:
             save_file(weights, folder / "weights.safetensors")
             save_file(optimizer, folder / "optimizer.safetensors")
@@ -267,7 +269,7 @@ class TorchStudent(TorchModel):
     def _weight_arrays(self) -> Iterator[tuple[str, np.ndarray]]:
         look_at_mean(self.optimizer, True)
         for name, parameter in self.weights.items():
-            array = _kept(name, parameter)
+            array = kept_array(name, parameter)
             # a copy, for on a CPU what trains will lie in the same memory
             yield canonical(name), array.copy() if self._averages else array
 
@@ -277,9 +279,9 @@ class TorchStudent(TorchModel):
         for name, parameter in self.weights.items():
             state = self.optimizer.state[parameter]
             if self._averages:
-                yield f"{canonical(name)}.y", _kept(name, parameter)
+                yield f"{canonical(name)}.y", kept_array(name, parameter)
             for ours, theirs in state_names(name, state).items():
-                yield f"{canonical(name)}.{theirs}", _kept(name, state[ours])
+                yield f"{canonical(name)}.{theirs}", kept_array(name, state[ours])
 
     @torch.no_grad()
     def restore_state(self, folder: Path, optimizer: bool = True) -> None:
@@ -297,13 +299,12 @@ class TorchStudent(TorchModel):
     def _restore_weights(self, folder: Path) -> None:
         kept = load_file(folder / "weights.safetensors")
         shapes = {
-            canonical(name): _kept_shape(name, parameter)
-            for name, parameter in self.weights.items()
+            canonical(name): kept_shape(name, parameter) for name, parameter in self.weights.items()
         }
         if {key: array.shape for key, array in kept.items()} != shapes:
             raise refusals.other_state(folder)
         for name, parameter in self.weights.items():
-            _restore(parameter, kept[canonical(name)], name)
+            restore(parameter, kept[canonical(name)], name)
         self.optimizer.zero_grad()
 
     def _restore_optimizer(self, kept: dict[str, np.ndarray]) -> None:
@@ -313,9 +314,9 @@ class TorchStudent(TorchModel):
             state = self.optimizer.state[parameter]
             if self._averages:
                 beside[parameter] = torch.empty_like(parameter)
-                _restore(beside[parameter], kept[f"{canonical(name)}.y"], name)
+                restore(beside[parameter], kept[f"{canonical(name)}.y"], name)
             for ours, theirs in state_names(name, state).items():
-                _restore(state[ours], kept[f"{canonical(name)}.{theirs}"], name)
+                restore(state[ours], kept[f"{canonical(name)}.{theirs}"], name)
         if isinstance(self.optimizer, ScheduleFreeAdamW):
             self.optimizer.kept = beside  # the weights are the mean, to the bit
 
@@ -340,17 +341,17 @@ class TorchStudent(TorchModel):
         look_at_mean(self.optimizer, True)
         if self.full:
             with explained("gathering the student"):
-                whole = (
-                    (name, _whole(parameter))
-                    for name, parameter in of_student(self.weights).items()
+                tensors = (
+                    (name, whole(parameter)) for name, parameter in of_student(self.weights).items()
                 )
-                fused = _gathered(whole, folder is not None)
+                fused = gathered(tensors, folder is not None)
         if folder is None:
             return
         if not self.full:
             fused = fused_weights(self.split, self.base)
             adapters = {
-                canonical(name): _kept(name, one) for name, one in of_student(self.weights).items()
+                canonical(name): kept_array(name, one)
+                for name, one in of_student(self.weights).items()
             }
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
         save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
@@ -366,34 +367,6 @@ class TorchStudent(TorchModel):
     def _save_dtype(self) -> torch.dtype:
         asked = self.table.save_dtype
         return self.split.stored_dtype if asked == "base" else getattr(torch, asked)
-
-
-def _gathered(arrays: Iterable[tuple[str, Any]], keep: bool) -> dict[str, Any]:
-    """All of them where `keep`; other ranks than the first help to make each one and drop it."""
-    return {name: array for name, array in arrays if keep}
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The trained values; on the CPU if their shards had to be gathered, since a GPU may not hold
-    all of them at once.
-    """
-    whole = together.whole(parameter.detach())
-    return whole.cpu() if together.size() > 1 else whole
-
-
-def _kept(name: str, tensor: Tensor) -> np.ndarray:
-    """A tensor as a checkpoint holds it."""
-    array = together.whole(tensor.detach()).cpu().numpy()
-    return np.ascontiguousarray(array.T) if is_transposed(name) else array
-
-
-def _kept_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
-    return tuple(reversed(tensor.shape)) if is_transposed(name) else tuple(tensor.shape)
-
-
-def _restore(tensor: Tensor, array: np.ndarray, name: str) -> None:
-    array = np.ascontiguousarray(array.T) if is_transposed(name) else array
-    tensor.detach().copy_(together.spread(torch.from_numpy(array), tensor))
 
 
 def _terms(rows: LossRows) -> dict[str, Tensor]:
