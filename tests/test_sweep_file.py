@@ -382,7 +382,7 @@ def test_the_shipped_sweeps_are_90_runs_in_all():
 
 def test_the_readmes_sweep_is_one(tmp_path):
     blocks = re.findall(
-        r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+        r"```toml\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8"), re.S
     )
     (text,) = [block for block in blocks if block.startswith("recipe = ")]
     shutil.copy(ROOT / "recipes" / "cot50.toml", tmp_path)

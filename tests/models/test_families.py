@@ -22,7 +22,7 @@ from mlx_distill.models.reading import reading_of
 from mlx_distill.models.translation import for_mlx, portable
 from mlx_distill.recipe.tables import StudentTable
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "docs" / "backends.md"
 TOLERANCE = 1e-3  # of the logits' standard deviation
 PLAINLY_WRONG = 0.1
 torch.set_num_threads(1)
