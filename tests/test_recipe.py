@@ -409,6 +409,7 @@ UNREAD = {
     ("teacher", "compute_dtype", '"float32"'): 'model="some"',
     ("prune", "layers_by", '"change"'): "layers=2",
     ("prune", "examples", "8"): "channels=16",
+    ("batch", "shuffle", "false"): "global_batch_size=16",
     ("batch", "sort_window", "4"): "global_batch_size=16",
     ("rollouts", "share", "0.5"): 'by="teacher"',
     ("rollouts", "samples", "4"): 'by="student"',
@@ -725,9 +726,9 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     }
     assert outside == OUTSIDE_DIGEST
     newer = {
-        "data": {"date", "stream_rows"},
+        "data": {"date", "stream_rows", "compat"},
         "optim": {"decayed", "patience"},
-        "batch": {"sort_window"},
+        "batch": {"shuffle", "sort_window"},
     }
     newer["objective"] = {"skew_alpha", "mixed_weight", "entropy_half", "tvd_scale"}
     newer["objective"] |= {"dkd_target", "dkd_rest"}
@@ -816,3 +817,22 @@ def test_a_run_name_is_a_plain_name(name, tmp_path):
 def test_an_empty_value_is_not_proposed_again(field, kind):
     with pytest.raises(RecipeError, match=f"should be {kind}, found ''$"):
         load_recipe(Path(__file__).parents[1] / "recipes" / "cot50.toml", (f"{field}=",))
+
+
+PAPER = [
+    path
+    for path in sorted((RECIPES / "paper").glob("*.toml"))
+    if path.stem not in ("fractions", "segments")
+]
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_the_papers_recipes_name_its_settings(path):
+    recipe = load_recipe(path)
+    compat = path.stem.endswith("-compat")
+    assert recipe.data.source == path.stem.removesuffix("-compat")
+    assert recipe.data.train_examples == (40_000 if "openthoughts" in path.stem else 8_000)
+    assert recipe.data.compat == ("paper" if compat else "none")
+    assert recipe.batch.global_batch_size == (4 if compat else 8)
+    assert recipe.batch.shuffle is not compat
+    assert (recipe.optim.learning_rate, recipe.optim.weight_decay) == (4e-6, 0.05)

@@ -87,6 +87,7 @@ class Order:
         epochs: int = 1,
         steps: int = 0,
         window: "Window | None" = None,
+        shuffle: bool = True,
     ):
         if size > examples:
             raise DataError(
@@ -95,7 +96,7 @@ class Order:
             )
         self._examples, self._size, self._seed = examples, size, seed
         self._count = steps or -(-epochs * examples // size)
-        self._window = window
+        self._window, self._shuffle = window, shuffle
 
     def __len__(self) -> int:
         return self._count
@@ -148,6 +149,8 @@ class Order:
         stream = np.concatenate(
             [
                 np.random.default_rng([self._seed, epoch]).permutation(n)
+                if self._shuffle
+                else np.arange(n)
                 for epoch in range(first, last + 1)
             ]
         )
@@ -198,7 +201,8 @@ class Steps:
         if batch.sort_window > 1:
             lengths = np.array([len(sequence) for sequence in sequences])
             window = Window(batch.sort_window, batch.micro_batch_size, lengths)
-        self.order = Order(len(sequences), batch.global_batch_size, seed, epochs, steps, window)
+        size = batch.global_batch_size
+        self.order = Order(len(sequences), size, seed, epochs, steps, window, batch.shuffle)
         self._sequences, self._segments, self._batch = sequences, segments, batch
         self._selection, self._seed = selection, seed
         # of any example, so that all ranks make batches of one kind

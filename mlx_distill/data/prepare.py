@@ -13,6 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from mlx_distill.data.account import listed, remedy
+from mlx_distill.data.compat import mean_of_means, validated, whole_conversation
 from mlx_distill.data.examples import Example, Skip, Turns, held_out_of, shuffled
 from mlx_distill.data.reading import read_examples
 from mlx_distill.data.sequences import TokenSequence, render
@@ -94,9 +95,9 @@ def choose(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "") 
     refuse_unusable(tokenizer)
     skipped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
-    seed, longest = recipe.run.seed, recipe.data.longest_tokens
+    seed = recipe.run.seed
     examples = shuffled(read_examples(recipe.data, seed, skipped, unused), seed)
-    rendered = _rendered(examples, tokenizer, day, longest, skipped, unused)
+    rendered = _rendered(examples, tokenizer, recipe, day, skipped, unused)
     train, validation = take(rendered, recipe.data, skipped, len(examples))
     return Chosen(tuple(train), tuple(validation), dict(skipped), dict(unused), day)
 
@@ -122,10 +123,14 @@ def learnable(
     )
     if not learning:
         raise DataError(_nothing_is_left(causes, recipe))
+    validation = tuple(texts.get(one.id, [said])[0] for one, said in chosen.validation)
+    if recipe.data.compat == "paper":
+        learning = tuple(mean_of_means(one, recipe.objective.segments) for one in learning)
+        validation = tuple(validated(one, recipe) for one in validation)
     return Prepared(
         train=learning,
         train_whole=whole,
-        validation=tuple(texts.get(one.id, [said])[0] for one, said in chosen.validation),
+        validation=validation,
         examples={example.id: example for example, _ in (*chosen.train, *chosen.validation)},
         skipped=dict(Counter(chosen.skipped) + causes),
         unused=chosen.unused,
@@ -137,17 +142,25 @@ def learnable(
 def _rendered(
     examples: Iterable[Example],
     tokenizer: "PreTrainedTokenizerFast",
+    recipe: Recipe,
     day: str,
-    longest: int,
     skipped: Counter[str],
     unused: Counter[str],
 ) -> Iterator[Usable]:
-    """Each example that can be rendered in at most `longest` tokens, with its sequence; others are
+    """Each example that can be rendered in at most `longest_tokens`, with its sequence; others are
     counted by their reason.
     """
+    longest, segments = recipe.data.longest_tokens, recipe.objective.segments
+    as_the_paper = recipe.data.compat == "paper"
+
+    def rendered(example: Example) -> TokenSequence:
+        if as_the_paper:
+            return whole_conversation(example, tokenizer, segments)
+        return render(example, tokenizer, day, unused)
+
     for example in examples:
         try:
-            sequence = render(example, tokenizer, day, unused)
+            sequence = rendered(example)
         except Skip as skip:
             skipped[str(skip)] += 1
             continue

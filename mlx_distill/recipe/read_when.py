@@ -88,6 +88,9 @@ READ_WHEN = {
     "objective.tvd_scale": choice("objective", "divergence", "tvd"),
     "objective.dkd_target": choice("objective", "divergence", "dkd"),
     "objective.dkd_rest": choice("objective", "divergence", "dkd"),
+    "batch.shuffle": Condition(
+        lambda recipe: recipe.rollouts.refresh_every == 0, "rollouts.refresh_every = 0"
+    ),
     "batch.sort_window": Condition(
         lambda recipe: recipe.rollouts.refresh_every == 0, "rollouts.refresh_every = 0"
     ),

@@ -190,6 +190,9 @@ class DataTable(Table):
     stream_rows: Annotated[int, within(0, 10**9), CameLater(0)] = 0
     """Rows that are taken of a hub dataset as it comes, drawn with run.seed; 0 = all, stored."""
 
+    compat: Annotated[Literal["none", "paper"], CameLater("none")] = "none"
+    """paper = as the paper's public code renders, cuts and averages, mistakes included."""
+
     train_examples: Annotated[int, within(0, 10**9)] = 0
     """Rows to train on; 0 = all."""
 
@@ -342,6 +345,9 @@ class BatchTable(Table):
 
     global_batch_size: Annotated[int, within(1, 2**20)] = 8
     """Sequences in one optimizer step."""
+
+    shuffle: Annotated[bool, CameLater(True)] = True
+    """Each epoch has an order of its own; false = the one in which the rows were drawn."""
 
     pad_multiple: Annotated[int, within(1, 65_536)] = 32
     """Sequences are padded to a multiple of this, to keep shapes few."""

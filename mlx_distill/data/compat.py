@@ -1,0 +1,84 @@
+"""`data.compat = "paper"`: what the paper's public code does otherwise, a function each.
+
+In: examples and sequences. Out: sequences as weiruichen01/distilling-the-essence (b55aaf8, BSD-2)
+makes them. Decided here, each with the correct form that the other settings have:
+
+- `whole_conversation`: the finished conversation goes through the chat template, system text
+  dropped, and a stray generation prompt ends it. (Correct: nothing follows the end of turn.)
+- `end_of_cot`: the line break after `</think>` belongs to the chain of thought where that is
+  learned, and to the answer where it is not. (Correct: to the chain of thought.)
+- `validated`: validation sequences are cut as training ones are. (Correct: they are whole.)
+- `mean_of_means`: the loss is the mean over sequences of each one's mean. (Correct: one sum over
+  all tokens, divided once.)
+
+Two more are settings: `batch.shuffle = false`, and `batch.global_batch_size = 4`, for its gradient
+accumulation is never used. Its forward KL is a cross-entropy, which is the KL plus the teacher's entropy: the gradient is the
+same, and the number that is logged here is the KL. Its lists of rows, tied to one revision of each
+dataset, are here `longest_tokens`.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_distill.data.examples import Example, Skip
+from mlx_distill.data.sequences import THINK_TAGS, TokenSequence
+from mlx_distill.data.template import chat_template
+from mlx_distill.data.truncate import truncate
+from mlx_distill.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def whole_conversation(
+    example: Example, tokenizer: "PreTrainedTokenizerFast", segments: tuple[str, ...]
+) -> TokenSequence:
+    """The example through the chat template, all of it. Raises `Skip` where `<think>` or `</think>`
+    cannot be found in its tokens.
+    """
+    said = f"<think>\n{example.cot}\n</think>\n\n{example.answer}"
+    turns = [{"role": turn[0], "content": turn[1]} for turn in example.turns if turn[0] != "system"]
+    text = tokenizer.apply_chat_template(
+        [*turns, {"role": "assistant", "content": said}],
+        chat_template=chat_template(tokenizer),
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=True,
+    )
+    tokens = tokenizer(text)["input_ids"]
+    begin, closing = (_found(tag, tokens, tokenizer) for tag in THINK_TAGS)
+    closed = closing + len(tokenizer.encode(THINK_TAGS[1], add_special_tokens=False))
+    return TokenSequence(
+        id=example.id,
+        tokens=np.asarray(tokens, np.int32),
+        prompt_end=begin,
+        cot_end=end_of_cot(closed, segments),
+        allowed=np.ones(len(tokens), bool),
+        closing=closing,
+    )
+
+
+def _found(tag: str, tokens: list[int], tokenizer: "PreTrainedTokenizerFast") -> int:
+    """Where a tag's ids begin for the first time."""
+    ids = tokenizer.encode(tag, add_special_tokens=False)
+    for place in range(len(tokens) - len(ids) + 1):
+        if tokens[place : place + len(ids)] == ids:
+            return place
+    raise Skip(f"no {tag} in its tokens")
+
+
+def end_of_cot(closed: int, segments: tuple[str, ...]) -> int:
+    """Where the answer begins, after a `</think>` that ends at `closed`."""
+    return closed + 1 if "cot" in segments else closed
+
+
+def validated(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:
+    """A validation sequence, cut."""
+    return truncate(sequence, recipe.truncation)
+
+
+def mean_of_means(sequence: TokenSequence, segments: tuple[str, ...]) -> TokenSequence:
+    """The sequence with a weight that makes its loss count as one, however long it is."""
+    return replace(sequence, weight=1.0 / max(1, int(sequence.supervised(segments).sum())))
