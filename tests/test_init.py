@@ -1,6 +1,7 @@
 """What stands before a first run: `init`, recipes by name, and messages that name what to do."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from mlx_distill.cli import app
 from mlx_distill.data.detection import about_format, detected
 from mlx_distill.data.reading import read_examples
 from mlx_distill.embedded.task import generate
-from mlx_distill.errors import DataError, NotFound, RecipeError, RunError
+from mlx_distill.errors import DataError, ModelError, NotFound, RecipeError, RunError
+from mlx_distill.models.tokenizer import load_tokenizer
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.shipped import SHIPPED, shipped_names
 from mlx_distill.recipe.tables import DataTable
@@ -101,6 +103,29 @@ def test_init_writes_nothing_for_rows_without_reasoning(tmp_path):
     with pytest.raises(NotFound):
         init(tmp_path / "new", "a", "b", str(tmp_path / "none.jsonl"), print)
     assert not (tmp_path / "new").exists()
+
+
+def test_init_leaves_a_named_dataset_its_settings(tmp_path):
+    rows_in(tmp_path, {"question": "1+1?", "answer": "one and one\n#### 2"})
+    source = f"gsm8k:{tmp_path}/rows.jsonl"
+    path = init(tmp_path / "new", "embedded:teacher", "embedded:student", source, print)
+    recipe = load_recipe(path)
+    assert (recipe.data.source, recipe.data.format) == (source, "auto")
+    assert [one.answer for one in read_examples(recipe.data)] == ["2"]
+
+
+def test_a_student_without_tokenizer_json_says_what_to_copy(tmp_path):
+    weights = SHIPPED.parent / "embedded" / "weights" / "student"
+    shutil.copytree(weights, tmp_path / "student")
+    (tmp_path / "student" / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"there is no tokenizer\.json; copy it from the model"):
+        load_tokenizer(tmp_path / "student")
+
+
+def test_a_table_with_semicolons_is_read(tmp_path):
+    (tmp_path / "rows.csv").write_text('question;reasoning;answer\n1+1?;"one; and one";2\n')
+    (example,) = read_examples(DataTable(source=str(tmp_path / "rows.csv")))
+    assert (example.prompt, example.cot, example.answer) == ("1+1?", "one; and one", "2")
 
 
 def test_recipes_and_sweeps_are_found_by_name_without_a_clone(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ answers are kept.
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from mlx_distill.errors import CacheError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.teaching import fill
 from mlx_distill.view import View
 
 pytestmark = pytest.mark.usefixtures("without_charts")
@@ -132,6 +134,19 @@ def test_teach_completes_and_says_what_there_is(ask, loads):
     assert "asking" not in said and loads == ["teacher", "teacher"]
     _, said = ask(teach, "teacher.cache=top_k", "teacher.cache_top_k=5")
     assert "has top_k 64 (asked: 5)" in said and len(loads) == 3
+
+
+def test_a_cache_deleted_while_the_teacher_is_asked_is_one_line(ask, tmp_path, monkeypatch):
+    asked = fill.whole_batch
+
+    def deleting(*arguments):
+        for folder in list(tmp_path.rglob("write.lock")):
+            shutil.rmtree(folder.parent, ignore_errors=True)
+        return asked(*arguments)
+
+    monkeypatch.setattr(fill, "whole_batch", deleting)
+    with pytest.raises(CacheError, match="was deleted while the teacher was asked"):
+        ask(teach, "teacher.cache=top_k")
 
 
 def test_recipes_that_share_a_cache_share_one_pass(tiny_recipe, tmp_path, loads):

@@ -188,6 +188,11 @@ class _Writer:
         return examples
 
     def _write(self, path: Path, columns: dict[str, np.ndarray], examples: list[Example]) -> None:
+        if not self.cache.path.is_dir():
+            raise CacheError(
+                f"{self.cache.path} was deleted while the teacher was asked: the same command makes "
+                "it anew"
+            )
         with _told(path):
             write_part(path, columns, examples)
 

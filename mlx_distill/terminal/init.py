@@ -77,7 +77,8 @@ def init(folder: Path, teacher: str, student: str, source: str, say: Callable[[s
     if note := about_format(asked, data):
         say(note)
     rows = 300 if source.startswith("embedded:") else _look_at(data, say)
-    text = recipe_text(data, teacher, student, rows)
+    by_name = asked.source != source  # a named dataset brings its own settings
+    text = recipe_text(DataTable(source=source) if by_name else data, teacher, student, rows)
     build_recipe(tomllib.loads(text), path)  # refuses what cannot be run, before it is written
     with told_as(RunError, folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,6 +118,8 @@ def recipe_text(data: DataTable, teacher: str, student: str, rows: int) -> str:
 def _data_lines(data: DataTable, rows: int) -> list[str]:
     if data.source.startswith("embedded:"):
         return [f"train_examples = {rows}"]
+    if data.format == "auto":
+        return ["# format and columns are those of this named dataset"]
     lines = [f"format = {_toml(data.format)}  # found by looking at the first rows"]
     for role in COLUMNS[data.format]:
         if name := getattr(data, f"{role}_column"):
