@@ -75,6 +75,11 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             '[run] export = "best" needs the best checkpoint, but keep_checkpoints = "last" drops '
             'it: set export = "last" or keep_checkpoints = "last_and_best"'
         )
+    if recipe.data.compat == "paper" and recipe.rollouts.by != "data":
+        yield (
+            '[data] compat = "paper" renders what the data says, but [rollouts] by = '
+            f'"{recipe.rollouts.by}" lets a model write: set compat = "none"'
+        )
     if scoring.prompt and "{problem}" not in scoring.prompt:
         yield (
             f"[eval] prompt has no place for the problem, found {scoring.prompt[:60]!r}: write "

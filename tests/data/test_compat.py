@@ -2,6 +2,8 @@
 b55aaf8, BSD-2), whose formulas are written again here: token ids, labels and loss.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from test_examples import BESPOKE, INSTRUCTION
@@ -10,6 +12,8 @@ from mlx_distill.data.batches import make_step
 from mlx_distill.data.compat import mean_of_means, whole_conversation
 from mlx_distill.data.reading import read_examples
 from mlx_distill.data.truncate import truncate
+from mlx_distill.errors import RecipeError
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.tables import BatchTable, DataTable, TruncationTable
 
 IGNORED = -100
@@ -144,3 +148,11 @@ def test_the_loss_is_the_public_codes(examples, qwen3_tokenizer):
         hard = -u[places, target[places + 1]]
         means.append(0.5 * forward.mean() + 0.5 * hard.mean())
     assert ours == pytest.approx(np.mean(means), rel=1e-6)
+
+
+def test_what_a_model_writes_is_not_rendered_as_the_paper_does():
+    recipe = Path(__file__).parents[2] / "recipes" / "cot50.toml"
+    with pytest.raises(RecipeError, match='compat = "paper" renders what the data says'):
+        load_recipe(recipe, ("data.compat=paper", "rollouts.by=teacher"))
+    with pytest.raises(RecipeError, match="prompt has no place for the problem"):
+        load_recipe(recipe, ('eval.prompt="no"',))
