@@ -24,7 +24,7 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     lines = (tiny_recipe.parent / "rows.jsonl").read_text().splitlines()
     (root / "torn.jsonl").write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:]]))
     (root / "columns.jsonl").write_text(
-        "".join(json.dumps({"question": "a", "cot": "b", "answer": "c"}) + "\n" for _ in lines)
+        "".join(json.dumps({"asked": "a", "cot": "b", "answer": "c"}) + "\n" for _ in lines)
     )
     (root / "plain.jsonl").write_text(
         "".join(json.dumps(json.loads(line) | {"cot": ""}) + "\n" for line in lines)
@@ -92,7 +92,7 @@ ERRORS = {
         (
             "columns.jsonl, line 1",
             "no column 'prompt'",
-            "found question, cot, answer",
+            "found asked, cot, answer",
             "data.prompt_column",
         ),
     ),
