@@ -165,12 +165,15 @@ def best_reading(
 
 
 def _readings(data: DataTable, there: set[str], formats: tuple[str, ...]) -> Iterator[DataTable]:
-    """Every format with columns that are there: first with its usual names, then with others."""
+    """Every format that reads what the recipe names, with columns that are there: first with its usual names, then with others."""
+    named = {role for role in ROLES if getattr(data, f"{role}_column")}
     for usual in (True, False):
         for name in formats:
             if name == "alpaca" and not usual:  # it is its names; else it is "response"
                 continue
             roles = COLUMNS[name]
+            if not named <= roles.keys():
+                continue
             choices = [_names_for(data, name, role, usual, there) for role in roles]
             for columns in itertools.product(*choices):
                 if len(set(columns)) == len(columns):
