@@ -173,13 +173,8 @@ class Peer:
 
 def _recipe(setting: Setting):
     from mlx_distill.recipe.recipe import Recipe
-    from mlx_distill.recipe.tables import (
-        DataTable,
-        ObjectiveTable,
-        OptimTable,
-        StudentTable,
-        TeacherTable,
-    )
+    from mlx_distill.recipe.tables import DataTable, StudentTable, TeacherTable
+    from mlx_distill.recipe.training_tables import ObjectiveTable, OptimTable
 
     return Recipe(
         teacher=TeacherTable(model="teacher"),

@@ -20,7 +20,7 @@ import numpy as np
 from scipy import special
 
 from mlx_distill.divergences import DIVERGENCES, dkd, log_softmax
-from mlx_distill.recipe.tables import ObjectiveTable
+from mlx_distill.recipe.training_tables import ObjectiveTable
 
 # the cross-entropy of what follows a cut, which learns from the text alone
 ENDING = "ending"

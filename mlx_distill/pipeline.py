@@ -20,7 +20,7 @@ from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend, LiveTeacher, Model, Student, Teacher
 from mlx_distill.cost.flops import flops_counter, total_flops
 from mlx_distill.data.batches import Steps, validation_batches
-from mlx_distill.data.day import about_day, day_of_run, shared_day
+from mlx_distill.data.day import about_day, day_of_run
 from mlx_distill.data.detection import with_format
 from mlx_distill.data.prepare import Prepared, choose, learnable
 from mlx_distill.data.sequences import TokenSequence, stop_ids
@@ -46,7 +46,7 @@ from mlx_distill.scoring.task_scores import TaskScores, changed_generations, for
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.folder import TeacherCache
-from mlx_distill.teaching.of_recipe import asked_of_teacher, cache_of, days_of, filled
+from mlx_distill.teaching.of_recipe import asked_of_teacher, days_of, filled
 from mlx_distill.terminal.last_words import last_words
 from mlx_distill.terminal.plan import announce, shortage
 from mlx_distill.training.loop import Source, Training, restore
@@ -363,76 +363,3 @@ class Pipeline:
             self.view.say(f"note: {note}")
         report([folder.path], folder.path)
         last_words(folder, self.recipe, self.view)
-
-
-def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:
-    """Write or complete the teacher caches that recipes name, one pass for all that share one;
-    returns the caches' folders.
-
-    Raises `DistillError`.
-    """
-    for recipe in recipes:
-        if recipe.teacher.cache == "off":
-            raise RecipeError(
-                f'{recipe.run.name}: [teacher] cache = "off" keeps nothing: set top_k, sampled or '
-                "hidden, for example "
-                "--set teacher.cache=top_k"
-            )
-    backend = choose_backend(backend_name)
-    shared: dict[Path, list[Pipeline]] = {}
-    for recipe in recipes:
-        pipeline = Pipeline(recipe, view, backend)
-        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
-        cache = cache_of(pipeline.pair, pipeline.day)
-        shared.setdefault(cache.path, []).append(pipeline)
-    pipeline.announce()
-    for pipelines in shared.values():
-        pipelines[0].fill_cache(
-            [sequence for one in pipelines for sequence in asked_of_teacher(one.prepare())]
-        )
-    return list(shared)
-
-
-def write(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:
-    """Write or complete the texts that recipes ask a model for, before they are run; returns the
-    folders.
-
-    Raises `DistillError`.
-    """
-    for recipe in recipes:
-        if recipe.rollouts.by == "data" or recipe.rollouts.refresh_every:
-            raise RecipeError(
-                f'{recipe.run.name}: [rollouts] by = "{recipe.rollouts.by}", refresh_every = '
-                f"{recipe.rollouts.refresh_every} leaves nothing to be written before a run: set "
-                'by = "teacher" or "student", and refresh_every = 0'
-            )
-    backend = choose_backend(backend_name)
-    folders = []
-    for recipe in recipes:
-        pipeline = Pipeline(recipe, view, backend)
-        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
-        pipeline.announce()
-        pipeline.prepare()
-        assert pipeline.rollouts is not None  # nothing else was let in
-        folders.append(pipeline.rollouts.folder)
-    return folders
-
-
-def prune(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> list[Path]:
-    """Make the pruned models that recipes' students begin as; returns their folders.
-
-    Raises `DistillError`.
-    """
-    for recipe in recipes:
-        if not recipe.prune.cuts:
-            raise RecipeError(
-                f"{recipe.run.name}: [prune] cuts nothing: set layers, channels or kv_heads, for "
-                "example --set prune.layers=15"
-            )
-    backend = choose_backend(backend_name)
-    folders = []
-    for recipe in recipes:
-        pipeline = Pipeline(recipe, view, backend)
-        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
-        folders.append(pipeline.prune())
-    return folders

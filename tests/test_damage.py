@@ -25,7 +25,8 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DistillError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import BatchTable, TeacherTable
+from mlx_distill.recipe.tables import TeacherTable
+from mlx_distill.recipe.training_tables import BatchTable
 from mlx_distill.runs.rows import MetricsRow
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.teaching.cached_teacher import CachedTeacher

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny import recipe_file
 
-from mlx_distill import pipeline
+from mlx_distill import pipeline, stages
 from mlx_distill.data import day as days
 from mlx_distill.errors import DataError, RunError
 from mlx_distill.recipe.load import load_recipe
@@ -50,7 +50,7 @@ def call(clock_recipe, tmp_path, monkeypatch):
 
 
 def teach(recipe, view, backend):
-    (folder,) = pipeline.teach([recipe], view, backend)
+    (folder,) = stages.teach([recipe], view, backend)
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_distill.backends.protocol import Sampling
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.tables import EvalTable
+from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.scoring.intervals import interval, pass_at, student_t, wilson
 from mlx_distill.scoring.score import Score, compare, describe, retention, score
 from mlx_distill.verify.tasks import Problem, Task, answer_text

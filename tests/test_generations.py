@@ -9,7 +9,7 @@ import random
 import pytest
 from test_evaluate import Words, end_of_turn  # noqa: F401
 
-from mlx_distill.recipe.tables import EvalTable
+from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.scoring.generations import Generations
 from mlx_distill.scoring.score import score
 from mlx_distill.verify.tasks import Problem, Task

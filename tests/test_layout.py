@@ -43,7 +43,9 @@ ORDER = [
     "exporting",
     "terminal",
     "pipeline",
+    "stages",
     "sweeps",
+    "commands",
     "cli",
     "__main__",
 ]

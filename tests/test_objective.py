@@ -12,7 +12,7 @@ import pytest
 from mlx_distill import objective as definition
 from mlx_distill.divergences import DIVERGENCES
 from mlx_distill.objective import Objective
-from mlx_distill.recipe.tables import ObjectiveTable
+from mlx_distill.recipe.training_tables import ObjectiveTable
 from mlx_distill.recipe.values import Divergence
 
 ALL = (*DIVERGENCES, "dkd")  # the pairs, and the one that asks for the target

@@ -23,7 +23,7 @@ from rich.console import Console
 from tiny import llama_config, model_folder, random_weights, recipe_of
 
 from mlx_distill import machine as machines
-from mlx_distill import pipeline
+from mlx_distill import stages
 from mlx_distill.backends import BACKENDS, chunks
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.mlx.self_test import MlxSelfTest
@@ -897,7 +897,7 @@ def test_a_teacher_cache_is_planned_and_spares_the_teacher(kind, settings, tiny_
     assert (planned.peak.teacher == 0) == (
         kind != "hidden"
     ) and planned.peak.total <= live.peak.total
-    pipeline.teach([made], silent(), "mlx")
+    stages.teach([made], silent(), "mlx")
     written = sum(file.stat().st_size - 128 for file in tmp_path.rglob("*.npy"))
     assert written <= planned.cache_bytes and (
         kind == "sampled" or written >= 0.97 * planned.cache_bytes

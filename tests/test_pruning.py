@@ -12,7 +12,7 @@ import transformers
 from rich.console import Console
 from tiny import model_folder
 
-from mlx_distill import pipeline
+from mlx_distill import pipeline, stages
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.activations import Activations, Sums, averaged
 from mlx_distill.errors import DistillError, RecipeError
@@ -161,7 +161,7 @@ def test_a_student_begins_as_its_teacher_cut(tiny_recipe: Path, tmp_path: Path):
     recipe = of_teacher(tiny_recipe, tmp_path)
     assert recipe.student.model == recipe.teacher.model
     view, said = quiet()
-    [folder] = pipeline.prune([recipe], view)
+    [folder] = stages.prune([recipe], view)
     assert json.loads((folder / "pruned.json").read_text())["channels"] == 16
     assert "16 of " in said.getvalue() and "MLP channels" in said.getvalue()
     before = (folder / "model.safetensors").stat().st_mtime_ns
@@ -173,13 +173,13 @@ def test_a_student_begins_as_its_teacher_cut(tiny_recipe: Path, tmp_path: Path):
     assert config["intermediate_size"] == 16
     assert not (run / "student" / "pruned.json").exists()
     # other texts choose anew; the choice of a position does not read them
-    other = pipeline.prune([of_teacher(tiny_recipe, tmp_path, "prune.examples=1")], quiet()[0])
+    other = stages.prune([of_teacher(tiny_recipe, tmp_path, "prune.examples=1")], quiet()[0])
     assert other != [folder]
 
 
 def test_a_recipe_that_cuts_nothing_has_nothing_to_prune(tiny_recipe: Path):
     with pytest.raises(RecipeError, match=r"\[prune\] cuts nothing"):
-        pipeline.prune([load_recipe(tiny_recipe)], quiet()[0])
+        stages.prune([load_recipe(tiny_recipe)], quiet()[0])
 
 
 def test_a_teacher_without_a_cut_is_no_student(tiny_recipe: Path, tmp_path: Path):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mlx_distill.recipe.tables import OptimTable
+from mlx_distill.recipe.training_tables import OptimTable
 from mlx_distill.training.schedule import learning_rate
 
 PEAK = 0.3

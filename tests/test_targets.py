@@ -25,7 +25,8 @@ from mlx_distill.divergences import log_softmax
 from mlx_distill.errors import CacheError
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import with_values
-from mlx_distill.recipe.tables import BatchTable, SelectionTable, TeacherTable, TruncationTable
+from mlx_distill.recipe.tables import TeacherTable, TruncationTable
+from mlx_distill.recipe.training_tables import BatchTable, SelectionTable
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.fields import ADDED_LATER, CacheFields
 from mlx_distill.teaching.fill import fill, whole_batch

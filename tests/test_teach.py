@@ -14,7 +14,7 @@ from endings import logged
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from mlx_distill import pipeline
+from mlx_distill import pipeline, stages
 from mlx_distill.backends.mlx.backend import MlxBackend
 from mlx_distill.backends.torch.backend import TorchBackend
 from mlx_distill.errors import CacheError
@@ -48,7 +48,7 @@ def loads(monkeypatch) -> list[str]:
 
 def teach(recipe, view, backend):
     """One recipe's cache."""
-    (folder,) = pipeline.teach([recipe], view, backend)
+    (folder,) = stages.teach([recipe], view, backend)
     return folder
 
 
@@ -155,7 +155,7 @@ def test_recipes_that_share_a_cache_share_one_pass(tiny_recipe, tmp_path, loads)
     settings = ((), ("run.seed=7",), ("truncation.fraction=1.0",), ("teacher.cache_top_k=3",))
     recipes = [load_recipe(tiny_recipe, (*common, *more)) for more in settings]
     with View(console) as view:
-        folders = pipeline.teach(recipes, view, "mlx")
+        folders = stages.teach(recipes, view, "mlx")
     assert len(folders) == 2 and loads == ["teacher", "teacher"]
     ids = [
         {

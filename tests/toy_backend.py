@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_distill import objective as definition
 from mlx_distill.backends.loss_sums import LossSums
 from mlx_distill.backends.protocol import DeviceInfo, Memory, Ranks, check_indices
-from mlx_distill.recipe.tables import OptimTable
+from mlx_distill.recipe.training_tables import OptimTable
 
 WORDS = 7
 

@@ -21,7 +21,8 @@ from mlx_distill.data.batches import EVERY_TOKEN, Step
 from mlx_distill.data.selection import is_scored
 from mlx_distill.models.folder import read_config
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import SelectionTable, StudentTable
+from mlx_distill.recipe.tables import StudentTable
+from mlx_distill.recipe.training_tables import SelectionTable
 
 # Elementwise operations a logit in the walk of backends/*/dense.py, an exponential counted as one:
 # floor, maximum, shift, exponential and sum of both models (10), the divergence (3), the slope (3);

@@ -19,7 +19,8 @@ from mlx_distill.data.prepare import Prepared
 from mlx_distill.errors import OutOfMemory
 from mlx_distill.machine import Machine
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import RunTable, TeacherTable
+from mlx_distill.recipe.tables import TeacherTable
+from mlx_distill.recipe.training_tables import RunTable
 from mlx_distill.words import amount
 
 TIGHT = 0.85  # of the memory: more than this may not fit, since an estimate can be off by 15 %

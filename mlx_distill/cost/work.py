@@ -17,7 +17,7 @@ from mlx_distill.data.prepare import Prepared
 from mlx_distill.data.selection import is_scored, learned_count
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import SelectionTable
+from mlx_distill.recipe.training_tables import SelectionTable
 
 
 def micro_batches(

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_distill.data.selection import is_scored, learned_count, place_weights, select_known
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.tables import BatchTable, SelectionTable
+from mlx_distill.recipe.training_tables import BatchTable, SelectionTable
 
 SORTED = 0x736F7274  # tells a window's random numbers from an epoch's
 ALL_SEGMENTS = ("prompt", "cot", "answer")

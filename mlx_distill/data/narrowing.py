@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_distill.data.batches import Batch, padded
 from mlx_distill.data.selection import chosen_count, place_weights, places_in_rows
-from mlx_distill.recipe.tables import SelectionTable
+from mlx_distill.recipe.training_tables import SelectionTable
 
 
 def narrowed(

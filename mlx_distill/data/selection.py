@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import random_of
-from mlx_distill.recipe.tables import SelectionTable
+from mlx_distill.recipe.training_tables import SelectionTable
 
 SELECTED = 2  # random numbers for which tokens carry loss
 # rules that ask a model, by what they rank

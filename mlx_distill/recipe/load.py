@@ -19,7 +19,7 @@ from mlx_distill.recipe.contradictions import wrong_name
 from mlx_distill.recipe.read_when import is_read
 from mlx_distill.recipe.recipe import CAME_LATER, TABLES, Recipe, with_values
 from mlx_distill.recipe.shipped import named, where_recipes_are
-from mlx_distill.recipe.tables import EvalTable
+from mlx_distill.recipe.training_tables import EvalTable
 
 # what a recipe must name, for a table that is read without it
 UNNAMED = {

@@ -11,19 +11,21 @@ from mlx_distill.recipe.contradictions import contradictions
 from mlx_distill.recipe.defaults import following
 from mlx_distill.recipe.read_when import is_read, unread
 from mlx_distill.recipe.tables import (
-    BatchTable,
     DataTable,
-    EvalTable,
-    ObjectiveTable,
-    OptimTable,
     PruneTable,
     RolloutsTable,
-    RunTable,
-    SelectionTable,
     StudentTable,
     Table,
     TeacherTable,
     TruncationTable,
+)
+from mlx_distill.recipe.training_tables import (
+    BatchTable,
+    EvalTable,
+    ObjectiveTable,
+    OptimTable,
+    RunTable,
+    SelectionTable,
 )
 from mlx_distill.recipe.values import CameLater, FormerDefault, OutsideDigest
 

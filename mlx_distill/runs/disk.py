@@ -5,7 +5,7 @@ import shutil
 from mlx_distill.backends.protocol import Student
 from mlx_distill.cost.plan import kept_checkpoints
 from mlx_distill.errors import RunError
-from mlx_distill.recipe.tables import RunTable
+from mlx_distill.recipe.training_tables import RunTable
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.words import amount
 

@@ -20,7 +20,7 @@ from typing import Any
 from mlx_distill.errors import DistillError, RunError
 from mlx_distill.files import flush_file, locked, sha256_of, told_as, write_json, write_text
 from mlx_distill.readers import parse_json
-from mlx_distill.recipe.tables import EvalTable
+from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.verify.tasks import Task
 
 FILE = "generations.jsonl"

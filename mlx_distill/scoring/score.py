@@ -23,7 +23,7 @@ from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import generation_prompt
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.tables import EvalTable
+from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.runs.record import Count, Number, Record
 from mlx_distill.scoring.generations import Generation, Generations
 from mlx_distill.scoring.intervals import interval, paired, pass_at

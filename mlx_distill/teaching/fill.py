@@ -20,7 +20,7 @@ from mlx_distill.data.batches import Batch
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import CacheError
 from mlx_distill.files import left_overs, locked, told_as, write_json
-from mlx_distill.recipe.tables import BatchTable
+from mlx_distill.recipe.training_tables import BatchTable
 from mlx_distill.teaching.fields import CacheFields
 from mlx_distill.teaching.folder import HEAD, MANIFEST, PART, TeacherCache
 from mlx_distill.teaching.kinds import KINDS

@@ -2,7 +2,7 @@
 
 import math
 
-from mlx_distill.recipe.tables import OptimTable
+from mlx_distill.recipe.training_tables import OptimTable
 
 START_DIVISOR = (
     25.0  # one_cycle: the first rate is the peak / 25, as torch.optim.lr_scheduler.OneCycleLR

@@ -22,7 +22,7 @@ from typing import Any
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import of_people
 from mlx_distill.readers import is_text, path_of, read_json_lines
-from mlx_distill.recipe.tables import EvalTable
+from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.verify import TEXT, compared_as, states
 from mlx_distill.verify.named import BOXED, NAMED_TASKS, PROBLEM
 

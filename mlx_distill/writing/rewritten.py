@@ -12,7 +12,7 @@ from mlx_distill.data.batches import EVERY_TOKEN, Order, Step, make_step
 from mlx_distill.data.selection import select_known
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.tables import BatchTable, SelectionTable
+from mlx_distill.recipe.training_tables import BatchTable, SelectionTable
 from mlx_distill.writing.texts import Asked
 
 Ask = Callable[[list[Asked], int], dict[Asked, TokenSequence]]

@@ -34,7 +34,7 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe, with_values
-from mlx_distill.recipe.tables import BatchTable, SelectionTable
+from mlx_distill.recipe.training_tables import BatchTable, SelectionTable
 
 BACKENDS = ["mlx", "torch"]
 ON_BOTH = ["adamw", "adafactor", "schedule_free_adamw"]

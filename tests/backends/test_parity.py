@@ -38,7 +38,8 @@ from mlx_distill.backends.torch.generate import TorchModel
 from mlx_distill.data.batches import Steps
 from mlx_distill.data.truncate import thin, truncate
 from mlx_distill.objective import Objective
-from mlx_distill.recipe.tables import BatchTable, TruncationTable
+from mlx_distill.recipe.tables import TruncationTable
+from mlx_distill.recipe.training_tables import BatchTable
 from mlx_distill.training.loop import loss_terms
 
 BOTH = ("mlx", "torch")

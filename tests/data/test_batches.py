@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_distill.data.batches import Steps, make_batch, share_of, validation_batches
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError
-from mlx_distill.recipe.tables import BatchTable
+from mlx_distill.recipe.training_tables import BatchTable
 
 ALL = ("prompt", "cot", "answer")
 SETS = [

@@ -14,7 +14,8 @@ from mlx_distill.data.reading import read_examples
 from mlx_distill.data.truncate import truncate
 from mlx_distill.errors import RecipeError
 from mlx_distill.recipe.load import load_recipe
-from mlx_distill.recipe.tables import BatchTable, DataTable, TruncationTable
+from mlx_distill.recipe.tables import DataTable, TruncationTable
+from mlx_distill.recipe.training_tables import BatchTable
 
 IGNORED = -100
 SECTIONS = {

@@ -18,7 +18,8 @@ from mlx_distill.data.prepare import cut_sequence, learnable
 from mlx_distill.data.sequences import Segment, TokenSequence, render
 from mlx_distill.data.truncate import stays_whole, truncate
 from mlx_distill.recipe.recipe import Recipe, with_values
-from mlx_distill.recipe.tables import BatchTable, TruncationTable
+from mlx_distill.recipe.tables import TruncationTable
+from mlx_distill.recipe.training_tables import BatchTable
 
 CUTS = [
     {"keep": keep, "span": span, "context": context, "fraction": fraction, "max_tokens": most}

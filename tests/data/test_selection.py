@@ -11,7 +11,7 @@ from mlx_distill.data.batches import Batch, Steps, make_batch
 from mlx_distill.data.narrowing import narrowed
 from mlx_distill.data.selection import chosen_count, place_weights, select_known
 from mlx_distill.data.sequences import TokenSequence
-from mlx_distill.recipe.tables import BatchTable, SelectionTable
+from mlx_distill.recipe.training_tables import BatchTable, SelectionTable
 
 ALL = ("prompt", "cot", "answer")
 

@@ -10,7 +10,7 @@ import mlx.optimizers as optimizers
 from mlx.utils import tree_map
 
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.recipe.tables import OptimTable
+from mlx_distill.recipe.training_tables import OptimTable
 
 
 def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:
