@@ -42,11 +42,10 @@ source = SOURCE
 COLUMNS
 [truncation]
 fraction = 0.5  # the first half of each example's tokens: half the time and memory
-whole_share = 0.25  # but a quarter of the examples whole, and
-ending = "answer"  # the answer after each cut, so that the student learns to stop
+whole_share = 0.25  # but a quarter of the examples whole, so that the student learns to stop
 
 [objective]
-segments = ["cot"]  # what is learned: any of "prompt", "cot", "answer"
+segments = ["cot", "answer"]  # what is learned: any of "prompt", "cot", "answer"
 kd_weight = 0.5  # teacher's distribution; the rest is the text itself, and 0 needs no teacher
 
 [optim]
