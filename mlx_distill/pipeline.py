@@ -194,6 +194,8 @@ class Pipeline:
     def _learn(self, folder: RunFolder, force: bool) -> None:
         """From sequences to the exported student."""
         prepared = self.prepare()
+        for note in prepared.notes:
+            self.view.say(note)
         device = self.backend.device()
         planned = self.recipe, prepared, self.pair.student, self.pair.teacher, Machine.of(device)
         announce(*planned, self.view.say, force, self.backend.ranks.size)

@@ -71,17 +71,22 @@ ALSO_CALLED = {
 
 
 def with_format(recipe: Recipe) -> Recipe:
-    """The recipe with the format of its rows, where it says "auto"; raises `RecipeError` for column
-    settings that the format which was found does not read.
+    """The recipe with the format of its rows, where it says "auto" and they lie in a file; those of
+    the hub are looked at when they are read. Raises `RecipeError` for column settings that the
+    format which was found does not read.
     """
-    if resolved(recipe.data).format != "auto":
+    if resolved(recipe.data).format != "auto" or not _file_of(recipe.data).is_file():
         return recipe
-    written = recipe.rollouts.by != "data" and recipe.rollouts.share == 1
-    found = detected(recipe.data, written)
+    found = detected(recipe.data, all_written(recipe))
     settled = with_values(recipe, data=_changes(recipe.data, found))
     for line in (*contradictions(settled), *unread(settled)):
         raise RecipeError(f"{recipe.data.source} holds format {found.format!r}: {line}")
     return settled
+
+
+def all_written(recipe: Recipe) -> bool:
+    """Whether a model answers all prompts, so that rows need no solution."""
+    return recipe.rollouts.by != "data" and recipe.rollouts.share == 1
 
 
 def about_format(asked: DataTable, found: DataTable) -> str:
@@ -97,8 +102,8 @@ def about_format(asked: DataTable, found: DataTable) -> str:
 
 
 def detected(data: DataTable, written: bool = False) -> DataTable:
-    """The table with a format and its columns; the same where it has one. `written`: a model answers
-    all prompts, so that rows need no solution.
+    """The table with a format and its columns; the same where it has one. `written`: as
+    `all_written` says.
     """
     if data.format != "auto":
         return data
@@ -111,16 +116,22 @@ def found_reading(data: DataTable, written: bool = False) -> DataTable | None:
         return None
     try:
         rows = first_rows(data)
-    except DistillError:  # whoever reads the rows next says it
-        return None
+    except DistillError:
+        if not _file_of(data).is_file():  # the hub, which may take its time to say no
+            raise
+        return None  # whoever reads the rows next says it
     return best_reading(data, rows, written)
 
 
 def first_rows(data: DataTable) -> tuple[tuple[str, Row], ...]:
     """The first rows that `data.where` chooses, read once as long as the file stays the same."""
-    path = Path(data.source).expanduser()
+    path = _file_of(data)
     status = path.stat() if path.is_file() else None
     return _kept_rows(_Key(data), status and (status.st_size, status.st_mtime_ns))
+
+
+def _file_of(data: DataTable) -> Path:
+    return Path(data.source).expanduser()
 
 
 class _Key:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from mlx_distill.data.account import listed, remedy
 from mlx_distill.data.compat import mean_of_means, validated, whole_conversation
+from mlx_distill.data.detection import about_format, all_written, detected
 from mlx_distill.data.examples import Example, Skip, Turns, held_out_of, shuffled
+from mlx_distill.data.named import resolved
 from mlx_distill.data.reading import read_examples
 from mlx_distill.data.sequences import TokenSequence, render
 from mlx_distill.data.template import refuse_unusable
@@ -76,6 +78,7 @@ class Chosen:
     skipped: dict[str, int]
     unused: dict[str, int]
     day: str
+    notes: tuple[str, ...] = ()
 
 
 def prepare(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "") -> Prepared:
@@ -96,10 +99,13 @@ def choose(recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", day: str = "") 
     skipped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
     seed = recipe.run.seed
-    examples = shuffled(read_examples(recipe.data, seed, skipped, unused), seed)
+    asked = resolved(recipe.data)
+    data = detected(asked, all_written(recipe))
+    examples = shuffled(read_examples(data, seed, skipped, unused), seed)
     rendered = _rendered(examples, tokenizer, recipe, day, skipped, unused)
     train, validation = take(rendered, recipe.data, skipped, len(examples))
-    return Chosen(tuple(train), tuple(validation), dict(skipped), dict(unused), day)
+    notes = tuple(filter(None, [about_format(asked, data)]))
+    return Chosen(tuple(train), tuple(validation), dict(skipped), dict(unused), day, notes)
 
 
 def learnable(
@@ -135,6 +141,7 @@ def learnable(
         skipped=dict(Counter(chosen.skipped) + causes),
         unused=chosen.unused,
         day=chosen.day,
+        notes=chosen.notes,
         stay_whole=sum(_stays_whole(sequence, recipe) for sequence in whole),
     )
 

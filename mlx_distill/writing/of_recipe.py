@@ -84,14 +84,15 @@ class Rollouts:
         asked, texts, by = self._asked_once(), self._lying_there(), self.table.by
         if texts and texts.keys() >= set(asked) and not self.table.refresh_every:
             found = self._learned([texts[one] for one in asked])
-            return replace(found, notes=(f"texts of the {by}, from {self.folder}",))
+            return replace(found, notes=(*found.notes, f"texts of the {by}, from {self.folder}"))
         notes = [
             f"texts of the {by} are not written yet: all are taken as "
             f"{self.table.max_new_tokens:,} tokens long, which they are at most"
         ]
         if cost := self.cost():
             notes.append(describe_cost(cost))
-        return replace(self.planned(), notes=tuple(notes))
+        planned = self.planned()
+        return replace(planned, notes=(*planned.notes, *notes))
 
     def _lying_there(self) -> dict[Asked, Text]:
         """What was written once, as it lies there; nothing where the writer's weights do not."""

@@ -112,7 +112,7 @@ def test_what_is_shown_and_planned_is_what_lies_there(tiny_recipe, tmp_path):
         "truncation.span=cot",
     )
     before = known_sequences(rollouts.pair, "")
-    assert "not written yet: all are taken as 5 tokens long" in before.notes[0]
+    assert "not written yet: all are taken as 5 tokens long" in " ".join(before.notes)
     cost = rollouts.cost()
     assert (cost.texts, cost.tokens) == (len(before.train_whole), 5 * len(before.train_whole))
     assert "writing: 20 texts, at most 100 tokens" in before.notes[1]
