@@ -115,12 +115,12 @@ def test_what_is_shown_and_planned_is_what_lies_there(tiny_recipe, tmp_path):
     assert "not written yet: all are taken as 5 tokens long" in " ".join(before.notes)
     cost = rollouts.cost()
     assert (cost.texts, cost.tokens) == (len(before.train_whole), 5 * len(before.train_whole))
-    assert "writing: 20 texts, at most 100 tokens" in before.notes[1]
+    assert "writing: 20 texts, at most 100 tokens" in before.notes[-1]
     written = rollouts.written(
         lambda: backend.load_teacher(rollouts.pair.teacher, "t"), backend, silent()
     )
     after = known_sequences(rollouts.pair, "")
-    assert str(rollouts.folder) in after.notes[0]
+    assert str(rollouts.folder) in after.notes[-1]
     found = rollouts.account(tmp_path, lambda line: None)
     assert 0 < found.flops <= cost.flops and found.texts == cost.texts
     found, expected = ([s.tokens.tolist() for s in one.train] for one in (after, written))
