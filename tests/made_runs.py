@@ -101,6 +101,7 @@ def make_metrics(steps, kd_weight, floor, noise):
             tokens_per_second=tokens / 0.41,
             active_bytes=61_400_000,
             cache_bytes=120_000_000,
+            footprint_bytes=181_000_000,
             peak_bytes=412_345_678 if step == 7 else 399_000_000,
         )
 

@@ -84,7 +84,7 @@ def test_the_numbers_on_the_page_are_those_of_the_files(runs):
         f"answer {100 * validation[0]['agree_answer']:.1f} % → "
         f"{100 * validation[-1]['agree_answer']:.1f} %",
         "training time 4 min 12 s 500 of 500 steps",
-        "peak memory 412 MB active 61.4 MB, cache 120 MB",
+        "peak memory 412 MB active 61.4 MB, footprint 181 MB",
         f"tokens read {metrics[-1]['tokens_seen'] / 1e6:.2f} M",
         "arithmetic 4.9 TFLOP teacher 1.8 T, student 2.7 T, head 400 G",
         "read 24 dropped: its prompt alone outlasts the cut 14 kept 10 for training 6 for "

@@ -25,7 +25,8 @@ def cost_tiles(run: Run) -> list[tuple[str, str, str]]:
     """(value, name, remark) for each figure."""
     cost, made = cost_of(run), run.manifest
     planned = _text(made.steps, "{:,}".format)
-    held = ", ".join(f"{name} {_bytes(run, name)}" for name in ("active", "footprint"))
+    known = {name: _bytes(run, name) for name in ("active", "footprint")}
+    held = ", ".join(f"{name} {size}" for name, size in known.items() if size != DASH)
     split = ", ".join(f"{part} {amount(n)}" for part, n in made.flops.items() if part != "total")
     remarks = {
         "training time": f"{cost['steps']} of {planned} steps{_why_fewer(run)}",
