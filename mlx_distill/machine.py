@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -35,6 +36,8 @@ PACKAGES = (
 )
 
 
+AMPERE = (8, 0)  # NVIDIA's first compute capability with bfloat16
+NO_BFLOAT16 = "has no bfloat16 (NVIDIA's GPUs have it from compute capability 8.0 on)"
 JOBS = "MLX_DISTILL_JOBS"  # what a sweep tells its children: how many run side by side
 
 
@@ -81,7 +84,8 @@ def this_machine(backend_name: str = "auto") -> Machine:
         backend_name == "auto" and cuda and importlib.util.find_spec("torch") is not None
     )
     on_gpu = cuda and (torch or (_installed("mlx-cuda") and not off_gpu))
-    device, dtype = ("cuda", "bfloat16") if on_gpu else ("cpu", "float32")
+    device = "cuda" if on_gpu else "cpu"
+    dtype = "bfloat16" if on_gpu and _gpu_has_bfloat16() else "float32"
     return Machine("torch" if torch else "mlx", device, dtype, *device_memory(device))
 
 
@@ -102,9 +106,7 @@ def device_memory(kind: str) -> tuple[int, str]:
     says.
     """
     if kind == "cuda":
-        return _asked(
-            "nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"
-        ) * 2**20, "GPU memory"
+        return _free_on_gpu(), "free GPU memory"
     physical = total_memory_bytes()
     if kind != "metal":
         return physical, "physical memory"
@@ -119,6 +121,29 @@ def device_memory(kind: str) -> tuple[int, str]:
             "75 % of memory, for MLX is not there to say the GPU's working set",
         )
     )
+
+
+def _free_on_gpu() -> int:
+    """Bytes on the GPU that CUDA chooses first, asked of torch where that is loaded already."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    said = _gpu_says("memory.free")
+    return int(said) * 2**20 if said.isdigit() else 0
+
+
+def _gpu_has_bfloat16() -> bool:
+    """By its compute capability; a driver too old to say it is taken for a GPU of today."""
+    major, _, minor = _gpu_says("compute_cap").partition(".")
+    return not (major.isdigit() and minor.isdigit()) or (int(major), int(minor)) >= AMPERE
+
+
+def _gpu_says(what: str) -> str:
+    """One property of the first GPU of CUDA_VISIBLE_DEVICES, "" where the driver says nothing."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    which = ("-i", chosen) if chosen else ()
+    said = _said("nvidia-smi", *which, f"--query-gpu={what}", "--format=csv,noheader,nounits")
+    return next(iter(said.splitlines()), "").strip()
 
 
 def _working_set() -> int:

@@ -56,6 +56,39 @@ def test_what_mlx_says_of_the_working_set_is_the_limit(monkeypatch):
     assert "as MLX says" in subject.this_machine().limit
 
 
+def nvidia_smi(answers: dict[str, str], gpu: str = ""):
+    """What `_said` gives where NVIDIA's tool, asked of this GPU alone, answers so."""
+
+    def said(command: str, *words: str) -> str:
+        assert command == "nvidia-smi"
+        *which, query, _ = words
+        assert which == (["-i", gpu] if gpu else [])
+        return answers[query.removeprefix("--query-gpu=")]
+
+    return said
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ("7.0", "float32"),
+        ("7.5", "float32"),
+        ("8.0", "bfloat16"),
+        ("12.0", "bfloat16"),
+        ("", "bfloat16"),
+    ],
+)
+def test_a_gpu_before_ampere_has_no_bfloat16(capability, dtype, monkeypatch):
+    monkeypatch.setattr(subject.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(subject, "has_nvidia_driver", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
+    answers = {"memory.free": "15000", "compute_cap": capability}
+    monkeypatch.setattr(subject, "_said", nvidia_smi(answers, gpu="2"))
+    machine = subject.this_machine("torch")
+    assert (machine.dtype, machine.memory_bytes) == (dtype, 15_000 * 2**20)
+    assert machine.limit == "free GPU memory"
+
+
 @pytest.mark.parametrize(
     ("asked", "torch", "expected"),
     [
@@ -70,7 +103,8 @@ def test_linux_with_an_nvidia_gpu(asked, torch, expected, monkeypatch):
     monkeypatch.setattr(subject, "has_nvidia_driver", lambda: True)
     monkeypatch.setattr(subject, "_installed", lambda prefix: False)
     monkeypatch.setattr(subject, "total_memory_bytes", lambda: 7)
-    monkeypatch.setattr(subject, "_asked", lambda command, *rest: {"nvidia-smi": 80_000}[command])
+    answers = {"memory.free": "80000\n70000", "compute_cap": "9.0\n7.5"}
+    monkeypatch.setattr(subject, "_said", nvidia_smi(answers))
     monkeypatch.setattr(subject.importlib.util, "find_spec", lambda name: torch or None)
     machine = subject.this_machine(asked)
     assert (machine.backend, machine.device, machine.dtype, machine.memory_bytes) == expected

@@ -421,10 +421,7 @@ def test_the_fused_kernels_tell_the_same_numbers(
     kept = logits.clone(), answers.clone()
     arguments = (targets, share, Objective(divergence), True, dtype)
     eager = subject._by_rows(logits.clone(), answers.clone(), torch.empty(4, 203), *arguments[:-1])
-    fused_cross = compiler(subject._at_once)
-    torch._dynamo.config.suppress_errors = (
-        False  # a failure to compile would fall back to what is compared with
-    )
+    fused_cross = compiler(subject._at_once)  # which warns if it runs eagerly: an error here
     fused = fused_cross(logits, answers, *arguments)
     assert torch.equal(logits, kept[0]) and torch.equal(answers, kept[1])
     assert fused[0].dtype == dtype
@@ -454,6 +451,41 @@ def test_the_fused_forward_kl_writes_its_slope_alone(compiler: Callable):
         torch.bfloat16,
     )
     made = re.findall(
-        r"empty_strided_cpu\(\(16, 1003\), \(1003, 1\), torch\.(\w+)\)", "".join(code)
+        r"empty_strided_cpu\(\((?:16|s\d+), 1003\), \(1003, 1\), torch\.(\w+)\)", "".join(code)
     )
     assert made == ["bfloat16"]
+
+
+def test_a_compiler_that_fails_is_told_once_and_leaves_torchs_settings_alone(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    from mlx_distill.backends.torch.compiled import Compiled
+
+    def broken(function: Callable) -> Callable:
+        def fails(*arguments):
+            raise TorchDynamoException("no C++ compiler\nand more")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", broken)
+    before = torch._dynamo.config.suppress_errors, torch._dynamo.config.recompile_limit
+    doubled = Compiled(lambda x: 2 * x)
+    with pytest.warns(RuntimeWarning, match="runs eagerly and more slowly: no C"):
+        assert doubled(torch.ones(3)).tolist() == [2, 2, 2]
+    assert doubled(torch.ones(2)).tolist() == [2, 2]  # and says nothing
+    assert before == (torch._dynamo.config.suppress_errors, torch._dynamo.config.recompile_limit)
+
+
+def test_another_number_of_rows_is_no_other_compilation(compiler: Callable):
+    if compiler is not subject._compiled:
+        pytest.skip("no compiler")  # which tests/conftest.py lets nobody miss
+    from torch._dynamo.testing import CompileCounter
+
+    from mlx_distill.backends.torch.compiled import Compiled
+
+    counter, plain = CompileCounter(), torch.compile
+    function = Compiled(lambda x: x.exp().sum(dim=1))
+    function._fused = plain(function.function, backend=counter)
+    for rows in (7, 5, 16):
+        function(torch.ones(rows, 4))
+    assert counter.frame_count == 1

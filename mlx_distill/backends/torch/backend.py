@@ -21,6 +21,8 @@ from mlx_distill.backends.torch.heads import Head, MatrixHead
 from mlx_distill.backends.torch.self_test import TorchSelfTest
 from mlx_distill.backends.torch.student import TorchStudent
 from mlx_distill.backends.torch.teacher import LiveTargets, TorchTeacher, from_bits
+from mlx_distill.errors import RecipeError
+from mlx_distill.machine import AMPERE, NO_BFLOAT16
 from mlx_distill.recipe.recipe import Recipe
 
 
@@ -41,9 +43,10 @@ class TorchBackend:
         ranks = f" x {self.ranks.size}" if self.ranks.size > 1 else ""
         if self._device.type == "cuda":
             gpu = torch.cuda.get_device_name(self._device)
-            return DeviceInfo(
-                self.name, f"CUDA ({gpu}{ranks})", "bfloat16", "torch sees a CUDA GPU", ""
-            )
+            dtype, reason = "bfloat16", "torch sees a CUDA GPU"
+            if not self._has_bfloat16():
+                dtype, reason = "float32", f"torch sees a CUDA GPU, which {NO_BFLOAT16}"
+            return DeviceInfo(self.name, f"CUDA ({gpu}{ranks})", dtype, reason, "")
         return DeviceInfo(
             self.name,
             f"CPU ({platform.machine()}{ranks}, torch {torch.__version__})",
@@ -53,7 +56,19 @@ class TorchBackend:
         )
 
     def dtype(self, asked: str) -> torch.dtype:
+        """Raises `RecipeError` for a format that the device would only imitate."""
+        if asked == "bfloat16" and not self._has_bfloat16():
+            gpu = torch.cuda.get_device_name(self._device)
+            raise RecipeError(
+                f'compute_dtype = "bfloat16": the {gpu} {NO_BFLOAT16}: set "float32", or "auto"'
+            )
         return getattr(torch, self.device().dtype if asked == "auto" else asked)
+
+    def _has_bfloat16(self) -> bool:
+        """A CPU computes in it, slowly or not; of NVIDIA's GPUs those from Ampere on."""
+        return self._device.type == "cpu" or (
+            torch.cuda.get_device_capability(self._device) >= AMPERE
+        )
 
     def load_teacher(
         self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"

@@ -334,8 +334,7 @@ def _logit_gradient(
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    """Fused kernels, where the installed torch can make them; what runs eagerly is the same, more
-    slowly.
-    """
-    torch._dynamo.config.suppress_errors = True  # no compiler on this machine: run eagerly
-    return torch.compile(function)
+    """One for each function; torch's compiler is imported where it is first needed."""
+    from mlx_distill.backends.torch.compiled import Compiled
+
+    return Compiled(function)
