@@ -5,7 +5,6 @@ read as nothing, suggested as nothing, and no reason to refuse a folder.
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer
 from tiny import left_by_a_mac, model_folder, recipe_file, rows_file
 
 from mlx_distill.errors import DistillError
@@ -66,9 +65,9 @@ def test_a_data_folder_holds_no_companions(tmp_path):
         list(rows_of(DataTable(source=str(folder))))
 
 
-def test_a_tokenizer_beside_companions_of_its_templates(tmp_path):
+def test_a_tokenizer_beside_companions_of_its_templates(bytes_tokenizer, tmp_path):
     """transformers takes every `*.jinja` of that folder for a template, `._rag.jinja` too."""
-    plain = model_folder(tmp_path / "model", byte_tokenizer("qwen2_5"))
+    plain = model_folder(tmp_path / "model", bytes_tokenizer("qwen2_5"))
     templates = plain / "additional_chat_templates"
     templates.mkdir()
     (templates / "rag.jinja").write_text("{{ messages }}")
@@ -80,8 +79,8 @@ def test_a_tokenizer_beside_companions_of_its_templates(tmp_path):
     assert found.get_vocab() == expected.get_vocab()
 
 
-def test_a_sweep_and_a_run_begin_in_folders_that_a_mac_showed(tmp_path):
-    recipe = recipe_file(tmp_path, byte_tokenizer("qwen2_5"))
+def test_a_sweep_and_a_run_begin_in_folders_that_a_mac_showed(bytes_tokenizer, tmp_path):
+    recipe = recipe_file(tmp_path, bytes_tokenizer("qwen2_5"))
     sweep = tmp_path / "sweep.toml"
     sweep.write_text(
         f'recipe = "{recipe}"\nseeds = [1]\nfolder = "{tmp_path}/sweep"\n[axes]\nobjective.kd_weight = [0.5]\n'
@@ -95,9 +94,11 @@ def test_a_sweep_and_a_run_begin_in_folders_that_a_mac_showed(tmp_path):
     assert RunFolder.open(load_recipe(recipe)).path == run
 
 
-def test_rows_and_runs_beside_companions_are_read_as_before(tmp_path, tiny_recipe, command_line):
+def test_rows_and_runs_beside_companions_are_read_as_before(
+    bytes_tokenizer, tmp_path, tiny_recipe, command_line
+):
     """A whole run whose every input lies in folders that a Mac showed."""
-    recipe = recipe_file(tmp_path, byte_tokenizer("qwen2_5"))
+    recipe = recipe_file(tmp_path, bytes_tokenizer("qwen2_5"))
     rows_file(tmp_path / "rows.jsonl")
     for folder in (tmp_path, tmp_path / "teacher", tmp_path / "student"):
         left_by_a_mac(folder)
