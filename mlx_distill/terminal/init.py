@@ -46,7 +46,7 @@ whole_share = 0.25  # but a quarter of the examples whole, so that the student l
 
 [objective]
 segments = ["cot", "answer"]  # what is learned: any of "prompt", "cot", "answer"
-kd_weight = 0.5  # teacher's distribution; the rest is the text itself, and 0 needs no teacher
+kd_weight = 0.5  # of the teacher's distribution; the rest is the text itself, and 0 needs no teacher
 
 [optim]
 epochs = EPOCHS  # how often each row is seen
