@@ -85,7 +85,7 @@ def this_machine(backend_name: str = "auto") -> Machine:
     )
     on_gpu = cuda and (torch or (_installed("mlx-cuda") and not off_gpu))
     device = "cuda" if on_gpu else "cpu"
-    dtype = "bfloat16" if on_gpu and _gpu_has_bfloat16() else "float32"
+    dtype = "bfloat16" if on_gpu and gpu_has_bfloat16() else "float32"
     return Machine("torch" if torch else "mlx", device, dtype, *device_memory(device))
 
 
@@ -132,7 +132,7 @@ def _free_on_gpu() -> int:
     return int(said) * 2**20 if said.isdigit() else 0
 
 
-def _gpu_has_bfloat16() -> bool:
+def gpu_has_bfloat16() -> bool:
     """By its compute capability; a driver too old to say it is taken for a GPU of today."""
     major, _, minor = _gpu_says("compute_cap").partition(".")
     return not (major.isdigit() and minor.isdigit()) or (int(major), int(minor)) >= AMPERE

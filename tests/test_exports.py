@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -27,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from mlx_distill.backends.pair import Pair
 from mlx_distill.data.template import prompt_text
 from mlx_distill.errors import DistillError
+from mlx_distill.exporting import card as exporting_card
 from mlx_distill.exporting import layouts
 from mlx_distill.exporting.card import model_card, write_card
 from mlx_distill.exporting.export import export
@@ -34,6 +36,7 @@ from mlx_distill.exporting.modelfile import pieces_of, write_modelfile
 from mlx_distill.models.gguf.convert import convert
 from mlx_distill.models.hub import model_folder
 from mlx_distill.models.tokenizer import load_tokenizer
+from mlx_distill.recipe.recipe import TABLES, with_values
 from mlx_distill.runs.digests import all_files, digests
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
@@ -257,6 +260,26 @@ def test_the_card_says_what_the_run_did(run: Path, tiny_recipe: Path) -> None:
     ):
         assert part in card.text, part
     assert str(tiny_recipe.parent) not in card.content
+
+
+def test_the_card_shows_no_folder_of_this_machine(
+    run: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever field names it: each folder, and the tasks asked beside the first one."""
+    here, read = "/home/me/secret", exporting_card.read_run
+
+    def elsewhere(folder: Path):
+        found = read(folder)
+        named = {
+            table: {name: here for name in kind.model_fields if name.endswith("folder")}
+            for table, kind in TABLES.items()
+        }
+        named["eval"]["also"] = (f"gsm8k:{here}/test.jsonl",)
+        return replace(found, recipe=with_values(found.recipe, **named))
+
+    monkeypatch.setattr(exporting_card, "read_run", elsewhere)
+    card = model_card(run)
+    assert here not in card and "gsm8k:test.jsonl" in card
 
 
 def test_licences_are_those_of_cards_beside(run: Path, tiny_recipe: Path, monkeypatch) -> None:

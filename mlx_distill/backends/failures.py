@@ -15,6 +15,7 @@ from mlx_distill.files import one_line
 STOPPED = ("command buffer execution failed", "launch timed out")
 OF_A_STEP = "batch.micro_batch_size, truncation.max_tokens or objective.chunk_tokens"
 OF_VALIDATION = "batch.micro_batch_size or data.longest_tokens"
+OF_TEXTS_READ = "data.longest_tokens"
 OF_TEXTS = "eval.batch_size (rollouts.batch_size where a recipe's texts are written)"
 
 

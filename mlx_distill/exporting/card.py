@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.errors import RunError
 from mlx_distill.exporting.licences import is_hub_id, licence_of
 from mlx_distill.files import sha256_of, told_as, write_text
-from mlx_distill.recipe.recipe import Recipe, with_values
+from mlx_distill.recipe.recipe import TABLES, Recipe, with_values
 from mlx_distill.reporting.condition_words import capital, in_words
 from mlx_distill.reporting.kept_run import Run, read_run
 from mlx_distill.reporting.run_cost import cost_of
@@ -246,17 +246,20 @@ def _versions(made: Manifest) -> str:
 
 def _without_paths(recipe: Recipe) -> Recipe:
     """The recipe without the folders of this machine."""
-    student, teacher = _shown(recipe.student.model), _shown(recipe.teacher.model)
-    defaults = Recipe.model_construct()
-    return with_values(
-        recipe,
-        student={"model": student},
-        teacher={"model": teacher, "cache_folder": defaults.teacher.cache_folder},
-        data={"source": _shown(recipe.data.source)},
-        eval={"task": _task(recipe.eval.task), "compare": defaults.eval.compare},
-        rollouts={"folder": defaults.rollouts.folder},
-        run={"folder": defaults.run.folder},
-    )
+    places: dict[str, dict[str, Any]] = {
+        table: {
+            name: info.default
+            for name, info in kind.model_fields.items()
+            if name.endswith("folder")
+        }
+        for table, kind in TABLES.items()
+    }
+    places["student"] |= {"model": _shown(recipe.student.model)}
+    places["teacher"] |= {"model": _shown(recipe.teacher.model)}
+    places["data"] |= {"source": _shown(recipe.data.source)}
+    also = tuple(map(_task, recipe.eval.also))
+    places["eval"] |= {"task": _task(recipe.eval.task), "also": also, "compare": ()}
+    return with_values(recipe, **places)
 
 
 def _task(task: str) -> str:

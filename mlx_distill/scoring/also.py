@@ -8,11 +8,9 @@ from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend
 from mlx_distill.errors import DistillError
 from mlx_distill.readers import read_json
-from mlx_distill.runs.provenance import identity
 from mlx_distill.runs.run_folder import RunFolder
-from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.generations import Evaluation, Generations
-from mlx_distill.scoring.of_run import scored_models, stops
+from mlx_distill.scoring.of_run import score_part, scored_models
 from mlx_distill.scoring.score import Score, describe
 from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View
@@ -26,29 +24,18 @@ def score_also(
     view.say(task.describe())
     if short := task.short_of_tokens(settings.max_new_tokens):
         view.say(f"note: {short}")
-    for part, path, bits in scored_models(folder, pair):
-        made_by = identity(path) | {"bits": bits, "backend": backend.name}
-        made_by |= pair.asked_dtype(part)
-        name = f"{folder.path.name}-{part}"
+    for model in scored_models(folder, pair):
+        made_by, name = model.made_by(pair, backend), f"{folder.path.name}-{model.part}"
         with Evaluation.opened(folder.path / "evals", name, task, settings, made_by) as kept:
             score = _kept(kept)
             if score is None:
-                computed = pair.recipe.teacher if part == "teacher" else pair.recipe.student
+                model.refuse_changed(folder, pair)
                 generations = Generations(kept.generations, name, made_by, view.say)
-                score = scoring.score(
-                    backend.load_teacher(path, part, bits, computed.compute_dtype),
-                    pair.tokenizer,
-                    task,
-                    settings,
-                    view.count(f"scoring {part}", len(task.problems) * settings.samples),
-                    stops(pair, part, path),
-                    day,
-                    generations,
-                )
+                score = score_part(model, pair, task, day, backend, view, generations)
                 kept.write(score.content(), generations.reference())
                 backend.release()
-        found[part] = score
-        view.say(f"{part} on {task.name}: {describe(score)}")
+        found[model.part] = score
+        view.say(f"{model.part} on {task.name}: {describe(score)}")
     return found
 
 

@@ -6,7 +6,9 @@ the run began with, or wrote.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend
@@ -22,6 +24,31 @@ from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View
 
 
+@dataclass(frozen=True)
+class ScoredModel:
+    """One of a run's models: its part ("teacher", "base", "student"), where it lies, and to how many
+    bits it is quantised on load, 0 for as stored.
+    """
+
+    part: str
+    path: Path
+    bits: int = 0
+
+    def refuse_changed(self, folder: RunFolder, pair: Pair) -> None:
+        """Raises `RunError` for a model that is not the one of this run any more."""
+        refuse_older_arithmetic(folder, pair)
+        if self.part == "student":
+            folder.exported.refuse_changed()
+        else:
+            role = "student" if self.part == "base" else self.part
+            refuse_changed_model(folder, role, self.path, self.part)
+
+    def made_by(self, pair: Pair, backend: Backend) -> dict[str, Any]:
+        """What its texts depend on beside task and settings."""
+        made = identity(self.path) | {"bits": self.bits, "backend": backend.name}
+        return made | pair.asked_dtype(self.part)
+
+
 def score_run(
     folder: RunFolder, pair: Pair, task: Task, day: str, backend: Backend, view: View
 ) -> None:
@@ -31,22 +58,17 @@ def score_run(
     scores = _kept_scores(folder, view)
     for part, score in scores.items():
         view.say(f"{part}: {describe(score)}")
-    missing = [one for one in scored_models(folder, pair) if one[0] not in scores]
+    missing = [one for one in scored_models(folder, pair) if one.part not in scores]
     if missing:
         view.say(task.describe())
         if short := task.short_of_tokens(pair.recipe.eval.max_new_tokens):
             view.say(f"note: {short}")
-    for part, path, bits in missing:
-        refuse_older_arithmetic(folder, pair)
-        if part == "student":
-            folder.exported.refuse_changed()
-        else:
-            role = "student" if part == "base" else part
-            refuse_changed_model(folder, role, path, part)
-        made_by = identity(path) | {"bits": bits, "backend": backend.name}
-        made_by |= pair.asked_dtype(part)
-        generations = Generations(folder.path / FILE, part, made_by, view.say)
-        scores[part] = _score(part, path, bits, pair, task, day, backend, view, generations)
+    for model in missing:
+        model.refuse_changed(folder, pair)
+        made_by = model.made_by(pair, backend)
+        generations = Generations(folder.path / FILE, model.part, made_by, view.say)
+        score = scores[model.part] = score_part(model, pair, task, day, backend, view, generations)
+        view.say(f"{model.part}: {describe(score)}")
         folder.write(
             TaskScores(
                 task=task.name,
@@ -60,10 +82,8 @@ def score_run(
         backend.release()
 
 
-def _score(
-    part: str,
-    path: Path,
-    bits: int,
+def score_part(
+    model: ScoredModel,
     pair: Pair,
     task: Task,
     day: str,
@@ -71,20 +91,19 @@ def _score(
     view: View,
     generations: Generations,
 ) -> Score:
-    settings = pair.recipe.eval
+    """Ask one of a run's models, which is loaded for it, as the run's `[eval]` says."""
+    settings, part = pair.recipe.eval, model.part
     computed = pair.recipe.teacher if part == "teacher" else pair.recipe.student
-    found = scoring.score(
-        backend.load_teacher(path, part, bits, computed.compute_dtype),
+    return scoring.score(
+        backend.load_teacher(model.path, part, model.bits, computed.compute_dtype),
         pair.tokenizer,
         task,
         settings,
         view.count(f"scoring {part}", len(task.problems) * settings.samples),
-        stops(pair, part, path),
+        stops(pair, part, model.path),
         day,
         generations,
     )
-    view.say(f"{part}: {describe(found)}")
-    return found
 
 
 def stops(pair: Pair, part: str, path: Path) -> frozenset[int]:
@@ -95,14 +114,14 @@ def stops(pair: Pair, part: str, path: Path) -> frozenset[int]:
     return stops_of(path, pair.tokenizer, *own)
 
 
-def scored_models(folder: RunFolder, pair: Pair) -> Iterator[tuple[str, Path, int]]:
-    """What is scored, where it lies, and to how many bits it is quantised."""
+def scored_models(folder: RunFolder, pair: Pair) -> Iterator[ScoredModel]:
+    """What is scored, the student last."""
     settings = pair.recipe.eval
     if pair.teacher and settings.score_teacher:
-        yield "teacher", pair.teacher, pair.recipe.teacher.quantize_bits
+        yield ScoredModel("teacher", pair.teacher, pair.recipe.teacher.quantize_bits)
     if settings.score_base:
-        yield "base", pair.student, 0
-    yield "student", folder.student, 0
+        yield ScoredModel("base", pair.student)
+    yield ScoredModel("student", folder.student)
 
 
 def _kept_scores(folder: RunFolder, view: View) -> dict[str, Score]:

@@ -22,7 +22,7 @@ from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher, from_bits
 from mlx_distill.backends.mlx.weights import cast
 from mlx_distill.backends.protocol import DeviceInfo, Memory
 from mlx_distill.blas import load_blas
-from mlx_distill.machine import is_kept_off_gpu, jobs_beside
+from mlx_distill.machine import NO_BFLOAT16, gpu_has_bfloat16, is_kept_off_gpu, jobs_beside
 from mlx_distill.recipe.recipe import Recipe
 
 SEES_NO_GPU = "MLX sees no GPU; half precision is slow on a CPU"
@@ -44,14 +44,11 @@ class MlxBackend:
         ranks = f" x {self.ranks.size}" if self.ranks.size > 1 else ""
         if mx.default_device().type == mx.DeviceType.gpu:
             kind = "Metal" if mx.metal.is_available() else "CUDA"
-            info = mx.device_info()
-            return DeviceInfo(
-                self.name,
-                f"{kind} ({info.get('device_name', 'GPU')}{ranks})",
-                "bfloat16",
-                f"MLX sees a {kind} GPU",
-                "",
-            )
+            gpu = f"{kind} ({mx.device_info().get('device_name', 'GPU')}{ranks})"
+            if kind == "CUDA" and not gpu_has_bfloat16():
+                reason = f"MLX sees a CUDA GPU, which {NO_BFLOAT16}"
+                return DeviceInfo(self.name, gpu, "float32", reason, "")
+            return DeviceInfo(self.name, gpu, "bfloat16", f"MLX sees a {kind} GPU", "")
         blas = load_blas()
         return DeviceInfo(
             self.name,

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.backends.activations import Activations
-from mlx_distill.backends.failures import explained
+from mlx_distill.backends.failures import OF_TEXTS_READ, explained
 from mlx_distill.backends.mlx.activations import activations
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.backends.mlx.heads import FLOOR, Head, MatrixHead, QuantizedHead
@@ -63,7 +63,8 @@ class MlxTeacher(MlxModel):
         return ids, entropy, top
 
     def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
-        return activations(self.split, texts, head_dim)
+        with explained("reading texts", OF_TEXTS_READ):
+            return activations(self.split, texts, head_dim)
 
     def states(self, batch: Batch) -> np.ndarray:
         with explained("the teacher's forward pass"):

@@ -73,7 +73,8 @@ class TorchBackend:
     def load_teacher(
         self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
     ) -> TorchTeacher:
-        as_stored = dtype == "auto" and self._device.type != "cpu"
+        on_gpu = self._device.type != "cpu"
+        as_stored = dtype == "auto" and on_gpu and self._has_bfloat16()
         asked = None if as_stored else self.dtype(dtype)
         with explained(f"loading {name}"):
             return TorchTeacher(
