@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from mlx_distill.cost.flops import flops_counter, total_flops
 from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.day import about_day, day_of_run
 from mlx_distill.data.detection import with_format
-from mlx_distill.data.prepare import Prepared, choose, learnable
+from mlx_distill.data.prepare import Chosen, Prepared, choose, learnable
 from mlx_distill.data.sequences import TokenSequence, stop_ids
 from mlx_distill.errors import DeviceStopped, OutOfMemory, RecipeError
 from mlx_distill.exporting.card import write_card
@@ -173,11 +173,15 @@ class Pipeline:
 
     def prepare(self) -> Prepared:
         """The sequences of this run, after a model has written what it is to write."""
-        chosen = choose(self.recipe, self.pair.tokenizer, self.day)
         if self.recipe.rollouts.by == "data":
-            return learnable(chosen, self.recipe)
-        self.rollouts = Rollouts(self.pair, chosen, self.day)
+            return learnable(self._chosen, self.recipe)
+        self.rollouts = Rollouts(self.pair, self._chosen, self.day)
         return self.rollouts.written(self._load_writer, self.backend, self.view)
+
+    @cached_property
+    def _chosen(self) -> Chosen:
+        """The run's examples, read and rendered once; the day must have been chosen."""
+        return choose(self.recipe, self.pair.tokenizer, self.day)
 
     def prune(self) -> Path:
         """Cut the student's base as the recipe says; the folder, which the student begins as."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_distill.backends import choose_backend
+from mlx_distill.backends.protocol import Backend
 from mlx_distill.data.day import shared_day
 from mlx_distill.errors import RecipeError
 from mlx_distill.pipeline import Pipeline
@@ -33,8 +34,7 @@ def teach(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
     backend = choose_backend(backend_name)
     shared: dict[Path, list[Pipeline]] = {}
     for recipe in recipes:
-        pipeline = Pipeline(recipe, view, backend)
-        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
+        pipeline = _begun(recipe, view, backend)
         cache = cache_of(pipeline.pair, pipeline.day)
         shared.setdefault(cache.path, []).append(pipeline)
     pipeline.announce()
@@ -61,8 +61,7 @@ def write(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
     backend = choose_backend(backend_name)
     folders = []
     for recipe in recipes:
-        pipeline = Pipeline(recipe, view, backend)
-        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
+        pipeline = _begun(recipe, view, backend)
         pipeline.announce()
         pipeline.prepare()
         assert pipeline.rollouts is not None  # nothing else was let in
@@ -82,9 +81,11 @@ def prune(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
                 "example --set prune.layers=15"
             )
     backend = choose_backend(backend_name)
-    folders = []
-    for recipe in recipes:
-        pipeline = Pipeline(recipe, view, backend)
-        pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
-        folders.append(pipeline.prune())
-    return folders
+    return [_begun(recipe, view, backend).prune() for recipe in recipes]
+
+
+def _begun(recipe: Recipe, view: View, backend: Backend) -> Pipeline:
+    """A recipe's stages, on the day that its runs share."""
+    pipeline = Pipeline(recipe, view, backend)
+    pipeline.choose_day(shared_day(RunFolder.of(recipe).path.parent))
+    return pipeline

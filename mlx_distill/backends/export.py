@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import all_lines, of_people
+from mlx_distill.files import all_lines
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_generation_config
 from mlx_distill.models.shards import write_shards
-from mlx_distill.models.tokenizer import OTHER_TEMPLATES, make_open_as_file
+from mlx_distill.models.tokenizer import copy_named_templates, make_open_as_file
 from mlx_distill.models.translation import portable
 from mlx_distill.models.weights import read_weights
 from mlx_distill.readers import read_json
@@ -106,10 +106,7 @@ def _copy_tokenizer(base: Path, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
-    if templates := of_people(base / OTHER_TEMPLATES, "*.jinja"):
-        (folder / OTHER_TEMPLATES).mkdir(exist_ok=True)
-        for file in templates:
-            shutil.copyfile(file, folder / OTHER_TEMPLATES / file.name)
+    copy_named_templates(base, folder)
     path = folder / "tokenizer_config.json"
     if path.is_file():
         _write_json(path, _without_left_overs(read_json(path, error=ModelError)))

@@ -7,19 +7,13 @@ import typer
 
 from mlx_distill.commands.base import app, console, stoppable
 from mlx_distill.errors import DistillError
-from mlx_distill.terminal.options import BackendOption, in_range
+from mlx_distill.terminal.options import BackendOption, ModelOrRunArgument, in_range
 from mlx_distill.view import View
 
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_RUN",
-            help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.",
-        ),
-    ],
+    model: ModelOrRunArgument,
     task: Annotated[
         str,
         typer.Option(
@@ -104,13 +98,7 @@ def compare(
 
 @app.command()
 def chat(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL_OR_RUN",
-            help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.",
-        ),
-    ],
+    model: ModelOrRunArgument,
     prompt: Annotated[
         str, typer.Option("--prompt", help="Ask this alone; without it, a conversation.")
     ] = "",

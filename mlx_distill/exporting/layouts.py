@@ -18,7 +18,7 @@ from mlx_distill.exporting.modelfile import write_modelfile
 from mlx_distill.files import all_lines
 from mlx_distill.models.gguf.writer import AS_STORED, write_gguf
 from mlx_distill.models.shards import INDEX, WEIGHT_FILES
-from mlx_distill.models.tokenizer import load_tokenizer
+from mlx_distill.models.tokenizer import OTHER_TEMPLATES, load_tokenizer
 from mlx_distill.runs.digests import all_files
 from mlx_distill.runs.own_files import CARD
 
@@ -31,7 +31,7 @@ Layout = Callable[[Path, Path, str], list[str]]
 def _hugging_face(student: Path, folder: Path, name: str) -> list[str]:
     """The student's own folder without its adapters."""
     for file in all_files(student):
-        if "/" not in file or file.startswith("additional_chat_templates/"):
+        if "/" not in file or file.startswith(f"{OTHER_TEMPLATES}/"):
             _copy(student, folder, file)
     return []
 

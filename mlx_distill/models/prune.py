@@ -7,6 +7,7 @@ Which parts matter least is measured elsewhere (`backends/`), or given by positi
 """
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import made_whole, told_as, write_json
+from mlx_distill.files import made_whole, of_people, told_as, write_json
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.shards import INDEX, write_shards
-from mlx_distill.models.tokenizer import OTHER_TEMPLATES, TOKENIZER_FILES
+from mlx_distill.models.tokenizer import TOKENIZER_FILES, copy_named_templates
 from mlx_distill.models.weights import PLAIN, StoredTensor, read_weights
 
 ACCOUNT = "pruned.json"  # what a folder was cut from, and what stayed
@@ -98,7 +99,7 @@ class Sizes:
 
 def evenly(count: int, stay: int) -> tuple[int, ...]:
     """Of `count` blocks the `stay` that lie at even distances, the first one among them."""
-    return tuple(int(place * count / stay) for place in range(stay))
+    return tuple(place * count // stay for place in range(stay))
 
 
 def pruned_config(
@@ -180,13 +181,10 @@ def _widths(sizes: Sizes, channels: int, kv_heads: int) -> dict[str, int]:
 def _copy_documents(folder: Path, target: Path) -> None:
     """The tokenizer's files and generation_config.json, which stay as they are."""
     for pattern in TOKENIZER_FILES:
-        for file in folder.glob(pattern):
+        for file in of_people(folder, pattern):
             if not file.name.startswith(".") and file.name not in (INDEX, ACCOUNT):
                 shutil.copyfile(file, target / file.name)
-    if templates := sorted((folder / OTHER_TEMPLATES).glob("[!.]*.jinja")):
-        (target / OTHER_TEMPLATES).mkdir()
-        for file in templates:
-            shutil.copyfile(file, target / OTHER_TEMPLATES / file.name)
+    copy_named_templates(folder, target)
 
 
 # weights
@@ -208,19 +206,20 @@ class _Part:
         return tuple(shape)
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return (self.tensor.end - self.tensor.begin) // max(math.prod(self.tensor.shape), 1)
+
+    @property
     def nbytes(self) -> int:
-        whole = int(np.prod(self.tensor.shape))
-        each = (self.tensor.end - self.tensor.begin) // max(whole, 1)
-        return each * int(np.prod(self.shape))
+        return self.itemsize * math.prod(self.shape)
 
     def numbers(self) -> np.ndarray:
         """As integers of their width, which no arithmetic touches."""
-        length = self.tensor.end - self.tensor.begin
-        width = length // max(int(np.prod(self.tensor.shape)), 1)
-        content = np.memmap(
-            self.tensor.file, f"u{width}", "r", self.tensor.begin, (length // width,)
+        tensor = self.tensor
+        array: np.ndarray = np.memmap(
+            tensor.file, f"u{self.itemsize}", "r", tensor.begin, tensor.shape
         )
-        array = content.reshape(self.tensor.shape)
         if self.places is not None:
             array = array.take(self.places, self.axis)
         return np.ascontiguousarray(array)

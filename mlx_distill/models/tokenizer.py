@@ -7,6 +7,7 @@ file's on a text of all kinds, and the file's are taken.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,14 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     one, or none that gives the ids of its `tokenizer.json`.
     """
     return _loaded(folder, _content(folder))
+
+
+def copy_named_templates(folder: Path, target: Path) -> None:
+    """The chat templates that have names, into another model folder."""
+    if templates := of_people(folder / OTHER_TEMPLATES, "*.jinja"):
+        (target / OTHER_TEMPLATES).mkdir(exist_ok=True)
+        for file in templates:
+            shutil.copyfile(file, target / OTHER_TEMPLATES / file.name)
 
 
 def _content(folder: Path) -> tuple[tuple[Path, str], ...]:

@@ -10,6 +10,7 @@ activations decide, the texts. `pruned.json` says which parts stayed.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,10 @@ class PrunedBase:
         measured = self.table.measures
         self.texts = [one.tokens for one in sequences[: self.table.examples]] if measured else []
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """Where it lies, or will."""
-        key = hashlib.sha256(json.dumps(self._fields(), sort_keys=True).encode()).hexdigest()[:12]
+        key = hashlib.sha256(json.dumps(self._fields, sort_keys=True).encode()).hexdigest()[:12]
         return Path(self.table.folder) / f"{self.base.name}-{key}"
 
     def existing(self) -> Path:
@@ -53,7 +54,9 @@ class PrunedBase:
             "the recipe first"
         )
 
+    @cached_property
     def _fields(self) -> dict[str, Any]:
+        """What the choice depends on; the base's files are read through for it, so once."""
         fields = self.table.model_dump(exclude={"folder", "examples", "layers_by"})
         by = self.table.layers_by if self.table.layers else "position"
         fields |= {"layers_by": by, "base": identity(self.base), "format_version": FORMAT}
@@ -97,7 +100,7 @@ class PrunedBase:
 
     def _account(self, kept: Kept) -> dict[str, Any]:
         parts = {"channels": kept.channels, "kv_heads": kept.kv_heads}
-        return self._fields() | {
+        return self._fields | {
             "kept_layers": list(kept.layers),
             **{
                 f"kept_{name}": {str(layer): places.tolist() for layer, places in part.items()}

@@ -41,6 +41,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="TABLE.FIELD=VALUE", help="Override one field; may be repeated."),
 ]
+ModelOrRunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL_OR_RUN",
+        help="A model (folder, hub id, .gguf, embedded:NAME) or a run folder.",
+    ),
+]
 BackendOption = Annotated[
     str, typer.Option("--backend", callback=known_backend, help="auto, mlx or torch.")
 ]

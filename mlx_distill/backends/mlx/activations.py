@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_distill.backends.activations import HEADS_INPUT, MLP_INPUT, Activations, Sums, averaged
-from mlx_distill.backends.mlx.model import SplitModel
+from mlx_distill.backends.mlx.model import SplitModel, call_through
 
 Found = dict[str, mx.array]
 
@@ -64,18 +64,15 @@ def _watched(block: nn.Module, head_dim: int) -> Iterator[Found]:
 
 @contextmanager
 def _told(module: nn.Module, watch: Callable[[mx.array, mx.array], None]) -> Iterator[None]:
-    """While it lasts, `watch(first argument, result)` follows every call; MLX has no hooks, so the
-    module gets a class of its own.
-    """
-    plain = type(module)
+    """While it lasts, `watch(first argument, result)` follows every call."""
 
-    def call(self: nn.Module, given: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        result = plain.__call__(self, given, *args, **kwargs)
+    def told(forward: Callable, self: nn.Module, given: mx.array, *args: Any, **kwargs: Any) -> Any:
+        result = forward(self, given, *args, **kwargs)
         watch(given, result)
         return result
 
-    module.__class__ = type(f"Watched{plain.__name__}", (plain,), {"__call__": call})
+    give_back = call_through(module, told, "Watched")
     try:
         yield
     finally:
-        module.__class__ = plain
+        give_back()

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_distill.backends.mlx.model import SplitModel
+from mlx_distill.backends.mlx.model import SplitModel, call_through
 
 
 class Watched:
@@ -25,17 +25,12 @@ class Watched:
             self._watch(split.layers[layer - 1], layer)
 
     def _watch(self, module: nn.Module, layer: int) -> None:
-        """Give the block a class of its own: no other model changes."""
-        plain, given = type(module), self._given
-
-        def call(
-            self: nn.Module, *args: Any, _forward: Callable = plain.__call__, **kwargs: Any
-        ) -> Any:
-            output = _forward(self, *args, **kwargs)
-            given[layer] = output[0] if isinstance(output, tuple) else output
+        def remembered(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            self._given[layer] = output[0] if isinstance(output, tuple) else output
             return output
 
-        module.__class__ = type(f"Watched{plain.__name__}", (plain,), {"__call__": call})
+        call_through(module, remembered, "Watched")
 
     def taken(self, positions: np.ndarray) -> tuple[mx.array, ...]:
         """What the last pass gave at flat positions [N], [N, D] of each layer; it is forgotten."""

@@ -195,22 +195,34 @@ class SplitModel:
 
 
 def checkpoint_layers(split: SplitModel) -> None:
-    """Recompute each block in the backward pass. The blocks of this model get a class of their own:
-    no other model changes.
-    """
+    """Recompute each block in the backward pass."""
+
+    def again(forward: Callable, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def run(parameters: dict, *args: Any) -> Any:
+            layer.update(parameters)
+            return forward(layer, *args, **kwargs)
+
+        return mx.checkpoint(run)(layer.trainable_parameters(), *args)
+
     for layer in split.layers:
-        plain = type(layer)
+        call_through(layer, again, "Checkpointed")
 
-        def call(
-            self: nn.Module, *args: Any, _forward: Callable = plain.__call__, **kwargs: Any
-        ) -> Any:
-            def run(parameters: dict, *args: Any) -> Any:
-                self.update(parameters)
-                return _forward(self, *args, **kwargs)
 
-            return mx.checkpoint(run)(self.trainable_parameters(), *args)
+def call_through(module: nn.Module, call: Callable, how: str) -> Callable[[], None]:
+    """From now on `call(its own call, module, …)` answers for the module, which gets a class of its
+    own, named after `how`: MLX has no hooks, and no other module changes. What is returned gives it
+    its class back.
+    """
+    plain = type(module)
 
-        layer.__class__ = type(f"Checkpointed{plain.__name__}", (plain,), {"__call__": call})
+    def answer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(plain.__call__, self, *args, **kwargs)
+
+    def give_back() -> None:
+        module.__class__ = plain
+
+    module.__class__ = type(f"{how}{plain.__name__}", (plain,), {"__call__": answer})
+    return give_back
 
 
 class RoundedEmbedding:

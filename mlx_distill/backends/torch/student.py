@@ -82,12 +82,9 @@ class TorchStudent(TorchModel):
 
     def match_hidden(self, teacher: TorchTeacher) -> None:
         """Compare hidden states with this teacher's, as the recipe says; before the first step."""
-        layers, of_teacher = len(self.split.layers), len(teacher.split.layers)
-        chosen = matching.chosen_layers(self.recipe, layers, self.split.name)
-        self._watched = Watched(self.split, chosen)
-        teacher.watch(matching.beside(chosen, layers, of_teacher))
-        widths = self.split.width, teacher.split.width
-        made = matching.first_projections(chosen, *widths, self.recipe.run.seed)
+        layers, of_teacher, made = matching.matched(self.recipe, self.split, teacher.split)
+        self._watched = Watched(self.split, layers)
+        teacher.watch(of_teacher)
         like = next(iter(self.weights.values()))  # sharded, or whole on each rank
         for layer, matrix in made.items():
             parameter = torch.nn.Parameter(together.spread(self.tensor(matrix), like))
