@@ -52,7 +52,7 @@ from mlx_distill.terminal.plan import announce, shortage
 from mlx_distill.training.loop import Source, Training, restore
 from mlx_distill.verify.tasks import Task, tasks_of
 from mlx_distill.view import View, silent
-from mlx_distill.writing.of_recipe import Rollouts
+from mlx_distill.writing.of_recipe import Rollouts, refuse_ranks
 
 
 def run(
@@ -268,6 +268,7 @@ class Pipeline:
         """The steps: over rows that lie there, or over what the student writes as it learns."""
         recipe = self.recipe
         if self.rollouts and recipe.rollouts.refresh_every:
+            refuse_ranks(recipe, self.backend.ranks.size)
             return self.rollouts.source(student, folder.path, self.view.say)
         return Steps(
             prepared.train,

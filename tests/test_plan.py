@@ -672,6 +672,30 @@ def test_a_quantised_teacher_is_advised_where_it_is_large():
     assert not any("quantize" in change.what for change in refuses.advice.changes)
 
 
+def test_writing_counts_keys_and_values_and_is_part_of_the_verdict():
+    """Who writes once is alone with its texts; who writes as it learns has a run beside it."""
+    rollouts = {"batch_size": 4, "max_new_tokens": 10_000}
+    tables = {"rollouts": {"by": "student", "temperature": 1.0} | rollouts}
+    asked, rows = recipe(**tables), replace(prepared([16] * 8), to_write=(3, 5) * 8)
+    plan = make_plan(asked, rows, None, CONFIG, CPU)
+    shape, writing = Dense.of(CONFIG, "it").shape, plan.moments[-1]
+    a_token = 4 * 2 * shape.layers * shape.kv_heads * shape.head_dim
+    assert writing.name == "writing" and plan.peak == writing
+    assert 0 < writing.activations - a_token * 4 * (5 + 10_000) < 10**6  # and the prompts' pass
+    assert writing.student == 4 * Dense.of(CONFIG, "it").parameters and writing.optimizer == 0
+    assert plan.training_peak.name != "writing"
+    again = recipe(rollouts=tables["rollouts"] | {"refresh_every": 2})
+    beside = make_plan(again, rows, None, CONFIG, CPU).moments[-1]
+    assert (beside.student, beside.optimizer) == (writing.student, 2 * writing.student)
+    done = make_plan(asked, prepared([16] * 8), None, CONFIG, CPU)
+    assert "writing" not in {moment.name for moment in done.moments}
+    small = replace(CPU, memory_bytes=int(done.peak.total) * 2)
+    measured = plans.Measured(done.peak.total, 0.0)
+    tight = make_plan(asked, rows, None, CONFIG, small).with_measured(measured)
+    assert not tight.fits and "of writing texts, estimated" in tight.verdict()
+    assert make_plan(asked, prepared([16] * 8), None, CONFIG, small).with_measured(measured).fits
+
+
 def test_nothing_fits():
     plan = tight(10**5)
     assert (

@@ -192,6 +192,16 @@ def test_a_refusal_is_one_line_and_nobody_waits(two_torch_ranks, tiny_recipe, tm
     )
 
 
+def test_ranks_do_not_write_as_they_learn(two_mlx_ranks, tiny_recipe, tmp_path):
+    """Each of them would append its texts to the one file of the run."""
+    student = ["rollouts.by=student", "rollouts.refresh_every=1", "teacher.cache=off"]
+    words = arguments(tiny_recipe, tmp_path)
+    result = two_mlx_ranks(*words, *sets(*student, "objective.kd_weight=1.0"))
+    assert result.code == 2
+    assert "texts are written by one process, here are 2: start the run without" in result.err
+    assert not list(tmp_path.rglob("rollouts.jsonl"))
+
+
 def test_a_rank_ends_while_its_last_sum_is_let_go():
     """Once in a few hundred runs, torch's thread takes the interpreter down with it; here always."""
     program = [sys.executable, Path(__file__).parent / "ends_early.py"]

@@ -22,6 +22,8 @@ optimizer's state. Above them, in bytes:
                       + the block under way
     update            all gradients + what MLX has under way in the optimizer's lazy step
     validation        a block of the larger model, or a walk, over whole sequences
+    writing           the writer's block over the longest prompts, their keys and values until the
+                      longest text ends, and its logits; of the rest of a run only what is loaded
 
 What a backend has under way, and what the C library keeps of freed memory, cannot be counted on
 paper. `Habits` has one measured number for each; `mlx-distill plan --probe` measures the sum.
@@ -29,13 +31,14 @@ Axes: B sequences, T tokens, N loss positions, V vocabulary, D width, F width of
 positions of a chunk.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 
 from mlx_distill.backends import chunks
 from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
 from mlx_distill.cost.weights import Weights
+from mlx_distill.cost.writing import kv_bytes
 from mlx_distill.machine import versions
 
 
@@ -119,7 +122,7 @@ class Moment:
 
     @property
     def trains(self) -> bool:
-        return not self.name.startswith("validation")
+        return not self.name.startswith(("validation", "writing"))
 
 
 PARTS = tuple(field.name for field in fields(Moment))[1:]
@@ -184,9 +187,13 @@ class Memory(Weights):
 
     def _forward_bytes(self, model: Dense, micro: Micro) -> float:
         """A forward pass that keeps nothing: about what one block would keep."""
-        number = FLOAT if self.machine.dtype == "float32" else DTYPE_BYTES.get(model.stored, 2)
         scores = self._scores_kept(model, trains=False) * model.shape.heads * micro.length
-        return number * micro.tokens * (_all_kept_per_token(model, self.habits) + scores)
+        numbers = micro.tokens * (_all_kept_per_token(model, self.habits) + scores)
+        return self._computed(model) * numbers
+
+    def _computed(self, model: Dense) -> int:
+        """Bytes of a number of a model that does not train."""
+        return FLOAT if self.machine.dtype == "float32" else DTYPE_BYTES.get(model.stored, 2)
 
     def _holes_bytes(self, micro: Micro) -> float:
         """What glibc holds between kept tensors. None under checkpointing, where
@@ -312,6 +319,26 @@ class Memory(Weights):
         yield self._moment("validation", updating=beside, activations=forward)
         loss = self._walk_bytes(micro, 1.0, self.teacher) + self._hidden_bytes(micro)
         yield self._moment("validation's loss", updating=beside, loss=loss)
+
+    def writing(self, prompts: Sequence[int], writer: Dense) -> Moment:
+        """While `writer` answers the longest of these prompts, by their lengths.
+
+        One that writes once is alone then; a student that writes as it learns is not.
+        """
+        rollouts, number = self.recipe.rollouts, self._computed(writer)
+        at_once = min(rollouts.batch_size, len(prompts))
+        forward = self._forward_bytes(writer, Micro(at_once, max(prompts), 0))
+        length = max(prompts) + rollouts.max_new_tokens
+        made = self._moment(
+            "writing",
+            activations=forward + kv_bytes(writer.shape, at_once, length, number),
+            loss=2.0 * FLOAT * at_once * writer.shape.vocabulary,  # logits, and what is drawn from
+        )
+        if rollouts.refresh_every:
+            return made
+        if rollouts.by == "teacher":
+            return replace(made, student=0.0, optimizer=0.0)
+        return replace(made, teacher=0.0, optimizer=0.0, student=float(number * writer.parameters))
 
     def _update_bytes(self, gradients: float, head: float) -> float:
         vocabulary = head * (1 if self.student.tied else 2)

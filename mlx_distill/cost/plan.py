@@ -6,6 +6,7 @@ numbers, and its lines. Needs no weights and imports no framework. Decided here:
 fitting, and that a measured peak stands above the estimate.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -89,8 +90,11 @@ class Plan:
 
     @property
     def peak_bytes(self) -> float:
-        """Measured where it was, else the estimate."""
-        return self.measured.peak_bytes if self.measured else self.peak.total
+        """Measured where it was, else the estimate; writing is never measured."""
+        if not self.measured:
+            return self.peak.total
+        writing = (moment.total for moment in self.moments if moment.name == "writing")
+        return max(self.measured.peak_bytes, *writing, 0.0)
 
     @property
     def total_flops(self) -> float:
@@ -99,7 +103,8 @@ class Plan:
     @property
     def fits(self) -> bool:
         """A step that ran fits, whatever the device says that it has."""
-        return bool(self.measured) or self.share <= 1
+        ran = self.measured is not None and self.peak_bytes == self.measured.peak_bytes
+        return ran or self.share <= 1
 
     @property
     def share(self) -> float:
@@ -137,11 +142,13 @@ class Plan:
     def verdict(self) -> str:
         about = "" if self.measured else "about "
         how = MEASURED if self.measured else ESTIMATED
+        if self.measured and self.peak_bytes > self.measured.peak_bytes:
+            how = "of writing texts, estimated; a step was measured"
         peak = f"peak memory {about}{amount(self.peak_bytes, 'B')} ({how})"
         if not self.memory_bytes:
             return f"{peak}; how much there is cannot be asked here"
         if self.share > 1:
-            answer = "a step ran all the same" if self.measured else "does not fit"
+            answer = "a step ran all the same" if self.fits else "does not fit"
         else:
             answer = "fits, but tightly" if self.share > TIGHT else "fits"
         return f"{peak}, {self.share:.0%} of {amount(self.memory_bytes, 'B')}: {answer}"
@@ -189,7 +196,10 @@ def make_plan(
         tokens_before=tuple(map(int, before.tokens)),
         tokens_after=tuple(map(int, after.tokens)),
         flops=_flops(recipe, work, memory),
-        moments=tuple(memory.moments(work.training, work.validation, accumulates)),
+        moments=(
+            *memory.moments(work.training, work.validation, accumulates),
+            *_writing(recipe, prepared, replace(memory, teacher=described)),
+        ),
         costliest=Costliest(
             memory.costliest(work.training),
             max(work.validation, key=lambda micro: micro.tokens, default=None),
@@ -210,6 +220,13 @@ def make_plan(
 
     setting = Setting(recipe, prepared, machine.memory_bytes, peak_of)
     return replace(plan, advice=advise(setting, plan.peak.total, work.longest, machine))
+
+
+def _writing(recipe: Recipe, prepared: Prepared, memory: Memory) -> Iterator[Moment]:
+    """Where texts are not written yet; `memory` has the teacher that may write them."""
+    writer = memory.teacher if recipe.rollouts.by == "teacher" else memory.student
+    if prepared.to_write and writer:
+        yield memory.writing(prepared.to_write, writer)
 
 
 def _flops(recipe: Recipe, work: Work, memory: Memory) -> dict[str, float]:

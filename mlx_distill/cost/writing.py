@@ -32,12 +32,16 @@ def writing_cost(
     """Of texts of `longest` new tokens each to prompts of these lengths, one text for each, written
     `at_once` together; keys and values are numbers of `number_bytes`.
     """
-    together = sorted(prompts, reverse=True)[:at_once]
-    width = max(together, default=0) + longest  # padded to the longest prompt
-    a_token = 2 * writer.layers * writer.kv_heads * writer.head_dim * number_bytes
+    width = max(prompts, default=0) + longest  # padded to the longest prompt
     return WritingCost(
         texts=len(prompts),
         tokens=longest * len(prompts),
         flops=writing_flops(prompts, [longest] * len(prompts), writer),
-        kv_bytes=len(together) * width * a_token,
+        kv_bytes=kv_bytes(writer, min(at_once, len(prompts)), width, number_bytes),
     )
+
+
+def kv_bytes(writer: Shape, texts: int, length: int, number_bytes: int) -> int:
+    """Keys and values of so many texts, prompts included, all of `length` tokens."""
+    a_token = 2 * writer.layers * writer.kv_heads * writer.head_dim * number_bytes
+    return texts * length * a_token

@@ -41,7 +41,8 @@ class Prepared:
     has the rows not used by reason; rows that were not needed are in none of these. `unused` has
     what used and skipped rows carry besides, by kind and name ("column source"), with how often.
     `day` is what prompts say, "" where their template reads no clock. `stay_whole` counts the
-    training examples that `whole_share` leaves uncut.
+    training examples that `whole_share` leaves uncut. `to_write` has the lengths of the prompts
+    that a model has still to answer, once for each text.
     """
 
     train: tuple[TokenSequence, ...]
@@ -53,6 +54,7 @@ class Prepared:
     day: str = ""
     notes: tuple[str, ...] = ()
     stay_whole: int = 0
+    to_write: tuple[int, ...] = ()
 
     def about_endings(self) -> list[str]:
         """For a person: how many examples are not cut, and how many end in an answer after it."""

@@ -75,7 +75,11 @@ class Rollouts:
 
     def planned(self) -> Prepared:
         """What may be learned, before anything is written: texts as long as they can be."""
-        return learnable(self.chosen, self.recipe, self._longest(self._train | self._held_out))
+        longest = self._longest(self._train | self._held_out)
+        return replace(
+            learnable(self.chosen, self.recipe, longest),
+            to_write=tuple(map(self._prompt, self.writing.asked())),
+        )
 
     def known(self) -> Prepared:
         """What is learned as far as it is known without writing anything; its notes say which of
@@ -111,7 +115,11 @@ class Rollouts:
         texts: list[Text] = []
         if asked := self._asked_once():
             with held_texts(self._root, self._fields, view.say) as file:
-                writer = _alone(load, backend, self.recipe)
+
+                def writer() -> Model:
+                    refuse_ranks(self.recipe, backend.ranks.size)
+                    return load()
+
                 texts = self.writing.texts(file, asked, writer, view.count)
             backend.release()
             view.say(f"texts in {self.folder}: {describe(account(texts, self.table.by))}")
@@ -122,12 +130,15 @@ class Rollouts:
         train = [text for text in texts if text.example in self._train]
         held_out = [text for text in texts if text.example in self._held_out]
         learned: Sequences = {text.example: [self.writing.sequence(text)] for text in held_out}
+        to_write: list[int] = []
         if self.table.refresh_every:
             learned |= self._longest(self._train)
+            to_write = [self._prompt(unit) for unit in self._units() if isinstance(unit, Asked)]
         elif train:
             learned |= self.writing.sequences(train)
             self._refuse_nothing(learned, train)
-        return learnable(self.chosen, self.recipe, learned)
+        found = learnable(self.chosen, self.recipe, learned)
+        return replace(found, to_write=tuple(to_write))
 
     def account(self, folder: Path, say: Say) -> Written:
         """What was written for the run in `folder`, so far."""
@@ -135,7 +146,7 @@ class Rollouts:
         found, shape = account(texts, self.table.by), self._shape()
         if shape is None:
             return found
-        prompts = [len(self.writing.prompts[text.example].tokens) for text in texts]
+        prompts = [self._prompt(text.asked) for text in texts]
         flops = writing_flops(prompts, [len(text.tokens) for text in texts], shape)
         return found.model_copy(update={"flops": flops})
 
@@ -153,15 +164,18 @@ class Rollouts:
         shape = self._shape()
         if shape is None:
             return None
-        lengths = {name: len(prompt.tokens) for name, prompt in self.writing.prompts.items()}
-        prompts = [lengths[one.example] for one in self._asked_once()]
+        prompts = [self._prompt(one) for one in self._asked_once()]
         if self.table.refresh_every:
             units = [unit for unit in self._units() if isinstance(unit, Asked)]
             passes = len(self._order()) * self.recipe.batch.global_batch_size / len(self._units())
-            again = [lengths[unit.example] for unit in units] * math.ceil(passes)
+            again = [self._prompt(unit) for unit in units] * math.ceil(passes)
             prompts += again[: round(passes * len(units))]
         longest, at_once = self.table.max_new_tokens, self.table.batch_size
         return writing_cost(prompts, longest, at_once, shape, number_bytes=4)
+
+    def _prompt(self, asked: Asked) -> int:
+        """The length of its prompt."""
+        return len(self.writing.prompts[asked.example].tokens)
 
     def _shape(self) -> Shape | None:
         return Shape.of(read_config(self._writer))
@@ -243,16 +257,15 @@ def known_sequences(pair: Pair, day: str) -> Prepared:
     return Rollouts(pair, chosen, day).known()
 
 
-def _alone(load: Callable[[], Model], backend: Backend, recipe: Recipe) -> Callable[[], Model]:
-    """The writer, which several ranks cannot be together."""
-
-    def refused() -> Model:
+def refuse_ranks(recipe: Recipe, ranks: int) -> None:
+    """Raise `RunError` where several ranks would write together."""
+    if ranks > 1:
+        first = "run `mlx-distill write` on the recipe first, without a launcher"
+        instead = "start the run without a launcher, or set rollouts.refresh_every=0"
         raise RunError(
-            f"{recipe.run.name}: texts are written by one process, here are {backend.ranks.size}: "
-            "run `mlx-distill write` on the recipe first, without a launcher"
+            f"{recipe.run.name}: texts are written by one process, here are {ranks}: "
+            + (instead if recipe.rollouts.refresh_every else first)
         )
-
-    return load if backend.ranks.size == 1 else refused
 
 
 def _unsaid(line: str) -> None:
