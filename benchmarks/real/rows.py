@@ -1,7 +1,7 @@
 """The sweeps of this folder: from run folders to kept rows to the tables of benchmarks/README.md.
 
     python benchmarks/real/rows.py keep      copy each sweep's results.csv here, with the costs below
-    python benchmarks/real/rows.py write     the tables from the kept rows
+    python benchmarks/real/rows.py write     the tables, and the figure of arms.toml, from the kept rows
 
 A sweep's `flops` are of the student's steps. `costs.csv` has what else a run cost: `teacher_flops`,
 the teacher's pass over the tokens of these steps, which a cache spares all but the first arm, and
@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 from benchmarks.findings import gap, share  # noqa: E402
+from benchmarks.real.figure import draw  # noqa: E402
 from benchmarks.tables import rewrite_section  # noqa: E402
 from mlx_distill.machine import this_machine  # noqa: E402
 from mlx_distill.recipe.recipe import with_values  # noqa: E402
@@ -42,6 +43,7 @@ from mlx_distill.words import DASH, amount, duration, percent  # noqa: E402
 
 SWEEPS = {  # → where its runs lie
     "first": "runs",
+    "second": "second/runs",
     "arms": "students",
     "rest": "students",
     "on-policy": "on-policy/runs",
@@ -110,11 +112,16 @@ def costs(folder: Path) -> tuple[float, float]:
 
 @app.command()
 def write() -> None:
-    """Rewrite the tables of the sweeps that have rows."""
+    """Rewrite the tables of the sweeps that have rows, and the figure of the first question."""
     begun = [name for name in SWEEPS if (HERE / f"{name}.csv").exists()]
     base = [one for name in begun for one in conditions(all_in(name), "base")]
     for name in begun:
         rewrite_section(f"real-{name}", page(all_in(name), base[0] if base else None))
+    if "arms" in begun:
+        rows = all_in("arms")
+        teacher = conditions(rows, "teacher")
+        above, before = (models[0] if models else None for models in (teacher, base))
+        draw(conditions(rows), above, before, HERE / "arms.svg")
 
 
 def all_in(name: str) -> list[Row]:
