@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from mlx_distill.commands.base import app, console, keep_torch_out, read, stoppable
-from mlx_distill.errors import DistillError
+from mlx_distill.errors import DistillError, RecipeError
 from mlx_distill.terminal.options import BackendOption, RecipeArgument, SetOption, in_range
 
 
@@ -77,6 +77,10 @@ def plan(
         bool,
         typer.Option("--probe", help="Measure the memory of one step, in a process of its own."),
     ] = False,
+    machine: Annotated[
+        str,
+        typer.Option("--for", metavar="NAME", help="Another machine: h100-80gb, m4-max-64gb, …"),
+    ] = "",
 ) -> None:
     """Say what a run will cost before it starts: tokens, FLOPs, memory by part, disk, and whether
     it fits. Needs no weights without --probe.
@@ -84,8 +88,16 @@ def plan(
     if not time:
         keep_torch_out()
     from mlx_distill.terminal.plan import plan as print_plan
+    from mlx_distill.terminal.plan import plan_elsewhere
 
-    print_plan(read(recipe, set_), console, backend, time, probe)
+    if machine:
+        if time or probe or backend != "auto":
+            raise RecipeError(
+                f"--for {machine} plans elsewhere: leave out --time, --probe, --backend"
+            )
+        plan_elsewhere(read(recipe, set_), console, machine)
+    else:
+        print_plan(read(recipe, set_), console, backend, time, probe)
 
 
 @app.command()

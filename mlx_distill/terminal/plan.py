@@ -16,6 +16,7 @@ from rich.text import Text
 
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.pair import Pair
+from mlx_distill.cost.known_machines import KnownMachine, known_machine
 from mlx_distill.cost.memory import PARTS
 from mlx_distill.cost.plan import MEASURED, SECONDS_FACTOR, Measured, Plan, make_plan
 from mlx_distill.cost.probe import ProbeFailed, Question, kept_answer, probe
@@ -115,17 +116,35 @@ def plan(
             trouble = OutOfMemory(f"{error}; {_shortage(question, prepared)}")
         except ProbeFailed as error:
             trouble = error
+    _print(prepared, made, machine, recipe, console)
+    if backend:
+        console.print(_time_text(made, backend.self_test().matmul_rate(), machine))
+    if trouble:
+        raise trouble
+    return made
+
+
+def plan_elsewhere(recipe: Recipe, console: Console, name: str) -> Plan:
+    """Print what a recipe will cost on the machine of this name, by what its maker states.
+
+    Raises `DistillError` for a name that is not known.
+    """
+    known = known_machine(name)
+    prepared, made, _ = plan_of(recipe, known.machine)
+    _print(prepared, made, known.machine, recipe, console)
+    console.print(Text(_time_at_least(made, known)))
+    return made
+
+
+def _print(
+    prepared: Prepared, made: Plan, machine: Machine, recipe: Recipe, console: Console
+) -> None:
     console.print(count_table(prepared, recipe))
     console.print(account(prepared, recipe))
     for note in prepared.notes:
         console.print(Text(note))
     for renderable in render(made, machine, recipe):
         console.print(renderable)
-    if backend:
-        console.print(_time_text(made, backend.self_test().matmul_rate(), machine))
-    if trouble:
-        raise trouble
-    return made
 
 
 def announce(
@@ -260,6 +279,20 @@ def _memory_table(plan: Plan) -> Table:
     if plan.measured:
         table.add_row(MEASURED, amount(plan.peak_bytes, "B"), "", style="bold")
     return table
+
+
+def _time_at_least(plan: Plan, known: KnownMachine) -> str:
+    """By the rate that a maker states of products that do nothing else."""
+    stated = f"{known.name}: {known.stated()} ({known.source})"
+    if not known.rate:
+        return f"{stated}; how long a run takes there is not known: `plan --time` on it says so"
+    seconds = plan.total_flops / known.rate
+    least = duration(seconds) if seconds >= 1 else "a moment"
+    slower = ", ".join(f"{factor:g} on {name}" for name, factor in SECONDS_FACTOR.items())
+    return (
+        f"{stated}\nat least {least} of training, if it did nothing but products at that rate; on "
+        f"CPUs a step takes so many times as long: {slower}. Nobody timed one there"
+    )
 
 
 def _time_text(plan: Plan, rate: float, machine: Machine) -> Text:
