@@ -150,12 +150,12 @@ class View:
         first, *others = _named(names, numbers)
         self.say_fields([f"validation after step {step}: {first}", *others])
 
-    def count(self, label: str, total: int) -> "Counter":
-        """A bar (or lines) for `total` pieces of other work; call the result with how many more are
-        done.
+    def count(self, label: str, total: int, done: int = 0) -> "Counter":
+        """A bar (or lines) for `total` pieces of other work, of which `done` were done before
+        anybody looked; call the result with how many more are.
         """
         self._close()
-        self._open(label, Pace(total, 0, self.clock()))
+        self._open(label, Pace(total, done, self.clock()))
         return Counter(self)
 
     def doing(self, text: str, news: bool) -> None:

@@ -81,7 +81,10 @@ class Mirror:
             return
         before = self._at
         if before is None or (before.label, before.total) != (at.label, at.total):
-            self._counter, before = self.view.count(at.label, at.total), None
+            if at.done >= at.total:
+                return
+            self._counter, before = self.view.count(at.label, at.total, at.done), at
+            self.view.doing(str(at), news=True)
         assert self._counter is not None
-        self._counter(at.done - (before.done if before else 0))
+        self._counter(at.done - before.done)
         self._at = at
