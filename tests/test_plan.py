@@ -666,10 +666,33 @@ def test_a_quantised_teacher_is_advised_where_it_is_large():
     )
     assert plan.advice.changes[0].what == "teacher.quantize_bits=4" and plan.advice.changes[0].fits
     assert plan.peak.teacher == 4 * Dense.of(teacher, "it").parameters > 50 * 10**6
-    refuses = make_plan(
-        asked, prepared([16] * 8), teacher, CONFIG, replace(TORCH, memory_bytes=60 * 10**6)
-    )  # torch's CPU cannot
-    assert not any("quantize" in change.what for change in refuses.advice.changes)
+    small = replace(TORCH, memory_bytes=60 * 10**6)
+    torchs = make_plan(asked, prepared([16] * 8), teacher, CONFIG, small)
+    assert torchs.advice.changes[0].what == "teacher.quantize_bits=4"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_teacher_on_torch_is_counted_as_it_is(bits, tmp_path, bytes_tokenizer):
+    """What it holds, and the one matrix that is made for a product."""
+    folder = model_folder(tmp_path / "teacher", bytes_tokenizer(), layers=2, width=64)
+    real = TorchBackend().load_teacher(folder, "it", bits).split.model
+    held = [*real.parameters(), *real.buffers()]
+    rotary = sum(b.nbytes for name, b in real.named_buffers() if "inv_freq" in name)
+    config = read_config(folder)
+    assert teacher_bytes(Dense.of(config, "it"), bits, "float32") == (
+        sum(tensor.nbytes for tensor in held) - rotary
+    )
+    asked = {"teacher": {"model": "it", "quantize_bits": bits}, "objective": {"kd_weight": 0.5}}
+    largest = max(
+        module.matrix().numel() for module in real.modules() if hasattr(module, "packing")
+    )
+    on_torch, on_mlx = (memory_of(asked, config, one, config) for one in (TORCH, CPU))
+    assert on_torch.unpacked_bytes() == (1 + 4) * largest and on_mlx.unpacked_bytes() == 0
+    nf4 = asked | {"teacher": {"model": "it", "quantize_bits": "nf4"}}
+    assert memory_of(nf4, config, TORCH, config).unpacked_bytes() == 0
+    assert (
+        memory_of(asked | {"teacher": {"model": "it"}}, config, TORCH, config).unpacked_bytes() == 0
+    )
 
 
 def test_writing_counts_keys_and_values_and_is_part_of_the_verdict():

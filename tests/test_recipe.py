@@ -118,7 +118,7 @@ def test_a_field_outside_of_its_table_is_refused(write, tmp_path):
             "0, or from 1e-06 to 1.0",
             "-0.1",
         ),
-        ("[teacher]\nquantize_bits = 5\n", "[teacher] quantize_bits", "0, 4, 6 or 8", "5"),
+        ("[teacher]\nquantize_bits = 5\n", "[teacher] quantize_bits", "0, 4, 6, 8 or 'nf4'", "5"),
         (
             '[optim]\noptimizer = "sgd"\n',
             "[optim] optimizer",

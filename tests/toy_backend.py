@@ -137,7 +137,7 @@ class ToyBackend:
     name, ranks = "toy", Ranks()
 
     def load_teacher(
-        self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
+        self, folder: Path, name: str, quantize_bits: int | str = 0, dtype: str = "auto"
     ) -> ToyTeacher:
         return ToyTeacher(self.table(folder))
 

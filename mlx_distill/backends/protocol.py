@@ -321,10 +321,11 @@ class Backend(Protocol):
     def device(self) -> DeviceInfo: ...
 
     def load_teacher(
-        self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
+        self, folder: Path, name: str, quantize_bits: int | str = 0, dtype: str = "auto"
     ) -> LiveTeacher:
         """A frozen teacher of `folder` that computes in `dtype` ("auto": float32 on a CPU, elsewhere
-        as stored); `name` is what the user called it. Raises `ModelError`.
+        as stored), quantised as `TeacherTable` says; `name` is what the user called it. Raises
+        `ModelError`.
         """
 
     def load_student(self, folder: Path, name: str, recipe: Recipe) -> Student:

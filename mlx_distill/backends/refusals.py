@@ -62,9 +62,16 @@ def no_such_layer(name: str, asked: int, found: int) -> ModelError:
     )
 
 
-def quantised_already(name: str, asked: int, stored: int | str) -> ModelError:
+def quantised_already(name: str, asked: int | str, stored: int | str) -> ModelError:
     return ModelError(
         f"{name}: quantize_bits = {asked} asked, but it is already stored in {stored} bits: set 0"
+    )
+
+
+def too_narrow(name: str, group_size: int) -> ModelError:
+    return ModelError(
+        f"{name}: no layer is as wide as a multiple of {group_size}, so it cannot be quantised: set "
+        "quantize_bits = 0"
     )
 
 

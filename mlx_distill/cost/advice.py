@@ -103,9 +103,7 @@ def advise(setting: Setting, peak_bytes: float, longest: int, machine: Machine) 
 def _changes(setting: Setting, longest: int, machine: Machine) -> Iterator[tuple[str, Alter]]:
     recipe = setting.recipe
     student, half, shorter = recipe.student, recipe.batch.micro_batch_size // 2, longest // 2
-    # torch has no kernels for it on a CPU
-    quantises = machine.backend == "mlx" or machine.device == "cuda"
-    if recipe.teacher.model and not recipe.teacher.quantize_bits and quantises:
+    if recipe.teacher.model and not recipe.teacher.quantize_bits:
         yield "teacher.quantize_bits=4", lambda now: now.having("teacher", quantize_bits=4)
     if student.tuning == "full":
         yield 'student.tuning="lora"', lambda now: now.having("student", tuning="lora")

@@ -81,13 +81,13 @@ def _biases(config: dict, shape: Shape) -> int:
 
 
 def teacher_bytes(
-    model: Dense, quantize_bits: int, device_dtype: str, compute_dtype: str = "auto"
+    model: Dense, quantize_bits: int | str, device_dtype: str, compute_dtype: str = "auto"
 ) -> float:
     """A frozen teacher's weights in its `compute_dtype`; "auto" is float32 where the device computes
     in it, as stored elsewhere. Quantised by groups of 64.
     """
     stored = "float32" if device_dtype == "float32" else model.stored
     number = DTYPE_BYTES.get(stored if compute_dtype == "auto" else compute_dtype, 2)
-    packed = quantize_bits or model.bits
+    packed = 4 if quantize_bits == "nf4" else int(quantize_bits) or model.bits
     bits = packed + 2 * 8 * number / model.group_size if packed else 8 * number
     return model.matrices * bits / 8 + model.vectors * number

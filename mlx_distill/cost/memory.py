@@ -298,9 +298,10 @@ class Memory(Weights):
         shape, kept = self.student.shape, self._kept_bytes(micro)
         head = float(FLOAT * shape.vocabulary * shape.width) if self.full else 0.0
         if self.asked:
-            forward = self._forward_bytes(self.asked, micro)
+            forward = self._forward_bytes(self.asked, micro) + self.unpacked_bytes()
             yield self._moment("teacher", holes, gradients=held, activations=lazy * kept + forward)
         walk = self._walk_bytes(micro, self.recipe.objective.temperature, self.asked)
+        walk += self.unpacked_bytes() if self.asked else 0.0
         loss = max(walk, head if lazy else 0.0) + self._hidden_bytes(micro) + head
         yield self._moment("loss", holes, gradients=held, activations=kept, loss=loss)
         under_way = self._under_way_bytes(micro)
@@ -315,9 +316,11 @@ class Memory(Weights):
     def _validation_moments(self, micro: Micro) -> Iterator[Moment]:
         models = [self.student, *([self.teacher] if self.teacher else [])]
         forward = max(self._forward_bytes(model, micro) for model in models)
+        forward += self.unpacked_bytes()
         beside = float(FLOAT * self.trainable() * self.recipe.optim.schedule_free)  # or the mean
         yield self._moment("validation", updating=beside, activations=forward)
         loss = self._walk_bytes(micro, 1.0, self.teacher) + self._hidden_bytes(micro)
+        loss += self.unpacked_bytes()
         yield self._moment("validation's loss", updating=beside, loss=loss)
 
     def writing(self, prompts: Sequence[int], writer: Dense) -> Moment:

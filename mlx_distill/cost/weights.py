@@ -109,6 +109,24 @@ class Weights:
             self.teacher, asked.quantize_bits, self.machine.dtype, asked.compute_dtype
         )
 
+    def unpacked_bytes(self) -> float:
+        """The largest matrix of a teacher that torch keeps packed: it is made for each product, its
+        integers (a byte each) beside its numbers.
+        """
+        if self.teacher is None or self.machine.backend != "torch" or not self._packed:
+            return 0.0
+        shape = self.teacher.shape
+        blocks = (inputs * outputs for inputs, outputs in shape.matrices().values())
+        number = DTYPE_BYTES.get(self.teacher.stored, 2) if self.machine.dtype != "float32" else 4
+        return float((1 + number) * max(shape.vocabulary * shape.width, *blocks))
+
+    @property
+    def _packed(self) -> bool:
+        """Quantised, and by MLX's format."""
+        assert self.teacher is not None
+        bits = self.recipe.teacher.quantize_bits
+        return bits != "nf4" and bool(bits or self.teacher.bits)
+
     @property
     def is_dora(self) -> bool:
         return self.table.tuning == "dora"

@@ -45,8 +45,9 @@ class TeacherTable(Table):
     revision: str = "main"
     """Of a hub id: branch, tag or commit."""
 
-    quantize_bits: Literal[0, 4, 6, 8] = 0
-    """Quantise the teacher to so many bits on load; 0 = as stored."""
+    quantize_bits: Literal[0, 4, 6, 8, "nf4"] = 0
+    """Quantise the teacher on load to so many bits, in MLX's affine format on both backends, or to
+    bitsandbytes' NF4 on CUDA; 0 = as stored."""
 
     compute_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], CameLater("auto")

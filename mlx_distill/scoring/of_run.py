@@ -32,7 +32,7 @@ class ScoredModel:
 
     part: str
     path: Path
-    bits: int = 0
+    bits: int | str = 0
 
     def refuse_changed(self, folder: RunFolder, pair: Pair) -> None:
         """Raises `RunError` for a model that is not the one of this run any more."""

@@ -25,7 +25,7 @@ class CacheFields:
 
     kind: str
     teacher_fingerprint: str
-    quantize_bits: int
+    quantize_bits: int | str
     tokenizer_digest: str  # of the vocabulary; the chat template's work is compared token by token
     vocabulary_rows: int  # ids that the teacher's softmax is over (hidden: rows of its head)
     top_k: int = 0

@@ -5,7 +5,6 @@ else, dropout, checkpointed blocks.
 import sys
 from pathlib import Path
 
-import mlx_lm.utils
 import numpy as np
 import pytest
 import torch
@@ -145,25 +144,16 @@ def test_nothing_is_dropped_out(config: dict, tmp_path: Path):
 # Teachers
 
 
-def test_quantising_needs_cuda(folder: Path):
-    assert_refused(
-        lambda: TORCH.load_teacher(folder, 4),
-        "quantize_bits = 4 asked, but torch quantises on CUDA alone and this is a cpu: set 0$",
-    )
-
-
-def test_quantising_on_cuda_needs_a_width_and_a_library_that_exist(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_nf4_needs_cuda_and_a_library(folder: Path, monkeypatch: pytest.MonkeyPatch):
     """What is refused before the GPU is touched."""
-    cuda = torch.device("cuda")
-    expected = (
-        r"quantize_bits = 6 asked, but on CUDA there are 4 and 8 \(bitsandbytes\): choose one$"
+    assert_refused(
+        lambda: TORCH.load_teacher(folder, "nf4"),
+        'quantize_bits = "nf4" asked, but bitsandbytes computes on CUDA alone and this is a cpu: set 4$',
     )
-    assert_refused(lambda: loading.load_teacher(folder, "m", 6, cuda, None), expected)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    expected = r'quantize_bits = 4 asked, but bitsandbytes is not installed: pip install "mlx-distill\[torch\]", or set 0$'
-    assert_refused(lambda: loading.load_teacher(folder, "m", 4, cuda, None), expected)
+    expected = r'quantize_bits = "nf4" asked, but bitsandbytes is not installed: pip install "mlx-distill\[torch\]", or set 4$'
+    cuda = torch.device("cuda")
+    assert_refused(lambda: loading.load_teacher(folder, "m", "nf4", cuda, None), expected)
 
 
 def test_a_teacher_quantised_by_others_is_not_quantised_again(folder: Path):
@@ -172,15 +162,6 @@ def test_a_teacher_quantised_by_others_is_not_quantised_again(folder: Path):
         lambda: TORCH.load_teacher(folder, 8),
         "quantize_bits = 8 asked, but it is already stored in 4 bits: set 0$",
     )
-
-
-def test_a_teacher_quantised_by_mlx_is_refused(folder: Path, tmp_path: Path):
-    """Its packed integers are no weights to transformers."""
-    model, config = mlx_lm.utils.load_model(folder)
-    model, config = mlx_lm.utils.quantize_model(model, config, 64, 8)
-    mlx_lm.utils.save_model(tmp_path / "stored", model)
-    mlx_lm.utils.save_config(config, tmp_path / "stored" / "config.json")
-    assert_refused(lambda: TORCH.load_teacher(tmp_path / "stored"), "transformers cannot load ")
 
 
 def test_pickled_weights_are_no_weights(folder: Path):

@@ -62,7 +62,7 @@ class MlxBackend:
         return getattr(mx, self.device().dtype if asked == "auto" else asked)
 
     def load_teacher(
-        self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
+        self, folder: Path, name: str, quantize_bits: int | str = 0, dtype: str = "auto"
     ) -> MlxTeacher:
         with explained(f"loading {name}"):
             split = loading.load_teacher(folder, name, quantize_bits)

@@ -28,10 +28,14 @@ from mlx_distill.recipe.tables import StudentTable
 Notes = tuple[str, ...]
 
 
-def load_teacher(folder: Path, name: str, quantize_bits: int) -> SplitModel:
+def load_teacher(folder: Path, name: str, quantize_bits: int | str) -> SplitModel:
     """Any causal LM that mlx-lm loads, frozen; `quantize_bits` (4, 6, 8; 0 = as stored) quantises
     on load.
     """
+    if isinstance(quantize_bits, str):
+        raise ModelError(
+            f'{name}: quantize_bits = "{quantize_bits}" asked, which MLX does not have: set 4'
+        )
     model, config, notes, _ = _load(folder, name, student=False, lazy=bool(quantize_bits))
     if quantize_bits:
         if "quantization" in config:
@@ -48,10 +52,7 @@ def _quantize(model: nn.Module, name: str, bits: int, group_size: int = 64) -> N
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
 
     if not any(fits(path, module) for path, module in model.named_modules()):
-        raise ModelError(
-            f"{name}: no layer is as wide as a multiple of {group_size}, so it cannot be "
-            "quantised: set quantize_bits = 0"
-        )
+        raise refusals.too_narrow(name, group_size)
     nn.quantize(model, group_size, bits, class_predicate=fits)
     mx.eval(model.parameters())
 

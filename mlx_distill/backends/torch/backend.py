@@ -71,7 +71,7 @@ class TorchBackend:
         )
 
     def load_teacher(
-        self, folder: Path, name: str, quantize_bits: int = 0, dtype: str = "auto"
+        self, folder: Path, name: str, quantize_bits: int | str = 0, dtype: str = "auto"
     ) -> TorchTeacher:
         on_gpu = self._device.type != "cpu"
         as_stored = dtype == "auto" and on_gpu and self._has_bfloat16()

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from mlx_distill.backends.torch.affine import AffineLinear, TiedHead
 from mlx_distill.backends.torch.products import project
 
 # replaces logits of -inf, whose differences are NaN; its probability is 0 and 0 * FLOOR is 0
@@ -42,6 +43,22 @@ class MatrixHead:
         if self.bias is not None:
             logits += self.bias[:rows].float()
         return logits if self.finish is None else self.finish(logits).float()
+
+
+@dataclass(frozen=True)
+class AffineHead:
+    """The same with a packed matrix, which is made for each product."""
+
+    module: AffineLinear | TiedHead
+    bias: Tensor | None = None
+    finish: Finish | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.matrix()
+
+    def logits(self, hidden: Tensor, rows: int, out: Tensor | None = None) -> Tensor:
+        return MatrixHead(self.weight, self.bias, self.finish).logits(hidden, rows, out)
 
 
 @dataclass(frozen=True)

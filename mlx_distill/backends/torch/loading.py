@@ -15,7 +15,9 @@ from transformers.activations import ACT2CLS
 
 from mlx_distill.backends import refusals
 from mlx_distill.backends.torch.adapters import add_adapters
+from mlx_distill.backends.torch.affine import Packing, quantise_model
 from mlx_distill.backends.torch.model import SplitModel
+from mlx_distill.backends.torch.stored_affine import KEYS, AffineConfig, stored_packings
 from mlx_distill.backends.torch.weights import cast_frozen, stored_weights
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config, read_generation_config
@@ -23,52 +25,56 @@ from mlx_distill.models.ranges import ACTIVATIONS, refuse_impossible
 from mlx_distill.models.weights import read_weights
 from mlx_distill.recipe.tables import StudentTable
 
+GROUP_SIZE = 64  # what `mlx.nn.quantize` takes
+
 transformers.utils.logging.disable_progress_bar()
 
 
 def load_teacher(
-    folder: Path, name: str, quantize_bits: int, device: torch.device, dtype: torch.dtype | None
+    folder: Path,
+    name: str,
+    quantize_bits: int | str,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> SplitModel:
-    """Any causal LM that transformers loads, frozen, in `dtype` (None = as stored); `quantize_bits`
-    (4, 8; 0 = none) quantises on load.
+    """Any causal LM that transformers loads, frozen, in `dtype` (None = as stored). `quantize_bits`
+    (0 = as stored) quantises on load: to MLX's affine format, or on CUDA to bitsandbytes' "nf4".
     """
-    options = _quantisation(folder, name, quantize_bits, device) if quantize_bits else {}
-    model = _load(folder, name, device, dtype, **options).requires_grad_(False)
-    return SplitModel(model, name)
-
-
-def _quantisation(folder: Path, name: str, bits: int, device: torch.device) -> dict:
-    """bitsandbytes' NF4 or int8, which need CUDA."""
     config = read_config(folder, name)
-    if stored := config.get("quantization_config") or config.get("quantization"):
-        raise refusals.quantised_already(name, bits, stored.get("bits", "fewer"))
+    stored = config.get("quantization") or config.get("quantization_config")
+    if quantize_bits and stored:
+        raise refusals.quantised_already(name, quantize_bits, stored.get("bits", "fewer"))
+    if isinstance(quantize_bits, int) and quantize_bits:
+        model = _load(folder, name, torch.device("cpu"), None)  # rounded from what is stored
+        if not quantise_model(model, Packing(quantize_bits, GROUP_SIZE)):
+            raise refusals.too_narrow(name, GROUP_SIZE)
+        model = model.to(device=device, dtype=dtype)
+    else:
+        options = _nf4(name, device) if quantize_bits else {}
+        model = _load(folder, name, device, dtype, **options)
+    return SplitModel(model.requires_grad_(False), name)
+
+
+def _nf4(name: str, device: torch.device) -> dict[str, Any]:
+    """bitsandbytes' format, which needs CUDA."""
     if device.type != "cuda":
         raise ModelError(
-            f"{name}: quantize_bits = {bits} asked, but torch quantises on CUDA alone and this is "
-            f"a {device.type}: set 0"
-        )
-    if bits not in (4, 8):
-        raise ModelError(
-            f"{name}: quantize_bits = {bits} asked, but on CUDA there are 4 and 8 (bitsandbytes): "
-            "choose one"
+            f'{name}: quantize_bits = "nf4" asked, but bitsandbytes computes on CUDA alone and this '
+            f"is a {device.type}: set 4"
         )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise ModelError(
-            f"{name}: quantize_bits = {bits} asked, but bitsandbytes is not installed: pip "
-            'install "mlx-distill[torch]", or set 0'
+            f'{name}: quantize_bits = "nf4" asked, but bitsandbytes is not installed: pip install '
+            '"mlx-distill[torch]", or set 4'
         ) from None
-    chosen = (
-        {"load_in_8bit": True}
-        if bits == 8
-        else {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": torch.bfloat16,
-        }
+    chosen = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    return {"quantization_config": transformers.BitsAndBytesConfig(**chosen)}
+    return {"quantization_config": chosen}
 
 
 def load_student(
@@ -113,12 +119,18 @@ def _load(
     refuse_impossible(config, f"{name}: {folder / 'config.json'}")
     weights.refuse_unusable(config, name)
     _refuse_unknown_activation(config, folder, name)
+    packings = stored_packings(config, weights, name)
     if device.type == "cuda":
         options |= {"device_map": {"": device}}
     quiet = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()  # what it would warn of is refused below
     with weights.alone() as alone:
         try:
+            if packings:
+                options |= {
+                    "config": _unpacked(alone),
+                    "quantization_config": AffineConfig(packings),
+                }
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 alone,
                 dtype=dtype or "auto",
@@ -140,6 +152,15 @@ def _load(
             reason = f"{len(wrong)} tensors are {kind.partition('_')[0]}, {wrong[0]} among them"
             raise refusals.unloadable(name, folder, "transformers", ValueError(reason))
     return model
+
+
+def _unpacked(folder: Path) -> transformers.PretrainedConfig:
+    """The folder's config without MLX's words for its format, which transformers does not know."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    for key in KEYS:
+        if hasattr(config, key):
+            delattr(config, key)
+    return config
 
 
 def _refuse_unknown_activation(config: dict, folder: Path, name: str) -> None:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import ModelOutput
 
 from mlx_distill.backends import refusals
-from mlx_distill.backends.torch.heads import CallableHead, Finish, Head, MatrixHead
+from mlx_distill.backends.torch.affine import AffineLinear, TiedHead
+from mlx_distill.backends.torch.heads import AffineHead, CallableHead, Finish, Head, MatrixHead
 from mlx_distill.files import all_lines
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -114,8 +115,10 @@ class SplitModel:
             and self._equals_head(MatrixHead(module.weight))
         )
 
-    def _matrix_head(self, finish: Finish | None) -> MatrixHead | None:
+    def _matrix_head(self, finish: Finish | None) -> MatrixHead | AffineHead | None:
         module = self.model.get_output_embeddings()
+        if isinstance(module, AffineLinear | TiedHead):
+            return AffineHead(module, getattr(module, "bias", None), finish)
         return MatrixHead(module.weight, module.bias, finish) if type(module) is nn.Linear else None
 
     def _after_trunk(self, skip_head: bool = False) -> "_AfterTrunk":

@@ -18,7 +18,7 @@ from mlx_distill.backends.torch import ranks as together
 from mlx_distill.backends.torch.activations import activations
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.generate import TorchModel
-from mlx_distill.backends.torch.heads import FLOOR, Head, MatrixHead
+from mlx_distill.backends.torch.heads import FLOOR, AffineHead, Head, MatrixHead
 from mlx_distill.backends.torch.matching import Watched
 from mlx_distill.backends.torch.model import SplitModel
 from mlx_distill.data.batches import Batch
@@ -78,7 +78,9 @@ class TorchTeacher(TorchModel):
 
     def head_matrix(self) -> np.ndarray | None:
         head = self._head
-        if not isinstance(head, MatrixHead) or head.bias is not None or head.finish is not None:
+        if not isinstance(head, MatrixHead | AffineHead):
+            return None
+        if head.bias is not None or head.finish is not None:
             return None
         return to_bits(head.weight)
 
