@@ -19,6 +19,7 @@ from mlx_distill.backends.failures import explained
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend, LiveTeacher, Model, Student, Teacher
 from mlx_distill.cost.flops import flops_counter, total_flops
+from mlx_distill.cost.kept_answers import Kept
 from mlx_distill.data.batches import Steps, validation_batches
 from mlx_distill.data.day import about_day, day_of_run
 from mlx_distill.data.detection import with_format
@@ -46,12 +47,14 @@ from mlx_distill.scoring.task_scores import TaskScores, changed_generations, for
 from mlx_distill.signals import asked_to_stop
 from mlx_distill.teaching.cached_teacher import CachedTeacher
 from mlx_distill.teaching.folder import TeacherCache
-from mlx_distill.teaching.of_recipe import asked_of_teacher, days_of, filled
+from mlx_distill.teaching.kept_answers import KeptAnswers
+from mlx_distill.teaching.of_recipe import asked_of_teacher, days_of, filled, kept_in_memory
 from mlx_distill.terminal.last_words import last_words
 from mlx_distill.terminal.plan import announce, shortage
 from mlx_distill.training.loop import Source, Training, restore
 from mlx_distill.verify.tasks import Task, tasks_of
 from mlx_distill.view import View, silent
+from mlx_distill.words import amount
 from mlx_distill.writing.of_recipe import Rollouts, refuse_ranks
 
 
@@ -235,7 +238,8 @@ class Pipeline:
         device, say = self.backend.device(), self.view.say
         inputs = begin(folder, self.pair, prepared, len(source), device, kept_answers, say)
         folder.write(make_sample(prepared, recipe, self.pair.tokenizer))
-        student, teacher = self._load_models(cached)
+        kept = kept_in_memory(self.pair, prepared, self.backend)
+        student, teacher = self._load_models(cached, kept)
         refuse_full_disk(folder, recipe.run, student, len(source))
         with asked_to_stop() as asked, self.backend.training_limits():
             training = Training(
@@ -247,7 +251,7 @@ class Pipeline:
                 validation_batches(prepared.validation, recipe.batch),
                 folder,
                 self.view,
-                flops_counter(recipe, self.pair.teacher, self.pair.student),
+                flops_counter(recipe, self.pair.teacher, self.pair.student, kept.training),
                 inputs,
                 asked.is_set,
             )
@@ -298,19 +302,27 @@ class Pipeline:
             self.pair, self.day, sequences, self._load_teacher, self.backend, made, self.view
         )
 
-    def _load_models(self, cached: CachedTeacher | None) -> tuple[Student, Teacher | None]:
+    def _load_models(
+        self, cached: CachedTeacher | None, kept: Kept
+    ) -> tuple[Student, Teacher | None]:
         name = self.recipe.student.model
         student = self.backend.load_student(self.pair.student, name, self.recipe)
         self._say_notes(student)
         if not self.pair.teacher:
             return student, None
-        teacher = cached or self._load_teacher()
+        live = None if cached else self._load_teacher()
+        teacher: Teacher | None = cached or live
+        if live and kept.sequences:
+            teacher = KeptAnswers(live, self.backend, kept.sequences, self.recipe.batch)
+            size = amount(kept.bytes, "B")
+            self.view.say(f"the teacher's answers are kept in memory: {size}, each asked once")
+        assert teacher is not None
         compared = self.pair.common_rows(teacher.vocabulary_rows, student.vocabulary_rows)
         student.compare_first(compared)
         if cached:
             cached.refuse_other_rows(compared)
         if self.recipe.objective.hidden_weight:
-            student.match_hidden(teacher)
+            student.match_hidden(live)
         return student, teacher
 
     def _load_teacher(self) -> LiveTeacher:

@@ -76,6 +76,7 @@ CASES = {
     "teacher.revision": ("v2", ("teacher.model=org/teacher",)),
     "teacher.quantize_bits": ("4", ("teacher.model={root}/wide",)),
     "teacher.compute_dtype": ("bfloat16", ()),
+    "teacher.keep_answers": ("off", ("optim.steps=0", "optim.epochs=2")),
     "teacher.cache": ("sampled", CACHED),
     "teacher.cache_folder": (
         "{out}/tiny/answers",

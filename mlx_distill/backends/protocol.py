@@ -195,6 +195,8 @@ class LiveTeacher(Model, Teacher, Protocol):
     `rows` ids of its head are compared, at temperature 1.
     """
 
+    loss_head: Any  # as `Backend.cached_targets` takes one
+
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The k most likely ids `int32[N, k]`, their log-probabilities float32 [N, k], the log of
         the rest [N].

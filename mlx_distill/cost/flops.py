@@ -225,10 +225,11 @@ def _trained_trunk(
 
 
 def flops_counter(
-    recipe: Recipe, teacher: Path | None, student: Path
+    recipe: Recipe, teacher: Path | None, student: Path, once: bool = False
 ) -> Callable[[Step], dict[str, float]]:
     """What a step of a recipe costs by part; {} where a model is not a dense decoder of a known
-    kind. Hidden states that are kept cost no pass through the teacher's trunk.
+    kind. Hidden states that are kept cost no pass through the teacher's trunk: those on disk none
+    at all, those in memory (`once`) none after the first.
     """
     table, kind = recipe.student, recipe.teacher.cache
     ours = Shape.of(read_config(student))
@@ -245,9 +246,21 @@ def flops_counter(
         parts = step_flops(step, theirs, ours, full, checkpointing, adapters, selection, matched)
         if kind == "hidden":
             parts.pop("teacher", None)
+        elif once and theirs:
+            parts["teacher"] = theirs.trunk(_first_read(step))
         return parts
 
     return counted
+
+
+def _first_read(step: Step) -> list[int]:
+    """The lengths of what no earlier epoch read, each once."""
+    lengths = {
+        name: int(length)
+        for batch in step.batches
+        for name, length in zip(batch.ids, batch.lengths, strict=True)
+    }
+    return [lengths[name] for name in sorted(step.new)]
 
 
 def total_flops(steps: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -6,17 +6,19 @@ numbers, and its lines. Needs no weights and imports no framework. Decided here:
 fitting, and that a measured peak stands above the estimate.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from mlx_distill.cost.advice import Advice, Setting, advise
 from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
 from mlx_distill.cost.flops import matching_flops, selection_flops, training_flops
+from mlx_distill.cost.kept_answers import kept_answers
 from mlx_distill.cost.memory import Memory, Micro, Moment
 from mlx_distill.cost.work import Work
 from mlx_distill.data.counts import count_tokens
 from mlx_distill.data.prepare import Prepared
+from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import OutOfMemory
 from mlx_distill.machine import Machine
 from mlx_distill.recipe.recipe import Recipe
@@ -74,6 +76,7 @@ class Plan:
     checkpoints: int  # that lie on disk at once
     student_bytes: int
     cache_bytes: int = 0  # of the teacher cache, at most; 0 where there is none
+    kept_bytes: int = 0  # of a live teacher's answers, in memory
     measured: Measured | None = None
     advice: Advice | None = None  # None where the run fits
 
@@ -182,7 +185,9 @@ def make_plan(
     described = Dense.of(teacher_config, recipe.teacher.model) if teacher_config else None
     # answers that lie on disk load no teacher
     teacher = None if recipe.teacher.cache in ("top_k", "sampled") else described
-    memory, work = Memory(recipe, teacher, student, machine), Work.of(recipe, prepared)
+    kept = kept_answers(recipe, prepared, teacher, machine)
+    memory = Memory(recipe, teacher, student, machine, kept.bytes)
+    work = Work.of(recipe, prepared)
     accumulates = recipe.batch.global_batch_size > recipe.batch.micro_batch_size
     before, after = (
         count_tokens(part, recipe.objective.segments)
@@ -195,7 +200,7 @@ def make_plan(
         examples=len(prepared.train),
         tokens_before=tuple(map(int, before.tokens)),
         tokens_after=tuple(map(int, after.tokens)),
-        flops=_flops(recipe, work, memory),
+        flops=_flops(recipe, work, memory, prepared.train if kept.training else ()),
         moments=(
             *memory.moments(work.training, work.validation, accumulates),
             *_writing(recipe, prepared, replace(memory, teacher=described)),
@@ -210,6 +215,7 @@ def make_plan(
         checkpoints=kept_checkpoints(recipe.run, work.steps),
         student_bytes=_exported_bytes(recipe, memory),
         cache_bytes=cache_bytes(recipe.teacher, prepared, described, machine) if described else 0,
+        kept_bytes=kept.bytes,
     )
     if plan.fits or not advised:
         return plan
@@ -229,8 +235,12 @@ def _writing(recipe: Recipe, prepared: Prepared, memory: Memory) -> Iterator[Mom
         yield memory.writing(prepared.to_write, writer)
 
 
-def _flops(recipe: Recipe, work: Work, memory: Memory) -> dict[str, float]:
-    """By part; a teacher's hidden states that are kept cost no pass through its trunk."""
+def _flops(
+    recipe: Recipe, work: Work, memory: Memory, once: Sequence[TokenSequence]
+) -> dict[str, float]:
+    """By part; a teacher's hidden states that are kept cost no pass through its trunk, or `once` one
+    for each sequence.
+    """
     parts = work.flops(
         partial(
             training_flops,
@@ -243,6 +253,8 @@ def _flops(recipe: Recipe, work: Work, memory: Memory) -> dict[str, float]:
     )
     if recipe.teacher.cache == "hidden":
         parts.pop("teacher", None)
+    elif once and memory.asked:
+        parts["teacher"] = memory.asked.shape.trunk([len(sequence) for sequence in once])
     teacher = memory.asked.shape if memory.asked else None
     lengths, asked = work.lengths.ravel().tolist(), float(work.asked.sum())
     chosen_by = recipe.selection, teacher, memory.student.shape

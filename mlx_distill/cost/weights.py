@@ -21,6 +21,7 @@ class Weights:
     teacher: Dense | None
     student: Dense
     machine: Machine
+    kept_bytes: int = 0  # of a live teacher's answers
 
     @property
     def table(self) -> StudentTable:
@@ -105,9 +106,10 @@ class Weights:
         if not self.teacher:
             return 0.0
         asked = self.recipe.teacher
-        return teacher_bytes(
+        weights = teacher_bytes(
             self.teacher, asked.quantize_bits, self.machine.dtype, asked.compute_dtype
         )
+        return weights + self.kept_bytes
 
     def unpacked_bytes(self) -> float:
         """The largest matrix of a teacher that torch keeps packed: it is made for each product, its

@@ -66,6 +66,7 @@ class Step:
     loss_tokens: float
     tokens: int  # real (unpadded) tokens read
     positions: int
+    new: frozenset[str] = frozenset()  # ids of what no earlier epoch read
 
 
 class Order:
@@ -214,13 +215,14 @@ class Steps:
     def step(self, index: int) -> Step:
         """Step `index`, counted from 0. Raises `IndexError` for one that there is not."""
         segments, selection = self._segments, self._selection
+        rows, epochs = self.order.of_step(index), self.order.epochs_of_step(index)
         taken = [
             select_known(self._sequences[row], segments, selection, self._seed, epoch)
-            for row, epoch in zip(
-                self.order.of_step(index), self.order.epochs_of_step(index), strict=True
-            )
+            for row, epoch in zip(rows, epochs, strict=True)
         ]
-        return make_step(index, taken, segments, self._batch, self._endings, selection)
+        new = (one.id for one, epoch in zip(taken, epochs, strict=True) if not epoch)
+        step = make_step(index, taken, segments, self._batch, self._endings, selection)
+        return replace(step, new=frozenset(new))
 
     def __iter__(self) -> Iterator[Step]:
         return (self.step(index) for index in range(len(self)))

@@ -55,6 +55,10 @@ class TeacherTable(Table):
     """In which the teacher computes; auto = float32 on a CPU, elsewhere as stored. M1 and M2 are
     faster in float16, and a model whose numbers fit it is more exact there than in bfloat16."""
 
+    keep_answers: Annotated[Literal["auto", "off"], CameLater("auto")] = "auto"
+    """Keep its hidden states in memory and ask it about each sequence once; auto = of what is asked
+    about again, where they take a twentieth of the machine's memory at most."""
+
     cache: Literal["off", "top_k", "sampled", "hidden"] = "off"
     """Keep its answers on disk: K a token, drawn ones, or hidden states (exact, large)."""
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend, LiveTeacher
+from mlx_distill.cost.dense import Dense
+from mlx_distill.cost.kept_answers import NOTHING, Kept, kept_answers
 from mlx_distill.data.prepare import Prepared
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError
+from mlx_distill.machine import Machine
+from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import model_fingerprint
 from mlx_distill.models.reading import reading_of
 from mlx_distill.models.vocabulary import head_rows
@@ -34,6 +38,18 @@ def days_of(pair: Pair) -> Iterable[str]:
 def asked_of_teacher(prepared: Prepared) -> tuple[TokenSequence, ...]:
     """All that a run may ask the teacher about."""
     return (*prepared.train_whole, *prepared.validation)
+
+
+def kept_in_memory(pair: Pair, prepared: Prepared, backend: Backend) -> Kept:
+    """Which of a live teacher's answers a run keeps; none where its sizes are not known."""
+    if not pair.teacher:
+        return NOTHING
+    try:
+        teacher = Dense.of(read_config(pair.teacher), pair.recipe.teacher.model)
+    except ModelError:
+        return NOTHING
+    machine, ranks = Machine.of(backend.device()), backend.ranks.size
+    return kept_answers(pair.recipe, prepared, teacher, machine, ranks)
 
 
 def filled(

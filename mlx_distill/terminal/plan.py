@@ -39,7 +39,7 @@ from mlx_distill.writing.of_recipe import known_sequences
 # own probe.
 LONG_RUN = 100
 MEANING = {
-    "teacher": "teacher's weights",
+    "teacher": "teacher's weights and kept answers",
     "student": "student's weights",
     "gradients": "gradients",
     "optimizer": "optimizer's state",

@@ -38,7 +38,7 @@ class MlxTeacher(MlxModel):
 
     def __init__(self, split: SplitModel):
         super().__init__(split)
-        self._head = split.loss_head()
+        self.loss_head = split.loss_head()
         self._watched: Watched | None = None
 
     def watch(self, layers: Sequence[int]) -> None:
@@ -49,7 +49,7 @@ class MlxTeacher(MlxModel):
         positions = batch.positions[: batch.taught]
         hidden = self.gather(batch.tokens, positions)
         return LiveTargets(
-            hidden, self._head, self._watched.taken(positions) if self._watched else ()
+            hidden, self.loss_head, self._watched.taken(positions) if self._watched else ()
         )
 
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -71,7 +71,7 @@ class MlxTeacher(MlxModel):
             return to_bits(self.targets(batch).hidden)
 
     def head_matrix(self) -> np.ndarray | None:
-        head = self._head
+        head = self.loss_head
         if (
             not isinstance(head, MatrixHead | QuantizedHead)
             or head.bias is not None

@@ -39,7 +39,7 @@ class TorchTeacher(TorchModel):
 
     def __init__(self, split: SplitModel):
         super().__init__(split)
-        self._head = split.loss_head()
+        self.loss_head = split.loss_head()
         self._watched: Watched | None = None
         together.shard(split)
 
@@ -53,7 +53,7 @@ class TorchTeacher(TorchModel):
         with explained("the teacher's forward pass"):
             hidden = self.gather(batch.tokens, positions)
             states = self._watched.taken(self.tensor(positions)) if self._watched else ()
-            return LiveTargets(hidden, self._head, states)
+            return LiveTargets(hidden, self.loss_head, states)
 
     @torch.no_grad()
     def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -77,7 +77,7 @@ class TorchTeacher(TorchModel):
         return to_bits(hidden)
 
     def head_matrix(self) -> np.ndarray | None:
-        head = self._head
+        head = self.loss_head
         if not isinstance(head, MatrixHead | AffineHead):
             return None
         if head.bias is not None or head.finish is not None:
