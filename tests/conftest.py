@@ -28,6 +28,7 @@ for _library in ("OMP", "OPENBLAS", "MKL"):  # before any of them is loaded: wor
 # tests take the GPU, and there, too, a product of float32 is one
 ON_A_CPU = {"MLX_DISTILL_DEVICE": "cpu", "MLX_ENABLE_TF32": "0"}
 os.environ |= ON_A_CPU
+os.environ["MLX_DISTILL_SCORES"] = "off"  # no test finds another one's answers
 
 import pytest
 from hypothesis import settings

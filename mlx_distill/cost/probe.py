@@ -19,7 +19,7 @@ from typing import Any
 from mlx_distill import backends
 from mlx_distill.cost.plan import Costliest, Measured
 from mlx_distill.errors import DistillError, OutOfMemory, says_out_of_memory
-from mlx_distill.files import write_json
+from mlx_distill.files import kept_for_later, write_json
 from mlx_distill.machine import Machine, processor_name, versions
 from mlx_distill.models.folder import read_config
 from mlx_distill.processes import program
@@ -143,8 +143,7 @@ def _understood(code: int, out: str, err: str) -> dict[str, Any]:
 
 
 def _kept_file(question: Question) -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "mlx-distill" / "probes" / f"{question.key()}.json"
+    return kept_for_later("probes") / f"{question.key()}.json"
 
 
 def _code_digest() -> str:

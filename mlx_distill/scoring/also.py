@@ -9,8 +9,8 @@ from mlx_distill.backends.protocol import Backend
 from mlx_distill.errors import DistillError
 from mlx_distill.readers import read_json
 from mlx_distill.runs.run_folder import RunFolder
-from mlx_distill.scoring.generations import Evaluation, Generations
-from mlx_distill.scoring.of_run import score_part, scored_models
+from mlx_distill.scoring.generations import Evaluation
+from mlx_distill.scoring.of_run import generations_of, score_part, scored_models
 from mlx_distill.scoring.score import Score, describe
 from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View
@@ -30,7 +30,8 @@ def score_also(
             score = _kept(kept)
             if score is None:
                 model.refuse_changed(folder, pair)
-                generations = Generations(kept.generations, name, made_by, view.say)
+                path = kept.generations
+                generations = generations_of(model, path, made_by, backend, view, name)
                 score = score_part(model, pair, task, day, backend, view, generations)
                 kept.write(score.content(), generations.reference())
                 backend.release()

@@ -5,13 +5,14 @@ Decided here: what is kept of an earlier scoring, and that no model is scored th
 the run began with, or wrote.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.backends.pair import Pair
-from mlx_distill.backends.protocol import Backend
+from mlx_distill.backends.protocol import Backend, Model, Sampling
 from mlx_distill.backends.stops import stops_of
 from mlx_distill.runs.inputs import refuse_changed_model, refuse_older_arithmetic
 from mlx_distill.runs.provenance import identity
@@ -19,6 +20,7 @@ from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring import score as scoring
 from mlx_distill.scoring.generations import FILE, Generations
 from mlx_distill.scoring.score import Score, describe
+from mlx_distill.scoring.shared import SharedGenerations
 from mlx_distill.scoring.task_scores import GenerationsFile, TaskScores
 from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View
@@ -49,6 +51,23 @@ class ScoredModel:
         return made | pair.asked_dtype(self.part)
 
 
+class LoadedWhenAsked:
+    """A model that is not loaded where all of its answers are kept."""
+
+    def __init__(self, load: Callable[[], Model]):
+        self._load = load
+
+    @cached_property
+    def _model(self) -> Model:
+        return self._load()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]:
+        """As the model does."""
+        return self._model.generate(prompts, sampling)
+
+
 def score_run(
     folder: RunFolder, pair: Pair, task: Task, day: str, backend: Backend, view: View
 ) -> None:
@@ -66,7 +85,7 @@ def score_run(
     for model in missing:
         model.refuse_changed(folder, pair)
         made_by = model.made_by(pair, backend)
-        generations = Generations(folder.path / FILE, model.part, made_by, view.say)
+        generations = generations_of(model, folder.path / FILE, made_by, backend, view)
         score = scores[model.part] = score_part(model, pair, task, day, backend, view, generations)
         view.say(f"{model.part}: {describe(score)}")
         folder.write(
@@ -94,8 +113,9 @@ def score_part(
     """Ask one of a run's models, which is loaded for it, as the run's `[eval]` says."""
     settings, part = pair.recipe.eval, model.part
     computed = pair.recipe.teacher if part == "teacher" else pair.recipe.student
-    return scoring.score(
-        backend.load_teacher(model.path, part, model.bits, computed.compute_dtype),
+    dtype = computed.compute_dtype
+    found = scoring.score(
+        LoadedWhenAsked(lambda: backend.load_teacher(model.path, part, model.bits, dtype)),
         pair.tokenizer,
         task,
         settings,
@@ -104,6 +124,26 @@ def score_part(
         day,
         generations,
     )
+    if isinstance(generations, SharedGenerations):
+        generations.share()
+    return found
+
+
+def generations_of(
+    model: ScoredModel,
+    path: Path,
+    made_by: dict[str, Any],
+    backend: Backend,
+    view: View,
+    name: str = "",
+) -> Generations:
+    """A model's generations in a file under a name, its part where none is given; those of teacher
+    and base are shared with other runs.
+    """
+    arguments = path, name or model.part, made_by, view.say
+    if model.part == "student":
+        return Generations(*arguments)
+    return SharedGenerations(*arguments).computed_by(backend)
 
 
 def stops(pair: Pair, part: str, path: Path) -> frozenset[int]:

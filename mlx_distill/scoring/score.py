@@ -8,17 +8,17 @@ they are made is in `scoring/intervals.py`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from mlx_distill import verify
 from mlx_distill.backends import draws
-from mlx_distill.backends.protocol import Model, Sampling
+from mlx_distill.backends.protocol import Sampling
 from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import generation_prompt
 from mlx_distill.data.sequences import stop_ids as ends_of_answers
@@ -38,6 +38,14 @@ KEYED = (
     "samples",
     "batch_size",
 )  # what generated texts depend on
+
+
+class Writer(Protocol):
+    """Whatever answers prompts, as a `Model` does."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[tuple[int, list[int]]]: ...
 
 
 class Score(Record):
@@ -90,7 +98,7 @@ class Retention:
 
 
 def score(
-    model: Model,
+    model: Writer,
     tokenizer: Any,
     task: Task,
     settings: EvalTable,
