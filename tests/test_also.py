@@ -9,6 +9,9 @@ from rich.console import Console
 from mlx_distill import pipeline
 from mlx_distill.errors import RunError
 from mlx_distill.recipe.load import load_recipe
+from mlx_distill.reporting.compared import compared, scored_by
+from mlx_distill.reporting.runs_page import report
+from mlx_distill.scoring.also import further_scores
 from mlx_distill.view import View
 
 
@@ -34,3 +37,69 @@ def test_a_further_task_is_not_asked_of_a_model_that_is_no_more_the_runs(
     config.write_text(whole)
     run(also)
     assert sorted(path.suffix for path in (folder / "evals").iterdir()).count(".json") == 2
+
+
+@pytest.fixture
+def two_tasks(tiny_recipe: Path, tmp_path: Path):
+    """Name and settings → a run that answers two tasks, and what it said."""
+    rows = tiny_recipe.parent / "rows.jsonl"
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows.read_text())
+    settings = (
+        f"run.folder={tmp_path / 'runs'}",
+        "optim.steps=1",
+        f"eval.task=jsonl:{rows}",
+        f'eval.also=["jsonl:{other}"]',
+        "eval.examples=3",
+        "eval.max_new_tokens=3",
+    )
+
+    def run(name: str, *more: str) -> tuple[Path, str]:
+        recipe = load_recipe(tiny_recipe, (*settings, f"run.name={name}", *more))
+        console = Console(file=io.StringIO(), width=80)
+        folder = pipeline.run(recipe, View(console))
+        return folder, console.file.getvalue()
+
+    return run
+
+
+def test_a_runs_page_and_its_last_lines_show_every_task(two_tasks):
+    folder, said = two_tasks("one")
+    before, after = said.split("\non jsonl:")
+    assert before.count("student after") == after.count("student after") == 1
+    page = (folder / "report.md").read_text()
+    section = page[page.index("Scores on jsonl:") :].split("\n## ")[0]
+    for label in ("student before", "trained student", "teacher"):
+        assert label in section
+    kept = further_scores(folder, load_recipe(folder / "recipe.toml").eval)
+    assert [sorted(one.scores) for one in kept] == [["base", "student", "teacher"]]
+    assert f"{kept[0].scores['student'].problems}" in section
+
+
+def test_scores_of_other_settings_or_in_broken_files_are_not_shown(two_tasks):
+    folder, _ = two_tasks("one")
+    two_tasks("one", "eval.max_new_tokens=4")
+    settings = load_recipe(folder / "recipe.toml").eval
+    assert settings.max_new_tokens == 4
+    (now,) = further_scores(folder, settings)
+    assert all(score.mean_tokens > 3 for score in now.scores.values())
+    files = [
+        file for file in folder.glob("evals/*.json") if '"max_new_tokens": 4' in file.read_text()
+    ]
+    assert len(files) == 3
+    for file in files:
+        file.write_text(file.read_text()[:-40])
+    assert further_scores(folder, settings) == []
+    report([folder], folder)
+    assert "Scores on" not in (folder / "report.md").read_text()
+
+
+def test_compare_says_a_line_for_each_task(two_tasks, tmp_path):
+    one, other = (scored_by(str(two_tasks(name)[0])) for name in ("one", "other"))
+    lines, page = compared(one, other, tmp_path / "page")
+    assert len(lines) == 2 and all(" on jsonl:" in line for line in lines)
+    assert lines[0] != lines[1]
+    assert page.markdown.read_text().count("Problem by problem") == 2
+    alone = scored_by(str(two_tasks("alone", "eval.also=[]")[0]))
+    lines, _ = compared(one, alone, tmp_path / "page")
+    assert len(lines) == 1 and " on jsonl:" not in lines[0]

@@ -22,14 +22,14 @@ def kept(folder, name, marks, **told):
 def test_the_verdict_is_the_paired_difference(tmp_path):
     a, better = kept(tmp_path, "a", "1" * 30 + "0" * 10)
     b, worse = kept(tmp_path, "b", "1" * 10 + "0" * 30)
-    line, page = compared(scored_by(a), scored_by(b), tmp_path / "out")
+    (line, *_), page = compared(scored_by(a), scored_by(b), tmp_path / "out")
     gap = compare(better, worse)
     assert f"{a} is better than {b}: +50.0 points" in line
     assert f"{100 * gap.low:+.1f} to {100 * gap.high:+.1f}, 40 shared problems" in line
     text = page.markdown.read_text(encoding="utf-8")
     assert "75" in text and "more often right | 20 |" in text and "equally often | 20 |" in text
-    assert "is worse than" in compared(scored_by(b), scored_by(a), tmp_path / "out")[0]
-    assert "no clear difference" in compared(scored_by(a), scored_by(a), tmp_path / "out")[0]
+    assert "is worse than" in compared(scored_by(b), scored_by(a), tmp_path / "out")[0][0]
+    assert "no clear difference" in compared(scored_by(a), scored_by(a), tmp_path / "out")[0][0]
 
 
 def test_what_was_asked_otherwise_is_not_compared(tmp_path):

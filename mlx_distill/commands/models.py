@@ -91,8 +91,9 @@ def compare(
                 found.append(Scored(name, score, (task, "", "")))
             else:
                 found.append(scored_by(name))
-        line, page = compared(found[0], found[1], out)
-        view.say(line)
+        lines, page = compared(found[0], found[1], out)
+        for line in lines:
+            view.say(line)
         view.say(f"page: {page}")
 
 

@@ -6,15 +6,18 @@ answer stands are not compared.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
-from mlx_distill.errors import DataError, NotFound
+from mlx_distill.errors import DataError, DistillError, NotFound
 from mlx_distill.readers import read_json
+from mlx_distill.recipe.load import load_recipe
 from mlx_distill.reporting.page import Note, Page, Report, Section, write
 from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.runs.named import run_at
+from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring.also import further_scores
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.words import percent
@@ -29,15 +32,18 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Scored:
-    """A score under its name, and how it was asked: task, prompt, where the answer stood."""
+    """A score under its name, and how it was asked: task, prompt, where the answer stood. also: the
+    same of further tasks, by task.
+    """
 
     name: str
     score: Score
     asked: tuple[str, str, str]
+    also: dict[str, "Scored"] = field(default_factory=dict)
 
 
 def scored_by(name: str) -> Scored:
-    """The score that a run keeps of its student, or a result file of `mlx-distill eval`. Raises
+    """The scores that a run keeps of its student, or a result file of `mlx-distill eval`. Raises
     `NotFound` where there is none, `DataError` for a file that holds none.
     """
     run = run_at(name)
@@ -45,7 +51,8 @@ def scored_by(name: str) -> Scored:
         kept = run.readable(TaskScores)
         if "student" not in kept.whole:
             raise NotFound(f"{name}: this run has no score; `mlx-distill eval {name}` makes one")
-        return Scored(name, kept.whole["student"], (kept.task, kept.prompt, kept.answer))
+        asked = kept.task, kept.prompt, kept.answer
+        return Scored(name, kept.whole["student"], asked, _further(name, run))
     path = Path(name).expanduser()
     if path.suffix != ".json" or not path.is_file():
         raise NotFound(
@@ -60,34 +67,74 @@ def scored_by(name: str) -> Scored:
         raise DataError(f"{name} holds no score of `mlx-distill eval`; name another file") from None
 
 
-def compared(a: Scored, b: Scored, out: Path) -> tuple[str, Report]:
-    """The verdict in one line, and the page. Raises `DataError` where the two were asked otherwise
-    or share no problem, `RunError` where nothing can be written.
+def _further(name: str, run: RunFolder) -> dict[str, Scored]:
+    """A run's student on its further tasks; nothing where its recipe cannot be read."""
+    try:
+        settings = load_recipe(run.path / "recipe.toml").eval
+    except DistillError:
+        return {}
+    return {
+        one.task: Scored(name, one.scores["student"], (one.task, one.prompt, one.answer))
+        for one in further_scores(run.path, settings)
+        if "student" in one.scores
+    }
+
+
+def compared(a: Scored, b: Scored, out: Path) -> tuple[list[str], Report]:
+    """The verdict in a line for each task that both were given, and the page. Raises `DataError`
+    where the two were asked otherwise or share no problem, `RunError` where nothing can be written.
     """
+    pairs = [(a, b), *((a.also[task], b.also[task]) for task in a.also if task in b.also)]
+    lines = []
+    for ours, theirs in pairs:
+        _refuse_asked_otherwise(ours, theirs)
+        on = f" on {ours.asked[0]}" if len(pairs) > 1 else ""
+        lines.append(verdict(ours, theirs, compare(ours.score, theirs.score), on))
+    return lines, write(_page(pairs, lines), out)
+
+
+def _refuse_asked_otherwise(a: Scored, b: Scored) -> None:
     for what, ours, theirs in zip(("task", "prompt", "answer"), a.asked, b.asked, strict=True):
         if what != "task" and ours and theirs and ours != theirs:
             raise DataError(
                 f"{a.name} was scored with {what} = {ours!r}, {b.name} with {theirs!r}: score both "
                 "in one way"
             )
-    gap = compare(a.score, b.score)
-    line = verdict(a, b, gap)
-    return line, write(_page(a, b, gap, line), out)
 
 
-def verdict(a: Scored, b: Scored, gap: Difference) -> str:
+def verdict(a: Scored, b: Scored, gap: Difference, on: str = "") -> str:
     """One line: who is better, by how much, how sure."""
     said = {
         "better": f"{a.name} is better than {b.name}",
         "worse": f"{a.name} is worse than {b.name}",
     }.get(gap.verdict, f"no clear difference between {a.name} and {b.name}")
     return (
-        f"{said}: {100 * gap.mean:+.1f} points (95 % interval {100 * gap.low:+.1f} to "
+        f"{said}{on}: {100 * gap.mean:+.1f} points (95 % interval {100 * gap.low:+.1f} to "
         f"{100 * gap.high:+.1f}, {gap.problems} shared problems)"
     )
 
 
-def _page(a: Scored, b: Scored, gap: Difference, line: str) -> Page:
+def _page(pairs: list[tuple[Scored, Scored]], lines: list[str]) -> Page:
+    """The first task's sections, then those of the further ones under their names."""
+    (a, b), *further = pairs
+    sections = _sections(a, b)
+    for (ours, theirs), line in zip(further, lines[1:], strict=True):
+        named = [
+            replace(one, title=f"{one.title} on {ours.asked[0]}") for one in _sections(ours, theirs)
+        ]
+        named[0] = replace(named[0], blocks=[Note(f"{line}."), *named[0].blocks])
+        sections += named
+    return Page(
+        about=[f"{a.name} and {b.name}"],
+        headline=lines[0],
+        question="",
+        leads=[f"Task: {a.asked[0]}."],
+        sections=sections,
+        notes=NOTES,
+    )
+
+
+def _sections(a: Scored, b: Scored) -> list[Section]:
     rows = [
         [
             Cell(one.name),
@@ -109,15 +156,8 @@ def _page(a: Scored, b: Scored, gap: Difference, line: str) -> Page:
         [Cell("equally often"), Cell(str(sum(d == 0 for d in differences)))],
     ]
     head = ["", "accuracy", "problems × samples", "unfinished", "tokens"]
-    return Page(
-        about=[f"{a.name} and {b.name}"],
-        headline=line,
-        question="",
-        leads=[f"Task: {a.asked[0]}."],
-        sections=[
-            Section("Scores", [Table(head, rows, "lrrrr")]),
-            Section("Problem by problem", [Table(["", "problems"], wins, "lr")]),
-            *([Section("Prompt", [Note(a.asked[1])])] if a.asked[1] else []),
-        ],
-        notes=NOTES,
-    )
+    return [
+        Section("Scores", [Table(head, rows, "lrrrr")]),
+        Section("Problem by problem", [Table(["", "problems"], wins, "lr")]),
+        *([Section("Prompt", [Note(a.asked[1])])] if a.asked[1] else []),
+    ]

@@ -20,6 +20,7 @@ from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.rows import MetricsRow, ValidationRow
 from mlx_distill.runs.sample import Sample, SampleToken
 from mlx_distill.runs.small_files import AnyRow, R, SmallFiles
+from mlx_distill.scoring.also import Further, further_scores
 from mlx_distill.scoring.generations import FILE, Generation, first_texts
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.scoring.task_scores import TaskScores, changed_generations
@@ -45,7 +46,7 @@ class Run:
     """What a run folder holds; an absent part is empty and has a line in `notes`, by its file.
 
     ways: how many problems were compared as mathematics and how many as text. texts: by model
-    that has a score, what it wrote first for each problem.
+    that has a score, what it wrote first for each problem. also: what they scored on further tasks.
     """
 
     folder: Path
@@ -60,6 +61,7 @@ class Run:
     notes: dict[str, str]
     texts: dict[str, dict[str, Generation]] = field(default_factory=dict)
     compared: list["Compared"] = field(default_factory=list)
+    also: list[Further] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -92,6 +94,7 @@ def read_run(folder: Path) -> Run:
         run,
         compared=[_compared(run, other) for other in named],
         texts={model: texts[model] for model in run.scores if model in texts},
+        also=further_scores(folder, run.recipe.eval) if run.recipe else [],
     )
 
 

@@ -39,6 +39,7 @@ from mlx_distill.reporting.run_words import (
 from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.reporting.written import MODELS, differing, try_it, written_blocks
 from mlx_distill.runs.manifest import DataAccount
+from mlx_distill.scoring.also import Further
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.words import DASH, duration, number, percent, points
@@ -81,6 +82,7 @@ def run_sections(run: Run) -> list[Section]:
     unfinished = [Note(progress(run), strong=True)] if progress(run) else []
     return [
         Section("Scores", [*unfinished, *_scores(run)], run.task),
+        *(Section(f"Scores on {one.task}", _further(run, one)) for one in run.also),
         *_wrote(run),
         Section("Training", _training(run)),
         Section("One example", _example(run), "what the student was trained on"),
@@ -129,12 +131,24 @@ def _scores(run: Run) -> list[Block]:
         missing += not_scored(run)
     if not scored:
         return missing
-    ways = ", ".join(f"{count:,} as {way}" for way, count in run.ways.items())
-    told = [Note(f"Answers are compared with the expected ones: {ways}.")] if ways else []
+    told = _ways(run)
     if run.recipe and (said := unfinished_note(run.recipe, run.scores)):
         told.insert(0, Note(f"{said}.", strong=True))
     bars = [score_bar(label, remark, role, score) for label, remark, role, score in scored]
     return [*missing, *told, Bars(bars), *_against(run), _score_table(run, scored)]
+
+
+def _further(run: Run, one: Further) -> list[Block]:
+    """The scores on a further task, as those on the first one are shown."""
+    other = replace(run, scores=one.scores, ways=one.ways, compared=[])
+    scored = _scored(other)
+    bars = Bars([score_bar(label, remark, role, score) for label, remark, role, score in scored])
+    return [*_ways(other), bars, *_against(other), _score_table(other, scored)]
+
+
+def _ways(run: Run) -> list[Note]:
+    ways = ", ".join(f"{count:,} as {way}" for way, count in run.ways.items())
+    return [Note(f"Answers are compared with the expected ones: {ways}.")] if ways else []
 
 
 def not_scored(run: Run) -> list[Block]:

@@ -1,19 +1,62 @@
 """The further tasks of a run's `[eval]`: each model that is scored on the first one answers them too.
 
 In: a run folder with its student, and a task. Out: a score and generations a model in `evals/` of
-the run. Decided here: that a score which is kept of the same model and settings is not made again.
+the run, and what lies there, read again. Decided here: that a score which is kept of the same model
+and settings is not made again, and that those of other settings are not the run's any more.
 """
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend
 from mlx_distill.errors import DistillError
 from mlx_distill.readers import read_json
+from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.generations import Evaluation
 from mlx_distill.scoring.of_run import generations_of, score_part, scored_models
 from mlx_distill.scoring.score import Score, describe
 from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View
+
+FOLDER = "evals"
+PARTS = ("teacher", "base", "student")
+
+
+@dataclass(frozen=True)
+class Further:
+    """What a run's models scored on a further task: by part; how the problem was put and where the
+    answer was looked for; how many problems were compared in which way.
+    """
+
+    task: str
+    prompt: str = ""
+    answer: str = ""
+    ways: dict[str, int] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
+
+
+def further_scores(folder: Path, settings: EvalTable) -> list[Further]:
+    """By task, in the recipe's order, what was made with these settings; what cannot be read is left
+    out.
+    """
+    found: dict[str, Further] = {}
+    wanted = json.loads(settings.model_dump_json())
+    for file in sorted(folder.glob(f"{FOLDER}/*.json"), key=lambda path: path.stat().st_mtime):
+        content = _content(file)
+        part = str(content.get("model", "")).rpartition("-")[2]
+        score = _score(content)
+        if part not in PARTS or score is None or content.get("settings") != wanted:
+            continue
+        told = {key: content.get(key, "") for key in ("task", "prompt", "answer")}
+        task = found.setdefault(told["task"], Further(**told, ways=content.get("compared", {})))
+        task.scores[part] = score
+    named = [name.partition(":")[0] for name in settings.also]
+    order = {name: place for place, name in enumerate((*settings.also, *named))}
+    return sorted(found.values(), key=lambda one: order.get(one.task, len(order)))
 
 
 def score_also(
@@ -26,7 +69,7 @@ def score_also(
         view.say(f"note: {short}")
     for model in scored_models(folder, pair):
         made_by, name = model.made_by(pair, backend), f"{folder.path.name}-{model.part}"
-        with Evaluation.opened(folder.path / "evals", name, task, settings, made_by) as kept:
+        with Evaluation.opened(folder.path / FOLDER, name, task, settings, made_by) as kept:
             score = _kept(kept)
             if score is None:
                 model.refuse_changed(folder, pair)
@@ -42,7 +85,20 @@ def score_also(
 
 def _kept(kept: Evaluation) -> Score | None:
     """The score in a result file; None where there is none that can be read."""
+    return _score(_content(kept.result))
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """What a result file says; nothing of one that cannot be read."""
     try:
-        return Score.model_validate(read_json(kept.result, kept.result.name)["score"])
-    except (DistillError, OSError, ValueError, KeyError, TypeError):
+        content = read_json(file, file.name)
+    except (DistillError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _score(content: dict[str, Any]) -> Score | None:
+    try:
+        return Score.model_validate(content["score"])
+    except (KeyError, ValueError):
         return None

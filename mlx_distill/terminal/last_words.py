@@ -9,6 +9,7 @@ from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.commands import ask_command, score_command
 from mlx_distill.reporting.written import MODELS
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.scoring.also import further_scores
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Score
 from mlx_distill.scoring.task_scores import TaskScores
@@ -21,6 +22,9 @@ def last_words(folder: RunFolder, recipe: Recipe, view: View) -> None:
     scores = folder.readable(TaskScores).whole
     if scores:
         view.console.print(score_table(scores))
+    for one in further_scores(folder.path, recipe.eval):
+        view.say(f"on {one.task}:")
+        view.console.print(score_table(one.scores))
     if note := unfinished_note(recipe, scores):
         view.say(f"note: {note}")
     view.say(f"report: {folder.path / 'report.html'}")
