@@ -1,5 +1,6 @@
 """A teacher that is asked about each sequence once says what it would say again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,12 @@ def test_each_sequence_is_asked_about_once_and_losses_are_those_of_asking_again(
         student.score(other, teacher.targets(other), objective).terms["kd"],
     )
     assert "new" not in asked
+    false = replace(TRAIN[0], tokens=TRAIN[0].tokens[::-1].copy())  # another text under its id
+    other = make_batch([false], ("cot",))
+    np.testing.assert_array_equal(
+        student.score(other, kept.targets(other), objective).terms["kd"],
+        student.score(other, teacher.targets(other), objective).terms["kd"],
+    )
 
 
 def test_what_it_says_does_not_depend_on_what_was_asked_first(root):

@@ -30,6 +30,7 @@ class KeptAnswers:
         self.teacher, self.backend, self.batch = teacher, backend, batch
         self.vocabulary_rows = teacher.vocabulary_rows
         ordered = sorted(sequences, key=lambda sequence: (len(sequence), sequence.id))
+        self._tokens = {sequence.id: sequence.tokens for sequence in ordered}
         size = batch.micro_batch_size
         groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         self._groups = {sequence.id: group for group in groups for sequence in group}
@@ -37,7 +38,7 @@ class KeptAnswers:
 
     def targets(self, batch: Batch) -> Targets:
         """At the first `batch.taught` positions."""
-        if not all(name in self._groups for name in batch.ids):
+        if not all(self._is_known(batch, row) for row in range(len(batch.ids))):
             return self.teacher.targets(batch)
         positions = batch.positions[: batch.taught].astype(np.int64)
         row_of, places = np.divmod(positions, batch.tokens.shape[1])
@@ -47,6 +48,12 @@ class KeptAnswers:
             where = np.flatnonzero(row_of == row)
             states[where] = some[places[where]]
         return self.backend.cached_targets(states, self.teacher.loss_head)
+
+    def _is_known(self, batch: Batch, row: int) -> bool:
+        """Whether a row is the sequence of its id, or the start of it."""
+        tokens = batch.tokens[row, : batch.lengths[row]]
+        kept = self._tokens.get(batch.ids[row], tokens[:0])
+        return np.array_equal(kept[: len(tokens)], tokens)
 
     def _of(self, name: str) -> np.ndarray:
         if name not in self._states:
