@@ -16,9 +16,11 @@ from mlx_distill.data.account import listed, remedy
 from mlx_distill.data.compat import mean_of_means, validated, whole_conversation
 from mlx_distill.data.detection import about_format, all_written, detected
 from mlx_distill.data.examples import Example, Skip, Turns, held_out_of, shuffled
+from mlx_distill.data.kept_renderings import Rendered
 from mlx_distill.data.named import resolved
 from mlx_distill.data.reading import read_examples
-from mlx_distill.data.sequences import TokenSequence, render
+from mlx_distill.data.renderer import rendered_all
+from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.template import refuse_unusable
 from mlx_distill.data.truncate import stays_whole, thin, truncate
 from mlx_distill.errors import DataError
@@ -149,7 +151,7 @@ def learnable(
 
 
 def _rendered(
-    examples: Iterable[Example],
+    examples: Sequence[Example],
     tokenizer: "PreTrainedTokenizerFast",
     recipe: Recipe,
     day: str,
@@ -160,23 +162,28 @@ def _rendered(
     counted by their reason.
     """
     longest, segments = recipe.data.longest_tokens, recipe.objective.segments
-    as_the_paper = recipe.data.compat == "paper"
-
-    def rendered(example: Example) -> TokenSequence:
-        if as_the_paper:
-            return whole_conversation(example, tokenizer, segments)
-        return render(example, tokenizer, day, unused)
-
-    for example in examples:
-        try:
-            sequence = rendered(example)
-        except Skip as skip:
-            skipped[str(skip)] += 1
-            continue
-        if len(sequence) > longest:
+    found: Iterator[tuple[Example, Rendered]]
+    if recipe.data.compat == "paper":
+        found = ((one, _as_the_paper(one, tokenizer, segments)) for one in examples)
+    else:
+        found = rendered_all(examples, tokenizer, day)
+    for example, (sequence, unread) in found:
+        unused.update(unread)
+        if isinstance(sequence, Skip):
+            skipped[str(sequence)] += 1
+        elif len(sequence) > longest:
             skipped[f"longer than data.longest_tokens = {longest}"] += 1
         else:
             yield example, sequence
+
+
+def _as_the_paper(
+    example: Example, tokenizer: "PreTrainedTokenizerFast", segments: tuple[str, ...]
+) -> Rendered:
+    try:
+        return Rendered(whole_conversation(example, tokenizer, segments), Counter())
+    except Skip as skip:
+        return Rendered(skip, Counter())
 
 
 def take(

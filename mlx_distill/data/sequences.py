@@ -18,6 +18,7 @@ and where `</think>` begins. Decided here:
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -89,6 +90,18 @@ class TokenSequence:
         return mask
 
 
+class Assembled(NamedTuple):
+    """The whole text of an example, and where in it the prompt ends, the answer begins and
+    `</think>` begins, in characters; -1 for an example without a solution, which is its prompt.
+    """
+
+    id: str
+    text: str
+    prompt: int
+    answer: int = -1
+    closing: int = -1
+
+
 def render(
     example: Example,
     tokenizer: "PreTrainedTokenizerFast",
@@ -102,34 +115,56 @@ def render(
     control tokens or that its template refuses or drops, `ModelError` for a tokenizer without
     offsets or chat template.
     """
+    return tokenised([assemble(example, tokenizer, day, unused)], tokenizer)[0]
+
+
+def assemble(
+    example: Example,
+    tokenizer: "PreTrainedTokenizerFast",
+    day: str = "",
+    unused: Counter[str] | None = None,
+) -> Assembled:
+    """The text that `render` tokenises; arguments and errors as there."""
     _refuse_control_text(example, tokenizer)
-    if not example.solved:
-        return _asked_alone(example, tokenizer, day, unused)
     prompt, opening = _opened(prompt_text(example.turns, tokenizer, example.tools, day, unused))
+    if not example.solved:
+        return Assembled(example.id, prompt, len(prompt))
     before_closing = f"{prompt}{opening}{example.cot}\n"
     before_answer = f"{before_closing}</think>\n\n"
     text = f"{before_answer}{example.answer}{end_of_turn(tokenizer)}"
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    begins = _begins(encoded["offset_mapping"])
-    prompt_end, cot_end = np.searchsorted(begins, (len(prompt), len(before_answer)))
-    closing = np.searchsorted(begins, len(before_closing))
-    if begins[closing] > len(before_closing):  # a token straddles the line break before the tag
-        closing -= 1
-    tokens = np.asarray(encoded["input_ids"], np.int32)
-    allowed = np.ones(len(tokens), bool)
-    return TokenSequence(example.id, tokens, int(prompt_end), int(cot_end), allowed, int(closing))
+    return Assembled(example.id, text, len(prompt), len(before_answer), len(before_closing))
 
 
-def _asked_alone(
-    example: Example,
-    tokenizer: "PreTrainedTokenizerFast",
-    day: str,
-    unused: Counter[str] | None,
+def tokenised(
+    assembled: Sequence[Assembled], tokenizer: "PreTrainedTokenizerFast"
+) -> list[TokenSequence]:
+    """Texts as sequences, all at once, which the tokenizer shares among the processor's cores."""
+    encoded = tokenizer(
+        [one.text for one in assembled],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [
+        _sequence(one, ids, offsets) for one, (ids, offsets) in zip(assembled, pairs, strict=True)
+    ]
+
+
+def _sequence(
+    one: Assembled, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
 ) -> TokenSequence:
-    """A prompt without a solution: no chain of thought and no answer, until a model writes them."""
-    text, _ = _opened(prompt_text(example.turns, tokenizer, example.tools, day, unused))
-    tokens = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
-    return TokenSequence(example.id, tokens, len(tokens), len(tokens), np.ones(len(tokens), bool))
+    tokens = np.asarray(ids, np.int32)
+    allowed = np.ones(len(tokens), bool)
+    if one.answer < 0:  # no chain of thought and no answer, until a model writes them
+        return TokenSequence(one.id, tokens, len(tokens), len(tokens), allowed)
+    begins = _begins(offsets)
+    prompt_end, cot_end = np.searchsorted(begins, (one.prompt, one.answer))
+    closing = np.searchsorted(begins, one.closing)
+    if begins[closing] > one.closing:  # a token straddles the line break before the tag
+        closing -= 1
+    return TokenSequence(one.id, tokens, int(prompt_end), int(cot_end), allowed, int(closing))
 
 
 class GenerationPrompt(NamedTuple):
@@ -178,7 +213,7 @@ def _opened(prompt: str) -> tuple[str, str]:
     return prompt[: match.start()], "<think>" + (match[1] or "\n")
 
 
-def _begins(offsets: list[tuple[int, int]]) -> np.ndarray:
+def _begins(offsets: Sequence[tuple[int, int]]) -> np.ndarray:
     """`int[T]`: the first character of each token, never decreasing.
 
     Some tokenizers trim a token's leading space from its offsets; the end of the token before tells
