@@ -407,6 +407,7 @@ UNREAD = {
     ("data", "messages_column", '"m"'): 'format="conversations"',
     ("teacher", "quantize_bits", "4"): 'model="some"',
     ("teacher", "compute_dtype", '"float32"'): 'model="some"',
+    ("student", "quantize_aware_bits", "4"): 'tuning="full"',
     ("prune", "layers_by", '"change"'): "layers=2",
     ("prune", "examples", "8"): "channels=16",
     ("batch", "shuffle", "false"): "global_batch_size=16",
@@ -445,6 +446,7 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
         "messages_column": 'data.format="columns"',
         "quantize_bits": "teacher.model=",
         "compute_dtype": "teacher.model=",
+        "quantize_aware_bits": 'student.tuning="lora"',
         "decayed": "optim.weight_decay=0.0",
         "patience": "run.validate_every=0",
         "cache_folder": "teacher.cache=off",
@@ -736,7 +738,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     newer["selection"] = set(TABLES["selection"].model_fields)
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     newer["prune"] = set(TABLES["prune"].model_fields) - {"folder"}
-    newer["student"] = {"from_teacher"}
+    newer["student"] = {"from_teacher", "quantize_aware_bits"}
     newer["truncation"] = {"whole_share", "ending"}
     newer["teacher"] = {"compute_dtype", "keep_answers"}
     newer["eval"] = {"prompt", "answer"}

@@ -93,6 +93,7 @@ CASES = {
     "student.lora_targets": ('["q_proj"]', LORA),
     "student.gradient_checkpointing": ("true", ()),
     "student.compute_dtype": ("bfloat16", ()),
+    "student.quantize_aware_bits": ("4", ("student.model={root}/wide",)),
     "student.save_dtype": ("bfloat16", ()),
     "data.source": ("{root}/other.jsonl", ()),
     "data.config": ("hard", ("data.source=org/rows",)),

@@ -68,10 +68,10 @@ def quantised_already(name: str, asked: int | str, stored: int | str) -> ModelEr
     )
 
 
-def too_narrow(name: str, group_size: int) -> ModelError:
+def too_narrow(name: str, group_size: int, field: str = "quantize_bits") -> ModelError:
     return ModelError(
         f"{name}: no layer is as wide as a multiple of {group_size}, so it cannot be quantised: set "
-        "quantize_bits = 0"
+        f"{field} = 0"
     )
 
 

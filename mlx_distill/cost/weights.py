@@ -94,12 +94,13 @@ class Weights:
         return copies * self.trainable() + self.optimizer_numbers()
 
     def student_bytes(self) -> float:
-        """float32 weights and the copy that is computed in; frozen ones in the computed format
+        """float32 weights, the copy that is rounded and the one that is computed in; frozen ones in the computed format
         beside float32 adapters.
         """
         weights = self.student.parameters
         if self.full:
-            return weights * (FLOAT + (self.number if self.dtype != "float32" else 0))
+            rounded = FLOAT if self.table.quantize_aware_bits else 0
+            return weights * (FLOAT + rounded + (self.number if self.dtype != "float32" else 0))
         return weights * self.number + FLOAT * self.trainable()
 
     def teacher_bytes(self) -> float:

@@ -21,6 +21,7 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     """The lines of all contradictions, the ones to mend first in front."""
     teacher, objective, truncation = recipe.teacher, recipe.objective, recipe.truncation
     batch, run, scoring = recipe.batch, recipe.run, recipe.eval
+    student = recipe.student
     yield from _prune_contradictions(recipe)
     given = not recipe.student.from_teacher or "model" in recipe.student.model_fields_set
     if given and not recipe.student.model:
@@ -56,6 +57,11 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             f"[objective] hidden_weight = {objective.hidden_weight} compares states of layers, of "
             f'which no cache holds any: set [teacher] cache = "off" (found "{teacher.cache}"), or '
             "hidden_weight = 0"
+        )
+    if student.quantize_aware_bits and student.gradient_checkpointing:
+        yield (
+            f"[student] quantize_aware_bits = {student.quantize_aware_bits} rounds weights for one "
+            "pass, which gradient_checkpointing would compute again without: set one of them off"
         )
     yield from _schedule_free_contradictions(recipe)
     yield from _rollouts_contradictions(recipe)

@@ -111,6 +111,10 @@ class StudentTable(Table):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """In which the student learns and is scored; auto = float32 on a CPU, bfloat16 on a GPU."""
 
+    quantize_aware_bits: Annotated[Literal[0, 4, 8], CameLater(0)] = 0
+    """Learn with weights rounded as `mlx-distill export --to mlx-4bit` (or 8) will; 0 = as they
+    are."""
+
     save_dtype: Literal["base", "float32", "bfloat16"] = "base"
     """Of the exported student; base = as its base model's."""
 

@@ -17,6 +17,7 @@ from mlx_distill.backends.failures import refuse_of_device
 from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.backends.mlx.adapters import add_adapters
 from mlx_distill.backends.mlx.model import SplitModel
+from mlx_distill.backends.mlx.rounding import GROUP_SIZE, fits
 from mlx_distill.backends.mlx.weights import cast, stored_weights
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
@@ -47,13 +48,13 @@ def load_teacher(folder: Path, name: str, quantize_bits: int | str) -> SplitMode
     return SplitModel(model, name, notes)
 
 
-def _quantize(model: nn.Module, name: str, bits: int, group_size: int = 64) -> None:
-    def fits(path: str, module: nn.Module) -> bool:
+def _quantize(model: nn.Module, name: str, bits: int, group_size: int = GROUP_SIZE) -> None:
+    def is_fit(path: str, module: nn.Module) -> bool:
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
 
-    if not any(fits(path, module) for path, module in model.named_modules()):
+    if not any(is_fit(path, module) for path, module in model.named_modules()):
         raise refusals.too_narrow(name, group_size)
-    nn.quantize(model, group_size, bits, class_predicate=fits)
+    nn.quantize(model, group_size, bits, class_predicate=is_fit)
     mx.eval(model.parameters())
 
 
@@ -78,6 +79,10 @@ def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> Spl
         add_adapters(split, table, seed)
     if split.head_matrix() is None:
         raise refusals.head_is_no_matrix(name)
+    if table.quantize_aware_bits and not any(
+        map(fits, (array for _, array in tree_flatten(model.parameters())))
+    ):
+        raise refusals.too_narrow(name, GROUP_SIZE, "student.quantize_aware_bits")
     split.stored_dtype = stored_dtype
     return split
 

@@ -27,6 +27,7 @@ from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
 from mlx_distill.backends.mlx.matching import Watched, distance_rows
 from mlx_distill.backends.mlx.model import RoundedEmbedding, SplitModel, checkpoint_layers
 from mlx_distill.backends.mlx.optimizer import AdamW, ScheduleFreeAdamW, make_optimizer
+from mlx_distill.backends.mlx.rounding import rounded
 from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher
 from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
 from mlx_distill.backends.protocol import Sampling, SparseTargets, Targets, check_indices
@@ -240,7 +241,7 @@ class MlxStudent(MlxModel):
 
     def _hidden(self, weights: Weights, batch: Batch) -> mx.array:
         """The hidden states [N, D], computed with these weights in the format that is asked for."""
-        of_model = _of_model(weights)
+        of_model = rounded(_of_model(weights), self.table.quantize_aware_bits)
         if not self.full:
             self.split.model.update(of_model)
             return self.gather(batch.tokens, batch.positions)
@@ -258,7 +259,7 @@ class MlxStudent(MlxModel):
         found: Any = weights
         for part in self.split.head_path.split("."):
             found = found[part]
-        return found
+        return rounded(found, self.table.quantize_aware_bits)
 
     def _teacher(
         self, targets: Targets, batch: Batch, objective: Objective

@@ -17,6 +17,7 @@ from mlx_distill.backends import refusals
 from mlx_distill.backends.torch.adapters import add_adapters
 from mlx_distill.backends.torch.affine import Packing, quantise_model
 from mlx_distill.backends.torch.model import SplitModel
+from mlx_distill.backends.torch.rounding import GROUP_SIZE, fits
 from mlx_distill.backends.torch.stored_affine import KEYS, AffineConfig, stored_packings
 from mlx_distill.backends.torch.weights import cast_frozen, stored_weights
 from mlx_distill.errors import ModelError
@@ -24,8 +25,6 @@ from mlx_distill.models.folder import read_config, read_generation_config
 from mlx_distill.models.ranges import ACTIVATIONS, refuse_impossible
 from mlx_distill.models.weights import read_weights
 from mlx_distill.recipe.tables import StudentTable
-
-GROUP_SIZE = 64  # what `mlx.nn.quantize` takes
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -107,7 +106,9 @@ def load_student(
         cast_frozen(split.model, dtype)
     if split.head_matrix() is None:
         raise refusals.head_is_no_matrix(name)
-    split.stored_dtype = stored_dtype
+    if table.quantize_aware_bits and not any(map(fits, model.parameters())):
+        raise refusals.too_narrow(name, GROUP_SIZE, "student.quantize_aware_bits")
+    split.stored_dtype, split.rounded_to = stored_dtype, table.quantize_aware_bits
     return split
 
 

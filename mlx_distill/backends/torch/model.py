@@ -20,6 +20,7 @@ from transformers.modeling_outputs import ModelOutput
 from mlx_distill.backends import refusals
 from mlx_distill.backends.torch.affine import AffineLinear, TiedHead
 from mlx_distill.backends.torch.heads import AffineHead, CallableHead, Finish, Head, MatrixHead
+from mlx_distill.backends.torch.rounding import rounded_parameters
 from mlx_distill.files import all_lines
 
 PROBE = [[1, 5, 2, 7, 3, 1, 4]]
@@ -44,6 +45,7 @@ class SplitModel:
         if not isinstance(getattr(model, self.trunk_name, None), nn.Module):
             raise refusals.no_trunk(name, type(model))
         self.stored_dtype: torch.dtype | None = None  # of the weights on disk, where that matters
+        self.rounded_to = 0  # bits that the trunk computes with; 0 = as it is
         self._check_split()
 
     @property
@@ -64,7 +66,11 @@ class SplitModel:
         return self._run_trunk(tokens).last_hidden_state
 
     def _run_trunk(self, tokens: Tensor) -> ModelOutput:
-        return self.trunk(input_ids=tokens, use_cache=False, return_dict=True)
+        asked = {"input_ids": tokens, "use_cache": False, "return_dict": True}
+        if not self.rounded_to:
+            return self.trunk(**asked)
+        parameters = rounded_parameters(self.trunk, self.rounded_to)
+        return torch.func.functional_call(self.trunk, parameters, (), asked)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self._after_trunk()(hidden)

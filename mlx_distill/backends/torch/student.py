@@ -38,10 +38,12 @@ from mlx_distill.backends.torch.optimizer import (
     restore_counters,
     state_names,
 )
+from mlx_distill.backends.torch.rounding import rounded
 from mlx_distill.backends.torch.stored import gathered, kept_array, kept_shape, restore, whole
 from mlx_distill.backends.torch.teacher import LiveTargets, TorchTeacher
 from mlx_distill.backends.torch.weights import save_folder
 from mlx_distill.data.batches import Batch
+from mlx_distill.errors import RecipeError
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
 
@@ -65,6 +67,11 @@ class TorchStudent(TorchModel):
             checkpoint_layers(split)
             if self.device.type == "cpu":
                 resident.return_freed_blocks()
+        if split.rounded_to and together.size() > 1:
+            raise RecipeError(
+                f"student.quantize_aware_bits = {split.rounded_to} on {together.size()} ranks of "
+                "torch, which hold a part of each matrix: use one process, or set 0"
+            )
         head_path = split.head_path
         together.shard(split, trains=True, dtype=dtype if self.full else torch.float32)
         named = dict(split.model.named_parameters())
@@ -213,7 +220,7 @@ class TorchStudent(TorchModel):
             hidden = self.gather(batch.tokens, batch.positions)
         return (
             hidden,
-            together.whole_with_gradient(self.head),
+            rounded(together.whole_with_gradient(self.head), self.table.quantize_aware_bits),
             *self._teacher(targets, batch, objective),
             self.tensor(batch.targets),
             self.tensor(batch.weight),
