@@ -80,6 +80,7 @@ SELECTED = {
 FINISH = measured("Students that finish")
 ABOVE = "[above](#what-the-paper-says-and-what-we-measured)"
 CACHED = "[teacher cache](docs/teacher-cache.md)"
+ROUNDED = measured("A quantised student")
 PRUNED = "[methods](docs/methods.md#a-student-cut-from-its-teacher)"
 OTHERS = [
     *(
@@ -117,10 +118,18 @@ OTHERS = [
         "`whole_share`, `ending`", "whole texts, or an answer after a cut", BOTH, ALL, "", FINISH
     ),
     Option("`rollouts.by`", "text of the teacher or the student", BOTH, "all, unless refreshed"),
-    Option('`cache = "top_k"`, …', "the teacher's answers on disk", BOTH, DASH, "", CACHED),
+    Option(
+        '`cache = "top_k"`, `"sampled"`, `"hidden"`',
+        "the teacher's answers on disk",
+        BOTH,
+        DASH,
+        "",
+        CACHED,
+    ),
     Option('`tuning = "lora"`, `"dora"`', "adapters on a frozen student", BOTH, ALL, "", FINISH),
     Option("`[prune]`", "a student cut from its base or teacher", BOTH, ALL, "", PRUNED),
     Option("`quantize_bits`", "a teacher in MLX's affine format", "both; NF4: CUDA", ALL),
+    Option("`quantize_aware_bits`", "a student that learns rounded", BOTH, ALL, "", ROUNDED),
 ]
 
 
@@ -137,19 +146,17 @@ def write() -> None:
     """Both tables from the kept rows."""
     rows = read_rows(KEPT)
     arms = {arm.label: arm for arm in conditions(rows)}
-    base, teacher = (conditions(rows, role)[0] for role in ("base", "teacher"))
-    rewrite_section("objectives", page(arms, base, teacher))
+    rewrite_section("objectives", page(arms))
     rewrite_section("options", options(arms), TITLE)
 
 
-def page(arms: dict[str, Condition], base: Condition, teacher: Condition) -> str:
+def page(arms: dict[str, Condition]) -> str:
     """Every arm beside cot50 as it is."""
     reference, one = arms[BASE], arms[BASE].rows[0]
     seeds = sorted({row.seed for arm in arms.values() for row in arm.rows})
     said = (
         f"{sum(len(arm.rows) for arm in arms.values())} runs, seeds {', '.join(map(str, seeds))}, "
-        f"{len(one.right)} held-out problems; {one.backend} on {one.device}; commit {one.commit}. "
-        f"Before training {share(base.accuracy)} right, teacher {share(teacher.accuracy)}."
+        f"{len(one.right)} held-out problems; {one.backend} on {one.device}; commit {one.commit}."
     )
     head = ["arm", "seeds", "right", f"against {BASE}", "finished", "KL", "FLOPs"]
     lines = [

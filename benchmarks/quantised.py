@@ -11,9 +11,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
+from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -21,7 +23,6 @@ sys.path.insert(0, str(HERE.parent))
 from benchmarks.tables import RESULTS, read_rows, rewrite_section  # noqa: E402
 from mlx_distill.reporting import study  # noqa: E402
 from mlx_distill.reporting.markdown import table  # noqa: E402
-from mlx_distill.scoring.intervals import paired  # noqa: E402
 from mlx_distill.words import percent, points  # noqa: E402
 
 NAME, TO = "quantised", "mlx-4bit"
@@ -87,10 +88,11 @@ def _between(rows: list[dict[str, str]], arms: list[str]) -> str:
     shared = [seed for seed in by_arm[0] if seed in by_arm[-1]]
     if len(shared) < 2:
         return ""
-    gap = paired([by_arm[-1][seed] - by_arm[0][seed] for seed in shared])
+    gaps = [by_arm[-1][seed] - by_arm[0][seed] for seed in shared]
+    low, high = ttest_1samp(gaps, 0).confidence_interval()
     return (
-        f"At four bits, {arms[-1]} less {arms[0]}: {points(gap.mean)} points "
-        f"({points(gap.low)} to {points(gap.high)}, over {len(shared)} seeds)."
+        f"At four bits, {arms[-1]} less {arms[0]}: {points(fmean(gaps))} points "
+        f"({points(low)} to {points(high)}, Student's t over {len(shared)} seeds)."
     )
 
 

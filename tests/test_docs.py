@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.main import get_command
@@ -10,8 +11,10 @@ from typer.main import get_command
 from mlx_distill.cli import app
 from mlx_distill.data.detection import detected
 from mlx_distill.data.formats import FORMATS
+from mlx_distill.recipe.recipe import TABLES
 from mlx_distill.recipe.shipped import shipped_names
 from mlx_distill.recipe.tables import DataTable
+from mlx_distill.recipe.values import Divergence
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,3 +79,17 @@ def test_the_recipes_page_lists_what_comes_with_the_program():
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     linked = {Path(one).stem for one in re.findall(r"\]\(([^)]*\.toml)\)", page)}
     assert set(shipped_names()) <= linked
+
+
+def test_every_option_of_the_method_is_in_the_readmes_table():
+    """Whoever adds a divergence, a rule or an optimizer adds its row (benchmarks/objectives.py)."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- options -->")[2].partition("<!-- /options -->")[0]
+    words = [*get_args(Divergence), "hidden_weight", "hidden_distance", "whole_share", "ending"]
+    selection = TABLES["selection"].model_fields
+    words += [word for word in get_args(selection["by"].annotation) if word != "position"]
+    words += [word for word in get_args(selection["position_weight"].annotation) if word != "flat"]
+    words += ["schedule_free_adamw", "rollouts", "[prune]", "quantize_bits", "quantize_aware_bits"]
+    words += ["lora", "dora", "top_k", "sampled", "hidden"]
+    missing = [word for word in words if word not in table]
+    assert not missing
