@@ -467,7 +467,8 @@ def test_a_mutant_of_a_trajectory_is_seen(backends: list[Backend], llamas: Path,
 def test_a_mutant_of_a_head_is_seen(backends: list[Backend], llamas: Path, monkeypatch):
     """Logits off by 1 %, through a teacher that MLX reads otherwise."""
     teacher = backends[1].load_teacher(llamas / "teacher", "teacher")
-    teacher._head = dataclasses.replace(teacher._head, finish=lambda logits: 1.01 * logits)
+    head = dataclasses.replace(teacher.loss_head, finish=lambda logits: 1.01 * logits)
+    teacher.loss_head = head
     student, objective = load_student(backends[1], llamas), Objective()
     expected = load_student(backends[0], llamas).score(
         batch(), teachers(backends, llamas)[0].targets(batch()), objective
