@@ -38,6 +38,7 @@ PACKAGES = (
 
 AMPERE = (8, 0)  # NVIDIA's first compute capability with bfloat16
 NO_BFLOAT16 = "has no bfloat16 (NVIDIA's GPUs have it from compute capability 8.0 on)"
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # what a BLAS reads
 JOBS = "MLX_DISTILL_JOBS"  # what a sweep tells its children: how many run side by side
 
 

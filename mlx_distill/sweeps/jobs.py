@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_distill.machine import JOBS
+from mlx_distill.machine import JOBS, THREADS
 from mlx_distill.processes import program
 from mlx_distill.signals import POLITE
 
 PROGRAM = program()
-THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 POLL_SECONDS = 0.2
 
 

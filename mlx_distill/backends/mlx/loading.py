@@ -18,6 +18,7 @@ from mlx_distill.backends.mlx import arithmetic
 from mlx_distill.backends.mlx.adapters import add_adapters
 from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.backends.mlx.rounding import GROUP_SIZE, fits
+from mlx_distill.backends.mlx.threads import WIDE, threads
 from mlx_distill.backends.mlx.weights import cast, stored_weights
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
@@ -98,6 +99,7 @@ def _load(
     meaning = Meaning(folder, name)
     _refuse_missing_head(weights, meaning)
     told = for_mlx(meaning, None if student else _tied(folder, meaning))
+    threads.suit(meaning.declared.get("hidden_size", WIDE))
     with weights.alone() as alone:
         try:
             model, config = mlx_lm.utils.load_model(alone, lazy=lazy, model_config=told)
