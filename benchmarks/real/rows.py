@@ -1,17 +1,19 @@
 """The sweeps of this folder: from run folders to kept rows to the tables of benchmarks/README.md.
 
     python benchmarks/real/rows.py keep      copy each sweep's results.csv here, with the costs below
-    python benchmarks/real/rows.py write     the tables, and the figure of arms.toml, from the kept rows
+    python benchmarks/real/rows.py write     the tables, README's line and the figure of arms.toml
 
 A sweep's `flops` are of the student's steps. `costs.csv` has what else a run cost: `teacher_flops`,
 the teacher's pass over the tokens of these steps, which a cache spares all but the first arm, and
-`writing_flops`, a model's writing of the texts. A table's FLOPs are the sum of all three. No number
-is typed in.
+`writing_flops`, a model's writing of the texts. A table's FLOPs are the sum of all three.
+`kinds.csv` has the right answers to each kind of problem. No number is typed in.
 """
 
 import csv
 import dataclasses
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +57,7 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def keep(source: Annotated[Path, typer.Argument(help="folder of the sweeps")] = Path("runs/real")):
     """Copy the rows of the sweeps that have begun; costs that are known are not computed again."""
-    known = kept_costs()
+    known, kinds = kept_costs(), kept_kinds()
     for name, runs in SWEEPS.items():
         found = source / name / "results.csv"
         if not found.exists() or not conditions(read_rows(found)):
@@ -64,13 +66,53 @@ def keep(source: Annotated[Path, typer.Argument(help="folder of the sweeps")] = 
         (HERE / f"{name}.csv").write_text(rows_text(rows))
         done = [row for row in rows if row.role == "student" and row.status == DONE]
         for row in done:
-            if (key := (runs, row.run, row.commit)) not in known:
+            key = runs, row.run, row.commit
+            if key not in known:
                 known[key] = costs(source / runs / row.run)
+            kinds |= {(*key, *one): count for one, count in by_kind(source / runs / row.run)}
         typer.echo(f"{HERE / name}.csv: {len(done)} runs")
     with (HERE / "costs.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["runs", "run", "commit", "teacher_flops", "writing_flops"])
         writer.writerows([*key, *values] for key, values in sorted(known.items()))
+    with (HERE / "kinds.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["runs", "run", "commit", "kind", "right", "asked"])
+        writer.writerows([*key, *values] for key, values in sorted(kinds.items()))
+
+
+def by_kind(folder: Path) -> list[tuple[tuple[str], tuple[int, int]]]:
+    """(kind,) → right answers of the student, and problems asked; nothing of a run that is gone."""
+    if not (folder / "generations.jsonl").exists():
+        return []
+    problems = Path(read_run(folder).recipe.eval.task.removeprefix("jsonl:"))
+    kind_of = {row["prompt"]: row["kind"] for row in lines(problems)}
+    asked: Counter[str] = Counter()
+    right: Counter[str] = Counter()
+    for row in lines(folder / "generations.jsonl"):
+        if row["model"] == "student":
+            asked[kind_of[row["prompt"]]] += 1
+            right[kind_of[row["prompt"]]] += row["correct"]
+    return [((kind,), (right[kind], asked[kind])) for kind in asked]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def kept_kinds() -> dict[tuple[str, str, str, str], tuple[int, int]]:
+    """(where runs lie, run, commit, kind) → right answers, and problems asked."""
+    path = HERE / "kinds.csv"
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {
+            (row["runs"], row["run"], row["commit"], row["kind"]): (
+                int(row["right"]),
+                int(row["asked"]),
+            )
+            for row in csv.DictReader(file)
+        }
 
 
 def joined(path: Path, rows: list[Row]) -> list[Row]:
@@ -116,12 +158,27 @@ def write() -> None:
     begun = [name for name in SWEEPS if (HERE / f"{name}.csv").exists()]
     base = [one for name in begun for one in conditions(all_in(name), "base")]
     for name in begun:
-        rewrite_section(f"real-{name}", page(all_in(name), base[0] if base else None))
+        text = page(all_in(name), base[0] if base else None)
+        rewrite_section(f"real-{name}", f"{text}{kinds_table(name)}")
     if "arms" in begun:
         rows = all_in("arms")
         teacher = conditions(rows, "teacher")
         above, before = (models[0] if models else None for models in (teacher, base))
         draw(conditions(rows), above, before, HERE / "arms.svg")
+        rewrite_section("real", lead(conditions(rows)), HERE.parents[1] / "README.md")
+
+
+def lead(arms: list[Condition]) -> str:
+    """README's line below the figure: what each arm solves and finishes, and for what."""
+    full = arms[0]
+    said = [
+        f"{arm.name}: {percent(arm.accuracy.mean)} right, {percent(1 - arm.cost('unfinished'))} "
+        f"finished, {arm.cost('flops') / full.cost('flops'):.2f} of the FLOPs"
+        for arm in arms
+    ]
+    seeds = max(len(arm.rows) for arm in arms)
+    count = "one training seed" if seeds == 1 else f"up to {seeds} training seeds"
+    return f"{'; '.join(said)} ({count}).".replace("\u00a0", " ")
 
 
 def all_in(name: str) -> list[Row]:
@@ -189,6 +246,25 @@ def arms_table(arms: list[Condition], full: Condition, base: Condition | None) -
         for arm in arms
     ]
     return table(head, rows, "l" + "r" * (len(head) - 1)).replace("\u00a0", " ")
+
+
+def kinds_table(name: str) -> str:
+    """Right answers to each kind of problem, over all seeds of an arm; "" where they are not kept."""
+    kinds, arms = kept_kinds(), conditions(read_rows(HERE / f"{name}.csv"))
+    known = sorted({key[3] for key in kinds if key[0] == SWEEPS[name]})
+    rows = []
+    for arm in arms:
+        counts = [
+            [kinds.get((SWEEPS[name], row.run, row.commit, kind)) for row in arm.rows]
+            for kind in known
+        ]
+        if not all(map(all, counts)):
+            continue
+        shares = [sum(right for right, _ in one) / sum(asked for _, asked in one) for one in counts]
+        rows.append([arm.name, *map(percent, shares)])
+    head = ["right, by kind", *known]
+    text = table(head, rows, "l" + "r" * len(known)) if rows and known else ""
+    return f"\n\n{text}".replace("\u00a0", " ") if text else ""
 
 
 def _gap(arm: Condition, full: Condition) -> str:
