@@ -496,7 +496,8 @@ def test_the_moments_of_an_eager_backend():
     found = {moment.name: moment for moment in model.moments([micro], [], accumulates=True)}
     assert set(found) == {"teacher", "loss", "backward begins", "backward ends", "update"}
     assert found["teacher"].activations == model._forward_bytes(model.teacher, micro)
-    assert found["loss"].loss == (2 * 30 + 16) * 4 * 512 + 4 * 30 * 4 * 64 + head
+    few = 30  # all: so few ids of so few positions stay in the cache
+    assert found["loss"].loss == (2 * 30 + few) * 4 * 512 + 4 * 30 * 4 * 64 + head
     assert found["backward ends"].gradients == 4 * weights + head
     assert found["update"].optimizer == 8 * weights
     other = {**teacher, "objective": objective | {"divergence": "jsd"}}
@@ -504,7 +505,7 @@ def test_the_moments_of_an_eager_backend():
         made._walk_bytes(micro, 1.0, made.teacher)
         for made in (memory_of(it, machine=TORCH, teacher=CONFIG) for it in (teacher, other))
     ]
-    assert walks[1] - walks[0] == 3 * 4 * 16 * 512
+    assert walks[1] - walks[0] == 3 * 4 * few * 512
 
 
 def test_what_torch_does_not_give_back():

@@ -15,7 +15,9 @@ MLX_BLOCK_ELEMENTS = {"cpu": 2**20, "gpu": 2**23}  # logits: 4 MB stay in cache
 MLX_WIDEST_BLOCK = {"cpu": 2**14}
 # arrays [C, V] that MLX's walk keeps of a chunk for a divergence that cannot do with two
 MLX_ARRAYS_KEPT = {"mixed_kl": 3, "entropy_kl": 3}
-TORCH_ROWS_AT_ONCE = 16  # positions that the elementwise part works on at once on a CPU
+# logits that a thread's elementwise part works on at once on a CPU: four buffers of them stay in a
+# core's own cache from one pass to the next (benchmarks/bench_divergences.py)
+TORCH_ELEMENTS_AT_ONCE = 2**17
 
 
 def chunk_tokens(asked: int, backend: str, device: str) -> int:
@@ -23,6 +25,11 @@ def chunk_tokens(asked: int, backend: str, device: str) -> int:
     cuda; MLX: all the same).
     """
     return asked or CHUNK_TOKENS.get((backend, device), 128)
+
+
+def torch_rows(vocabulary: int, threads: int) -> int:
+    """Positions that the elementwise part works on at once on a CPU."""
+    return max(1, threads * TORCH_ELEMENTS_AT_ONCE // vocabulary)
 
 
 def mlx_chunk(most: int, divergence: str) -> int:

@@ -31,6 +31,7 @@ Axes: B sequences, T tokens, N loss positions, V vocabulary, D width, F width of
 positions of a chunk.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -232,7 +233,8 @@ class Memory(Weights):
         if self.habits.lazy:
             logits = len(shapes) + (teacher is not None and temperature != 1)
             return logits * (blocks + self.habits.blocks_under_way) * block + promoted
-        at_once = min(rows, chunks.TORCH_ROWS_AT_ONCE) if self.machine.device == "cpu" else rows
+        few = chunks.torch_rows(vocabulary, os.cpu_count() or 1)
+        at_once = min(rows, few) if self.machine.device == "cpu" else rows
         kl = not teacher or self.recipe.objective.divergence in ("forward_kl", "reverse_kl")
         buffers = TORCH_WALK_BUFFERS[not (kl and temperature == 1)]
         return len(shapes) * block + buffers * FLOAT * at_once * vocabulary + promoted

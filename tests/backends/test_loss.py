@@ -219,7 +219,7 @@ def assert_no_worse(
 BLOCKS = {
     "mlx, many blocks": ("mlx", mlx_vocabulary, "BLOCK_ELEMENTS", {"cpu": 300, "gpu": 300}),
     "mlx, one block": ("mlx", mlx_vocabulary, "BLOCK_ELEMENTS", {"cpu": 2**20, "gpu": 2**20}),
-    "torch, three positions at once": ("torch", torch_loss, "ROWS_AT_ONCE", 3),
+    "torch, three positions at once": ("torch", torch_loss, "torch_rows", lambda *_: 3),
     "torch, 50 rows of a head at once": ("torch", products, "BLOCK_ROWS", 50),
 }
 

@@ -179,7 +179,7 @@ def by_block(run, monkeypatch):
     if run == "mlx by blocks":  # of 15 ids
         monkeypatch.setattr(mlx_vocabulary, "BLOCK_ELEMENTS", {"cpu": 70, "gpu": 70})
     if run == "torch by blocks":  # of positions
-        monkeypatch.setattr(torch_loss, "ROWS_AT_ONCE", 2)
+        monkeypatch.setattr(torch_loss, "torch_rows", lambda *_: 2)
     return RUN[run.split()[0]]
 
 

@@ -17,6 +17,7 @@ from test_loss import answer, exact, make_case
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mlx_distill.backends.chunks import torch_rows
 from mlx_distill.backends.torch import loss as subject
 from mlx_distill.backends.torch import products
 from mlx_distill.backends.torch.heads import CallableHead, MatrixHead
@@ -28,7 +29,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
 )  # torch's compiler
 TORCH = FRAMEWORKS["torch"]
-VOCABULARY, CHUNK = 4001, 4 * subject.ROWS_AT_ONCE
+VOCABULARY = 4001
+CHUNK = 4 * torch_rows(VOCABULARY, 1)
 BUFFER = 4 * CHUNK * VOCABULARY  # bytes of the logits of a chunk
 
 

@@ -28,8 +28,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mlx_distill.backends.chunks import TORCH_ROWS_AT_ONCE as ROWS_AT_ONCE
-from mlx_distill.backends.chunks import even_chunk
+from mlx_distill.backends.chunks import even_chunk, torch_rows
 from mlx_distill.backends.torch.dense import against_logits, against_nothing
 from mlx_distill.backends.torch.heads import FLOOR, Head, SparseHead
 from mlx_distill.backends.torch.products import add_product, product, project
@@ -41,8 +40,8 @@ TeacherOutputs: TypeAlias = Tensor | SparseHead | None
 
 
 class Work(NamedTuple):
-    """Buffers that chunks share on a CPU: logits [C, V] of student and teacher, and [ROWS_AT_ONCE,
-    V].
+    """Buffers that chunks share on a CPU: logits [C, V] of student and teacher, and of
+    a few rows.
     """
 
     student: Tensor
@@ -213,7 +212,8 @@ class _Walk:
 
     def _work(self, size: int, vocab: int) -> Work:
         teacher = size if self.teacher_hidden is not None else 0
-        heights = (size, teacher, min(size, ROWS_AT_ONCE))
+        rows = torch_rows(vocab, torch.get_num_threads())
+        heights = (size, teacher, min(size, rows))
         return Work(*(torch.empty((height, vocab)) for height in heights))
 
     def _chunk(
