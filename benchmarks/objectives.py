@@ -81,6 +81,7 @@ FINISH = measured("Students that finish")
 ABOVE = "[above](#what-the-paper-says-and-what-we-measured)"
 CACHED = "[teacher cache](docs/teacher-cache.md)"
 ROUNDED = measured("A quantised student")
+PACKED = measured("Adapters on four bits")
 PRUNED = "[methods](docs/methods.md#a-student-cut-from-its-teacher)"
 OTHERS = [
     *(
@@ -128,7 +129,8 @@ OTHERS = [
     ),
     Option('`tuning = "lora"`, `"dora"`', "adapters on a frozen student", BOTH, ALL, "", FINISH),
     Option("`[prune]`", "a student cut from its base or teacher", BOTH, ALL, "", PRUNED),
-    Option("`quantize_bits`", "a teacher in MLX's affine format", "both; NF4: CUDA", ALL),
+    Option("`teacher.quantize_bits`", "a teacher in MLX's affine format", "both; NF4: CUDA", ALL),
+    Option("`student.quantize_bits`", "adapters on a base of few bits", BOTH, ALL, "", PACKED),
     Option("`quantize_aware_bits`", "a student that learns rounded", BOTH, ALL, "", ROUNDED),
 ]
 

@@ -338,12 +338,14 @@ class Pipeline:
         """Who writes once: the teacher, or the student as it is before training."""
         if self.recipe.rollouts.by == "teacher":
             return self._load_teacher()
-        return self._load_base()
+        return self._load_base(self.recipe.student.quantize_bits)
 
-    def _load_base(self) -> LiveTeacher:
-        """The student as it is before training."""
+    def _load_base(self, quantize_bits: int = 0) -> LiveTeacher:
+        """The student as it is before training, or what it is made of."""
         asked = self.recipe.student
-        return self.backend.load_teacher(self.pair.student, asked.model, 0, asked.compute_dtype)
+        return self.backend.load_teacher(
+            self.pair.student, asked.model, quantize_bits, asked.compute_dtype
+        )
 
     def _say_notes(self, model: Model) -> None:
         for note in model.notes:

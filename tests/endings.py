@@ -12,6 +12,7 @@ TORCH_STUDENT = "mlx_distill.backends.torch.student:TorchStudent"
 SHORT = ("eval.max_new_tokens=4", "eval.examples=3")
 CUT = ("token_share=0.5", "span=cot", "ending=answer", "whole_share=0.3")
 LORA = ("student.tuning=lora", "student.rank=2", "student.alpha=4.0")
+LORA += ("student.quantize_bits=4",)  # of the one matrix a block that is wide enough
 LORA += tuple(f"truncation.{setting}" for setting in CUT)
 WRITES = ("rollouts.max_new_tokens=6", "rollouts.batch_size=5", "truncation.span=cot")
 TEACHER_WRITES = ("rollouts.by=teacher", "rollouts.samples=2", "rollouts.share=0.6", *WRITES)

@@ -89,7 +89,8 @@ def test_every_option_of_the_method_is_in_the_readmes_table():
     selection = TABLES["selection"].model_fields
     words += [word for word in get_args(selection["by"].annotation) if word != "position"]
     words += [word for word in get_args(selection["position_weight"].annotation) if word != "flat"]
-    words += ["schedule_free_adamw", "rollouts", "[prune]", "quantize_bits", "quantize_aware_bits"]
+    words += ["schedule_free_adamw", "rollouts", "[prune]", "quantize_aware_bits"]
+    words += ["teacher.quantize_bits", "student.quantize_bits"]
     words += ["lora", "dora", "top_k", "sampled", "hidden"]
     missing = [word for word in words if word not in table]
     assert not missing

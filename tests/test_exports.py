@@ -96,19 +96,29 @@ def test_whole_students_open_in_both(to: str, run: Path, tmp_path: Path) -> None
     assert f"{to} written to {folder}" in said
 
 
+def in_four_bits(base: Path, place: Path) -> tuple[Path, Path]:
+    """A folder as `mlx_lm.convert -q` writes it, and its numbers written out by the same."""
+    packed, written = place / "packed", place / "written"
+    mlx_lm.convert(str(base), str(packed), quantize=True)
+    mlx_lm.convert(str(packed), str(written), dequantize=True)
+    return packed, written
+
+
 def test_adapters_do_on_their_base_what_the_student_does(
     whole_run, tiny_recipe: Path, tmp_path: Path
 ) -> None:
     base, run = tiny_recipe.parent / "student", whole_run("lora")
+    packed, written = in_four_bits(base, tmp_path)
     expected = transformers_logits(run / "student")
-    assert np.abs(expected - transformers_logits(base)).max() > 1e-3
-    peft, _ = exported(run, "peft", tmp_path / "peft")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert np.abs(expected - transformers_logits(written)).max() > 1e-3
+    peft, said = exported(run, "peft", tmp_path / "peft")
+    assert "trained on its base in 4 bits, and belongs on that" in said
+    model = AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
     with torch.no_grad():
         found = PeftModel.from_pretrained(model, peft)(torch.from_numpy(TOKENS).long()).logits
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
     ours, _ = exported(run, "mlx-adapters", tmp_path / "ours")
-    np.testing.assert_allclose(mlx_logits(base, adapter_path=str(ours)), expected, atol=1e-4)
+    np.testing.assert_allclose(mlx_logits(packed, adapter_path=str(ours)), expected, atol=1e-4)
     whole, _ = exported(run, "hf", tmp_path / "hf")
     assert not list(whole.glob("adapters*"))
 

@@ -14,13 +14,14 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm.utils
 import numpy as np
 import pytest
 import torch
 from endings import arguments
 from mlx.utils import tree_flatten
 from rich.console import Console
-from tiny import llama_config, model_folder, random_weights, recipe_of
+from tiny import family_folder, llama_config, model_folder, random_weights, recipe_of
 
 from mlx_distill import machine as machines
 from mlx_distill import stages
@@ -99,6 +100,56 @@ def test_parameters_are_those_of_a_real_model(family, tied):
     assert Dense.of(config, "it").parameters == sum(
         array.size for array in random_weights(config, 0).values()
     )
+
+
+@pytest.mark.parametrize("width, ffn", [(64, 128), (64, 96), (32, 64)])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("backend", [MlxBackend, TorchBackend])
+def test_a_packed_base_is_counted_as_it_is_held(
+    backend, bits, width, ffn, tmp_path, bytes_tokenizer
+):
+    """Quantised on load, but for matrices that are no whole groups; and as `mlx_lm.convert` stores
+    it.
+    """
+    table = {"tuning": "lora", "rank": 3, "quantize_bits": bits}
+    folder = family_folder(
+        tmp_path / "s", llama_config(width=width) | {"intermediate_size": ffn}, seed=0
+    )
+    asked = recipe(student=table)
+    if width == 32:  # where only what leads out of the MLP is wide enough
+        asked = recipe(student=table | {"lora_targets": ["down_proj"]})
+    real = backend().load_student(folder, "it", asked)
+    found = Memory(asked, None, Dense.of(read_config(folder), "it"), CPU)
+    assert found.student_bytes() == held_bytes(real.split.model)
+    assert real.export_bytes() == 4 * found.student.parameters + 8 * found.trainable()
+
+    model, config = mlx_lm.utils.load_model(folder)
+    model, config = mlx_lm.utils.quantize_model(model, config, 64, bits)
+    mlx_lm.utils.save_model(tmp_path, model)
+    mlx_lm.utils.save_config(config, tmp_path / "config.json")
+    stored = Dense.of(read_config(tmp_path), "it")
+    as_stored = recipe(student=asked.student.model_dump() | {"quantize_bits": 0})
+    assert Memory(as_stored, None, stored, CPU).student_bytes() == found.student_bytes()
+
+
+def held_bytes(model) -> int:
+    """Of a model on either backend, what it computes rotations from aside."""
+    if isinstance(model, torch.nn.Module):
+        buffers = [one for name, one in model.named_buffers() if "inv_freq" not in name]
+        return sum(tensor.nbytes for tensor in [*model.parameters(), *buffers])
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def test_what_a_packed_base_is_unpacked_to_is_counted():
+    """On torch the largest matrix, on MLX those that DoRA adapts; the head for the loss on both."""
+    packed = {"tuning": "dora", "quantize_bits": 4, "lora_targets": ["q_proj", "up_proj"]}
+    on_mlx, on_torch = (memory_of({"student": packed}, machine=one) for one in (CPU, TORCH))
+    plain = memory_of({"student": packed | {"quantize_bits": 0}}, machine=TORCH)
+    assert on_mlx.head_unpacked_bytes() == on_torch.head_unpacked_bytes() == 4 * 512 * 64
+    assert on_torch.student_unpacked_bytes() == 5 * 512 * 64
+    assert on_mlx.unpacked_for_backward() == 4 * (64 * 64 + 64 * 128)
+    assert not on_mlx.student_unpacked_bytes() and not on_torch.unpacked_for_backward()
+    assert not plain.student_unpacked_bytes() and not plain.head_unpacked_bytes()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lion", "adafactor", "schedule_free_adamw"])
@@ -386,7 +437,15 @@ def test_more_costs_more_and_what_saves_saves():
     assert peak(batch=batch, optim={"optimizer": "adafactor"}) < whole
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"tuning": "lora"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"tuning": "lora"},
+        {"tuning": "dora", "quantize_bits": 4},
+    ],
+)
 def test_the_peak_of_a_real_step_is_planned_within_15_percent(settings, tmp_path, bytes_tokenizer):
     if MlxBackend().device().dtype != "float32":
         pytest.skip("calibrated on a CPU")

@@ -408,6 +408,7 @@ UNREAD = {
     ("teacher", "quantize_bits", "4"): 'model="some"',
     ("teacher", "compute_dtype", '"float32"'): 'model="some"',
     ("student", "quantize_aware_bits", "4"): 'tuning="full"',
+    ("student", "quantize_bits", "4"): 'tuning="dora"',
     ("prune", "layers_by", '"change"'): "layers=2",
     ("prune", "examples", "8"): "channels=16",
     ("batch", "shuffle", "false"): "global_batch_size=16",
@@ -444,7 +445,7 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
         "answer_column": 'data.format="response"',
         "response_column": 'data.format="columns"',
         "messages_column": 'data.format="columns"',
-        "quantize_bits": "teacher.model=",
+        "teacher.quantize_bits": "teacher.model=",
         "compute_dtype": "teacher.model=",
         "quantize_aware_bits": 'student.tuning="lora"',
         "decayed": "optim.weight_decay=0.0",
@@ -453,7 +454,7 @@ def test_a_field_that_nothing_would_read_is_refused(write, table, field, value):
         "cache_top_k": "teacher.cache=off",
         "cache_samples": "teacher.cache=off",
     }
-    without = other.get(field) or UNREAD_WITH[table]
+    without = other.get(field) or other.get(f"{table}.{field}") or UNREAD_WITH[table]
     deaf = (*without.split("; "), "objective.kd_weight=0.0")
     read = load(write, "", *readers, f"{table}.{field}={value}").model_dump(mode="json")
     assert read[table][field] == tomllib.loads(f"x={value}")["x"]
@@ -738,7 +739,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     newer["selection"] = set(TABLES["selection"].model_fields)
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     newer["prune"] = set(TABLES["prune"].model_fields) - {"folder"}
-    newer["student"] = {"from_teacher", "quantize_aware_bits"}
+    newer["student"] = {"from_teacher", "quantize_aware_bits", "quantize_bits"}
     newer["truncation"] = {"whole_share", "ending"}
     newer["teacher"] = {"compute_dtype", "keep_answers"}
     newer["eval"] = {"prompt", "answer"}

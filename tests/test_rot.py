@@ -94,6 +94,7 @@ CASES = {
     "student.gradient_checkpointing": ("true", ()),
     "student.compute_dtype": ("bfloat16", ()),
     "student.quantize_aware_bits": ("4", ("student.model={root}/wide",)),
+    "student.quantize_bits": ("4", (*LORA, "student.model={root}/wide")),
     "student.save_dtype": ("bfloat16", ()),
     "data.source": ("{root}/other.jsonl", ()),
     "data.config": ("hard", ("data.source=org/rows",)),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.backends import refusals
+from mlx_distill.backends.packed import refuse_packed
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer, model_folder
@@ -89,8 +90,7 @@ def _refuse_configs(recipe: Recipe, student: Path, teacher: Path | None) -> None
     theirs = read_config(teacher, recipe.teacher.model) if teacher else {}
     if teacher:
         refuse_impossible(theirs, f"{recipe.teacher.model}: {teacher / 'config.json'}")
-    if config.keys() & {"quantization", "quantization_config"}:
-        raise refusals.quantised_student(name)
+    refuse_packed(config, recipe.student, name)
     stored = theirs.get("quantization") or theirs.get("quantization_config")
     if stored and recipe.teacher.quantize_bits:
         bits = stored.get("bits", "fewer") if isinstance(stored, dict) else "fewer"

@@ -62,9 +62,11 @@ def no_such_layer(name: str, asked: int, found: int) -> ModelError:
     )
 
 
-def quantised_already(name: str, asked: int | str, stored: int | str) -> ModelError:
+def quantised_already(
+    name: str, asked: int | str, stored: int | str, field: str = "quantize_bits"
+) -> ModelError:
     return ModelError(
-        f"{name}: quantize_bits = {asked} asked, but it is already stored in {stored} bits: set 0"
+        f"{name}: {field} = {asked} asked, but it is already stored in {stored} bits: set 0"
     )
 
 
@@ -77,8 +79,16 @@ def too_narrow(name: str, group_size: int, field: str = "quantize_bits") -> Mode
 
 def quantised_student(name: str) -> ModelError:
     return ModelError(
-        f"{name}: a student must not be quantised (its export would not open in transformers); "
-        "name the original"
+        f"{name}: its weights are quantised, so they cannot train: set [student] tuning = "
+        '"lora" or "dora", or name the original'
+    )
+
+
+def quantised_otherwise(name: str, found: str) -> ModelError:
+    """A student's base that is packed, but not as the program can unpack it for its export."""
+    return ModelError(
+        f"{name}: it is quantised as {found}, but a student's base may only be quantised in MLX's "
+        "affine format (`mlx_lm.convert -q`): name the original"
     )
 
 

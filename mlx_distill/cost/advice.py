@@ -107,6 +107,8 @@ def _changes(setting: Setting, longest: int, machine: Machine) -> Iterator[tuple
         yield "teacher.quantize_bits=4", lambda now: now.having("teacher", quantize_bits=4)
     if student.tuning == "full":
         yield 'student.tuning="lora"', lambda now: now.having("student", tuning="lora")
+    elif not student.quantize_bits:
+        yield "student.quantize_bits=4", lambda now: now.having("student", quantize_bits=4)
     if not student.gradient_checkpointing:
         yield (
             "student.gradient_checkpointing=true",

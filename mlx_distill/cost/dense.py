@@ -68,6 +68,17 @@ class Dense:
         return self.vocabulary_weights + self.shape.layers * self.shape.block_weights()
 
     @property
+    def of_whole_groups(self) -> int:
+        """Numbers in the matrices that MLX quantises: whose rows are whole groups."""
+        fitting = [
+            inputs * outputs
+            for inputs, outputs in self.shape.matrices().values()
+            if inputs % self.group_size == 0
+        ]
+        ends = self.vocabulary_weights if self.shape.width % self.group_size == 0 else 0
+        return ends + self.shape.layers * sum(fitting)
+
+    @property
     def parameters(self) -> int:
         return self.matrices + self.vectors
 
@@ -84,10 +95,18 @@ def teacher_bytes(
     model: Dense, quantize_bits: int | str, device_dtype: str, compute_dtype: str = "auto"
 ) -> float:
     """A frozen teacher's weights in its `compute_dtype`; "auto" is float32 where the device computes
-    in it, as stored elsewhere. Quantised by groups of 64.
+    in it, as stored elsewhere.
     """
     stored = "float32" if device_dtype == "float32" else model.stored
     number = DTYPE_BYTES.get(stored if compute_dtype == "auto" else compute_dtype, 2)
-    packed = 4 if quantize_bits == "nf4" else int(quantize_bits) or model.bits
-    bits = packed + 2 * 8 * number / model.group_size if packed else 8 * number
-    return model.matrices * bits / 8 + model.vectors * number
+    return frozen_bytes(model, 4 if quantize_bits == "nf4" else int(quantize_bits), number)
+
+
+def frozen_bytes(model: Dense, quantize_bits: int, number: int) -> float:
+    """Weights that do not train, of so many bytes a number, but those that are packed, as stored or
+    on load.
+    """
+    bits = model.bits or quantize_bits
+    packed = model.of_whole_groups if bits else 0
+    each = bits / 8 + 2 * number / model.group_size
+    return packed * each + (model.parameters - packed) * number

@@ -37,7 +37,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain
 
 from mlx_distill.backends import chunks
-from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense
+from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense, frozen_bytes
 from mlx_distill.cost.weights import Weights
 from mlx_distill.cost.writing import kv_bytes
 from mlx_distill.machine import versions
@@ -163,7 +163,8 @@ class Memory(Weights):
 
     def _block_bytes(self, micro: Micro) -> float:
         """What one block keeps without checkpointing."""
-        return self.number * (micro.tokens * self._kept_per_token() + self._scores(micro))
+        numbers = micro.tokens * self._kept_per_token() + self._scores(micro)
+        return self.number * numbers + self.unpacked_for_backward()
 
     def _scores(self, micro: Micro) -> float:
         heads = self.student.shape.heads
@@ -298,15 +299,16 @@ class Memory(Weights):
         gradients = float(FLOAT * self.trainable())
         held = gradients if accumulates else 0.0
         shape, kept = self.student.shape, self._kept_bytes(micro)
+        unpacked = self.student_unpacked_bytes()
         head = float(FLOAT * shape.vocabulary * shape.width) if self.full else 0.0
         if self.asked:
             forward = self._forward_bytes(self.asked, micro) + self.unpacked_bytes()
             yield self._moment("teacher", holes, gradients=held, activations=lazy * kept + forward)
         walk = self._walk_bytes(micro, self.recipe.objective.temperature, self.asked)
-        walk += self.unpacked_bytes() if self.asked else 0.0
+        walk += self.head_unpacked_bytes() + (self.unpacked_bytes() if self.asked else 0.0)
         loss = max(walk, head if lazy else 0.0) + self._hidden_bytes(micro) + head
         yield self._moment("loss", holes, gradients=held, activations=kept, loss=loss)
-        under_way = self._under_way_bytes(micro)
+        under_way = self._under_way_bytes(micro) + unpacked
         yield self._moment(
             "backward begins", holes, gradients=held, activations=kept + under_way, loss=head
         )
@@ -318,11 +320,11 @@ class Memory(Weights):
     def _validation_moments(self, micro: Micro) -> Iterator[Moment]:
         models = [self.student, *([self.teacher] if self.teacher else [])]
         forward = max(self._forward_bytes(model, micro) for model in models)
-        forward += self.unpacked_bytes()
+        forward += max(self.unpacked_bytes(), self.student_unpacked_bytes())
         beside = float(FLOAT * self.trainable() * self.recipe.optim.schedule_free)  # or the mean
         yield self._moment("validation", updating=beside, activations=forward)
         loss = self._walk_bytes(micro, 1.0, self.teacher) + self._hidden_bytes(micro)
-        loss += self.unpacked_bytes()
+        loss += self.unpacked_bytes() + self.head_unpacked_bytes()
         yield self._moment("validation's loss", updating=beside, loss=loss)
 
     def writing(self, prompts: Sequence[int], writer: Dense) -> Moment:
@@ -343,7 +345,8 @@ class Memory(Weights):
             return made
         if rollouts.by == "teacher":
             return replace(made, student=0.0, optimizer=0.0)
-        return replace(made, teacher=0.0, optimizer=0.0, student=float(number * writer.parameters))
+        student = frozen_bytes(writer, self.table.quantize_bits, number)
+        return replace(made, teacher=0.0, optimizer=0.0, student=student)
 
     def _update_bytes(self, gradients: float, head: float) -> float:
         vocabulary = head * (1 if self.student.tied else 2)

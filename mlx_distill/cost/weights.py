@@ -6,7 +6,7 @@ many numbers train. Decided here: nothing; these are the sizes of what the backe
 
 from dataclasses import dataclass
 
-from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense, teacher_bytes
+from mlx_distill.cost.dense import DTYPE_BYTES, FLOAT, Dense, frozen_bytes, teacher_bytes
 from mlx_distill.cost.flops import Adapters
 from mlx_distill.machine import Machine
 from mlx_distill.recipe.recipe import Recipe
@@ -94,14 +94,15 @@ class Weights:
         return copies * self.trainable() + self.optimizer_numbers()
 
     def student_bytes(self) -> float:
-        """float32 weights, the copy that is rounded and the one that is computed in; frozen ones in the computed format
-        beside float32 adapters.
+        """float32 weights, the copy that is rounded and the one that is computed in; frozen ones in
+        the computed format, or packed, beside float32 adapters.
         """
         weights = self.student.parameters
         if self.full:
             rounded = FLOAT if self.table.quantize_aware_bits else 0
             return weights * (FLOAT + rounded + (self.number if self.dtype != "float32" else 0))
-        return weights * self.number + FLOAT * self.trainable()
+        frozen = frozen_bytes(self.student, self.table.quantize_bits, self.number)
+        return frozen + FLOAT * self.trainable()
 
     def teacher_bytes(self) -> float:
         if not self.teacher:
@@ -118,14 +119,35 @@ class Weights:
         """
         if self.teacher is None or self.machine.backend != "torch" or not self._packed:
             return 0.0
-        shape = self.teacher.shape
-        blocks = (inputs * outputs for inputs, outputs in shape.matrices().values())
         number = DTYPE_BYTES.get(self.teacher.stored, 2) if self.machine.dtype != "float32" else 4
-        return float((1 + number) * max(shape.vocabulary * shape.width, *blocks))
+        return _largest_matrix(self.teacher, 1 + number)
+
+    def student_unpacked_bytes(self) -> float:
+        """The same of a student's packed base."""
+        if not self.packed_base or self.machine.backend != "torch":
+            return 0.0
+        return _largest_matrix(self.student, 1 + self.number)
+
+    def unpacked_for_backward(self) -> float:
+        """Matrices of a block that MLX's DoRA unpacks and keeps for its backward pass."""
+        if not self.packed_base or not self.is_dora or self.machine.backend != "mlx":
+            return 0.0
+        sizes = self.student.shape.matrices()
+        return float(self.number * sum(sizes[name][0] * sizes[name][1] for name in self.targets()))
+
+    def head_unpacked_bytes(self) -> float:
+        """A packed head, which the loss multiplies with as a matrix."""
+        shape = self.student.shape
+        return float(self.number * shape.vocabulary * shape.width) if self.packed_base else 0.0
+
+    @property
+    def packed_base(self) -> bool:
+        """Whether the student is adapters on a quantised base."""
+        return not self.full and bool(self.table.quantize_bits or self.student.bits)
 
     @property
     def _packed(self) -> bool:
-        """Quantised, and by MLX's format."""
+        """Whether the teacher is quantised, and by MLX's format."""
         assert self.teacher is not None
         bits = self.recipe.teacher.quantize_bits
         return bits != "nf4" and bool(bits or self.teacher.bits)
@@ -140,3 +162,9 @@ class Weights:
 
     def adapted_outputs(self) -> list[int]:
         return [self.student.shape.matrices()[name][1] for name in self.targets()]
+
+
+def _largest_matrix(model: Dense, number: int) -> float:
+    """Its bytes, of so many a number."""
+    blocks = (inputs * outputs for inputs, outputs in model.shape.matrices().values())
+    return float(number * max(model.shape.vocabulary * model.shape.width, *blocks))

@@ -137,7 +137,8 @@ def _made_of(run: Run, recipe: Recipe) -> str:
     if teacher:
         lines.append(f"- teacher: `{_shown(teacher)}`" + (f", in {bits} bits" if bits else ""))
     tuning = {"full": "all weights trained"}.get(recipe.student.tuning, recipe.student.tuning)
-    lines.append(f"- student before: `{_shown(recipe.student.model)}`, {tuning}")
+    rounded = f" on its weights in {bits} bits" if (bits := recipe.student.quantize_bits) else ""
+    lines.append(f"- student before: `{_shown(recipe.student.model)}`, {tuning}{rounded}")
     data = f"- data: `{_shown(recipe.data.source)}`"
     if account:
         data += f", {counted(account.train, 'example')} to learn from"

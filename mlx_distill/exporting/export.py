@@ -14,7 +14,7 @@ from mlx_distill.errors import DistillError, RecipeError
 from mlx_distill.exporting.card import model_card
 from mlx_distill.exporting.fidelity import measured
 from mlx_distill.exporting.folder import made_export, refuse_others
-from mlx_distill.exporting.layouts import LAYOUTS, QUANTISED
+from mlx_distill.exporting.layouts import ADAPTERS, LAYOUTS, QUANTISED
 from mlx_distill.exporting.push import Hub
 from mlx_distill.files import first_line, remedy
 from mlx_distill.runs.checkpoints import UNWRITTEN
@@ -85,7 +85,10 @@ def _fill(
     """The files of the format, what they lost, and the card."""
     if to.startswith("mlx") and (reason := run.read(Manifest).not_for_mlx_lm):
         raise DistillError(f"{run.path}: mlx-lm cannot open this student: {reason}")
-    said = [f"note: {note}" for note in LAYOUTS[to](run.student, half, run.path.name)]
+    notes = LAYOUTS[to](run.student, half, run.path.name)
+    if to in ADAPTERS and (bits := run.recipe().student.quantize_bits):
+        notes.append(_of_rounded_base(bits))
+    said = [f"note: {note}" for note in notes]
     for note in said:
         view.say(note)
     if to in QUANTISED and measure:
@@ -99,3 +102,10 @@ def _fill(
     for scratch in half.glob(".measured-*"):
         shutil.rmtree(scratch, ignore_errors=True)
     (half / CARD).write_text(model_card(run.path, to, said), encoding="utf-8")
+
+
+def _of_rounded_base(bits: int) -> str:
+    return (
+        f"the adapter was trained on its base in {bits} bits, and belongs on that (`mlx_lm.convert -q "
+        f"--q-bits {bits}`): on the unquantised base it does not do quite what the student does"
+    )

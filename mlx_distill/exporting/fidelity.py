@@ -134,7 +134,7 @@ def _divergence(
 ) -> tuple[LossSums | None, str]:
     try:
         batches = validation_batches(_held_out(run, recipe), recipe.batch)
-        whole = with_values(recipe, student={"tuning": "full"})
+        whole = with_values(recipe, student={"tuning": "full", "quantize_bits": 0})
         student = backend.load_student(run.student, "the student", whole)
     except DistillError as error:
         return None, f"KL was not measured: {error}"

@@ -52,6 +52,7 @@ READ_WHEN = {
     "teacher.cache_top_k": choice("teacher", "cache", "top_k"),
     "teacher.cache_samples": choice("teacher", "cache", "sampled"),
     "student.quantize_aware_bits": choice("student", "tuning", "full"),
+    "student.quantize_bits": ADAPTERS,
     "student.rank": ADAPTERS,
     "student.alpha": ADAPTERS,
     "student.lora_layers": ADAPTERS,

@@ -111,6 +111,10 @@ class StudentTable(Table):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """In which the student learns and is scored; auto = float32 on a CPU, bfloat16 on a GPU."""
 
+    quantize_bits: Annotated[Literal[0, 4, 6, 8], CameLater(0)] = 0
+    """Quantise the frozen base of adapters on load to so many bits, in MLX's affine format (QLoRA); a
+    folder that MLX quantised is such a base as it is; 0 = as stored."""
+
     quantize_aware_bits: Annotated[Literal[0, 4, 8], CameLater(0)] = 0
     """Learn with weights rounded as `mlx-distill export --to mlx-4bit` (or 8) will; 0 = as they
     are."""

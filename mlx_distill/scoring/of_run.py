@@ -160,7 +160,7 @@ def scored_models(folder: RunFolder, pair: Pair) -> Iterator[ScoredModel]:
     if pair.teacher and settings.score_teacher:
         yield ScoredModel("teacher", pair.teacher, pair.recipe.teacher.quantize_bits)
     if settings.score_base:
-        yield ScoredModel("base", pair.student)
+        yield ScoredModel("base", pair.student, pair.recipe.student.quantize_bits)
     yield ScoredModel("student", folder.student)
 
 

@@ -113,7 +113,7 @@ def _shared(points: Sequence[Point], base: Recipe) -> frozenset[str]:
     bases, teachers = set(), set()
     for recipe in (point.recipe for point in points):
         student, teacher, scored = recipe.student, recipe.teacher, recipe.eval.model_dump_json()
-        bases.add((student.model, student.revision, scored))
+        bases.add((student.model, student.revision, student.quantize_bits, scored))
         teachers.add((teacher.model, teacher.revision, teacher.quantize_bits, scored))
     shared = set()
     if base.eval.score_base and len(bases) == 1:

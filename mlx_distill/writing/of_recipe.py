@@ -64,7 +64,8 @@ class Rollouts:
         """All that the texts depend on; the format that a device computes in by itself does not
         count, as the backend does not.
         """
-        bits = self.recipe.teacher.quantize_bits if self.table.by == "teacher" else 0
+        writer = self.recipe.teacher if self.table.by == "teacher" else self.recipe.student
+        bits = writer.quantize_bits
         model = identity(self._writer) | {"quantize_bits": bits}
         return self.writing.fields(model | self.pair.asked_dtype(self.table.by))
 

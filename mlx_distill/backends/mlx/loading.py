@@ -20,6 +20,7 @@ from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.backends.mlx.rounding import GROUP_SIZE, fits
 from mlx_distill.backends.mlx.threads import WIDE, threads
 from mlx_distill.backends.mlx.weights import cast, stored_weights
+from mlx_distill.backends.packed import refuse_packed
 from mlx_distill.errors import ModelError
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_config, read_generation_config
@@ -49,25 +50,30 @@ def load_teacher(folder: Path, name: str, quantize_bits: int | str) -> SplitMode
     return SplitModel(model, name, notes)
 
 
-def _quantize(model: nn.Module, name: str, bits: int, group_size: int = GROUP_SIZE) -> None:
+def _quantize(
+    model: nn.Module,
+    name: str,
+    bits: int,
+    group_size: int = GROUP_SIZE,
+    field: str = "quantize_bits",
+) -> None:
     def is_fit(path: str, module: nn.Module) -> bool:
         return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0
 
     if not any(is_fit(path, module) for path, module in model.named_modules()):
-        raise refusals.too_narrow(name, group_size)
+        raise refusals.too_narrow(name, group_size, field)
     nn.quantize(model, group_size, bits, class_predicate=is_fit)
     mx.eval(model.parameters())
 
 
 def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> SplitModel:
-    """A model whose tensors equal Hugging Face's by name and value, in float32 where it trains;
-    others are refused.
+    """A model whose tensors equal Hugging Face's by name and value, in float32 where it trains, packed
+    where a frozen base is to be; others are refused.
     """
     read_generation_config(folder, name)  # which its export will read, hours from now
-    model, config, notes, ours = _load(folder, name, student=True, lazy=False)
+    refuse_packed(read_config(folder, name), table, name)
+    model, _, notes, ours = _load(folder, name, student=True, lazy=False)
     notes += (refusals.not_obeyed(name, ours),) if ours else ()
-    if config.get("quantization") or config.get("quantization_config"):
-        raise refusals.quantised_student(name)
     _refuse_rewritten(model, folder, name)
     stored_dtype = next(
         p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)
@@ -76,6 +82,8 @@ def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> Spl
         model.update(cast(model.parameters(), mx.float32))
         split = SplitModel(model, name, notes)
     else:
+        if table.quantize_bits:
+            _quantize(model, name, table.quantize_bits, field="student.quantize_bits")
         split = SplitModel(model, name, notes)
         add_adapters(split, table, seed)
     if split.head_matrix() is None:

@@ -74,11 +74,11 @@ class SplitModel:
         return self._head(hidden)
 
     def head_matrix(self) -> mx.array | None:
-        """`[V, D]`, if the head is that matrix and nothing else; None for quantised, biased, capped
-        or scaled heads.
+        """`[V, D]`, if the head is that matrix and nothing else, unpacked where it is quantised; None
+        for biased, capped or scaled heads.
         """
         module = self._head_module
-        return module.weight if module is not None and self._head_is_matrix else None
+        return unpacked(module) if module is not None and self._head_is_matrix else None
 
     @property
     def width(self) -> int:
@@ -110,11 +110,12 @@ class SplitModel:
 
     @cached_property
     def _head_is_matrix(self) -> bool:
-        module = self._head_module
+        module, head = self._head_module, self._head_by_blocks(None)
         return (
             module is not None
-            and set(module) == {"weight"}
-            and self._equals_head(MatrixHead(module.weight))
+            and head is not None
+            and set(module) in ({"weight"}, {"weight", "scales", "biases"})
+            and self._equals_head(head)
         )
 
     @property
@@ -192,6 +193,16 @@ class SplitModel:
             equal, how = False, f"fails ({all_lines(error, 100)}) instead of giving"
         if not equal:
             raise refusals.not_split(self.name, type(self.model), how)
+
+
+def unpacked(module: nn.Module, dtype: mx.Dtype | None = None) -> mx.array:
+    """The matrix of a linear or embedding module; where it is quantised, in the format of its scales
+    or another one.
+    """
+    if "scales" not in module:
+        return module.weight
+    numbers = (module[name].astype(dtype or module.scales.dtype) for name in ("scales", "biases"))
+    return mx.dequantize(module.weight, *numbers, module.group_size, module.bits)
 
 
 def checkpoint_layers(split: SplitModel) -> None:

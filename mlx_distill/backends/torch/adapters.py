@@ -10,6 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
+from mlx_distill.backends.torch.affine import (
+    Affine,
+    TiedHead,
+    dequantise,
+    quantise,
+    show_matrices,
+)
 from mlx_distill.backends.torch.model import SplitModel
 from mlx_distill.backends.torch.weights import stored_weights
 from mlx_distill.recipe.tables import StudentTable
@@ -34,6 +41,8 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
         for block in split.layers
     ]
     paths = adapted_paths(blocks, table, split.name)
+    if table.tuning == "dora":
+        show_matrices(model, paths)
     peft = _peft()
     config = peft.LoraConfig(
         r=table.rank,
@@ -52,9 +61,17 @@ def add_adapters(split: SplitModel, table: StudentTable, seed: int) -> None:
         weight.data = torch.from_numpy(matrix.T.copy()).to(weight.device)
         module.lora_B.default.weight.data = module.lora_B.default.weight.data.float()
         if table.tuning == "dora":  # peft's norms are rounded as the weights are
-            module.lora_magnitude_vector.default.weight.data = module.weight.data.float().norm(
+            module.lora_magnitude_vector.default.weight.data = _numbers(module.base_layer).norm(
                 dim=1
             )
+
+
+def _numbers(linear: nn.Module) -> Tensor:
+    """A frozen layer's matrix in float32."""
+    if isinstance(linear, Affine):
+        packed = linear.packed, linear.scales.float(), linear.biases.float()
+        return dequantise(*packed, linear.packing)
+    return linear.weight.detach().float()
 
 
 def _peft() -> Any:
@@ -86,9 +103,11 @@ def parameter_count(model: nn.Module) -> int:
     """How many numbers a model holds; packed quantised weights count as what they stand for,
     adapters do not count.
     """
-    return model.num_parameters() - sum(
+    packed = sum(one.numbers for one in model.modules() if isinstance(one, Affine))
+    adapters = sum(
         array.numel() for name, array in model.named_parameters() if canonical(name) != name
     )
+    return model.num_parameters() + packed - adapters
 
 
 def is_transposed(name: str) -> bool:
@@ -103,16 +122,34 @@ def fused_weights(split: SplitModel, base: Path) -> dict[str, Tensor]:
     keeps its adapters.
 
     What has no adapter is as the folder `base` stores it, whatever type the frozen copy is computed
-    in.
+    in; a packed matrix is what it stands for, in float32.
     """
     adapted = adapted_modules(split.model)
     if not adapted:
         return {name: parameter.detach() for name, parameter in split.model.named_parameters()}
-    stored = stored_weights(base, split.name)
+    stored = _unpacked_base(split.model, stored_weights(base, split.name))
     return stored | {
         f"{path}.weight": _fused(module, stored[f"{path}.weight"])
         for path, module in adapted.items()
     }
+
+
+def _unpacked_base(model: nn.Module, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A folder's tensors, with those in the place of the packed ones that the model computes with,
+    whether they are stored packed or were packed on load.
+    """
+    base = {id(module.base_layer): path for path, module in adapted_modules(model).items()}
+    modules = list(model.named_modules())
+    packed = {base.get(id(one), path): one for path, one in modules if isinstance(one, Affine)}
+    found = dict(stored)
+    for path, module in packed.items():
+        kept = [found.pop(f"{path}.{part}", None) for part in ("weight", "scales", "biases")]
+        weight, scales, biases = quantise(kept[0], module.packing) if kept[1] is None else kept
+        numbers = weight.view(torch.int32), scales.float(), biases.float()
+        found[f"{path}.weight"] = dequantise(*numbers, module.packing)
+    if any(isinstance(one, TiedHead) for _, one in modules):
+        found.pop("lm_head.weight", None)  # which was stored all the same
+    return found
 
 
 @torch.no_grad()

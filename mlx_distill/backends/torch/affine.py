@@ -5,6 +5,7 @@ In: matrices, or what MLX stored of them. Out: modules that keep the integers pa
 here: nothing; rounding, packing and names are those of `mx.quantize` and `mlx.nn.quantize`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +104,11 @@ class Affine(nn.Module):
         """[rows, width]"""
         return dequantise(self.packed, self.scales, self.biases, self.packing)
 
+    @property
+    def numbers(self) -> int:
+        """How many the matrix has."""
+        return self.scales.numel() * self.packing.group_size
+
 
 class AffineLinear(Affine, nn.Linear):
     """x [..., width] → [..., rows]."""
@@ -110,6 +116,19 @@ class AffineLinear(Affine, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = _Product.apply(x, self)
         return product if self.bias is None else product + self.bias
+
+
+class Shown:
+    """An affine module whose weight is its matrix, made whenever somebody looks at it."""
+
+    matrix: Callable[[], Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        return self.matrix()
+
+    def hold(self, packed: Tensor, scales: Tensor, biases: Tensor) -> None:
+        self.packed, self.scales, self.biases = packed, scales, biases
 
 
 class AffineEmbedding(Affine, nn.Embedding):
@@ -154,6 +173,23 @@ class _Product(torch.autograd.Function):
         return gradient @ context.module.matrix().to(gradient.dtype), None
 
 
+def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a model holds of packed matrices, by the names that MLX stores it under."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Affine):
+            parts = {"weight": module.packed, "scales": module.scales, "biases": module.biases}
+            found |= {f"{path}.{name}": tensor for name, tensor in parts.items()}
+    return found
+
+
+def cast_packed(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have packed matrices made in another format."""
+    for module in model.modules():
+        if isinstance(module, Affine):
+            module.hold(module.packed, module.scales.to(dtype), module.biases.to(dtype))
+
+
 def become(module: nn.Module, packing: Packing) -> Affine:
     """Make a linear or embedding module an affine one that has no matrix yet. What its class does
     besides (Gemma scales what its embedding gives) it still does.
@@ -164,6 +200,16 @@ def become(module: nn.Module, packing: Packing) -> Affine:
     assert isinstance(module, Affine)
     module.packing = packing
     return module
+
+
+def show_matrices(model: nn.Module, paths: list[str]) -> None:
+    """Let code that is not ours (peft's DoRA) read the matrices of these affine layers."""
+    for path in paths:
+        module = model.get_submodule(path)
+        if isinstance(module, AffineLinear):
+            del module.weight
+            kind = type(module)
+            module.__class__ = type(f"Shown{kind.__name__}", (Shown, kind), {})
 
 
 def quantise_model(model: nn.Module, packing: Packing) -> int:

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers.activations import ACT2CLS
 
 from mlx_distill.backends import refusals
+from mlx_distill.backends.packed import KEYS, refuse_packed
 from mlx_distill.backends.torch.adapters import add_adapters
-from mlx_distill.backends.torch.affine import Packing, quantise_model
+from mlx_distill.backends.torch.affine import Packing, packed_tensors, quantise_model
 from mlx_distill.backends.torch.model import SplitModel
 from mlx_distill.backends.torch.rounding import GROUP_SIZE, fits
-from mlx_distill.backends.torch.stored_affine import KEYS, AffineConfig, stored_packings
+from mlx_distill.backends.torch.stored_affine import AffineConfig, stored_packings
 from mlx_distill.backends.torch.weights import cast_frozen, stored_weights
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config, read_generation_config
@@ -85,12 +86,10 @@ def load_student(
     dtype: torch.dtype,
 ) -> SplitModel:
     """A model whose tensors equal the folder's by name and value, float32 where it trains, `dtype`
-    where frozen; others are refused.
+    where frozen, packed where a frozen base is to be; others are refused.
     """
     read_generation_config(folder, name)  # which its export will read, hours from now
-    config = read_config(folder, name)
-    if config.get("quantization") or config.get("quantization_config"):
-        raise refusals.quantised_student(name)
+    refuse_packed(read_config(folder, name), table, name)
     stored = stored_weights(folder, name)
     dtypes = {value.dtype for value in stored.values() if value.is_floating_point()}
     model = _load(
@@ -101,6 +100,10 @@ def load_student(
     if table.tuning == "full":
         split = SplitModel(model.float().requires_grad_(True).to(device), name)
     else:
+        if table.quantize_bits and not quantise_model(
+            model, Packing(table.quantize_bits, GROUP_SIZE)
+        ):
+            raise refusals.too_narrow(name, GROUP_SIZE, "student.quantize_bits")
         split = SplitModel(model.to(device), name)
         add_adapters(split, table, seed)
         cast_frozen(split.model, dtype)
@@ -180,7 +183,7 @@ def _refuse_rewritten(
     """Refuse a family whose tensors transformers renames or changes on load: its export would not
     open everywhere.
     """
-    loaded = dict(model.named_parameters())
+    loaded = dict(model.named_parameters()) | packed_tensors(model)
     if (
         model.config.tie_word_embeddings and "lm_head.weight" in stored
     ):  # a tied head stored all the same, or is it one?

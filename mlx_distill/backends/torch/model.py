@@ -76,10 +76,18 @@ class SplitModel:
         return self._after_trunk()(hidden)
 
     def head_matrix(self) -> Tensor | None:
-        """`[V, D]`, if the head is that matrix and nothing else; None for quantised, biased, capped
-        or scaled heads.
+        """`[V, D]`, if the head is that matrix and nothing else, unpacked where it is quantised; None
+        for biased, capped or scaled heads.
         """
-        return self._head_weight if self._head_is_matrix else None
+        if not self._head_is_matrix:
+            return None
+        return self.packed_head.matrix() if self.packed_head else self._head_weight
+
+    @property
+    def packed_head(self) -> AffineLinear | TiedHead | None:
+        """The head's module, where its matrix is packed."""
+        module = self.model.get_output_embeddings()
+        return module if isinstance(module, AffineLinear | TiedHead) else None
 
     @property
     def width(self) -> int:
@@ -114,17 +122,13 @@ class SplitModel:
 
     @cached_property
     def _head_is_matrix(self) -> bool:
-        module = self.model.get_output_embeddings()
-        return (
-            type(module) is nn.Linear
-            and module.bias is None
-            and self._equals_head(MatrixHead(module.weight))
-        )
+        head = self._matrix_head(None)
+        return head is not None and head.bias is None and self._equals_head(head)
 
     def _matrix_head(self, finish: Finish | None) -> MatrixHead | AffineHead | None:
+        if packed := self.packed_head:
+            return AffineHead(packed, getattr(packed, "bias", None), finish)
         module = self.model.get_output_embeddings()
-        if isinstance(module, AffineLinear | TiedHead):
-            return AffineHead(module, getattr(module, "bias", None), finish)
         return MatrixHead(module.weight, module.bias, finish) if type(module) is nn.Linear else None
 
     def _after_trunk(self, skip_head: bool = False) -> "_AfterTrunk":

@@ -13,6 +13,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mlx_distill.backends.packed import KEYS
 from mlx_distill.backends.torch.affine import (
     BITS,
     WORD,
@@ -27,7 +28,6 @@ from mlx_distill.models.weights import Weights
 
 METHOD = "mlx_affine"
 SCALES = ".scales"
-KEYS = ("quantization", "quantization_config")  # of config.json; mlx-lm writes both
 
 
 class AffineConfig(QuantizationConfigMixin):

@@ -72,10 +72,10 @@ class TorchStudent(TorchModel):
                 f"student.quantize_aware_bits = {split.rounded_to} on {together.size()} ranks of "
                 "torch, which hold a part of each matrix: use one process, or set 0"
             )
-        head_path = split.head_path
+        head_path = "" if split.packed_head else split.head_path
         together.shard(split, trains=True, dtype=dtype if self.full else torch.float32)
         named = dict(split.model.named_parameters())
-        self.head = named[head_path]
+        self.head = named.get(head_path)  # none where it is packed
         self.weights = {
             name: parameter for name, parameter in named.items() if parameter.requires_grad
         }
@@ -220,12 +220,21 @@ class TorchStudent(TorchModel):
             hidden = self.gather(batch.tokens, batch.positions)
         return (
             hidden,
-            rounded(together.whole_with_gradient(self.head), self.table.quantize_aware_bits),
+            self._head_matrix(),
             *self._teacher(targets, batch, objective),
             self.tensor(batch.targets),
             self.tensor(batch.weight),
             objective,
         )
+
+    def _head_matrix(self) -> Tensor:
+        """[V, D]: the trained float32 matrix; the frozen one with adapters, unpacked where it is
+        quantised.
+        """
+        if self.head is None:
+            assert self.split.packed_head is not None
+            return self.split.packed_head.matrix()
+        return rounded(together.whole_with_gradient(self.head), self.table.quantize_aware_bits)
 
     def _teacher(
         self, targets: Targets, batch: Batch, objective: Objective

@@ -1,0 +1,39 @@
+"""A student's base that is packed in a few bits: which folders may be one, and for which students.
+
+In: a config.json and a recipe's `[student]` table. Out: a `ModelError` where the two do not go
+together. Decided here: packed numbers do not train, so such a base needs adapters (QLoRA, Dettmers
+et al. 2023); and of all formats MLX's affine one is known, which is unpacked when a student is
+exported.
+"""
+
+from typing import Any
+
+from mlx_distill.backends import refusals
+from mlx_distill.recipe.tables import StudentTable
+
+KEYS = ("quantization", "quantization_config")  # of config.json; mlx-lm writes both
+AFFINE = (None, "affine")
+
+
+def refuse_packed(config: dict[str, Any], table: StudentTable, name: str) -> None:
+    """Raise `ModelError` where a folder is quantised and cannot be this student's base."""
+    if not config.keys() & set(KEYS):
+        return
+    said = config.get("quantization")
+    if not isinstance(said, dict):
+        raise refusals.quantised_otherwise(name, _method(config))
+    modes = {part.get("mode") for part in (said, *said.values()) if isinstance(part, dict)}
+    if others := modes - set(AFFINE):
+        raise refusals.quantised_otherwise(name, f"mode {min(map(repr, others))}")
+    if table.tuning == "full":
+        raise refusals.quantised_student(name)
+    if table.quantize_bits:
+        bits = said.get("bits", "fewer")
+        raise refusals.quantised_already(name, table.quantize_bits, bits, "student.quantize_bits")
+
+
+def _method(config: dict[str, Any]) -> str:
+    """What another program's format is called in config.json."""
+    said = config.get("quantization_config")
+    found = said.get("quant_method") if isinstance(said, dict) else None
+    return repr(found or "an unknown format")
