@@ -328,6 +328,25 @@ def test_what_is_set_is_kept(write):
     assert (recipe.student.alpha, recipe.optim.beta2) == (8.0, 0.999)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "window"),
+    [
+        ((), 8),
+        (("batch.micro_batch_size=2",), 8),
+        (("batch.micro_batch_size=8",), 1),  # a step would hold one range of lengths
+        (("batch.micro_batch_size=5",), 1),
+        (("batch.micro_batch_size=1",), 1),  # nothing is padded
+        (("batch.shuffle=false",), 1),
+        (('rollouts.by="student"', "rollouts.refresh_every=10"), 1),
+        (("batch.micro_batch_size=8", "batch.sort_window=4"), 4),
+    ],
+)
+def test_steps_are_sorted_where_that_saves_something(write, overrides, window):
+    recipe = load(write, "", *overrides)
+    assert recipe.batch.sort_window == window
+    assert load_recipe(write(recipe.toml(), "kept.toml")) == recipe
+
+
 def test_the_tables_hold_what_follows_from_the_other_defaults():
     for path, rule in FOLLOWS.items():
         table, field = path.split(".")

@@ -21,6 +21,13 @@ class Following:
     words: str
 
 
+def _sort_window(recipe: "Recipe") -> int:
+    """Eight steps where sorting them saves padding and a step still holds short and long examples."""
+    batch = recipe.batch
+    several = 1 < batch.micro_batch_size <= batch.global_batch_size // 2
+    return 8 if several and batch.shuffle and not recipe.rollouts.refresh_every else 1
+
+
 FOLLOWS = {
     "student.model": Following(
         lambda recipe: recipe.teacher.model if recipe.student.from_teacher else "",
@@ -34,6 +41,11 @@ FOLLOWS = {
     "optim.learning_rate": Following(
         lambda recipe: 2e-5 if recipe.student.tuning == "full" else 2e-4,
         '2e-4 with tuning = "lora" or "dora"',
+    ),
+    "batch.sort_window": Following(
+        _sort_window,
+        "1 where a step is one micro-batch, or a micro-batch one sequence, with shuffle = false, "
+        "and with rollouts.refresh_every",
     ),
     "objective.kd_weight": Following(
         lambda recipe: 1.0 if recipe.rollouts.by == "student" else 0.5,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlx_distill.recipe.defaults import FOLLOWS
 from mlx_distill.recipe.values import FormerDefault
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ def unread(recipe: "Recipe") -> Iterator[str]:
         part = getattr(recipe, table)
         info = type(part).model_fields[field]
         former = [mark.value for mark in info.metadata if isinstance(mark, FormerDefault)]
-        if getattr(part, field) not in (info.default, *former) and not condition.holds(recipe):
+        followed = [FOLLOWS[path].value(recipe)] if path in FOLLOWS else []
+        defaults = (info.default, *former, *followed)
+        if getattr(part, field) not in defaults and not condition.holds(recipe):
             yield (
                 f"[{table}] {field} is set but nothing reads it here: "
                 f"it is read only with {condition.words}"

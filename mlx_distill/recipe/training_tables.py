@@ -112,7 +112,7 @@ class BatchTable(Table):
     pad_multiple: Annotated[int, within(1, 65_536)] = 32
     """Sequences are padded to a multiple of this, to keep shapes few."""
 
-    sort_window: Annotated[int, within(1, 65_536), CameLater(1)] = 1
+    sort_window: Annotated[int, within(1, 65_536), CameLater(1)] = 8
     """Steps whose examples are sorted by length together: less padding. Each step still takes one
     micro-batch of each range of lengths, so that it has several; 1 = each step by itself."""
 

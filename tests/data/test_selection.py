@@ -88,7 +88,7 @@ def test_a_known_rule_leaves_a_share_of_each_sequence(by: str, ending: int):
 
 
 def test_a_random_choice_is_made_again_each_epoch_or_once():
-    sequences, batch = corpus(), BatchTable(micro_batch_size=3, global_batch_size=4)
+    sequences, batch = corpus(), BatchTable(micro_batch_size=3, global_batch_size=4, sort_window=1)
 
     def epochs(redraw: str, seed: int = 1) -> list[dict]:
         table = SelectionTable(share=0.4, redraw=redraw)
