@@ -5,11 +5,13 @@ makes them. Decided here, each with the correct form that the other settings hav
 
 - `whole_conversation`: the finished conversation goes through the chat template, system text
   dropped, and a stray generation prompt ends it. (Correct: nothing follows the end of turn.)
+- `said`: white space around reasoning and answer stays as the row has it, as far as the template
+  leaves it. (Correct: it is trimmed.)
 - `end_of_cot`: the line break after `</think>` belongs to the chain of thought where that is
   learned, and to the answer where it is not. (Correct: to the chain of thought.)
 - `validated`: validation sequences are cut as training ones are. (Correct: they are whole.)
-- `mean_of_means`: the loss is the mean over sequences of each one's mean. (Correct: one sum over
-  all tokens, divided once.)
+- `mean_of_means`: the loss, of training and validation, is the mean over sequences of each one's
+  mean. (Correct: one sum over all tokens, divided once.)
 
 Two more are settings: `batch.shuffle = false`, and `batch.global_batch_size = 4`, for its gradient
 accumulation is never used. Its forward KL is a cross-entropy, which is the KL plus the teacher's entropy: the gradient is the
@@ -31,6 +33,13 @@ from mlx_distill.recipe.recipe import Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+MARKS = (
+    ("<|begin_of_solution|>\n\n", ""),
+    ("\n\n<|end_of_solution|>", ""),
+    ("<|begin_of_thought|>", THINK_TAGS[0]),
+    ("<|end_of_thought|>", THINK_TAGS[1]),
+)
+
 
 def whole_conversation(
     example: Example, tokenizer: "PreTrainedTokenizerFast", segments: tuple[str, ...]
@@ -38,10 +47,9 @@ def whole_conversation(
     """The example through the chat template, all of it. Raises `Skip` where `<think>` or `</think>`
     cannot be found in its tokens.
     """
-    said = f"<think>\n{example.cot}\n</think>\n\n{example.answer}"
     turns = [{"role": turn[0], "content": turn[1]} for turn in example.turns if turn[0] != "system"]
     text = tokenizer.apply_chat_template(
-        [*turns, {"role": "assistant", "content": said}],
+        [*turns, {"role": "assistant", "content": said(example)}],
         chat_template=chat_template(tokenizer),
         tokenize=False,
         add_generation_prompt=True,
@@ -60,6 +68,16 @@ def whole_conversation(
     )
 
 
+def said(example: Example) -> str:
+    """The turn that answers, marks of the Stratos family as tags."""
+    if not example.said:
+        return f"<think>\n{example.cot}\n</think>\n\n{example.answer}"
+    text = example.said
+    for mark, tag in MARKS:
+        text = text.replace(mark, tag)
+    return text
+
+
 def _found(tag: str, tokens: list[int], tokenizer: "PreTrainedTokenizerFast") -> int:
     """Where a tag's ids begin for the first time."""
     ids = tokenizer.encode(tag, add_special_tokens=False)
@@ -75,8 +93,8 @@ def end_of_cot(closed: int, segments: tuple[str, ...]) -> int:
 
 
 def validated(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:
-    """A validation sequence, cut."""
-    return truncate(sequence, recipe.truncation)
+    """A validation sequence, cut, that counts as one in the loss of the segments that are learned."""
+    return mean_of_means(truncate(sequence, recipe.truncation), recipe.objective.segments)
 
 
 def mean_of_means(sequence: TokenSequence, segments: tuple[str, ...]) -> TokenSequence:

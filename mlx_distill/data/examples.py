@@ -31,7 +31,8 @@ class Example:
     `cot` is the reasoning without its `<think>` tags, `answer` what follows it; both without white
     space around them. `id` is a digest of the content (`example_id`), so it does not depend on the
     order of the file: two rows that say the same are one example. Where the data only asks, `cot`
-    is empty, and `answer` too unless it is known.
+    is empty, and `answer` too unless it is known. `said` is the whole answering turn as the row has
+    it, for `data.compat = "paper"` alone.
     """
 
     id: str
@@ -41,6 +42,7 @@ class Example:
     history: Turns = ()
     after: Turns = ()
     tools: str = ""
+    said: str = ""
 
     @property
     def turns(self) -> Turns:
@@ -84,6 +86,7 @@ def make_example(
     after: Turns = (),
     tools: str = "",
     solved: bool = True,
+    said: str = "",
 ) -> Example:
     """An `Example` with its white space trimmed and its id made; raises `Skip` where a part is
     empty that it must have. With `solved=False` that is the prompt alone: a model is to answer it.
@@ -94,9 +97,9 @@ def make_example(
         if not text:
             raise Skip(f"no {name}")
     content = prompt, cot, answer, history, after, tools
-    if not is_text(content):
+    if not is_text((content, said)):
         raise Skip("half of a character (a lone surrogate) in its text")
-    return Example(example_id(*content), *content)
+    return Example(example_id(*content), *content, said)
 
 
 def shuffled(examples: Iterable[Example], seed: int) -> list[Example]:

@@ -53,7 +53,8 @@ def _response(row: Row, place: Place) -> Example:
     messages = _prompt(row, place)
     if isinstance(place.value(row, "response"), list):
         return _last_turn([*messages, *place.messages(row, "response")], row, place)
-    return _worked(messages, *split_reasoning(place.text(row, "response")), row, place)
+    said = place.text(row, "response")
+    return _worked(messages, *split_reasoning(said), row, place, said=said)
 
 
 def _alpaca(row: Row, place: Place) -> Example:
@@ -116,22 +117,32 @@ def _last_turn(messages: list[Message], row: Row, place: Place) -> Example:
         raise Skip("its answer is a tool call")
     if answered.not_learned:
         raise Skip(answered.not_learned)
-    cot, answer = answered.reasoning, answered.content
+    cot, answer, said = answered.reasoning, answered.content, ""
     if not cot.strip():
-        cot, answer = split_reasoning(answer)
-    return _worked(messages[:last], cot, answer, row, place)
+        said = answer
+        cot, answer = split_reasoning(said)
+    return _worked(messages[:last], cot, answer, row, place, said=said)
 
 
 def _worked(
-    messages: list[Message], cot: str, answer: str, row: Row, place: Place, solved: bool = True
+    messages: list[Message],
+    cot: str,
+    answer: str,
+    row: Row,
+    place: Place,
+    solved: bool = True,
+    said: str = "",
 ) -> Example:
-    """The example of the messages before an answer, the row's system text and tools among them."""
+    """The example of the messages before an answer, the row's system text and tools among them.
+    `said` is the answer with its reasoning, as the row has it in one text.
+    """
     if calls_a_tool(answer):
         raise Skip("its answer is a tool call")
     messages = _with_system(messages, row.get("system"), place)
     history, prompt, after = before_answer(messages, place.unused)
     tools = _tools(messages, row, place)
-    return make_example(prompt, cot, answer, history, after, tools, solved)
+    kept = said if place.data.compat == "paper" else ""
+    return make_example(prompt, cot, answer, history, after, tools, solved, kept)
 
 
 def _with_system(messages: list[Message], column: Any, place: Place) -> list[Message]:

@@ -1,21 +1,20 @@
 """`data.compat = "paper"` beside the paper's public code (weiruichen01/distilling-the-essence at
-b55aaf8, BSD-2), whose formulas are written again here: token ids, labels and loss.
+b55aaf8, BSD-2), whose formulas are written again here: token ids and labels. The loss: `test_compat_loss.py`.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_examples import BESPOKE, INSTRUCTION
 
-from mlx_distill.data.batches import make_step
-from mlx_distill.data.compat import mean_of_means, whole_conversation
+from mlx_distill.data.compat import whole_conversation
 from mlx_distill.data.reading import read_examples
 from mlx_distill.data.truncate import truncate
 from mlx_distill.errors import RecipeError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.tables import DataTable, TruncationTable
-from mlx_distill.recipe.training_tables import BatchTable
 
 IGNORED = -100
 SECTIONS = {
@@ -27,22 +26,49 @@ SECTIONS = {
     "promptAns": ("prompt", "answer"),
 }
 ASKED = ["2+3?", "Let $x = \\frac{1}{2}$.\n\nFind é.", "Add 7 and\n8, then halve it: why?"]
-ROWS = [
-    {
-        "system": INSTRUCTION,
-        "conversations": [
-            {"from": "user", "value": asked},
-            {"from": "assistant", "value": BESPOKE.replace("Two", f"{asked} Well, two")},
-        ],
-    }
-    for asked in ASKED
-]
+
+
+def stratos(asked, thought):
+    """A row of Bespoke-Stratos, OpenThoughts or Sky-T1."""
+    said = BESPOKE.replace("Two", f"{thought} Well, two")
+    turns = [{"from": "user", "value": asked}, {"from": "assistant", "value": said}]
+    return {"system": INSTRUCTION, "conversations": turns}
+
+
+def written(asked, text):
+    """A row of theirs whose answer is this text, marks and white space as they stand."""
+    turns = [{"from": "user", "value": asked}, {"from": "assistant", "value": text}]
+    return {"system": INSTRUCTION, "conversations": turns}
+
+
+SAID = [" <think>Two\n and three. \n\n</think>5 \n", "\n<think>\n\n  Two.\n</think>\n\n\n\n5\n\n"]
+ROWS = {
+    "bespoke-stratos": [
+        *[stratos(asked, asked) for asked in ASKED],
+        written("2+3? ", f" {BESPOKE.replace('Two', ' Two')} "),
+        written("2+3?!", BESPOKE.replace("\n\n", "\n").replace("three.", "three. \n\n")),
+        written("2+3", BESPOKE.replace("\n\n", "") + "\n\nThat is all."),
+    ],
+    "synthetic-1": [
+        {"prompt": f"\n2+3{mark}", "llm_response": said, "task_type": "verifiable_math"}
+        for mark, said in zip("?!", SAID, strict=True)
+    ],
+    "nemotron": [
+        {"input": [{"role": "user", "content": f"2+3{mark}"}], "output": said, "reasoning": "on"}
+        for mark, said in zip("?!", SAID, strict=True)
+    ],
+}
 
 
 def their_ids(row, tokenizer):
     """`formatting_func` and `tokenize`."""
-    messages = []
-    for turn in row["conversations"]:
+    messages = [
+        {"role": "user", "content": row.get("prompt") or row.get("input", [{}])[0].get("content")},
+        {"role": "assistant", "content": row.get("llm_response") or row.get("output")},
+    ]
+    if "conversations" in row:
+        messages = []
+    for turn in row.get("conversations", ()):
         content = turn["value"]
         if turn["from"] == "assistant":
             content = content.replace("<|begin_of_solution|>\n\n", "")
@@ -72,19 +98,23 @@ def their_labels(ids, section, tokenizer):
     return labels
 
 
-@pytest.fixture
-def examples(tmp_path):
-    import json
-
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    return list(read_examples(DataTable(source=f"bespoke-stratos:{path}")))
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Rows of each dataset's layout, as the public code and as we read them."""
+    found = {}
+    for name, rows in ROWS.items():
+        path = tmp_path_factory.mktemp("rows") / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        examples = read_examples(DataTable(source=f"{name}:{path}", compat="paper"))
+        found[name] = list(zip(rows, examples, strict=True))
+    return found
 
 
 @pytest.mark.network
 @pytest.mark.parametrize("section", SECTIONS)
-def test_ids_and_labels_are_the_public_codes(section, examples, qwen3_tokenizer):
-    for row, example in zip(ROWS, examples, strict=True):
+@pytest.mark.parametrize("name", ROWS)
+def test_ids_and_labels_are_the_public_codes(name, section, pairs, qwen3_tokenizer):
+    for row, example in pairs[name]:
         ours = whole_conversation(example, qwen3_tokenizer, SECTIONS[section])
         ids = their_ids(row, qwen3_tokenizer)
         assert ours.tokens.tolist() == ids
@@ -94,61 +124,23 @@ def test_ids_and_labels_are_the_public_codes(section, examples, qwen3_tokenizer)
         assert said.tolist() == labels.tolist()
 
 
+# our cut, and where theirs begins among the tokens that it leaves out
+CUTS = [
+    *((TruncationTable(fraction=fraction), 0.0) for fraction in (0.1, 0.25, 0.5, 0.75)),
+    (TruncationTable(keep="suffix", fraction=0.5), 1.0),
+    (TruncationTable(keep="middle", fraction=0.5), 0.5),
+]
+
+
 @pytest.mark.network
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.75])
-def test_the_first_part_is_the_public_codes(fraction, examples, qwen3_tokenizer):
-    for row, example in zip(ROWS, examples, strict=True):
+@pytest.mark.parametrize(("cut", "left_out"), CUTS)
+def test_a_part_is_the_public_codes(cut, left_out, pairs, qwen3_tokenizer):
+    for row, example in pairs["bespoke-stratos"]:
         ours = whole_conversation(example, qwen3_tokenizer, SECTIONS["promptcotAns"])
         ids = their_ids(row, qwen3_tokenizer)
-        kept = ids[: max(1, int(len(ids) * fraction))]
-        assert truncate(ours, TruncationTable(fraction=fraction)).tokens.tolist() == kept
-
-
-@pytest.mark.network
-@pytest.mark.parametrize(("keep", "half"), [("suffix", "right"), ("middle", "middle")])
-def test_a_half_is_the_public_codes(keep, half, examples, qwen3_tokenizer):
-    for row, example in zip(ROWS, examples, strict=True):
-        ours = whole_conversation(example, qwen3_tokenizer, SECTIONS["promptcotAns"])
-        ids = their_ids(row, qwen3_tokenizer)
-        length = max(1, int(len(ids) * 0.5))
-        start = len(ids) - length if half == "right" else (len(ids) - length) // 2
-        cut = truncate(ours, TruncationTable(keep=keep, fraction=0.5))
-        assert cut.tokens.tolist() == ids[start : start + length]
-
-
-@pytest.mark.network
-def test_the_loss_is_the_public_codes(examples, qwen3_tokenizer):
-    """Half of each loss, each one the mean over sequences of means over tokens, on random logits;
-    its forward KL is the KL plus the teacher's entropy.
-    """
-    segments = SECTIONS["cotAns"]
-    whole = [whole_conversation(one, qwen3_tokenizer, segments) for one in examples]
-    step = make_step(
-        0,
-        [mean_of_means(one, segments) for one in whole],
-        segments,
-        BatchTable(micro_batch_size=3, pad_multiple=1),
-        False,
-    )
-    (batch,) = step.batches
-    random, wide = np.random.default_rng(3), 7
-    flat = random.normal(size=(2, batch.tokens.size, wide))
-    u, v = flat - np.log(np.exp(flat).sum(-1, keepdims=True))
-    target = batch.tokens.ravel() % wide
-    kl = (np.exp(v) * (v - u)).sum(-1)
-    entropy = -(np.exp(v) * v).sum(-1)
-    at, right = batch.positions, batch.targets % wide
-    terms = 0.5 * (kl + entropy)[at] - 0.5 * u[at, right]
-    ours = (batch.weight * terms).sum() / step.loss_tokens
-    means = []
-    for row, length in enumerate(batch.lengths):  # theirs: batch size 1 on each of several GPUs
-        ids = batch.tokens[row, :length].tolist()
-        labels = their_labels(ids, "cotAns", qwen3_tokenizer)[1:]
-        places = row * batch.tokens.shape[1] + np.flatnonzero(labels != IGNORED)
-        forward = -(np.exp(v[places]) * u[places]).sum(-1)
-        hard = -u[places, target[places + 1]]
-        means.append(0.5 * forward.mean() + 0.5 * hard.mean())
-    assert ours == pytest.approx(np.mean(means), rel=1e-6)
+        length = max(1, int(len(ids) * cut.fraction))
+        start = int((len(ids) - length) * left_out)
+        assert truncate(ours, cut).tokens.tolist() == ids[start : start + length]
 
 
 def test_what_a_model_writes_is_not_rendered_as_the_paper_does():
