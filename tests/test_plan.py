@@ -102,8 +102,7 @@ def test_parameters_are_those_of_a_real_model(family, tied):
     )
 
 
-@pytest.mark.parametrize("width, ffn", [(64, 128), (64, 96), (32, 64)])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits, width, ffn", [(8, 64, 128), (4, 64, 96), (4, 32, 64)])
 @pytest.mark.parametrize("backend", [MlxBackend, TorchBackend])
 def test_a_packed_base_is_counted_as_it_is_held(
     backend, bits, width, ffn, tmp_path, bytes_tokenizer

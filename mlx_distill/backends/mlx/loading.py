@@ -165,7 +165,8 @@ def _refuse_rewritten(model: nn.Module, folder: Path, name: str) -> None:
         loaded["lm_head.weight"] = loaded.get("model.embed_tokens.weight", mx.array(0.0))
     for key in sorted(stored.keys() ^ loaded.keys()):
         raise refusals.rewritten(name, key, "renamed" if key in stored else "made", "mlx-lm")
-    for key, value in stored.items():
+    for key in list(stored):
+        value = stored.pop(key)  # one at a time, so that the model is not held twice
         if (
             value.shape != loaded[key].shape
             or not mx.array_equal(value, loaded[key], equal_nan=True).item()
