@@ -29,6 +29,7 @@ from mlx_distill.errors import DeviceStopped, OutOfMemory, RecipeError
 from mlx_distill.exporting.card import write_card
 from mlx_distill.machine import Machine
 from mlx_distill.pruning.of_recipe import PrunedBase
+from mlx_distill.pruning.thinning import Thinning
 from mlx_distill.recipe.load import load_kept_recipe
 from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.reporting.runs_page import report
@@ -116,6 +117,7 @@ class Pipeline:
         self.stop_ids = sorted(stop_ids(self.pair.tokenizer))  # of the exported student
         self.day = ""  # what prompts say: see `choose_day`
         self.rollouts: Rollouts | None = None  # see `prepare`
+        self.thinning: Thinning | None = None  # see `_train`
 
     def run(self, folder: RunFolder, force: bool) -> None:
         """All stages."""
@@ -189,7 +191,7 @@ class Pipeline:
     def prune(self) -> Path:
         """Cut the student's base as the recipe says; the folder, which the student begins as."""
         if self.recipe.prune.cuts:
-            texts = self.prepare().train_whole if self.recipe.prune.measures else ()
+            texts = self.prepare().train_whole if self.recipe.prune.before.measures else ()
             base = PrunedBase(self.pair, texts)
             self.pair = replace(
                 self.pair, student=base.made(self._load_base, self.backend, self.view)
@@ -241,6 +243,9 @@ class Pipeline:
         kept = kept_in_memory(self.pair, prepared, self.backend)
         student, teacher = self._load_models(cached, kept)
         refuse_full_disk(folder, recipe.run, student, len(source))
+        if recipe.prune.thins:
+            self.thinning = Thinning(self.pair, prepared.train_whole, len(source), self.backend)
+            say(self.thinning.words)
         with asked_to_stop() as asked, self.backend.training_limits():
             training = Training(
                 recipe,
@@ -254,6 +259,7 @@ class Pipeline:
                 flops_counter(recipe, self.pair.teacher, self.pair.student, kept.training),
                 inputs,
                 asked.is_set,
+                self.thinning,
             )
             with self._tracked(folder):
                 return student, training.train()
@@ -375,7 +381,10 @@ class Pipeline:
         if self.rollouts:
             folder.update(Manifest, written=self.rollouts.account(folder.path, self.view.say))
         forget_score(folder, "student")
-        folder.write_student(lambda path: student.export(path, self.stop_ids))
+        if self.thinning:
+            folder.write_student(partial(self.thinning.export, student, self.stop_ids))
+        else:
+            folder.write_student(lambda path: student.export(path, self.stop_ids))
         self.view.say(f"student written to {folder.student} (step {exported})")
 
     def _finish(self, folder: RunFolder) -> None:

@@ -125,6 +125,8 @@ CASES = {
     "prune.layers_by": ("change", ("prune.layers=2", *PRUNED)),
     "prune.channels": ("16", PRUNED),
     "prune.kv_heads": ("1", PRUNED),
+    "prune.rounds": ("2", ("prune.channels=16", *PRUNED)),
+    "prune.until": ("1.0", ("prune.channels=16", "prune.rounds=2", *PRUNED)),
     "prune.examples": ("1", ("prune.channels=16", *PRUNED)),
     "prune.folder": ("{out}/tiny/pruned", ("prune.layers=1", *PRUNED)),
     "rollouts.by": ("student", WRITES),

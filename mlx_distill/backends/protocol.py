@@ -19,6 +19,7 @@ from mlx_distill.backends.loss_sums import LossSums
 from mlx_distill.backends.oracle import Products
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import CacheError
+from mlx_distill.models.prune import Kept, Sizes
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
 
@@ -258,6 +259,14 @@ class Student(Model, Protocol):
 
     def targets_at(self, targets: Targets, places: np.ndarray) -> Targets:
         """The targets of some of the positions, by their places among these."""
+
+    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
+        """As a `LiveTeacher`'s, of the weights that train."""
+
+    def keep(self, kept: Kept, sizes: Sizes) -> None:
+        """Zero the channels and heads that are not `kept`, in the weights and in what the optimizer
+        remembers of them; no gradient reaches them again.
+        """
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer step from the accumulated gradients, which are then cleared; the gradient

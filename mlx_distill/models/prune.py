@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,29 @@ def prune(
             _write(tensors, partial)
 
 
+def refuse_unknown(folder: Path, kept: Kept, name: str) -> None:
+    """Raise `ModelError` where `prune` would, for what it reads of a model's documents and names."""
+    meaning = Meaning(folder, name)
+    _document(meaning, kept)
+    for _ in _renamed(meaning, folder, kept):
+        pass
+
+
+def gone(names: Iterable[str], kept: Kept, sizes: Sizes) -> dict[str, tuple[int, np.ndarray]]:
+    """Tensor's name → its axis, and the places along it that do not stay, of all that are cut; for
+    blocks that all stay.
+    """
+    found = {}
+    for key in names:
+        match = OF_A_BLOCK.fullmatch(key)
+        for axes, stay, width, count in _families(kept, sizes):
+            if match and stay and match[3] in axes:
+                whole = np.ones(count, bool)
+                whole[stay[int(match[2])]] = False
+                found[key] = axes[match[3]], np.flatnonzero(np.repeat(whole, width))
+    return found
+
+
 # config.json
 
 
@@ -244,11 +267,7 @@ def _part(
 ) -> _Part:
     if tensor.dtype not in PLAIN:
         raise ModelError(f"{named} is stored as {tensor.dtype}: only plain numbers are pruned")
-    for axes, found, width in (
-        (CHANNELS, kept.channels, 1),
-        (QUERIES, kept.kv_heads, sizes.queries_a_head * sizes.head_dim),
-        (KEYS, kept.kv_heads, sizes.head_dim),
-    ):
+    for axes, found, width, _ in _families(kept, sizes):
         if found and tail in axes:
             places = (found[layer][:, None] * width + np.arange(width)).ravel()
             return _Part(tensor, axes[tail], places)
@@ -261,6 +280,18 @@ def _part(
             "the ones that can be narrowed: prune layers alone"
         )
     return _Part(tensor)
+
+
+def _families(
+    kept: Kept, sizes: Sizes
+) -> tuple[tuple[dict[str, int], dict[int, np.ndarray], int, int], ...]:
+    """(the axes of tensors, what stays of each block, rows of one part, parts there are)."""
+    queries = sizes.queries_a_head * sizes.head_dim
+    return (
+        (CHANNELS, kept.channels, 1, sizes.channels),
+        (QUERIES, kept.kv_heads, queries, sizes.kv_heads),
+        (KEYS, kept.kv_heads, sizes.head_dim, sizes.kv_heads),
+    )
 
 
 def _write(parts: dict[str, _Part], folder: Path) -> None:

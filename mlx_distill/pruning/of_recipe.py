@@ -32,7 +32,7 @@ class PrunedBase:
     """What `[prune]` leaves of the student's base."""
 
     def __init__(self, pair: Pair, sequences: Sequence[TokenSequence]):
-        self.recipe, self.base, self.table = pair.recipe, pair.student, pair.recipe.prune
+        self.recipe, self.base, self.table = pair.recipe, pair.student, pair.recipe.prune.before
         self.name = self.recipe.student.model
         self.sizes = Sizes.of_meaning(Meaning(self.base, self.name))
         refuse_larger(self.table, self.sizes, self.name)
@@ -57,7 +57,9 @@ class PrunedBase:
     @cached_property
     def _fields(self) -> dict[str, Any]:
         """What the choice depends on; the base's files are read through for it, so once."""
-        fields = self.table.model_dump(exclude={"folder", "examples", "layers_by"})
+        fields = self.table.model_dump(
+            exclude={"folder", "examples", "layers_by", "rounds", "until"}
+        )
         by = self.table.layers_by if self.table.layers else "position"
         fields |= {"layers_by": by, "base": identity(self.base), "format_version": FORMAT}
         if self.texts:

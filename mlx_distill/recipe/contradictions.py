@@ -114,10 +114,25 @@ def _prune_contradictions(recipe: "Recipe") -> Iterator[str]:
         )
     if student.from_teacher and not teacher.model:
         yield "[student] from_teacher = true, but [teacher] model is empty: name a teacher"
-    if student.from_teacher and not cut.cuts:
+    if student.from_teacher and not (cut.cuts or cut.thins):
         yield (
             "[student] from_teacher = true and nothing to prune would distil a model into itself: "
             "set [prune] layers, channels or kv_heads"
+        )
+    if cut.rounds and not cut.thins:
+        yield (
+            f"[prune] rounds = {cut.rounds} cuts channels and heads while the student trains, but "
+            "neither is set: set channels or kv_heads, or rounds = 0"
+        )
+    if cut.thins and (student.tuning != "full" or student.quantize_aware_bits):
+        found = (
+            f'tuning = "{student.tuning}"'
+            if student.tuning != "full"
+            else f"quantize_aware_bits = {student.quantize_aware_bits}"
+        )
+        yield (
+            f"[prune] rounds = {cut.rounds} cuts weights that train as they are, but [student] "
+            f"{found}: set rounds = 0, which cuts before training"
         )
     if cut.cuts and not cut.folder:
         yield "[prune] needs a place for the pruned model, but folder is empty: name one"

@@ -59,6 +59,7 @@ READ_WHEN = {
     "student.lora_layers": ADAPTERS,
     "student.lora_targets": ADAPTERS,
     "prune.layers_by": Condition(lambda recipe: recipe.prune.layers > 0, "prune.layers above 0"),
+    "prune.until": Condition(lambda recipe: recipe.prune.rounds > 0, "prune.rounds above 0"),
     "prune.examples": Condition(
         lambda recipe: recipe.prune.measures, 'layers_by = "change", channels or kv_heads'
     ),

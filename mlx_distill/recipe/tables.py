@@ -136,6 +136,12 @@ class PruneTable(Table):
     kv_heads: Annotated[int, within(0, 10_000), CameLater(0)] = 0
     """Key-value heads that stay, with the query heads that share them; 0 = all."""
 
+    rounds: Annotated[int, within(0, 1000), CameLater(0)] = 0
+    """In how many cuts channels and heads go while the student trains; 0 = all before it does."""
+
+    until: Annotated[Fraction, CameLater(0.5)] = 0.5
+    """Share of the steps by which the last cut is made."""
+
     examples: Annotated[int, within(1, 65_536), CameLater(32)] = 32
     """Training examples whose activations are looked at."""
 
@@ -143,9 +149,21 @@ class PruneTable(Table):
     """Where pruned models are kept; one folder may serve any number of runs."""
 
     @property
+    def before(self) -> "PruneTable":
+        """What is cut before training."""
+        if not self.rounds:
+            return self
+        return self.model_copy(update={"channels": 0, "kv_heads": 0, "rounds": 0})
+
+    @property
     def cuts(self) -> bool:
-        """Whether anything goes."""
-        return bool(self.layers or self.channels or self.kv_heads)
+        """Whether anything goes before training."""
+        return bool(self.layers or self.before.channels or self.before.kv_heads)
+
+    @property
+    def thins(self) -> bool:
+        """Whether anything goes while the student trains."""
+        return bool(self.rounds and (self.channels or self.kv_heads))
 
     @property
     def measures(self) -> bool:

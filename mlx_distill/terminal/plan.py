@@ -69,7 +69,7 @@ def plan_of(
 
 def student_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The config.json of the student, or of the base in `folder` with the sizes that it will have."""
-    config, cut = read_config(folder), recipe.prune
+    config, cut = read_config(folder), recipe.prune.before
     if not cut.cuts:
         return config
     return pruned_config(config, recipe.student.model, cut.layers, cut.channels, cut.kv_heads)

@@ -26,6 +26,7 @@ from mlx_distill.data.sequences import Segment
 from mlx_distill.errors import DistillError, DivergedError, RunError
 from mlx_distill.files import one_line
 from mlx_distill.objective import Objective
+from mlx_distill.pruning.thinning import Thinning
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.rows import MetricsRow, ValidationRow
 from mlx_distill.runs.run_folder import RunFolder, TrainState
@@ -66,6 +67,7 @@ class Training:
     flops: Callable[[Step], dict[str, float]]
     inputs_digest: str = ""
     stop_asked: Callable[[], bool] = lambda: False
+    thinning: Thinning | None = None
 
     def __post_init__(self) -> None:
         self.objective = Objective.from_table(self.recipe.objective)
@@ -85,6 +87,8 @@ class Training:
         self.view.start(len(self.source), self.state.step)
         while self.state.step < len(self.source) and not self._out_of_patience():
             began = time.perf_counter()
+            if self.thinning:
+                self.thinning.cut(self.student, self.state.step, self.view.say)
             step = self.source.step(self.state.step)
             self._step(step, time.perf_counter() - began)
             done = self.state.step == len(self.source)
@@ -279,6 +283,8 @@ class Training:
         )
         if self.state.step == 0 or loss >= self.state.best_loss:
             return False
+        if self.thinning and self.state.step <= self.thinning.last:
+            return False  # more of it goes
         self.state = dataclasses.replace(self.state, best_step=self.state.step, best_loss=loss)
         return True
 

@@ -11,8 +11,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_distill.backends.activations import Activations
 from mlx_distill.backends.draws import draws_of
-from mlx_distill.backends.failures import OF_TEXTS, explained
+from mlx_distill.backends.failures import OF_TEXTS, OF_TEXTS_READ, explained
+from mlx_distill.backends.mlx.activations import activations
 from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.backends.mlx.weights import parameter_count
 from mlx_distill.backends.protocol import Sampling, check_indices
@@ -29,6 +31,11 @@ class MlxModel:
     @property
     def parameters(self) -> int:
         return parameter_count(self.split.model)
+
+    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
+        """How much each part does, over the tokens of `texts`."""
+        with explained("reading texts", OF_TEXTS_READ):
+            return activations(self.split, texts, head_dim)
 
     @property
     def vocabulary_rows(self) -> int:

@@ -29,9 +29,11 @@ from mlx_distill.backends.mlx.model import RoundedEmbedding, SplitModel, checkpo
 from mlx_distill.backends.mlx.optimizer import AdamW, ScheduleFreeAdamW, make_optimizer
 from mlx_distill.backends.mlx.rounding import rounded
 from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher
+from mlx_distill.backends.mlx.thinning import thinned
 from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
 from mlx_distill.backends.protocol import Sampling, SparseTargets, Targets, check_indices
 from mlx_distill.data.batches import Batch
+from mlx_distill.models.prune import Kept, Sizes
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
 
@@ -272,6 +274,13 @@ class MlxStudent(MlxModel):
         targets.check(objective, batch, self.compared_ids)
         arrays = targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top
         return None, SparseHead(*map(mx.array, arrays))
+
+    def keep(self, kept: Kept, sizes: Sizes) -> None:
+        self.weights, self.optimizer.state = thinned(
+            self.weights, self.optimizer.state, kept, sizes
+        )
+        self._mean = None
+        self._settle(self.weights)
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not

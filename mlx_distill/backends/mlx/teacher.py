@@ -13,9 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_distill.backends.activations import Activations
-from mlx_distill.backends.failures import OF_TEXTS_READ, explained
-from mlx_distill.backends.mlx.activations import activations
+from mlx_distill.backends.failures import explained
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.backends.mlx.heads import FLOOR, Head, MatrixHead, QuantizedHead
 from mlx_distill.backends.mlx.matching import Watched
@@ -61,10 +59,6 @@ class MlxTeacher(MlxModel):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, entropy, top = self._by_chunk(batch, rows, _draw, mx.array(uniform))
         return ids, entropy, top
-
-    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
-        with explained("reading texts", OF_TEXTS_READ):
-            return activations(self.split, texts, head_dim)
 
     def states(self, batch: Batch) -> np.ndarray:
         with explained("the teacher's forward pass"):

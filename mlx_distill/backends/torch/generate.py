@@ -15,8 +15,10 @@ import transformers
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from mlx_distill.backends.activations import Activations
 from mlx_distill.backends.draws import draws_of
 from mlx_distill.backends.protocol import Sampling, check_indices
+from mlx_distill.backends.torch.activations import activations
 from mlx_distill.backends.torch.adapters import parameter_count
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.model import SplitModel
@@ -33,6 +35,11 @@ class TorchModel:
         self.device = split.device
         self.parameters = parameter_count(split.model)
         self.vocabulary_rows = split.head_rows()
+
+    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
+        """How much each part does, over the tokens of `texts`."""
+        with explained("reading texts"):
+            return activations(self.split, texts, head_dim)
 
     def gather(self, tokens: np.ndarray, positions: np.ndarray) -> Tensor:
         """The hidden states [N, D] at flat `positions` [N] of `tokens` [B, T]; all indices are

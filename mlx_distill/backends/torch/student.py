@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from mlx_distill.backends import matching, refusals
+from mlx_distill.backends.activations import Activations
 from mlx_distill.backends.adapters import write_adapters
 from mlx_distill.backends.chunks import chunk_tokens
 from mlx_distill.backends.loss_sums import LossSums
@@ -41,9 +42,11 @@ from mlx_distill.backends.torch.optimizer import (
 from mlx_distill.backends.torch.rounding import rounded
 from mlx_distill.backends.torch.stored import gathered, kept_array, kept_shape, restore, whole
 from mlx_distill.backends.torch.teacher import LiveTargets, TorchTeacher
+from mlx_distill.backends.torch.thinning import thin
 from mlx_distill.backends.torch.weights import save_folder
 from mlx_distill.data.batches import Batch
 from mlx_distill.errors import RecipeError
+from mlx_distill.models.prune import Kept, Sizes
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import Recipe
 
@@ -245,6 +248,14 @@ class TorchStudent(TorchModel):
         targets.check(objective, batch, self.compared_ids)
         arrays = targets.ids, targets.log_probs, targets.tail, targets.offset, targets.top
         return None, SparseHead(*map(self.tensor, arrays))
+
+    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
+        look_at_mean(self.optimizer, False)
+        return super().activations(texts, head_dim)
+
+    def keep(self, kept: Kept, sizes: Sizes) -> None:
+        look_at_mean(self.optimizer, False)
+        thin(self.weights, self.optimizer.state, kept, sizes)
 
     def apply(self, learning_rate: float) -> float:
         """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not

@@ -13,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlx_distill.backends.activations import Activations
 from mlx_distill.backends.torch import ranks as together
-from mlx_distill.backends.torch.activations import activations
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.generate import TorchModel
 from mlx_distill.backends.torch.heads import FLOOR, AffineHead, Head, MatrixHead
@@ -66,10 +64,6 @@ class TorchTeacher(TorchModel):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ids, entropy, top = self._by_chunk(batch, rows, _draw, self.tensor(uniform))
         return ids, entropy, top
-
-    def activations(self, texts: Sequence[np.ndarray], head_dim: int) -> Activations:
-        with explained("reading texts"):
-            return activations(self.split, texts, head_dim)
 
     @torch.no_grad()
     def states(self, batch: Batch) -> np.ndarray:
