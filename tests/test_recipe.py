@@ -430,7 +430,7 @@ UNREAD = {
     ("student", "quantize_bits", "4"): 'tuning="dora"',
     ("prune", "layers_by", '"change"'): "layers=2",
     ("prune", "examples", "8"): "channels=16",
-    ("prune", "until", "0.3"): "channels=16; rounds=4",
+    ("prune", "until", "0.3"): "rounds=4; prune.channels=16",
     ("batch", "shuffle", "false"): "global_batch_size=16",
     ("batch", "sort_window", "4"): "global_batch_size=16",
     ("rollouts", "share", "0.5"): 'by="teacher"',

@@ -263,7 +263,7 @@ def test_micro_batching_changes_nothing(
         steps = Steps(
             SEQUENCES,
             ("cot", "answer"),
-            BatchTable(micro_batch_size=size, global_batch_size=4, pad_multiple=4),
+            BatchTable(micro_batch_size=size, global_batch_size=4, pad_multiple=4, sort_window=1),
             seed=0,
             steps=3,
         )
