@@ -54,3 +54,11 @@ def test_a_teacher_that_does_not_finish_either_needs_more_room():
 def test_nothing_is_said_where_all_is_well():
     assert note(0.0, truncation=HALF) == "" and note(0.009) == ""
     assert unfinished_note(recipe_of(), {}) == ""
+
+
+def test_a_score_without_the_rounding_that_was_learned_says_so():
+    rounded = recipe_of(student={"quantize_aware_bits": 4})
+    said = unrounded_note(rounded, {"student": score(0.0)})
+    assert "rounded to 4 bits" in said and "`--to mlx-4bit`" in said
+    assert unrounded_note(rounded, {}) == ""
+    assert unrounded_note(recipe_of(), {"student": score(0.0)}) == ""

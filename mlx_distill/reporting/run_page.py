@@ -42,6 +42,7 @@ from mlx_distill.runs.manifest import DataAccount
 from mlx_distill.scoring.also import Further
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Difference, Score, compare
+from mlx_distill.scoring.unrounded import unrounded_note
 from mlx_distill.words import DASH, duration, number, percent, points
 from mlx_distill.writing.texts import describe
 
@@ -132,8 +133,9 @@ def _scores(run: Run) -> list[Block]:
     if not scored:
         return missing
     told = _ways(run)
-    if run.recipe and (said := unfinished_note(run.recipe, run.scores)):
-        told.insert(0, Note(f"{said}.", strong=True))
+    if run.recipe:
+        notes = (note(run.recipe, run.scores) for note in (unfinished_note, unrounded_note))
+        told = [*(Note(f"{said}.", strong=True) for said in notes if said), *told]
     bars = [score_bar(label, remark, role, score) for label, remark, role, score in scored]
     return [*missing, *told, Bars(bars), *_against(run), _score_table(run, scored)]
 

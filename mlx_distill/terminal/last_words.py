@@ -13,6 +13,7 @@ from mlx_distill.scoring.also import further_scores
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Score
 from mlx_distill.scoring.task_scores import TaskScores
+from mlx_distill.scoring.unrounded import unrounded_note
 from mlx_distill.view import View
 from mlx_distill.words import number, percent
 
@@ -25,7 +26,7 @@ def last_words(folder: RunFolder, recipe: Recipe, view: View) -> None:
     for one in further_scores(folder.path, recipe.eval):
         view.say(f"on {one.task}:")
         view.console.print(score_table(one.scores))
-    if note := unfinished_note(recipe, scores):
+    for note in filter(None, (unfinished_note(recipe, scores), unrounded_note(recipe, scores))):
         view.say(f"note: {note}")
     view.say(f"report: {folder.path / 'report.html'}")
     if "student" not in scores:
