@@ -5,6 +5,7 @@ from tiny import recipe_of
 
 from mlx_distill.scoring.finishing import unfinished_note
 from mlx_distill.scoring.score import Score
+from mlx_distill.scoring.unrounded import unrounded_note
 
 
 def score(unfinished: float) -> Score:
