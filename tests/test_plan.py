@@ -377,7 +377,6 @@ def test_moments_by_hand(monkeypatch):
     habits = replace(memory.HABITS["mlx"], blocks_under_way=4)
     monkeypatch.setitem(memory.HABITS, "mlx", habits)
     monkeypatch.setitem(chunks.MLX_BLOCK_ELEMENTS, "cpu", 30 * 256)
-    monkeypatch.setattr(memory, "MLX_UPDATE", (0.0, 0.5))
     model = memory_of({"objective": {"kd_weight": 0.0, "chunk_tokens": 30}})
     weights, head, block = model.student.parameters, 4 * 512 * 64, 4 * (32 * 1216 + 4 * 512)
     hidden = 4 * 30 * 3 * 64
@@ -396,7 +395,7 @@ def test_moments_by_hand(monkeypatch):
         # tied: the embedding has a gradient of its own
         assert found["backward ends"].gradients == held + 4 * weights + head
         assert (found["update"].gradients, found["update"].activations) == (4 * weights, 0)
-        assert found["update"].optimizer == 8 * weights + 0.5 * head
+        assert found["update"].optimizer == 8 * weights + min(4 * weights, 3 * head)
         assert found["loss"].optimizer == 8 * weights
     assert found["loss"].total == sum(getattr(found["loss"], part) for part in memory.PARTS)
     joined = replace(model, recipe=recipe(objective={"kd_weight": 0.0, "chunk_tokens": 1}))

@@ -24,7 +24,8 @@ def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:
 class AdamW(optimizers.AdamW):
     """MLX's AdamW with bias correction, the same numbers to the last bit, in one pass over each
     array: uncompiled it is a dozen, each with an array of its own in memory. Gradients are
-    multiplied by `clipped` on the way.
+    multiplied by `clipped` on the way. A parameter is changed in place, or whoever holds the old
+    ones would keep all of them until the last is new.
     """
 
     clipped = 1.0
@@ -38,7 +39,7 @@ class AdamW(optimizers.AdamW):
             mx.rsqrt(1 - beta2**step),
         )
         moments = state["m"], state["v"]
-        parameter, state["m"], state["v"] = _adamw(
+        parameter[...], state["m"], state["v"] = _adamw(
             gradient, parameter, *moments, *scalars, beta1, beta2, self.eps
         )
         # one array after the other, or all of them lie beside the old ones
