@@ -840,22 +840,3 @@ def test_a_run_name_is_a_plain_name(name, tmp_path):
 def test_an_empty_value_is_not_proposed_again(field, kind):
     with pytest.raises(RecipeError, match=f"should be {kind}, found ''$"):
         load_recipe(Path(__file__).parents[1] / "recipes" / "cot50.toml", (f"{field}=",))
-
-
-PAPER = [
-    path
-    for path in sorted((RECIPES / "paper").glob("*.toml"))
-    if path.stem not in ("fractions", "segments")
-]
-
-
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
-def test_the_papers_recipes_name_its_settings(path):
-    recipe = load_recipe(path)
-    compat = path.stem.endswith("-compat")
-    assert recipe.data.source == path.stem.removesuffix("-compat")
-    assert recipe.data.train_examples == (40_000 if "openthoughts" in path.stem else 8_000)
-    assert recipe.data.compat == ("paper" if compat else "none")
-    assert recipe.batch.global_batch_size == (4 if compat else 8)
-    assert recipe.batch.shuffle is not compat
-    assert (recipe.optim.learning_rate, recipe.optim.weight_decay) == (4e-6, 0.05)

@@ -133,6 +133,10 @@ def sweep(
             metavar="SWEEP…", help="Sweep files, or names: fraction, position, segments."
         ),
     ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="Another base; its results lie in a folder of its name."),
+    ] = None,
     set_: SetOption = None,
     backend: BackendOption = "auto",
     jobs: Annotated[
@@ -156,7 +160,7 @@ def sweep(
     from mlx_distill.sweeps.queue import run_sweeps
     from mlx_distill.sweeps.sweep import load_sweep
 
-    loaded = [load_sweep(path, tuple(set_ or ())) for path in sweeps]
+    loaded = [load_sweep(path, tuple(set_ or ()), recipe) for path in sweeps]
     if dry_run:
         outline(loaded, console, backend)
         return

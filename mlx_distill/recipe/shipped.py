@@ -2,12 +2,13 @@
 
 In: what a person typed. Out: the file that is meant. Decided here: a file that is there is taken;
 a bare name ("cot50") that no file has is one of `recipes/` in this package, where a clone's
-`recipes/` leads, too.
+`recipes/` leads, too, and "paper/sky-t1" one of its folder `paper/`.
 """
 
 from pathlib import Path
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
+PAPER = "paper"
 NOT_RUN = "reference"  # shows every field and names no models
 
 
@@ -20,15 +21,18 @@ def shipped_names(sweeps: bool = False) -> list[str]:
 def named(path: Path, sweeps: bool = False) -> Path:
     """The file that `path` means: itself, or the shipped one of that name where there is no such
     file."""
-    if path.is_file() or str(path) not in shipped_names(sweeps):
+    if path.is_file():
         return path
-    folder = SHIPPED / "sweeps" if sweeps else SHIPPED
-    return folder / f"{path}.toml"
+    if str(path) in shipped_names(sweeps):
+        return (SHIPPED / "sweeps" if sweeps else SHIPPED) / f"{path}.toml"
+    papers = SHIPPED / PAPER / f"{path.name}.toml"
+    return papers if str(path.parent) == PAPER and papers.is_file() else path
 
 
 def where_recipes_are(sweeps: bool = False) -> str:
     """The remedy where a file is not there."""
     command = "sweep" if sweeps else "run"
     names = ", ".join(shipped_names(sweeps))
+    names += f", and in {PAPER}/ those of the paper"
     others = "" if sweeps else "; `mlx-distill init` writes one for your data"
     return f"`mlx-distill {command} NAME` knows {names}{others}"

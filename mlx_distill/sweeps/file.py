@@ -59,6 +59,15 @@ def results_folder(file: SweepFile, path: Path) -> Path:
     return Path(file.folder or f"runs/{path.stem}").expanduser()
 
 
+def over(file: SweepFile, path: Path, recipe: Path) -> SweepFile:
+    """The sweep at `path` over another base recipe, whose name its folders get below their own: what
+    was run over one base is not another's.
+    """
+    folder = results_folder(file, path) / recipe.stem
+    runs = str(Path(file.runs) / recipe.stem) if file.runs else ""
+    return file.model_copy(update={"folder": str(folder), "runs": runs})
+
+
 def read_sweep_file(path: Path) -> SweepFile:
     """A sweep file's fields; raises `RecipeError` for what it cannot have."""
     content = read_toml(path, "sweep")

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlx_distill.data.detection import with_format
 from mlx_distill.errors import RecipeError, RunError
 from mlx_distill.recipe.complaints import found_as, short
-from mlx_distill.recipe.load import apply_override, build_recipe, read_toml
+from mlx_distill.recipe.load import apply_override, build_recipe, read_toml, refuse_sweep
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.shipped import named
 from mlx_distill.sweeps.file import (
@@ -19,6 +19,7 @@ from mlx_distill.sweeps.file import (
     SweepFile,
     assign,
     flat,
+    over,
     read_sweep_file,
     refuse_no_axis,
     results_folder,
@@ -52,17 +53,22 @@ class Sweep:
         return results_folder(self.file, self.path)
 
 
-def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> Sweep:
+def load_sweep(path: Path, overrides: tuple[str, ...] = (), recipe: Path | None = None) -> Sweep:
     """Read a sweep file and make its points; `overrides` change the base recipe as its own `[set]`
-    does, and after it.
+    does, and after it. `recipe` is a base in the place of the file's.
 
     Raises `NotFound` or `RecipeError`, in one line, for whatever a recipe would be refused for, and
     for runs that cannot be compared.
     """
     path = named(path, sweeps=True)
     file = read_sweep_file(path)
-    tables = read_toml(path.parent / file.recipe)
-    assign(tables, flat(file.set, path, "set"), path.parent / file.recipe)
+    source = path.parent / file.recipe
+    if recipe:
+        source = named(recipe)
+        file = over(file, path, source)
+    tables = read_toml(source)
+    refuse_sweep(tables, source)
+    assign(tables, flat(file.set, path, "set"), source)
     for override in overrides:
         apply_override(tables, override)
     axes = flat(file.axes, path, "axes")
@@ -72,7 +78,7 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> Sweep:
             raise RecipeError(
                 f"{path}: [axes] {short(name)} should be a list of values, found {found_as(values)}"
             )
-    base = with_format(build_recipe(tables, path.parent / file.recipe))
+    base = with_format(build_recipe(tables, source))
     points = tuple(Builder(path, file, tables, axes, base).points())
     _refuse_other_problems(path, points)
     full = _full(path, flat(file.full, path, "full"), points)
