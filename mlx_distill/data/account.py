@@ -36,6 +36,11 @@ REMEDIES = {
     "literal ": "remove that control text from the rows",
     "the chat template ": "name a student whose chat template has a place for it, or take it out "
     "of the rows",
+    **dict.fromkeys(
+        ("no <think> in", "no </think> in"),
+        "this chat template takes the reasoning out of a finished answer: name a student whose "
+        'template leaves it there (Qwen3), or set data.compat = "none"',
+    ),
     "its prompt closes thinking": "take the words that switch thinking off out of the rows",
 }
 

@@ -19,6 +19,7 @@ same, and the number that is logged here is the KL. Its lists of rows, tied to o
 dataset, are here `longest_tokens`.
 """
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from mlx_distill.data.examples import Example, Skip
 from mlx_distill.data.sequences import THINK_TAGS, TokenSequence
 from mlx_distill.data.template import chat_template
 from mlx_distill.data.truncate import truncate
+from mlx_distill.files import all_lines
 from mlx_distill.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -44,17 +46,20 @@ MARKS = (
 def whole_conversation(
     example: Example, tokenizer: "PreTrainedTokenizerFast", segments: tuple[str, ...]
 ) -> TokenSequence:
-    """The example through the chat template, all of it. Raises `Skip` where `<think>` or `</think>`
-    cannot be found in its tokens.
+    """The example through the chat template, all of it. Raises `Skip` where the template refuses it,
+    and where `<think>` or `</think>` cannot be found in its tokens.
     """
     turns = [{"role": turn[0], "content": turn[1]} for turn in example.turns if turn[0] != "system"]
-    text = tokenizer.apply_chat_template(
-        [*turns, {"role": "assistant", "content": said(example)}],
-        chat_template=chat_template(tokenizer),
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=True,
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [*turns, {"role": "assistant", "content": said(example)}],
+            chat_template=chat_template(tokenizer),
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        )
+    except Exception as error:  # jinja2's own kinds, and what a template raises about roles
+        raise Skip(f"the chat template refuses it ({all_lines(error, 120)})") from None
     tokens = tokenizer(text)["input_ids"]
     begin, closing = (_found(tag, tokens, tokenizer) for tag in THINK_TAGS)
     closed = closing + len(tokenizer.encode(THINK_TAGS[1], add_special_tokens=False))
@@ -76,6 +81,14 @@ def said(example: Example) -> str:
     for mark, tag in MARKS:
         text = text.replace(mark, tag)
     return text
+
+
+def dropped(example: Example) -> Counter[str]:
+    """What the public code does not read of an example, by its name."""
+    systems = sum(turn[0] == "system" for turn in example.turns)
+    keyed = sum(len(turn) > 2 for turn in example.turns)
+    names = {"system text": systems, "keys of a message": keyed, "tools": int(bool(example.tools))}
+    return Counter({f'{name} (data.compat = "paper")': n for name, n in names.items() if n})
 
 
 def _found(tag: str, tokens: list[int], tokenizer: "PreTrainedTokenizerFast") -> int:

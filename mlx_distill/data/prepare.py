@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from mlx_distill.data.account import listed, remedy
-from mlx_distill.data.compat import mean_of_means, validated, whole_conversation
+from mlx_distill.data.compat import dropped, mean_of_means, validated, whole_conversation
 from mlx_distill.data.detection import about_format, all_written, detected
 from mlx_distill.data.examples import Example, Skip, Turns, held_out_of, shuffled
 from mlx_distill.data.kept_renderings import Rendered
@@ -181,7 +181,7 @@ def _as_the_paper(
     example: Example, tokenizer: "PreTrainedTokenizerFast", segments: tuple[str, ...]
 ) -> Rendered:
     try:
-        return Rendered(whole_conversation(example, tokenizer, segments), Counter())
+        return Rendered(whole_conversation(example, tokenizer, segments), dropped(example))
     except Skip as skip:
         return Rendered(skip, Counter())
 

@@ -10,9 +10,10 @@ import pytest
 from test_examples import BESPOKE, INSTRUCTION
 
 from mlx_distill.data.compat import whole_conversation
+from mlx_distill.data.prepare import prepare
 from mlx_distill.data.reading import read_examples
 from mlx_distill.data.truncate import truncate
-from mlx_distill.errors import RecipeError
+from mlx_distill.errors import DataError, RecipeError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.tables import DataTable, TruncationTable
 
@@ -149,3 +150,51 @@ def test_what_a_model_writes_is_not_rendered_as_the_paper_does():
         load_recipe(recipe, ("data.compat=paper", "rollouts.by=teacher"))
     with pytest.raises(RecipeError, match="prompt has no place for the problem"):
         load_recipe(recipe, ('eval.prompt="no"',))
+
+
+ALTERNATE = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+
+
+def prepared(folder, rows, tokenizer):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    counts = ("data.train_examples=2", "data.validation_examples=1")
+    recipe = Path(__file__).parents[2] / "recipes" / "paper" / "sky-t1-compat.toml"
+    return prepare(load_recipe(recipe, (f"data.source={path}", *counts)), tokenizer)
+
+
+def asked(many, **more):
+    said = f"<think>\nOne more.\n</think>\n\n{many + 1}"
+    turns = [{"role": "user", "content": f"{many} + 1?"}, {"role": "assistant", "content": said}]
+    return {"messages": turns} | more
+
+
+def test_what_the_public_code_does_not_read_is_counted(bytes_tokenizer, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rows = [asked(many, system="Be brief.", tools=tools) for many in range(3)]
+    found = prepared(tmp_path, rows, bytes_tokenizer("qwen2_5")).unused
+    assert found == {
+        'system text (data.compat = "paper")': 3,
+        'tools (data.compat = "paper")': 3,
+    }
+
+
+def test_a_template_that_takes_reasoning_out_is_named_as_the_cause(bytes_tokenizer, tmp_path):
+    with pytest.raises(DataError, match=r"3 × no </think> in its tokens; this chat template takes"):
+        prepared(tmp_path, map(asked, range(3)), bytes_tokenizer("deepseek_r1_distill"))
+
+
+def test_a_conversation_that_the_template_refuses_is_counted(bytes_tokenizer, tmp_path):
+    tokenizer = bytes_tokenizer("qwen2_5")
+    tokenizer.chat_template = ALTERNATE
+    rows = [asked(many) for many in range(4)]
+    rows[3]["messages"].insert(0, {"role": "assistant", "content": "Hello."})
+    found = prepared(tmp_path, rows, tokenizer)
+    assert len(found.train) == 2
+    assert found.skipped in ({}, {"the chat template refuses it (roles must alternate)": 1})
+    with pytest.raises(DataError, match=r"1 × the chat template refuses it \(roles must alternate"):
+        prepared(tmp_path, rows[1:], tokenizer)
