@@ -1,11 +1,14 @@
 """recipes/paper/: five datasets in two forms, and three studies over any of them."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny import model_folder
 
+from mlx_distill.commands.base import read
 from mlx_distill.errors import NotFound, RecipeError
 from mlx_distill.machine import this_machine
 from mlx_distill.recipe.load import load_recipe
@@ -61,6 +64,16 @@ def test_a_recipe_has_the_papers_settings(name):
     assert recipe.data.train_examples == (40_000 if "openthoughts" in name else 8_000)
     assert (recipe.optim.learning_rate, recipe.optim.weight_decay) == (4e-6, 0.05)
     assert recipe.run.validate_every == recipe.run.checkpoint_every == 0.1 * steps
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_read_without_its_rows(name, monkeypatch):
+    """What a name says of the format is known; nobody has a dataset of that bare name."""
+    asked = []
+    hub = SimpleNamespace(load_dataset=lambda *names, **options: asked.append(names))
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    assert read(Path("paper") / name, []).data.source == name.removesuffix("-compat")
+    assert not asked
 
 
 def test_all_recipes_are_these():

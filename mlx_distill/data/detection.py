@@ -91,7 +91,7 @@ def all_written(recipe: Recipe) -> bool:
 
 def about_format(asked: DataTable, found: DataTable) -> str:
     """For a person: what was found; "" where the recipe said it, and where nothing was found."""
-    if asked.format != "auto" or not found_reading(found):
+    if resolved(asked).format != "auto" or not found_reading(found):
         return ""
     columns = [
         f"{role} = {name!r}"
