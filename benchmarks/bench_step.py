@@ -9,6 +9,8 @@ batch, objective, optimizer.
     python benchmarks/bench_step.py check --model models/SmolLM2-135M-Instruct    equal losses and
     gradients? python benchmarks/bench_step.py table                                         rewrite
     the README's tables only
+    python benchmarks/bench_step.py mlx run      pairs on MLX, with mlx-lm and unsloth_zoo's losses:
+    pairs_mlx.py
 
 Two parts are measured: `head`, from given hidden states to the loss and its gradients of hidden
 states and head, and `step`, all of it (teacher forward, student forward, loss, backward, clipping,
@@ -39,7 +41,15 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import agreement, machines, models_torch, steps_table, steps_torch, workers
+from benchmarks import (
+    agreement,
+    machines,
+    models_torch,
+    pairs_mlx,
+    steps_table,
+    steps_torch,
+    workers,
+)
 from benchmarks import contenders_torch as losses
 from benchmarks.tables import append_rows, read_rows, rewrite_section
 from mlx_distill.backends import chunks
@@ -49,6 +59,7 @@ FILE, CHECKS = "bench_step", "bench_step_check"
 NOWHERE = "/nothing"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 app = typer.Typer(add_completion=False)
+app.add_typer(pairs_mlx.app, name="mlx")
 
 
 @dataclass(frozen=True)

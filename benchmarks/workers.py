@@ -9,7 +9,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 Numbers = dict[str, float]
@@ -52,10 +52,20 @@ def stop(worker: subprocess.Popen) -> None:
 
 def serve(make: Callable[[], Callable[[], Numbers]]) -> None:
     """In the worker: `make` the repetition (imports, inputs), then repeat it for every line read."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+    asked = requests()
     repetition = make()
-    for _ in sys.stdin:
-        print(json.dumps(repetition()), file=answers, flush=True)
+    for answer in asked:
+        answer(repetition())
+
+
+def requests() -> Iterator[Callable[[Numbers], None]]:
+    """In the worker: for every line read, the function that answers it."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def answer(numbers: Numbers) -> None:
+        print(json.dumps(numbers), file=answers, flush=True)
+
+    return (answer for _ in sys.stdin)
 
 
 def summary(repetitions: list[Numbers]) -> dict[str, object]:
