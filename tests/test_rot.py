@@ -126,7 +126,7 @@ CASES = {
     "prune.channels": ("16", PRUNED),
     "prune.kv_heads": ("1", PRUNED),
     "prune.rounds": ("2", ("prune.channels=16", *PRUNED)),
-    "prune.until": ("1.0", ("prune.channels=16", "prune.rounds=2", *PRUNED)),
+    "prune.until": ("1.0", ("prune.channels=16", "prune.rounds=2", "optim.steps=6", *PRUNED)),
     "prune.examples": ("1", ("prune.channels=16", *PRUNED)),
     "prune.folder": ("{out}/tiny/pruned", ("prune.layers=1", *PRUNED)),
     "rollouts.by": ("student", WRITES),
