@@ -151,7 +151,7 @@ def test_chunks_are_even(monkeypatch: pytest.MonkeyPatch):
         subject._Walk, "_chunk", lambda *args: sizes.append(args[3]) or chunk(*args)
     )
     ledger(2 * CHUNK + 1, Objective())
-    assert [place.stop - place.start for place in sizes] == [43, 43, 43]
+    assert [place.stop - place.start for place in sizes] == [86, 86, 85]  # 2 × 128 + 1
     assert [place.start for place in sizes] == [0, 43, 86]
 
 
