@@ -75,6 +75,11 @@ def prune(recipes: Sequence[Recipe], view: View, backend_name: str = "auto") -> 
     Raises `DistillError`.
     """
     for recipe in recipes:
+        if recipe.prune.thins and not recipe.prune.cuts:
+            raise RecipeError(
+                f"{recipe.run.name}: [prune] rounds = {recipe.prune.rounds} cuts while the student "
+                "trains, so that nothing is made before: run the recipe, or set rounds = 0"
+            )
         if not recipe.prune.cuts:
             raise RecipeError(
                 f"{recipe.run.name}: [prune] cuts nothing: set layers, channels or kv_heads, for "

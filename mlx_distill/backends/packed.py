@@ -9,15 +9,15 @@ exported.
 from typing import Any
 
 from mlx_distill.backends import refusals
+from mlx_distill.models.keys import QUANTISATION
 from mlx_distill.recipe.tables import StudentTable
 
-KEYS = ("quantization", "quantization_config")  # of config.json; mlx-lm writes both
 AFFINE = (None, "affine")
 
 
 def refuse_packed(config: dict[str, Any], table: StudentTable, name: str) -> None:
     """Raise `ModelError` where a folder is quantised and cannot be this student's base."""
-    if not config.keys() & set(KEYS):
+    if not config.keys() & set(QUANTISATION):
         return
     said = config.get("quantization")
     if not isinstance(said, dict):

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_distill.errors import ModelError
 from mlx_distill.files import all_lines
 from mlx_distill.models.folder import read_config
-from mlx_distill.models.keys import named_by_the_code, own_fields
+from mlx_distill.models.keys import QUANTISATION, named_by_the_code, own_fields
 from mlx_distill.models.ranges import refuse_impossible
 from mlx_distill.models.rotary import TYPES, Rotary
 
@@ -247,8 +247,7 @@ class Meaning:
             kind = "ministral"  # as transformers' AutoConfig reads it
         if kind not in CONFIG_MAPPING:
             return None
-        quantisation = ("quantization", "quantization_config")
-        plain = {key: value for key, value in document.items() if key not in quantisation}
+        plain = {key: value for key, value in document.items() if key not in QUANTISATION}
         said = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of what is refused here, or of nothing
         try:

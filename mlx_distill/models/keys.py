@@ -10,6 +10,8 @@ from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 
+QUANTISATION = ("quantization", "quantization_config")  # mlx-lm writes both
+
 HARMLESS = {  # keys that change no arithmetic of a text without dropout
     "initializer_range",
     "use_cache",

@@ -21,6 +21,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.files import made_whole, of_people, told_as, write_json
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.keys import QUANTISATION
 from mlx_distill.models.shards import INDEX, write_shards
 from mlx_distill.models.tokenizer import TOKENIZER_FILES, copy_named_templates
 from mlx_distill.models.weights import PLAIN, StoredTensor, read_weights
@@ -122,7 +123,7 @@ def prune(
     """
     name = name or str(folder)
     config = read_config(folder, name)
-    if config.keys() & {"quantization", "quantization_config"}:
+    if config.keys() & set(QUANTISATION):
         raise ModelError(f"{name} is quantised, and packed numbers cannot be pruned: name its base")
     meaning = Meaning(folder, name)
     document = _document(meaning, kept)

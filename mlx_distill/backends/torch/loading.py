@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.activations import ACT2CLS
 
 from mlx_distill.backends import refusals
-from mlx_distill.backends.packed import KEYS, refuse_packed
+from mlx_distill.backends.packed import refuse_packed
 from mlx_distill.backends.torch.adapters import add_adapters
 from mlx_distill.backends.torch.affine import Packing, packed_tensors, quantise_model
 from mlx_distill.backends.torch.model import SplitModel
@@ -23,6 +23,7 @@ from mlx_distill.backends.torch.stored_affine import AffineConfig, stored_packin
 from mlx_distill.backends.torch.weights import cast_frozen, stored_weights
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config, read_generation_config
+from mlx_distill.models.keys import QUANTISATION
 from mlx_distill.models.ranges import ACTIVATIONS, refuse_impossible
 from mlx_distill.models.weights import read_weights
 from mlx_distill.recipe.tables import StudentTable
@@ -161,7 +162,7 @@ def _load(
 def _unpacked(folder: Path) -> transformers.PretrainedConfig:
     """The folder's config without MLX's words for its format, which transformers does not know."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    for key in KEYS:
+    for key in QUANTISATION:
         if hasattr(config, key):
             delattr(config, key)
     return config

@@ -13,7 +13,6 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mlx_distill.backends.packed import KEYS
 from mlx_distill.backends.torch.affine import (
     BITS,
     WORD,
@@ -24,6 +23,7 @@ from mlx_distill.backends.torch.affine import (
     become,
 )
 from mlx_distill.errors import ModelError
+from mlx_distill.models.keys import QUANTISATION
 from mlx_distill.models.weights import Weights
 
 METHOD = "mlx_affine"
@@ -86,7 +86,7 @@ def stored_packings(config: dict[str, Any], weights: Weights, name: str) -> dict
 
     Raises `ModelError` for a format of MLX's that is not its affine one.
     """
-    said = config.get(KEYS[0])
+    said = config.get(QUANTISATION[0])
     if not isinstance(said, dict):
         return {}
     paths = [key.removesuffix(SCALES) for key in weights.tensors if key.endswith(SCALES)]
