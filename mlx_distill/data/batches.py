@@ -9,6 +9,7 @@ checked here too, since MLX does not check them.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -98,6 +99,9 @@ class Order:
         self._examples, self._size, self._seed = examples, size, seed
         self._count = steps or -(-epochs * examples // size)
         self._window, self._shuffle = window, shuffle
+        # drawn once for all of an epoch's steps, and for all steps of a window
+        self._permutation = lru_cache(maxsize=2)(self._drawn)
+        self._dealt = lru_cache(maxsize=2)(self._deal)
 
     def __len__(self) -> int:
         return self._count
@@ -121,7 +125,7 @@ class Order:
         begins = range(0, self._count, self._window.steps)
         return np.concatenate([self._dealt(begin) for begin in begins])
 
-    def _dealt(self, begin: int) -> np.ndarray:
+    def _deal(self, begin: int) -> np.ndarray:
         """The examples of the window of steps from `begin` on, int[steps, G]."""
         assert self._window is not None
         count = min(self._window.steps, self._count - begin)
@@ -136,7 +140,7 @@ class Order:
         steps = self._window.steps if self._window else 1
         begin = index - index % steps
         start, count = begin * self._size, min(steps, self._count - begin) * self._size
-        dealt = np.concatenate([self.of_step(begin + i) for i in range(count // self._size)])
+        dealt = self._dealt(begin).ravel() if self._window else np.array(self.of_step(index))
         epochs = np.empty(count, np.int64)
         taken = np.array(self.rows(start, count))
         places = np.arange(start, start + count) // self._examples
@@ -145,17 +149,18 @@ class Order:
 
     def rows(self, start: int, count: int) -> list[int]:
         """Places in the stream `[start, start + count)` → examples."""
-        n = self._examples
-        first, last = start // n, (start + count - 1) // n
-        stream = np.concatenate(
-            [
-                np.random.default_rng([self._seed, epoch]).permutation(n)
-                if self._shuffle
-                else np.arange(n)
-                for epoch in range(first, last + 1)
-            ]
-        )
-        return stream[start - first * n : start - first * n + count].tolist()
+        n, stop = self._examples, start + count
+        parts = [
+            self._permutation(epoch)[max(0, start - epoch * n) : stop - epoch * n]
+            for epoch in range(start // n, (stop - 1) // n + 1)
+        ]
+        return np.concatenate(parts).tolist()
+
+    def _drawn(self, epoch: int) -> np.ndarray:
+        """All examples in the order of an epoch."""
+        if not self._shuffle:
+            return np.arange(self._examples)
+        return np.random.default_rng([self._seed, epoch]).permutation(self._examples)
 
 
 @dataclass(frozen=True)

@@ -257,6 +257,29 @@ def test_a_step_is_a_function_of_its_number():
     )
 
 
+@pytest.mark.parametrize("window", [1, 8])
+def test_the_work_of_a_step_does_not_grow_with_the_examples(window, monkeypatch):
+    """An epoch is permuted once, and a window dealt once, not for each of the steps."""
+    permuted = []
+
+    class Counting(np.random.Generator):
+        def permutation(self, x, axis=0):
+            permuted.append(x if isinstance(x, int) else len(x))
+            return super().permutation(x, axis)
+
+    def counting(seed):
+        return Counting(np.random.PCG64(np.random.SeedSequence(seed)))
+
+    monkeypatch.setattr(np.random, "default_rng", counting)
+    asked = BatchTable(micro_batch_size=2, global_batch_size=4, sort_window=window)
+    for count in (64, 512):
+        permuted.clear()
+        steps = Steps(corpus(16) * (count // 16), ("cot",), asked, seed=1, epochs=2)
+        assert len([step for step in steps]) == count // 2
+        dealt = count // 2 if window > 1 else 0  # a row for each step
+        assert sum(permuted) == 2 * count + dealt
+
+
 def test_seed_and_epoch_change_the_order():
     sequences = corpus(40)
     one, other = (Steps(sequences, ("cot",), table(4, 40), seed=seed, epochs=2) for seed in (1, 2))
