@@ -5,6 +5,7 @@ backend, after any mishap they say so.
 import dataclasses
 import importlib
 import json
+import os
 import shutil
 import threading
 from itertools import pairwise
@@ -23,6 +24,7 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.truncate import truncate
 from mlx_distill.divergences import log_softmax
 from mlx_distill.errors import CacheError
+from mlx_distill.files import sha256_of
 from mlx_distill.objective import Objective
 from mlx_distill.recipe.recipe import with_values
 from mlx_distill.recipe.tables import TeacherTable, TruncationTable
@@ -32,6 +34,7 @@ from mlx_distill.teaching.fields import ADDED_LATER, CacheFields
 from mlx_distill.teaching.fill import fill, whole_batch
 from mlx_distill.teaching.folder import TeacherCache, dates_of
 from mlx_distill.teaching.kinds import from_bits, stratified
+from mlx_distill.teaching.parts import Part, write_part
 
 ROWS = 96
 ALL = ("prompt", "cot", "answer")
@@ -527,6 +530,63 @@ def test_nothing_is_asked_twice(backend, teacher, tmp_path):
         assert np.array_equal(
             CachedTeacher(cache, backend).targets(batch).ids, live[batch.positions]
         )
+
+
+class _Answers:
+    """A teacher that says the same of every token, for as many tokens as one likes."""
+
+    vocabulary_rows = ROWS
+
+    def top_k(self, batch: Batch, k: int, rows: int) -> tuple[np.ndarray, ...]:
+        count = len(batch.positions)
+        ids = np.tile(np.arange(k, dtype=np.int32), (count, 1))
+        return ids, np.full((count, k), -5, np.float32), np.full(count, -1, np.float32)
+
+
+def test_the_work_of_a_row_does_not_grow_with_the_parts(tmp_path, monkeypatch):
+    """Examples come in any order: a file is looked at once, and stays neither open nor mapped."""
+    monkeypatch.setattr("mlx_distill.teaching.fill.PART_TOKENS", 1)
+    torch, asked = choose_backend("torch"), fields("top_k", cache_top_k=4)
+    sequences = [sequence(9, seed) for seed in range(40)]
+    written(tmp_path, asked, torch, _Answers(), sequences)
+    looked_at: list[Path] = []
+    load = np.load
+
+    def counting(file: Path, **settings: str) -> np.ndarray:
+        looked_at.append(file)
+        return load(file, **settings)
+
+    monkeypatch.setattr(np, "load", counting)
+    cached = CachedTeacher(TeacherCache(tmp_path, asked), torch)
+    before = len(os.listdir("/dev/fd"))
+    for seed in range(3):
+        for row in np.random.default_rng(seed).permutation(40):
+            cached.targets(make_batch([sequences[row]], ALL))
+    files = list(cached.cache.path.glob("part-*/*.npy"))
+    assert sorted(looked_at) == sorted(files) and len(files) == 20 * 4  # of two rows each
+    assert len(os.listdir("/dev/fd")) == before
+
+
+def test_rows_of_a_part_are_those_of_its_arrays(tmp_path):
+    """In whatever order an older version wrote them; a file that was cut since it was checked is
+    told.
+    """
+    found = np.arange(60, dtype=np.float32).reshape(12, 5)
+    columns = {"by_rows": np.asfortranarray(found), "by_columns": found, "flat": found[:, 0]}
+    write_part(tmp_path / "part-000000", columns, [("a", 0, 12, 0)])
+    index = json.loads((tmp_path / "part-000000/index.json").read_text())
+    file = tmp_path / "part-000000/by_columns.npy"
+    np.save(file, np.asfortranarray(found))
+    index["sha256"]["by_columns"] = sha256_of(file)
+    (tmp_path / "part-000000/index.json").write_text(json.dumps(index))
+    part = Part(tmp_path / "part-000000")
+    for name, array in columns.items():
+        assert np.array_equal(part.rows(name, 3, 7), array[3:7])
+        assert np.array_equal(part.array(name), array)
+    os.truncate(tmp_path / "part-000000/by_rows.npy", 200)
+    assert np.array_equal(part.rows("by_rows", 0, 3), found[:3])
+    with pytest.raises(CacheError, match=r"by_rows\.npy is shorter than it was"):
+        part.rows("by_rows", 3, 7)
 
 
 # Mishaps

@@ -94,8 +94,8 @@ class TeacherCache:
     def find(self, example: str, tokens: np.ndarray) -> Record | None:
         """The record of which `tokens` [T] are the start."""
         for record in self._records.get(example, ()):
-            kept = record.part.array("tokens")[record.start : record.stop]
-            if np.array_equal(kept[: len(tokens)], tokens):
+            stop = min(record.stop, record.start + len(tokens))
+            if np.array_equal(record.part.rows("tokens", record.start, stop), tokens):
                 return record
         return None
 

@@ -28,7 +28,10 @@ class RowPositions(NamedTuple):
 
     def take(self, name: str) -> np.ndarray:
         """What an array of the part has at these tokens."""
-        return self.record.part.array(name)[self.record.start + self.places]
+        first, last = int(self.places.min()), int(self.places.max())
+        start = self.record.start
+        rows = self.record.part.rows(name, start + first, start + last + 1)
+        return rows[self.places - first]
 
 
 class Kind(Protocol):
@@ -150,13 +153,14 @@ def _drawn(row: RowPositions, width: int) -> tuple[np.ndarray, np.ndarray]:
     [n, width], padded with -1 and 0.
     """
     record = row.record
-    distinct = record.part.array("distinct")[record.start : record.stop].astype(np.int64)
-    first = record.first_draw + np.cumsum(distinct) - distinct  # of each token of the sequence
+    distinct = record.part.rows("distinct", record.start, record.stop).astype(np.int64)
+    first = np.cumsum(distinct) - distinct  # of each token, among the draws of the sequence
     columns = np.arange(width)
     known = columns < distinct[row.places, None]
-    draws = np.where(known, first[row.places, None] + columns, record.first_draw)
-    ids = record.part.array("ids")[draws].astype(np.int64)
-    counts = record.part.array("counts")[draws]
+    draws = np.where(known, first[row.places, None] + columns, 0)
+    of_record = record.first_draw, record.first_draw + int(distinct.sum())
+    ids = record.part.rows("ids", *of_record)[draws].astype(np.int64)
+    counts = record.part.rows("counts", *of_record)[draws]
     return np.where(known, ids, -1), np.where(known, counts, 0)
 
 

@@ -2,15 +2,18 @@
 
     part-000000/  index.json  tokens.npy  …        (and head/, which holds no examples)
 
-In: named arrays, with a row for each token of some sequences, or for each of their draws. Out: the
-same arrays, memory-mapped, and a `Record` for each sequence. Decided here: a part appears by one
+In: named arrays, with a row for each token of some sequences, or for each of their draws. Out: rows
+of these arrays, and a `Record` for each sequence. Decided here: a part appears by one
 rename; `index.json` holds the SHA-256 of each file, compared when the file is first used, and of
-each example its id, its first token, the token after its last, and its first draw.
+each example its id, its first token, the token after its last, and its first draw. Rows are read
+from where they lie in a file, and no file stays open or mapped: of parts there may be thousands,
+and macOS gives a process 256 descriptors.
 """
 
 import json
 from collections.abc import Iterator
-from functools import lru_cache
+from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,12 +38,21 @@ class Record(NamedTuple):
     first_draw: int
 
 
+class Layout(NamedTuple):
+    """How an array lies in its file, from byte `begin` on."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    begin: int
+    by_rows: bool  # one row after another (C order)
+
+
 class Part:
     """A part on disk. Raises `CacheError` where its index or one of its files is damaged."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._checked: set[str] = set()
+        self._layouts: dict[str, Layout] = {}  # of the files that were checked
         index = self._read_index()
         self.sha256: dict[str, str] = index["sha256"]
         self.examples: list[Example] = index["examples"]
@@ -54,18 +66,45 @@ class Part:
 
     def array(self, name: str) -> np.ndarray:
         """The whole array, memory-mapped."""
-        if name not in self.sha256:
-            raise self._damaged(f"it has no {name}")
-        file, expected = self.path / f"{name}.npy", self.sha256[name]
-        try:
-            if name not in self._checked:
-                found = sha256_of(file)
+        self._layout(name)
+        with self._told(name) as file:
+            return _mapped(file)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """The rows `start` to `stop` of an array."""
+        layout = self._layout(name)
+        row = prod(layout.shape[1:])
+        begin, count = layout.begin + start * row * layout.dtype.itemsize, (stop - start) * row
+        with self._told(name) as file:
+            if not layout.by_rows:
+                return np.array(_mapped(file)[start:stop])
+            found = np.fromfile(file, layout.dtype, count, offset=begin)
+        if len(found) < count:
+            raise CacheError(f"{file} is shorter than it was: {REMEDY}")
+        return found.reshape(-1, *layout.shape[1:])
+
+    def _layout(self, name: str) -> Layout:
+        """How an array lies in its file, which is checked and looked at once."""
+        if name not in self._layouts:
+            if name not in self.sha256:
+                raise self._damaged(f"it has no {name}")
+            with self._told(name) as file:
+                found, expected = sha256_of(file), self.sha256[name]
                 if found != expected:
                     raise CacheError(
                         f"{file}: SHA-256 {expected[:12]}… expected, {found[:12]}… found: {REMEDY}"
                     )
-                self._checked.add(name)
-            return _mapped(file, expected)
+                array = _mapped(file)
+            layout = Layout(array.dtype, array.shape, array.offset, array.flags.c_contiguous)
+            self._layouts[name] = layout
+        return self._layouts[name]
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[Path]:
+        """The file of an array; that it cannot be read is a `CacheError`."""
+        file = self.path / f"{name}.npy"
+        try:
+            yield file
         except OSError as error:
             raise CacheError(f"{file} cannot be read ({one_line(error)}): {REMEDY}") from None
 
@@ -93,15 +132,15 @@ def write_part(path: Path, columns: dict[str, np.ndarray], examples: list[Exampl
     """A folder of arrays and their index, whole or not at all. Raises `OSError`."""
     with made_whole(path) as half:
         for name, array in columns.items():
-            np.save(half / f"{name}.npy", array)
+            np.save(half / f"{name}.npy", np.ascontiguousarray(array))
         digests = {name: sha256_of(half / f"{name}.npy") for name in columns}
         index = json.dumps({"sha256": digests, "examples": examples})
         (half / "index.json").write_text(index, encoding="utf-8")
 
 
-@lru_cache(maxsize=64)  # each holds a file descriptor, of which macOS gives a process 256
-def _mapped(file: Path, sha256: str) -> np.ndarray:
-    return np.load(file, mmap_mode="r")
+def _mapped(file: Path) -> np.memmap:
+    found: np.memmap = np.load(file, mmap_mode="r")
+    return found
 
 
 def _damage(index: Any) -> str:
