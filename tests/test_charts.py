@@ -4,10 +4,12 @@ import math
 import re
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from drawn import Drawn
 
 from mlx_distill.reporting.charts import (
+    MOST_NUMBERS,
     MOST_POINTS,
     Level,
     Point,
@@ -234,14 +236,30 @@ def test_a_scatter_is_numbered_by_x_and_joined_through_the_front():
     assert scatter("t", "u", [], "cost", str) is None
 
 
+def test_of_very_many_points_those_on_the_line_are_numbered():
+    def made(count: int):
+        points = [
+            Point(str(i), "run-1", 1.0 + i, 0.2 + i / 1000, 0.1, 0.9, i % 40 == 0)
+            for i in range(count)
+        ]
+        return scatter("t", "u", points, "cost", "{:g}".format)
+
+    few, many = made(MOST_NUMBERS), made(MOST_NUMBERS + 1)
+    assert len(few.numbered) == MOST_NUMBERS and few.subtitle == "u"
+    assert [number[:2] for number in many.numbered] == [(1, "0"), (2, "40"), (3, "80")]
+    assert many.subtitle == "u; numbered are those that are joined"
+    read = drawn(many)
+    assert [text for _, _, text in read.numbers] == ["1", "2", "3"]
+    rings = sum(role == "card" for role, _ in read.discs)
+    assert rings == MOST_NUMBERS + 1 - 3  # all points are drawn
+
+
 def test_numbers_keep_off_points_and_each_other():
     for width, height in ((230, 300), (810, 330)):
         places = [(width / 2 + 9 * math.cos(i), height / 2 + 11 * math.sin(i)) for i in range(6)]
         places += [(0.0, 0.0), (width, 0.0), (width, height)]
-        middles = [
-            (x + a, y + b)
-            for (x, y), (a, b) in zip(places, apart(places, width, height), strict=True)
-        ]
+        at = np.array(places)
+        middles = (at + apart(at, width, height, at)).tolist()
         assert all(
             abs(a - c) >= 18 or abs(b - d) >= 16
             for i, (a, b) in enumerate(middles)

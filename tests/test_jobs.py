@@ -101,6 +101,21 @@ def test_one_whose_work_is_under_way_elsewhere_comes_last(tmp_path):
 STOPPED = "import signal; signal.signal(signal.SIGTERM, signal.default_int_handler); "
 
 
+def test_no_more_jobs_are_looked_at_than_have_to_be(tmp_path):
+    """Each look opens a lock's file, and one is to start whenever another one ends."""
+    looked_at = []
+
+    def waiting(number: int) -> Job:
+        def busy() -> bool:
+            looked_at.append(number)
+            return number == 0
+
+        return Job(str(number), (), tmp_path / "log", busy=busy)
+
+    chosen = jobs._next([waiting(i) for i in range(100)], [], 1, 0, print)
+    assert chosen.name == "1" and looked_at == [0, 1]
+
+
 def test_ctrl_c_asks_every_child_to_stop_and_waits_for_it(tmp_path):
     """The children save, also where a script's `&` made them deaf to SIGINT; what has not begun
     does not begin.

@@ -13,6 +13,7 @@ from typing import Any
 from mlx_distill.words import finite, is_number, number, percent
 
 MOST_POINTS = 300
+MOST_NUMBERS = 100  # of a scatter: more can neither be read nor placed
 LOG_RATIO = 40.0  # a positive series that spans more than this reads better on a logarithmic axis
 
 
@@ -160,8 +161,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """Shares y in [0, 1] over positive x, numbered by x; x_text: what a value of x says; levels:
-    of models that cost nothing here.
+    """Shares y in [0, 1] over positive x, numbered by x, or of very many those alone that are
+    joined; x_text: what a value of x says; levels: of models that cost nothing here.
     """
 
     title: str
@@ -178,8 +179,16 @@ class Scatter:
         return self.points[-1].x / self.points[0].x > LOG_RATIO
 
     @property
+    def with_number(self) -> tuple[Point, ...]:
+        """The points that have a number."""
+        if len(self.points) <= MOST_NUMBERS:
+            return self.points
+        return tuple(point for point in self.points if point.joined)
+
+    @property
     def subtitle(self) -> str:
-        return self.unit
+        some = len(self.with_number) < len(self.points)
+        return f"{self.unit}; numbered are those that are joined" if some else self.unit
 
     @property
     def x_label(self) -> str:
@@ -195,7 +204,7 @@ class Scatter:
         """(number, label, y and x in words, whether it is joined)."""
         return [
             (i, one.label, f"{percent(one.y)} · {self.x_text(one.x)}", one.joined)
-            for i, one in enumerate(self.points, 1)
+            for i, one in enumerate(self.with_number, 1)
         ]
 
     def lines(self) -> list[str]:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mlx_distill.reporting import ticks
-from mlx_distill.reporting.charts import LOG_RATIO, Curves, Level, Scatter, Series
+from mlx_distill.reporting.charts import LOG_RATIO, Curves, Level, Point, Scatter, Series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -231,13 +233,17 @@ def _draw_points(axes: "Axes", chart: Scatter, width: int, height: int) -> None:
 
 
 def _number(axes: "Axes", chart: Scatter, width: int, height: int) -> None:
-    shares = [_share(axes, point.x, point.y) for point in chart.points]
-    shifts = apart([(x * width, y * height) for x, y in shares], width, height)
-    for i, (point, shift) in enumerate(zip(chart.points, shifts, strict=True), 1):
+    def places(points: Sequence[Point]) -> np.ndarray:
+        shares = [_share(axes, point.x, point.y) for point in points]
+        return np.reshape(shares, (-1, 2)) * (width, height)
+
+    numbered = chart.with_number
+    shifts = apart(places(numbered), width, height, places(chart.points))
+    for i, (point, shift) in enumerate(zip(numbered, shifts, strict=True), 1):
         axes.annotate(
             str(i),
             (point.x, point.y),
-            shift,
+            tuple(shift),
             textcoords="offset points",
             annotation_clip=False,
             ha="center",
@@ -247,21 +253,25 @@ def _number(axes: "Axes", chart: Scatter, width: int, height: int) -> None:
         )
 
 
-def apart(places: Sequence[tuple[float, float]], width: float, height: float) -> list[tuple]:
-    """For each of `places` (pixels) how far from it its number goes: off points and other numbers.
+def apart(places: np.ndarray, width: float, height: float, points: np.ndarray) -> np.ndarray:
+    """For each of `places` [N, 2] (pixels) how far from it its number goes: off all `points` and
+    other numbers.
 
     Where no place around a point is free, its number takes the one that covers the fewest.
     """
-    numbers: list[tuple[float, float]] = []
+    around = np.array(AROUND, float)
+    far = np.hypot(*around.T)
+    numbers = np.empty((len(places), 2))
+    for i, place in enumerate(places):
+        x, y = (at := place + around).T
+        outside = (x < 6) + 0 + (x > width + 10) + (y < 6) + (y > height)
+        covered = _near(at, points, 13, 12) + _near(at, numbers[:i], 18, 16) + outside
+        numbers[i] = at[np.lexsort((far, covered))[0]]
+    return numbers - places
 
-    def covered(at: tuple[float, float]) -> int:
-        points = sum(abs(at[0] - x) < 13 and abs(at[1] - y) < 12 for x, y in places)
-        others = sum(abs(at[0] - x) < 18 and abs(at[1] - y) < 16 for x, y in numbers)
-        outside = (at[0] < 6) + (at[0] > width + 10) + (at[1] < 6) + (at[1] > height)
-        return points + others + outside
 
-    for x, y in places:
-        free = [(x + right, y + up) for right, up in AROUND]
-        costs = [(covered(at), math.dist(at, (x, y))) for at in free]
-        numbers.append(free[costs.index(min(costs))])
-    return [(at[0] - x, at[1] - y) for at, (x, y) in zip(numbers, places, strict=True)]
+def _near(at: np.ndarray, others: np.ndarray, width: float, height: float) -> np.ndarray:
+    """How many of `others` [M, 2] are that near to each of `at` [A, 2]."""
+    right, up = np.abs(at[:, None] - others).transpose(2, 0, 1)
+    near: np.ndarray = ((right < width) & (up < height)).sum(1)
+    return near

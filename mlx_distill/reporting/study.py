@@ -129,6 +129,11 @@ class Condition:
     settings: dict[str, Any]
     rows: tuple[Row, ...]
 
+    @cached_property
+    def key(self) -> str:
+        """What its runs have in common, and no other condition has."""
+        return _key(self.label, self.settings)
+
     @property
     def name(self) -> str:
         """Its label, else its settings in words."""
@@ -169,11 +174,15 @@ def conditions(rows: Iterable[Row], role: str = "student") -> list[Condition]:
             "in all of its runs"
         )
     for row in done:
-        found.setdefault(json.dumps([row.label, row.settings]), []).append(row)
+        found.setdefault(_key(row.label, row.settings), []).append(row)
     return [
         Condition(group[0].label, group[0].settings, tuple(sorted(group, key=lambda row: row.seed)))
         for group in found.values()
     ]
+
+
+def _key(label: str, settings: dict[str, Any]) -> str:
+    return json.dumps([label, settings])
 
 
 # comparisons

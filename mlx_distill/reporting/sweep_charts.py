@@ -4,6 +4,7 @@ bars.
 In: `Findings`. Out: `Curves`, a `Scatter`, `Bar`s. Decided here: what is drawn against what.
 """
 
+from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,7 @@ from mlx_distill.reporting.condition_words import in_words
 from mlx_distill.reporting.page import Bar
 from mlx_distill.reporting.run_charts import RUN_ROLES, run_role
 from mlx_distill.reporting.study import MATCHED, Condition, pareto_front
-from mlx_distill.reporting.sweep_findings import FEW_SEEDS, Findings, Swept, same
+from mlx_distill.reporting.sweep_findings import FEW_SEEDS, Findings, Swept
 from mlx_distill.words import amount, counted, is_number
 
 COSTS = {"flops": "arithmetic", "train_seconds": "time", "peak_bytes": "peak memory"}
@@ -36,21 +37,33 @@ def curves(found: Findings) -> list[tuple[str, list[Condition]]]:
         return []
     others = {field: values for field, values in found.swept.axes.items() if field != x}
     combinations = [dict(zip(others, values, strict=True)) for values in product(*others.values())]
-    labels = ["", *dict.fromkeys(one.label for one in found.students if one.label)]
+    places = {_key(settings.values()): i for i, settings in enumerate(combinations)}
+    labels = {"": 0}
+    lines: dict[tuple[int, int], list[Condition]] = {}  # by number of label and of combination
+    for one in found.students:
+        number = labels.setdefault(one.label, len(labels))
+        place = places.get(_key(one.settings.get(field) for field in others))
+        if x in one.settings and place is not None:
+            lines.setdefault((number, place), []).append(one)
     drawn = []
-    for label, settings in product(labels, combinations):
-        members = [
-            one for one in found.students if one.label == label and _lies_on(one, x, settings)
-        ]
-        if members and (len(members) > 1 or label in ("", MATCHED)):
-            words = ", ".join(filter(None, (label, in_words(settings))))
+    for number, place in sorted(lines):
+        members = lines[number, place]
+        label = members[0].label
+        if len(members) > 1 or label in ("", MATCHED):
+            words = ", ".join(filter(None, (label, in_words(combinations[place]))))
             drawn.append((words or "grid", sorted(members, key=lambda one: one.settings[x])))
     return [("accuracy", members) for _, members in drawn] if len(drawn) == 1 else drawn
 
 
-def _lies_on(one: Condition, x: str, settings: dict) -> bool:
-    return x in one.settings and all(
-        same(one.settings.get(field), value) for field, value in settings.items()
+def _key(values: Iterable[Any]) -> tuple:
+    """Settings by which conditions are found: equal where they are the same (`same`)."""
+    return tuple(
+        _key(value)
+        if isinstance(value, list | tuple)
+        else _key(sorted(value.items()))
+        if isinstance(value, dict)
+        else value
+        for value in values
     )
 
 
@@ -135,7 +148,7 @@ def _at(x: str, members: list[Condition]) -> tuple[float, ...]:
 
 def pareto_chart(found: Findings) -> Scatter | None:
     """Accuracy against FLOPs; the conditions that no cheaper one beats are joined."""
-    front = pareto_front(found.students)
+    front = {id(one) for one in pareto_front(found.students)}
     roles = {
         id(one): run_role(i) for i, (_, members) in enumerate(curves(found)) for one in members
     }
@@ -148,7 +161,7 @@ def pareto_chart(found: Findings) -> Scatter | None:
             known.mean,
             known.low,
             known.high,
-            one in front,
+            id(one) in front,
         )
         for one in found.students
         if one.cost("flops") > 0

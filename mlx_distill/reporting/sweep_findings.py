@@ -5,8 +5,10 @@ In: a `Swept`, whose rows `study.py` reads. Out: `Findings`. Decided here: which
 full one, which models are left out, and which condition the headline is about.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mlx_distill.reporting.condition_words import in_words
@@ -81,7 +83,11 @@ class Findings:
     seeds: tuple[int, ...]
 
     def name(self, condition: Condition) -> str:
-        return self.names[self.students.index(condition)]
+        return self._name_of[condition.key]
+
+    @cached_property
+    def _name_of(self) -> dict[str, str]:
+        return {one.key: name for one, name in zip(self.students, self.names, strict=True)}
 
     @property
     def most_seeds(self) -> int:
@@ -117,9 +123,10 @@ def shared_model(rows: Sequence[Row], role: str) -> Condition | None:
 def _names(students: Sequence[Condition]) -> list[str]:
     """Each condition's name, with its settings where several share a label."""
     plain_names = [condition.name for condition in students]
+    times = Counter(plain_names)
     return [
         name
-        if plain_names.count(name) == 1 or not condition.label
+        if times[name] == 1 or not condition.label
         else f"{name}, {in_words(condition.settings)}"
         for name, condition in zip(plain_names, students, strict=True)
     ]

@@ -119,15 +119,15 @@ def _next(
     """The first job that may start now."""
     if not waiting or len(running) >= at_once:
         return None
-    free = [job for job in waiting if not job.busy()]
-    if not free:
+    free = next((job for job in waiting if not job.busy()), None)
+    if free is None:
         if not running:
             say(f"{waiting[0].name}: another process is at it; waiting")
             while all(job.busy() for job in waiting):
                 time.sleep(POLL_SECONDS)
         return None
-    needed = sum(job.peak_bytes for job in running) + free[0].peak_bytes
-    return free[0] if not running or not memory_bytes or needed <= memory_bytes else None
+    needed = sum(job.peak_bytes for job in running) + free.peak_bytes
+    return free if not running or not memory_bytes or needed <= memory_bytes else None
 
 
 def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:

@@ -34,6 +34,9 @@ from mlx_distill.sweeps.sweep import Sweep, distinct
 from mlx_distill.view import View
 from mlx_distill.words import duration, percent
 
+# while runs end, a page is written again where this share of its runs is new: each one reads all
+# runs that there are, and so the pages of a sweep take work in the number of its runs, not its square
+NEWS = 1 / 20
 PARTS, RESULTS = ("recipes", "logs", "best"), ("results.csv", "report.md", "report.html")
 
 
@@ -138,6 +141,16 @@ class Queue:
         self.view, self.backend, self.at_once = view, backend, at_once
         self.missing = [point for point in points.values() if not point.done]
         self.troubles: dict[Path, str] = {}
+        self._sweeps_of: dict[Path, list[Sweep]] = {path: [] for path in points}
+        for one in sweeps:
+            for path in dict.fromkeys(point.folder.path for point in one.points):
+                self._sweeps_of[path].append(one)
+        lacking = {point.folder.path for point in self.missing}
+        self._ended = {one.folder: 0 for one in sweeps}  # runs that are done or failed
+        for path, those in self._sweeps_of.items():
+            for one in those:
+                self._ended[one.folder] += path not in lacking
+        self._told = self._ended.copy()  # those on the page
 
     def run(self) -> None:
         before = len(self.points) - len(self.missing)
@@ -168,8 +181,11 @@ class Queue:
             solved = percent(student_row(point).accuracy)
             took = f"{solved} after {duration(ended.seconds)}"
             self.view.say_fields([f"{point.words}: {took}", f"({point.name})"])
-        for one in self._sweeps_of(point):
-            write_results(one, self.troubles)
+        for one in self._sweeps_of[point.folder.path]:
+            self._ended[one.folder] += 1
+            if self._ended[one.folder] - self._told[one.folder] >= NEWS * self._told[one.folder]:
+                write_results(one, self.troubles)
+                self._told[one.folder] = self._ended[one.folder]
 
     def _score_shared(self, one: Sweep) -> None:
         """The student before training and the teacher, scored once in one of the runs; a finished
@@ -237,11 +253,4 @@ class Queue:
 
     def _home(self, point: Point) -> Path:
         """The folder of the first sweep that the run belongs to."""
-        return self._sweeps_of(point)[0].folder
-
-    def _sweeps_of(self, point: Point) -> list[Sweep]:
-        return [
-            one
-            for one in self.sweeps
-            if any(other.folder.path == point.folder.path for other in one.points)
-        ]
+        return self._sweeps_of[point.folder.path][0].folder

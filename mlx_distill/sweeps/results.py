@@ -24,6 +24,7 @@ from mlx_distill.reporting.sweep_tables import best_path
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.score import Score
+from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.sweeps.points import Point
 from mlx_distill.sweeps.sweep import Sweep
 from mlx_distill.teaching.folder import TeacherCache
@@ -82,11 +83,13 @@ def shared_scores(one: Sweep) -> dict[str, tuple[Run, Point]]:
     """The first finished run that scored the base, and the teacher, where all runs share them."""
     found: dict[str, tuple[Run, Point]] = {}
     for point in one.points:
-        if not point.done:
-            continue
-        run = read_run(point.folder.path)
-        for role in sorted(one.shared & run.scores.keys() - found.keys()):
-            found[role] = run, point
+        if found.keys() == one.shared:
+            break
+        scored = point.folder.readable(TaskScores).whole.keys()
+        roles = sorted(one.shared & scored - found.keys())
+        if roles and point.done:
+            run = read_run(point.folder.path)
+            found |= {role: (run, point) for role in roles}
     return found
 
 
