@@ -218,7 +218,7 @@ GROUPS = (  # of a step's time by the names of its symbols; the first that fits
     ("silu (sigmoid and exponentials)", ("Sigmoid", "simd::exp", "__exp", "expf", "libm.so")),
     ("sums and maxima", ("reduction_op", "SumReduce", "MaxReduce", "ArgReduce", "arg_reduce")),
     ("norms and rotary embeddings", ("RMSNorm", "LayerNorm", "RoPE", "Rope")),
-    ("AdamW, one compiled pass", ("Square", "Sqrt")),
+    ("AdamW: squares and roots", ("Square", "Sqrt")),
     ("other compiled passes", ("compiled_kernel", "f4I", "mlx_compiled")),
     ("products by element", ("Multiply",)),
     ("sums by element", ("::Add",)),
@@ -250,9 +250,10 @@ def kernels(
     for share, symbol in samples(file):
         shares[kind_of(symbol)] += share
     whole = sum(shares.values())
+    facts = facts_of(case)  # once: all rows of a profile carry one date
     return [
         {
-            **facts_of(case),
+            **facts,
             "tuning": case.tuning,
             "term": case.term,
             "contender": contender,
@@ -279,23 +280,25 @@ def kind_of(symbol: str) -> str:
 
 
 def render_kernels(rows: list[dict[str, str]]) -> str:
-    newest: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for row in rows:
-        kept = newest.setdefault((row["tuning"], row["term"], row["contender"]), [])
-        if kept and kept[0]["date"] != row["date"]:
-            kept.clear()
-        kept.append(row)
-    kinds = [kind for kind, _ in GROUPS] + ["all else"]
-    heads = [" ".join(key) for key in newest]
+    """Of each case and contender its newest profile, a column each."""
+    last = {case_of(row): row["date"] for row in rows}
+    newest = {
+        (case_of(row), row["kernel"]): row for row in rows if row["date"] == last[case_of(row)]
+    }
+    heads = [" ".join(case) for case in last]
     lines = [f"| seconds of a step | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for kind in kinds:
-        cells = []
-        for found in newest.values():
-            row = next((one for one in found if one["kernel"] == kind), None)
-            cells.append(f"{float(row['seconds']):.2f} ({float(row['share']):.0%})" if row else "–")
-        if any(cell != "–" for cell in cells):
+    for kind in [*(kind for kind, _ in GROUPS), "all else"]:
+        found = [newest.get((case, kind)) for case in last]
+        cells = [
+            f"{float(r['seconds']):.2f} ({float(r['share']):.0%})" if r else "–" for r in found
+        ]
+        if any(found):
             lines.append(f"| {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def case_of(row: dict[str, str]) -> tuple[str, str, str]:
+    return row["tuning"], row["term"], row["contender"]
 
 
 if __name__ == "__main__":

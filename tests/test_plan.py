@@ -395,7 +395,7 @@ def test_moments_by_hand(monkeypatch):
         # tied: the embedding has a gradient of its own
         assert found["backward ends"].gradients == held + 4 * weights + head
         assert (found["update"].gradients, found["update"].activations) == (4 * weights, 0)
-        assert found["update"].optimizer == 8 * weights + min(4 * weights, 3 * head)
+        assert found["update"].optimizer == 8 * weights + min(4 * weights, head)
         assert found["loss"].optimizer == 8 * weights
     assert found["loss"].total == sum(getattr(found["loss"], part) for part in memory.PARTS)
     joined = replace(model, recipe=recipe(objective={"kd_weight": 0.0, "chunk_tokens": 1}))

@@ -81,9 +81,8 @@ FUSED_WIDTHS = (64, 72, 80, 96, 128)
 # [rows, V] float32 that the elementwise part of torch's walk works in, for a KL at temperature 1
 # and for anything else
 TORCH_WALK_BUFFERS = (1, 4)
-# What an update has under way on MLX: under AdamW a weight and its two moments anew, one array after
-# the other; else lazily the gradients of so many blocks and of so many embeddings
-MLX_ADAMW_ARRAYS = 3
+# What an update has under way on MLX: under AdamW, which writes over what it reads, the squares of
+# one gradient, of which the norm is made; else lazily the gradients of so many blocks and embeddings
 MLX_UPDATE = (4.0, 1.5)
 
 # torch's memory on a CPU is what the operating system counts. Beyond the tensors a process holds
@@ -354,7 +353,7 @@ class Memory(Weights):
     def _update_bytes(self, gradients: float, head: float) -> float:
         if self.recipe.optim.optimizer == "adamw":
             shape = self.student.shape
-            return min(gradients, MLX_ADAMW_ARRAYS * max(head, FLOAT * shape.width * shape.ffn))
+            return min(gradients, max(head, FLOAT * shape.width * shape.ffn))
         vocabulary = head * (1 if self.student.tied else 2)
         block = (gradients - vocabulary) / max(1, self.blocks)
         return min(gradients, MLX_UPDATE[0] * block + MLX_UPDATE[1] * vocabulary)

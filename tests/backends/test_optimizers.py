@@ -245,9 +245,9 @@ def test_a_mutant_is_seen(name: str, optimizer: str, monkeypatch: pytest.MonkeyP
     assert largest_error(FRAMEWORKS[name], optimizer, 0.3, 0) > 1e-2
 
 
-def test_adamw_in_one_pass_is_mlxs_own_to_the_last_bit_and_holds_one_array_more():
-    """Over three steps, with clipping; beside the weights no more lies at once than one of them and
-    its moments, whoever holds the weights.
+def test_adamw_is_mlxs_own_to_the_last_bit_and_writes_over_what_it_reads():
+    """Over three steps, with clipping; nothing lies beside the weights and their moments, whoever
+    holds the weights.
     """
     random = np.random.default_rng(0)
     shapes = {f"{i}": (256, 256) for i in range(8)} | {"norm": (7,)}
@@ -266,7 +266,7 @@ def test_adamw_in_one_pass_is_mlxs_own_to_the_last_bit_and_holds_one_array_more(
         before = mx.get_active_memory()
         model = dict(found)
         found = ours.apply_gradients(gradients, found)
-        assert step == 0 or mx.get_peak_memory() - before < 3.5 * size
+        assert step == 0 or mx.get_peak_memory() - before < 0.5 * size
         assert all(model[name] is found[name] for name in shapes)
         for name in shapes:
             assert np.array_equal(np.array(found[name]), np.array(expected[name])), name

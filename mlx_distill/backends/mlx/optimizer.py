@@ -22,53 +22,56 @@ def make_optimizer(recipe: Recipe) -> optimizers.Optimizer:
 
 
 class AdamW(optimizers.AdamW):
-    """MLX's AdamW with bias correction, the same numbers to the last bit, in one pass over each
-    array: uncompiled it is a dozen, each with an array of its own in memory. Gradients are
-    multiplied by `clipped` on the way. A parameter is changed in place, or whoever holds the old
-    ones would keep all of them until the last is new.
+    """MLX's AdamW with bias correction, the same numbers to the last bit, in three passes over each
+    array, each of which writes over what it read: uncompiled it is a dozen passes, each with an
+    array of its own, and compiled as one pass MLX gives all three results memory of their own.
+    Gradients are multiplied by `clipped` on the way.
     """
 
     clipped = 1.0
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         rate, step, (beta1, beta2) = self.learning_rate, self.step, self.betas
-        scalars = (
-            mx.array(self.clipped),
-            1 - rate * self.weight_decay,
-            rate / (1 - beta1**step),
-            mx.rsqrt(1 - beta2**step),
+        clipped = mx.array(self.clipped)
+        kept = 1 - rate * self.weight_decay
+        of_mean, of_square = rate / (1 - beta1**step), mx.rsqrt(1 - beta2**step)
+        # no name may hold what is read, or it is not written over
+        state["m"] = _mean(state["m"], gradient, clipped, beta1)
+        state["v"] = _square(state["v"], gradient, clipped, beta2)
+        mx.eval(state)
+        # in place: the weights' holders must not keep the old ones
+        parameter[...] = _moved(
+            parameter, state["m"], state["v"], kept, of_mean, of_square, self.eps
         )
-        moments = state["m"], state["v"]
-        parameter[...], state["m"], state["v"] = _adamw(
-            gradient, parameter, *moments, *scalars, beta1, beta2, self.eps
-        )
-        # one array after the other, or all of them lie beside the old ones
-        mx.eval(parameter, state)
+        # one array after the other: MLX would first make what all of them need
+        mx.eval(parameter)
         return parameter
 
 
 @mx.compile
-def _adamw(
-    gradient: mx.array,
+def _mean(mean: mx.array, gradient: mx.array, clipped: mx.array, beta: float) -> mx.array:
+    return beta * mean + (1 - beta) * (gradient * clipped)
+
+
+@mx.compile
+def _square(square: mx.array, gradient: mx.array, clipped: mx.array, beta: float) -> mx.array:
+    return beta * square + (1 - beta) * mx.square(gradient * clipped)
+
+
+@mx.compile
+def _moved(
     parameter: mx.array,
     mean: mx.array,
     square: mx.array,
-    clipped: mx.array,
     kept: mx.array,
-    rate: mx.array,
-    correction: mx.array,
-    beta1: float,
-    beta2: float,
+    of_mean: mx.array,
+    of_square: mx.array,
     eps: float,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The next parameter and moments; `kept` is what decay leaves, `rate` and `correction` are those
-    of the moments' bias.
+) -> mx.array:
+    """The next parameter: `kept` is what decay leaves, `of_mean` and `of_square` correct the moments'
+    bias, the first times the rate.
     """
-    gradient = gradient * clipped
-    mean = beta1 * mean + (1 - beta1) * gradient
-    square = beta2 * square + (1 - beta2) * mx.square(gradient)
-    step = rate * mean / (mx.sqrt(square) * correction + eps)
-    return parameter * kept - step, mean, square
+    return parameter * kept - of_mean * mean / (mx.sqrt(square) * of_square + eps)
 
 
 def _decay_matrices(
