@@ -129,8 +129,15 @@ OTHERS = [
     ),
     Option('`tuning = "lora"`, `"dora"`', "adapters on a frozen student", BOTH, ALL, "", FINISH),
     Option("`[prune]`", "a student cut from its base or teacher", BOTH, ALL, "", PRUNED),
-    Option("`teacher.quantize_bits`", "a teacher in MLX's affine format", "both; NF4: CUDA", ALL),
-    Option("`student.quantize_bits`", "adapters on a base of few bits", BOTH, ALL, "", PACKED),
+    Option("`teacher.quantize_bits`", "a teacher in few bits", "both; NF4: torch", ALL),
+    Option(
+        "`student.quantize_bits`",
+        "adapters on a base of few bits",
+        "both; NF4: torch",
+        ALL,
+        "",
+        PACKED,
+    ),
     Option("`quantize_aware_bits`", "a student that learns rounded", BOTH, ALL, "", ROUNDED),
 ]
 

@@ -28,6 +28,7 @@ PACKAGES = (
     "mlx-lm",
     "torch",
     "peft",
+    "bitsandbytes",
     "transformers",
     "tokenizers",
     "numpy",

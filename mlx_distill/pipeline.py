@@ -114,6 +114,7 @@ class Pipeline:
         self.recipe, self.backend = recipe, backend
         self.view = view if backend.ranks.first else silent()
         self.pair = Pair.of(recipe)
+        self.pair.refuse_formats(backend.name)
         self.stop_ids = sorted(stop_ids(self.pair.tokenizer))  # of the exported student
         self.day = ""  # what prompts say: see `choose_day`
         self.rollouts: Rollouts | None = None  # see `prepare`
@@ -346,7 +347,7 @@ class Pipeline:
             return self._load_teacher()
         return self._load_base(self.recipe.student.quantize_bits)
 
-    def _load_base(self, quantize_bits: int = 0) -> LiveTeacher:
+    def _load_base(self, quantize_bits: int | str = 0) -> LiveTeacher:
         """The student as it is before training, or what it is made of."""
         asked = self.recipe.student
         return self.backend.load_teacher(

@@ -28,6 +28,11 @@ def number(value: float, percent: bool = False, places: int | None = None) -> st
     return text.replace("-", "−")
 
 
+def in_bits(bits: int | str) -> str:
+    """How weights are packed: in so many bits, or in "nf4"."""
+    return "in bitsandbytes' NF4" if bits == "nf4" else f"in {bits} bits"
+
+
 def decimals(step: float) -> int:
     """How many decimals tell multiples of `step` apart."""
     return max(0, -math.floor(math.log10(step) + 1e-9))

@@ -18,6 +18,7 @@ WRITES = ("rollouts.max_new_tokens=6", "rollouts.batch_size=5", "truncation.span
 TEACHER_WRITES = ("rollouts.by=teacher", "rollouts.samples=2", "rollouts.share=0.6", *WRITES)
 STUDENT_WRITES = ("rollouts.by=student", "rollouts.refresh_every=2", *WRITES)
 MODES = {"full": SHORT, "lora": (*SHORT, *LORA), "torch": SHORT, "torch lora": (*SHORT, *LORA)}
+MODES |= {"torch nf4": (*SHORT, *LORA, "student.quantize_bits=nf4")}
 PATIENT = ("optim.patience=2", "run.validate_every=1", "optim.learning_rate=0.3", "eval.task=")
 MODES |= {"patience": PATIENT, "torch patience": PATIENT}
 MODES |= {

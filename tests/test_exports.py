@@ -23,7 +23,7 @@ from llamacpp import LlamaCpp
 from peft import PeftModel
 from rich.console import Console
 from tiny import model_folder as tiny_folder
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from mlx_distill.backends.pair import Pair
 from mlx_distill.data.template import prompt_text
@@ -121,6 +121,26 @@ def test_adapters_do_on_their_base_what_the_student_does(
     np.testing.assert_allclose(mlx_logits(packed, adapter_path=str(ours)), expected, atol=1e-4)
     whole, _ = exported(run, "hf", tmp_path / "hf")
     assert not list(whole.glob("adapters*"))
+
+
+def test_adapters_on_nf4_do_in_peft_what_the_student_does(
+    whole_run, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    run = whole_run("torch nf4")
+    assert "lora on its weights in bitsandbytes' NF4" in (run / "student" / "README.md").read_text()
+    folder, said = exported(run, "peft", tmp_path / "peft")
+    assert "trained on its base in bitsandbytes' NF4, and belongs on that" in said
+    chosen = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    base = AutoModelForCausalLM.from_pretrained(
+        tiny_recipe.parent / "student", dtype=torch.float32, quantization_config=chosen
+    )
+    model = PeftModel.from_pretrained(base, folder)
+    model.train()  # without which bitsandbytes computes in bfloat16 on some CPUs
+    with torch.no_grad():
+        found = model(torch.from_numpy(TOKENS).long()).logits
+    expected = transformers_logits(run / "student")
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-4)
+    assert np.abs(expected - transformers_logits(tiny_recipe.parent / "student")).max() > 1e-3
 
 
 def test_a_gguf_writes_what_the_student_writes(run: Path, command_line, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 import torch
+import transformers
 from endings import arguments
 from mlx.utils import tree_flatten
 from rich.console import Console
@@ -32,6 +33,7 @@ from mlx_distill.backends.mlx.student import MlxStudent
 from mlx_distill.backends.torch import loading
 from mlx_distill.backends.torch import student as torch_student
 from mlx_distill.backends.torch.backend import TorchBackend
+from mlx_distill.backends.torch.nf4 import packed_layers
 from mlx_distill.cli import main
 from mlx_distill.cost import memory
 from mlx_distill.cost import plan as plans
@@ -135,8 +137,44 @@ def held_bytes(model) -> int:
     """Of a model on either backend, what it computes rotations from aside."""
     if isinstance(model, torch.nn.Module):
         buffers = [one for name, one in model.named_buffers() if "inv_freq" not in name]
+        for layer in packed_layers(model).values():  # their tables aside
+            state = layer.weight.quant_state
+            buffers += [state.absmax, *([state.state2.absmax] if state.nested else [])]
         return sum(tensor.nbytes for tensor in [*model.parameters(), *buffers])
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("ffn", [128, 36])
+def test_what_bitsandbytes_packs_is_counted_as_it_is_held(ffn, tmp_path):
+    """A student's base and a teacher, packed on load; and as transformers stores it, the scales
+    packed in turn.
+    """
+    described = llama_config(width=64, tied=False) | {"intermediate_size": ffn}
+    folder = family_folder(tmp_path / "s", described, seed=0)
+    asked = recipe(student={"tuning": "lora", "rank": 3, "quantize_bits": "nf4"})
+    real = TorchBackend().load_student(folder, "it", asked)
+    dense = Dense.of(read_config(folder), "it")
+    found = Memory(asked, None, dense, TORCH)
+    # 36 numbers a row leave a group that is not whole in one matrix of each block
+    assert found.student_bytes() == pytest.approx(held_bytes(real.split.model), abs=2 * 4)
+    assert found.trainable() == real.trainable and dense.parameters == real.parameters
+    taught = TorchBackend().load_teacher(folder, "it", "nf4").split.model
+    counted = teacher_bytes(dense, "nf4", "float32")
+    assert counted == pytest.approx(held_bytes(taught), abs=2 * 4)
+    assert found.student_unpacked_bytes() == 4 * 64 * max(64, ffn)
+    assert not found.head_unpacked_bytes()
+
+    chosen = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    opened = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=chosen)
+    opened.save_pretrained(tmp_path / "packed")
+    as_stored = recipe(student=asked.student.model_dump() | {"quantize_bits": 0})
+    packed = Dense.of(read_config(tmp_path / "packed"), "it")
+    real = TorchBackend().load_student(tmp_path / "packed", "it", as_stored)
+    held = held_bytes(real.split.model)
+    found = Memory(as_stored, None, packed, TORCH).student_bytes()
+    assert found == pytest.approx(held, abs=14 * 4)  # so few scales are no whole group
 
 
 def test_what_a_packed_base_is_unpacked_to_is_counted():
@@ -747,8 +785,6 @@ def test_a_packed_teacher_on_torch_is_counted_as_it_is(bits, tmp_path, bytes_tok
     )
     on_torch, on_mlx = (memory_of(asked, config, one, config) for one in (TORCH, CPU))
     assert on_torch.unpacked_bytes() == (1 + 4) * largest and on_mlx.unpacked_bytes() == 0
-    nf4 = asked | {"teacher": {"model": "it", "quantize_bits": "nf4"}}
-    assert memory_of(nf4, config, TORCH, config).unpacked_bytes() == 0
     assert (
         memory_of(asked | {"teacher": {"model": "it"}}, config, TORCH, config).unpacked_bytes() == 0
     )

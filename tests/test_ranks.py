@@ -233,11 +233,11 @@ def pretended_ranks(monkeypatch):
     dist.destroy_process_group()
 
 
-def student(tiny_recipe: Path) -> models.SplitModel:
-    table = load_recipe(tiny_recipe).student
-    return loading.load_student(
-        Path(table.model), "student", table, 0, torch.device("cpu"), torch.bfloat16
-    )
+def student(
+    tiny_recipe: Path, dtype: torch.dtype = torch.bfloat16, *settings: str
+) -> models.SplitModel:
+    table = load_recipe(tiny_recipe, settings).student
+    return loading.load_student(Path(table.model), "student", table, 0, torch.device("cpu"), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -260,8 +260,20 @@ def test_blocks_are_gathered_in_what_they_compute_in(
     assert weight.dtype == weight.grad.dtype == torch.float32
 
 
-def test_int8_weights_stay_whole(pretended_ranks, tiny_recipe):
-    split = student(tiny_recipe)
-    split.model.is_loaded_in_8bit = True
-    together.shard(split)
-    assert not any(isinstance(parameter, DTensor) for parameter in split.model.parameters())
+def test_what_bitsandbytes_packed_stays_whole(pretended_ranks, tiny_recipe):
+    """Its scales belong to the parameter that sharding would replace."""
+    settings = "student.tuning=lora", "student.quantize_bits=nf4"
+    split, alone = (student(tiny_recipe, torch.float32, *settings) for _ in range(2))
+    together.shard(split, trains=True)
+    sharded = {
+        name for name, parameter in split.model.named_parameters() if isinstance(parameter, DTensor)
+    }
+    assert sharded and not any("_proj" in name for name in sharded)
+    tokens, found = torch.arange(6)[None], []
+    for one in (split, alone):
+        hidden = one.hidden(tokens)
+        hidden.float().square().sum().backward()
+        moved = one.model.get_parameter("model.layers.0.mlp.up_proj.lora_B.default.weight")
+        found.append((together.whole(hidden), moved.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert found[0][1].abs().max() > 0

@@ -75,7 +75,7 @@ def test_lora_on_a_share_of_tokens_killed_everywhere_in_turn(run_tiny, never_sto
     assert_same(tmp_path / "tiny", never_stopped("lora"))
 
 
-@pytest.mark.parametrize("mode", ["torch", "torch lora"])
+@pytest.mark.parametrize("mode", ["torch", "torch nf4"])
 def test_a_run_on_torch_killed_in_turn(run_tiny, never_stopped, tmp_path, mode):
     save = "mlx_distill.backends.torch.student:save_file"
     for kill in (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.backends.packed import packed_by_bitsandbytes
 from mlx_distill.errors import ModelError
 from mlx_distill.files import all_lines
 from mlx_distill.models.config import Meaning
@@ -92,9 +93,11 @@ def not_for_mlx_lm(folder: Path) -> str:
         from mlx_lm.utils import load_model
     except (ImportError, OSError) as error:
         return f"not tried, mlx-lm cannot be imported here ({all_lines(error)})"
+    told = portable(Meaning(folder, str(folder)))
+    by_name = not packed_by_bitsandbytes(told)  # of which the student has the numbers alone
     with read_weights(folder, str(folder)).alone() as alone:
         try:
-            load_model(alone, lazy=True, model_config=portable(Meaning(folder, str(folder))))
+            load_model(alone, lazy=True, strict=by_name, model_config=told)
         except (
             Exception
         ) as error:  # a family's code, run on a config it was not written for, fails in any way

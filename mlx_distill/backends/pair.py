@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_distill.backends import refusals
-from mlx_distill.backends.packed import refuse_packed
+from mlx_distill.backends.packed import packed_by_bitsandbytes, refuse_packed, stored_bits
 from mlx_distill.errors import ModelError
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.hub import load_tokenizer, model_folder
@@ -50,6 +50,16 @@ class Pair:
         if teacher:
             pair.common_rows(*(head_rows(path) or sys.maxsize for path in (teacher, student)))
         return pair
+
+    def refuse_formats(self, backend: str) -> None:
+        """Raise `ModelError`, before anything is prepared, for bitsandbytes' format on MLX."""
+        if backend != "mlx":
+            return
+        for role, name, folder in self.models():
+            if getattr(self.recipe, role).quantize_bits == "nf4":
+                raise refusals.nf4_on_mlx(name, f"{role}.quantize_bits")
+            if packed_by_bitsandbytes(read_config(folder, name)):
+                raise refusals.nf4_on_mlx(name)
 
     def models(self) -> Iterator[tuple[str, str, Path]]:
         """(role, name in the recipe, folder) of each."""
@@ -91,7 +101,5 @@ def _refuse_configs(recipe: Recipe, student: Path, teacher: Path | None) -> None
     if teacher:
         refuse_impossible(theirs, f"{recipe.teacher.model}: {teacher / 'config.json'}")
     refuse_packed(config, recipe.student, name)
-    stored = theirs.get("quantization") or theirs.get("quantization_config")
-    if stored and recipe.teacher.quantize_bits:
-        bits = stored.get("bits", "fewer") if isinstance(stored, dict) else "fewer"
+    if recipe.teacher.quantize_bits and (bits := stored_bits(theirs)):
         raise refusals.quantised_already(recipe.teacher.model, recipe.teacher.quantize_bits, bits)

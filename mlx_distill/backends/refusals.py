@@ -2,6 +2,7 @@
 mlx-lm or transformers.
 """
 
+import json
 from pathlib import Path
 
 from mlx_distill.errors import ModelError
@@ -66,8 +67,27 @@ def quantised_already(
     name: str, asked: int | str, stored: int | str, field: str = "quantize_bits"
 ) -> ModelError:
     return ModelError(
-        f"{name}: {field} = {asked} asked, but it is already stored in {stored} bits: set 0"
+        f"{name}: {field} = {json.dumps(asked)} asked, but it is already stored in {stored} bits: "
+        "set 0"
     )
+
+
+def nf4_on_mlx(name: str, field: str = "") -> ModelError:
+    """`field` asks for it; without one the folder is stored so."""
+    remedy = "set 4, or use --backend torch" if field else "use --backend torch"
+    return ModelError(f"{name}: {_nf4(field)}, which MLX does not have: {remedy}")
+
+
+def no_bitsandbytes(name: str, field: str = "") -> ModelError:
+    remedy = "or set 4" if field else "or name the original"
+    return ModelError(
+        f"{name}: {_nf4(field)}, but bitsandbytes is not installed: pip install "
+        f'"mlx-distill[torch]", {remedy}'
+    )
+
+
+def _nf4(field: str) -> str:
+    return f'{field} = "nf4" asked' if field else "it is stored as bitsandbytes packs it"
 
 
 def too_narrow(name: str, group_size: int, field: str = "quantize_bits") -> ModelError:
@@ -88,7 +108,7 @@ def quantised_otherwise(name: str, found: str) -> ModelError:
     """A student's base that is packed, but not as the program can unpack it for its export."""
     return ModelError(
         f"{name}: it is quantised as {found}, but a student's base may only be quantised in MLX's "
-        "affine format (`mlx_lm.convert -q`): name the original"
+        "affine format (`mlx_lm.convert -q`) or in bitsandbytes' four bits: name the original"
     )
 
 

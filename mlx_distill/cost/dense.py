@@ -10,6 +10,7 @@ from mlx_distill.cost.flops import Shape
 from mlx_distill.errors import ModelError
 
 FLOAT = 4  # bytes of a trained number, its gradient and each of its moments
+NF4_GROUP, NF4_NESTED_GROUP = 64, 256  # numbers that share a scale, scales that share one
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -22,8 +23,9 @@ class Dense:
     head_norms: bool  # Qwen3's norms of queries and keys
     biases: int  # numbers a block
     stored: str  # dtype
-    bits: int  # of a stored quantised weight; 0 = not quantised
+    bits: int | str  # of a stored quantised weight, or "nf4"; 0 = not quantised
     group_size: int  # weights that share a scale and a bias, where quantised
+    nested: bool = False  # bitsandbytes' scales are quantised in turn
 
     @classmethod
     def of(cls, config: dict, name: str) -> "Dense":
@@ -39,14 +41,16 @@ class Dense:
         family = config.get("model_type", "")
         stored = config.get("dtype") or config.get("torch_dtype") or "float32"
         packed = config.get("quantization") or {}
+        theirs = config.get("quantization_config") or {}
         return cls(
             shape,
             config.get("tie_word_embeddings", True),
             family.startswith("qwen3"),
             _biases(config, shape),
             stored,
-            packed.get("bits", 0),
+            "nf4" if theirs.get("load_in_4bit") else packed.get("bits", 0),
             packed.get("group_size", 64),
+            theirs.get("bnb_4bit_use_double_quant", False),
         )
 
     @property
@@ -99,14 +103,18 @@ def teacher_bytes(
     """
     stored = "float32" if device_dtype == "float32" else model.stored
     number = DTYPE_BYTES.get(stored if compute_dtype == "auto" else compute_dtype, 2)
-    return frozen_bytes(model, 4 if quantize_bits == "nf4" else int(quantize_bits), number)
+    return frozen_bytes(model, quantize_bits, number)
 
 
-def frozen_bytes(model: Dense, quantize_bits: int, number: int) -> float:
+def frozen_bytes(model: Dense, quantize_bits: int | str, number: int) -> float:
     """Weights that do not train, of so many bytes a number, but those that are packed, as stored or
     on load.
     """
     bits = model.bits or quantize_bits
+    if isinstance(bits, str):
+        blocks = model.shape.layers * model.shape.block_weights()
+        scale = 1 + FLOAT / NF4_NESTED_GROUP if model.nested else FLOAT
+        return blocks * (1 / 2 + scale / NF4_GROUP) + (model.parameters - blocks) * number
     packed = model.of_whole_groups if bits else 0
     each = bits / 8 + 2 * number / model.group_size
     return packed * each + (model.parameters - packed) * number

@@ -114,19 +114,20 @@ class Weights:
         return weights + self.kept_bytes
 
     def unpacked_bytes(self) -> float:
-        """The largest matrix of a teacher that torch keeps packed: it is made for each product, its
-        integers (a byte each) beside its numbers.
+        """The largest matrix of a teacher that torch keeps packed: it is made for each product, of
+        MLX's format its integers (a byte each) beside its numbers.
         """
-        if self.teacher is None or self.machine.backend != "torch" or not self._packed:
+        if self.teacher is None or self.machine.backend != "torch":
             return 0.0
         number = DTYPE_BYTES.get(self.teacher.stored, 2) if self.machine.dtype != "float32" else 4
-        return _largest_matrix(self.teacher, 1 + number)
+        packed = self.recipe.teacher.quantize_bits or self.teacher.bits
+        return _largest_matrix(self.teacher, packed, number)
 
     def student_unpacked_bytes(self) -> float:
         """The same of a student's packed base."""
-        if not self.packed_base or self.machine.backend != "torch":
+        if self.machine.backend != "torch":
             return 0.0
-        return _largest_matrix(self.student, 1 + self.number)
+        return _largest_matrix(self.student, self.packed_base, self.number)
 
     def unpacked_for_backward(self) -> float:
         """Matrices of a block that MLX's DoRA unpacks and keeps for its backward pass."""
@@ -136,21 +137,16 @@ class Weights:
         return float(self.number * sum(sizes[name][0] * sizes[name][1] for name in self.targets()))
 
     def head_unpacked_bytes(self) -> float:
-        """A packed head, which the loss multiplies with as a matrix."""
+        """A packed head, which the loss multiplies with as a matrix; NF4 leaves the head as it is."""
+        if self.packed_base in (0, "nf4"):
+            return 0.0
         shape = self.student.shape
-        return float(self.number * shape.vocabulary * shape.width) if self.packed_base else 0.0
+        return float(self.number * shape.vocabulary * shape.width)
 
     @property
-    def packed_base(self) -> bool:
-        """Whether the student is adapters on a quantised base."""
-        return not self.full and bool(self.table.quantize_bits or self.student.bits)
-
-    @property
-    def _packed(self) -> bool:
-        """Whether the teacher is quantised, and by MLX's format."""
-        assert self.teacher is not None
-        bits = self.recipe.teacher.quantize_bits
-        return bits != "nf4" and bool(bits or self.teacher.bits)
+    def packed_base(self) -> int | str:
+        """How the base of adapters is packed: in so many bits or in "nf4"; 0 = it is not."""
+        return 0 if self.full else self.table.quantize_bits or self.student.bits
 
     @property
     def is_dora(self) -> bool:
@@ -164,7 +160,10 @@ class Weights:
         return [self.student.shape.matrices()[name][1] for name in self.targets()]
 
 
-def _largest_matrix(model: Dense, number: int) -> float:
-    """Its bytes, of so many a number."""
-    blocks = (inputs * outputs for inputs, outputs in model.shape.matrices().values())
-    return float(number * max(model.shape.vocabulary * model.shape.width, *blocks))
+def _largest_matrix(model: Dense, packed: int | str, number: int) -> float:
+    """Its bytes once it is unpacked, of so many a number."""
+    blocks = max(inputs * outputs for inputs, outputs in model.shape.matrices().values())
+    if isinstance(packed, str):
+        return float(number * blocks)  # NF4 is not of embedding and head
+    numbers = max(model.shape.vocabulary * model.shape.width, blocks)
+    return float((1 + number) * numbers) if packed else 0.0

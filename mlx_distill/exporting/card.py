@@ -22,7 +22,7 @@ from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.own_files import CARD
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.finishing import unfinished_note
-from mlx_distill.words import DASH, counted, number, percent
+from mlx_distill.words import DASH, counted, in_bits, number, percent
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -135,9 +135,10 @@ def _made_of(run: Run, recipe: Recipe) -> str:
     account, lines = run.manifest.data, []
     bits = recipe.teacher.quantize_bits
     if teacher:
-        lines.append(f"- teacher: `{_shown(teacher)}`" + (f", in {bits} bits" if bits else ""))
+        lines.append(f"- teacher: `{_shown(teacher)}`" + (f", {in_bits(bits)}" if bits else ""))
     tuning = {"full": "all weights trained"}.get(recipe.student.tuning, recipe.student.tuning)
-    rounded = f" on its weights in {bits} bits" if (bits := recipe.student.quantize_bits) else ""
+    packed = recipe.student.quantize_bits
+    rounded = f" on its weights {in_bits(packed)}" if packed else ""
     lines.append(f"- student before: `{_shown(recipe.student.model)}`, {tuning}{rounded}")
     data = f"- data: `{_shown(recipe.data.source)}`"
     if account:

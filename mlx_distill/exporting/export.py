@@ -104,7 +104,13 @@ def _fill(
     (half / CARD).write_text(model_card(run.path, to, said), encoding="utf-8")
 
 
-def _of_rounded_base(bits: int) -> str:
+def _of_rounded_base(bits: int | str) -> str:
+    if bits == "nf4":
+        return (
+            "the adapter was trained on its base in bitsandbytes' NF4, and belongs on that (peft, on "
+            'a base loaded with `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")`): '
+            "on the unquantised base it does not do quite what the student does"
+        )
     return (
         f"the adapter was trained on its base in {bits} bits, and belongs on that (`mlx_lm.convert -q "
         f"--q-bits {bits}`): on the unquantised base it does not do quite what the student does"

@@ -47,7 +47,7 @@ class TeacherTable(Table):
 
     quantize_bits: Literal[0, 4, 6, 8, "nf4"] = 0
     """Quantise the teacher on load to so many bits, in MLX's affine format on both backends, or to
-    bitsandbytes' NF4 on CUDA; 0 = as stored."""
+    bitsandbytes' NF4 on torch; 0 = as stored."""
 
     compute_dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], CameLater("auto")
@@ -111,9 +111,10 @@ class StudentTable(Table):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """In which the student learns and is scored; auto = float32 on a CPU, bfloat16 on a GPU."""
 
-    quantize_bits: Annotated[Literal[0, 4, 6, 8], CameLater(0)] = 0
-    """Quantise the frozen base of adapters on load to so many bits, in MLX's affine format (QLoRA); a
-    folder that MLX quantised is such a base as it is; 0 = as stored."""
+    quantize_bits: Annotated[Literal[0, 4, 6, 8, "nf4"], CameLater(0)] = 0
+    """Quantise the frozen base of adapters on load (QLoRA) to so many bits, in MLX's affine format, or
+    to bitsandbytes' NF4 on torch; a folder that either quantised is such a base as it is; 0 = as
+    stored."""
 
     quantize_aware_bits: Annotated[Literal[0, 4, 8], CameLater(0)] = 0
     """Learn with weights rounded as `mlx-distill export --to mlx-4bit` (or 8) will; 0 = as they

@@ -59,6 +59,7 @@ def plan_of(
     """
 
     pair = Pair.of(recipe, weights)
+    pair.refuse_formats(machine.backend)
     day = choose_day(recipe.data, pair.tokenizer, [RunFolder.of(recipe).kept_day()])
     prepared = known_sequences(pair, day)
     student = pair.student

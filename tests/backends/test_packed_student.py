@@ -11,21 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from frameworks import FRAMEWORKS, Framework, relative_error, state_of
+from frameworks import FRAMEWORKS, relative_error, state_of
+from packed_students import ALONE, BATCH, ROWS, TOKENS, kept, logits_of, student, trained
 from safetensors.numpy import load_file, save_file
-from tiny import family_folder, llama_config, recipe_of
+from tiny import family_folder, llama_config
 
-from mlx_distill.backends import choose_backend
-from mlx_distill.data.batches import make_batch
-from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import ModelError, RecipeError
-from mlx_distill.objective import Objective
 from mlx_distill.recipe.load import load_recipe
 
-ROWS = 96
-TOKENS = np.random.default_rng(0).integers(1, ROWS, 24).astype(np.int32)
-BATCH = make_batch([TokenSequence("a", TOKENS, 4, 20, np.ones(24, bool))], ("cot", "answer"))
-ALONE = Objective(kd_weight=0.0)
 BOTH = pytest.mark.parametrize("framework", FRAMEWORKS.values(), ids=list(FRAMEWORKS))
 TUNING = pytest.mark.parametrize("tuning", ["lora", "dora"])
 # bits asked for on load (0: a folder that MLX quantised), the head tied, format of the numbers;
@@ -78,29 +71,6 @@ def written_out(folder: Path, place: Path, bits: int) -> Path:
     return place
 
 
-def student(framework: Framework, folder: Path, tuning: str = "lora", bits: int = 0, **table):
-    asked = {"model": "s", "tuning": tuning, "quantize_bits": bits, "save_dtype": "float32"}
-    recipe = recipe_of(student=asked | table)
-    return choose_backend(framework.name).load_student(folder, "org/base", recipe)
-
-
-def trained(one, steps: int = 3) -> list[float]:
-    """The losses of some steps."""
-    losses = []
-    for _ in range(steps):
-        losses.append(one.accumulate(BATCH, None, ALONE, 20.0).terms["ce"].sum() / 20)
-        one.apply(1e-2)
-    return losses
-
-
-def kept(one) -> dict[str, np.ndarray]:
-    """What a checkpoint holds: adapters, and the means of their gradients."""
-    with state_of(one) as folder:
-        return load_file(folder / "weights.safetensors") | load_file(
-            folder / "optimizer.safetensors"
-        )
-
-
 @BOTH
 @TUNING
 @BASE
@@ -130,13 +100,6 @@ def test_both_backends_learn_the_same(tuning, base, tmp_path):
     losses = [trained(student(one, folder, tuning, bits), 6) for one in FRAMEWORKS.values()]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert losses[0][-1] < 0.9 * losses[0][0]
-
-
-def logits_of(folder: Path) -> np.ndarray:
-    """By transformers, in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS[None]).long()).logits.numpy()
 
 
 @BOTH

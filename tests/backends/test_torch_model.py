@@ -2,7 +2,6 @@
 else, dropout, checkpointed blocks.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -142,18 +141,6 @@ def test_nothing_is_dropped_out(config: dict, tmp_path: Path):
 
 
 # Teachers
-
-
-def test_nf4_needs_cuda_and_a_library(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """What is refused before the GPU is touched."""
-    assert_refused(
-        lambda: TORCH.load_teacher(folder, "nf4"),
-        'quantize_bits = "nf4" asked, but bitsandbytes computes on CUDA alone and this is a cpu: set 4$',
-    )
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    expected = r'quantize_bits = "nf4" asked, but bitsandbytes is not installed: pip install "mlx-distill\[torch\]", or set 4$'
-    cuda = torch.device("cuda")
-    assert_refused(lambda: loading.load_teacher(folder, "m", "nf4", cuda, None), expected)
 
 
 def test_a_teacher_quantised_by_others_is_not_quantised_again(folder: Path):

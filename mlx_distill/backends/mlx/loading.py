@@ -20,8 +20,7 @@ from mlx_distill.backends.mlx.model import SplitModel
 from mlx_distill.backends.mlx.rounding import GROUP_SIZE, fits
 from mlx_distill.backends.mlx.threads import WIDE, threads
 from mlx_distill.backends.mlx.weights import cast, stored_weights
-from mlx_distill.backends.packed import refuse_packed
-from mlx_distill.errors import ModelError
+from mlx_distill.backends.packed import packed_by_bitsandbytes, refuse_packed
 from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_config, read_generation_config
 from mlx_distill.models.translation import for_mlx
@@ -36,9 +35,7 @@ def load_teacher(folder: Path, name: str, quantize_bits: int | str) -> SplitMode
     on load.
     """
     if isinstance(quantize_bits, str):
-        raise ModelError(
-            f'{name}: quantize_bits = "{quantize_bits}" asked, which MLX does not have: set 4'
-        )
+        raise refusals.nf4_on_mlx(name, "teacher.quantize_bits")
     model, config, notes, _ = _load(folder, name, student=False, lazy=bool(quantize_bits))
     if quantize_bits:
         if "quantization" in config:
@@ -78,6 +75,8 @@ def load_student(folder: Path, name: str, table: StudentTable, seed: int) -> Spl
     stored_dtype = next(
         p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)
     )
+    if isinstance(table.quantize_bits, str):
+        raise refusals.nf4_on_mlx(name, "student.quantize_bits")
     if table.tuning == "full":
         model.update(cast(model.parameters(), mx.float32))
         split = SplitModel(model, name, notes)
@@ -102,15 +101,18 @@ def _load(
     """The model as its config.json asks for, mlx-lm's config, notes for a person, and the keys that
     mlx-lm alone would not obey.
     """
+    config = read_config(folder, name)
+    if packed_by_bitsandbytes(config):
+        raise refusals.nf4_on_mlx(name)
     weights = read_weights(folder, name)
-    weights.refuse_unusable(read_config(folder, name), name)
+    weights.refuse_unusable(config, name)
     meaning = Meaning(folder, name)
     _refuse_missing_head(weights, meaning)
     told = for_mlx(meaning, None if student else _tied(folder, meaning))
     threads.suit(meaning.declared.get("hidden_size", WIDE))
     with weights.alone() as alone:
         try:
-            model, config = mlx_lm.utils.load_model(alone, lazy=lazy, model_config=told)
+            model, read = mlx_lm.utils.load_model(alone, lazy=lazy, model_config=told)
         except (
             Exception,
             SystemExit,
@@ -118,7 +120,7 @@ def _load(
             refuse_of_device(f"loading {name}", error)
             raise refusals.unloadable(name, folder, "mlx-lm", error, alone) from None
     ours = arithmetic.settle(model, meaning)
-    return model, config, meaning.notes(), ours
+    return model, read, meaning.notes(), ours
 
 
 def _refuse_missing_head(weights: Weights, meaning: Meaning) -> None:

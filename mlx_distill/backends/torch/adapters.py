@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mlx_distill.backends.adapters import adapted_paths, initial_matrix
+from mlx_distill.backends.torch import nf4
 from mlx_distill.backends.torch.affine import (
     Affine,
     TiedHead,
@@ -71,7 +72,7 @@ def _numbers(linear: nn.Module) -> Tensor:
     if isinstance(linear, Affine):
         packed = linear.packed, linear.scales.float(), linear.biases.float()
         return dequantise(*packed, linear.packing)
-    return linear.weight.detach().float()
+    return nf4.matrix(linear) if nf4.is_packed(linear.weight) else linear.weight.detach().float()
 
 
 def _peft() -> Any:
@@ -104,10 +105,9 @@ def parameter_count(model: nn.Module) -> int:
     adapters do not count.
     """
     packed = sum(one.numbers for one in model.modules() if isinstance(one, Affine))
-    adapters = sum(
-        array.numel() for name, array in model.named_parameters() if canonical(name) != name
+    return packed + sum(
+        nf4.numbers(array) for name, array in model.named_parameters() if canonical(name) == name
     )
-    return model.num_parameters() + packed - adapters
 
 
 def is_transposed(name: str) -> bool:
@@ -149,6 +149,10 @@ def _unpacked_base(model: nn.Module, stored: dict[str, Tensor]) -> dict[str, Ten
         found[f"{path}.weight"] = dequantise(*numbers, module.packing)
     if any(isinstance(one, TiedHead) for _, one in modules):
         found.pop("lm_head.weight", None)  # which was stored all the same
+    for path, layer in nf4.packed_layers(model).items():
+        name = path.removesuffix(".base_layer") + ".weight"
+        found = {key: kept for key, kept in found.items() if not key.startswith(name)}
+        found[name] = nf4.matrix(layer)
     return found
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.activations import ACT2CLS
 
 from mlx_distill.backends import refusals
-from mlx_distill.backends.packed import refuse_packed
+from mlx_distill.backends.packed import packed_by_bitsandbytes, refuse_packed, stored_bits
+from mlx_distill.backends.torch import nf4
 from mlx_distill.backends.torch.adapters import add_adapters
 from mlx_distill.backends.torch.affine import Packing, packed_tensors, quantise_model
 from mlx_distill.backends.torch.model import SplitModel
@@ -39,43 +40,20 @@ def load_teacher(
     dtype: torch.dtype | None,
 ) -> SplitModel:
     """Any causal LM that transformers loads, frozen, in `dtype` (None = as stored). `quantize_bits`
-    (0 = as stored) quantises on load: to MLX's affine format, or on CUDA to bitsandbytes' "nf4".
+    (0 = as stored) quantises on load: to MLX's affine format, or to bitsandbytes' "nf4".
     """
     config = read_config(folder, name)
-    stored = config.get("quantization") or config.get("quantization_config")
-    if quantize_bits and stored:
-        raise refusals.quantised_already(name, quantize_bits, stored.get("bits", "fewer"))
+    if quantize_bits and (bits := stored_bits(config)):
+        raise refusals.quantised_already(name, quantize_bits, bits)
     if isinstance(quantize_bits, int) and quantize_bits:
         model = _load(folder, name, torch.device("cpu"), None)  # rounded from what is stored
         if not quantise_model(model, Packing(quantize_bits, GROUP_SIZE)):
             raise refusals.too_narrow(name, GROUP_SIZE)
         model = model.to(device=device, dtype=dtype)
     else:
-        options = _nf4(name, device) if quantize_bits else {}
+        options = nf4.options(name) if quantize_bits else {}
         model = _load(folder, name, device, dtype, **options)
     return SplitModel(model.requires_grad_(False), name)
-
-
-def _nf4(name: str, device: torch.device) -> dict[str, Any]:
-    """bitsandbytes' format, which needs CUDA."""
-    if device.type != "cuda":
-        raise ModelError(
-            f'{name}: quantize_bits = "nf4" asked, but bitsandbytes computes on CUDA alone and this '
-            f"is a {device.type}: set 4"
-        )
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ModelError(
-            f'{name}: quantize_bits = "nf4" asked, but bitsandbytes is not installed: pip install '
-            '"mlx-distill[torch]", or set 4'
-        ) from None
-    chosen = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    return {"quantization_config": chosen}
 
 
 def load_student(
@@ -101,7 +79,9 @@ def load_student(
     if table.tuning == "full":
         split = SplitModel(model.float().requires_grad_(True).to(device), name)
     else:
-        if table.quantize_bits and not quantise_model(
+        if table.quantize_bits == "nf4":
+            nf4.quantise_model(model, device, name)
+        elif table.quantize_bits and not quantise_model(
             model, Packing(table.quantize_bits, GROUP_SIZE)
         ):
             raise refusals.too_narrow(name, GROUP_SIZE, "student.quantize_bits")
@@ -124,6 +104,8 @@ def _load(
     refuse_impossible(config, f"{name}: {folder / 'config.json'}")
     weights.refuse_unusable(config, name)
     _refuse_unknown_activation(config, folder, name)
+    if packed_by_bitsandbytes(config):
+        nf4.library(name)
     packings = stored_packings(config, weights, name)
     if device.type == "cuda":
         options |= {"device_map": {"": device}}
@@ -156,6 +138,7 @@ def _load(
         if wrong := sorted(map(str, found[kind])):
             reason = f"{len(wrong)} tensors are {kind.partition('_')[0]}, {wrong[0]} among them"
             raise refusals.unloadable(name, folder, "transformers", ValueError(reason))
+    nf4.compute_in(model, model.dtype)
     return model
 
 
@@ -184,7 +167,7 @@ def _refuse_rewritten(
     """Refuse a family whose tensors transformers renames or changes on load: its export would not
     open everywhere.
     """
-    loaded = dict(model.named_parameters()) | packed_tensors(model)
+    loaded = dict(model.named_parameters()) | packed_tensors(model) | nf4.stored_parts(model)
     if (
         model.config.tie_word_embeddings and "lm_head.weight" in stored
     ):  # a tied head stored all the same, or is it one?

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 
 from mlx_distill.backends.protocol import Ranks
+from mlx_distill.backends.torch.nf4 import is_packed
 from mlx_distill.errors import RankLost
 from mlx_distill.files import all_lines
 
@@ -80,22 +81,26 @@ def shard(split: "SplitModel", trains: bool = False, dtype: torch.dtype = torch.
     adapters stay whole on each.
 
     Blocks of float32 are gathered in `dtype`, which autocast would cast each of them to and keep
-    until the backward pass. int8 weights stay whole: bitsandbytes keeps their scales on the
+    until the backward pass. What bitsandbytes packed stays whole: it keeps the scales on the
     parameter, which sharding replaces.
     """
-    if size() == 1 or getattr(split.model, "is_loaded_in_8bit", False):
+    if size() == 1:
         return
     gathered = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policy = {} if dtype == torch.float32 else {"mp_policy": gathered}
-    adapters = {parameter for name, parameter in split.model.named_parameters() if "lora_" in name}
+    stay = {
+        parameter
+        for name, parameter in split.model.named_parameters()
+        if "lora_" in name or is_packed(parameter)
+    }
     head, embedding = split.model.get_output_embeddings(), split.model.get_input_embeddings()
     tied = head.weight is embedding.weight
     for layer in split.layers:
-        fully_shard(layer, ignored_params=adapters, **policy)
+        fully_shard(layer, ignored_params=stay, **policy)
     for module in (split.trunk, *(() if tied or not trains else (head,))):
-        fully_shard(module, ignored_params=adapters)
+        fully_shard(module, ignored_params=stay)
     if tied:
         head.weight = embedding.weight  # now its shards; the head lies outside of the trunk
     for module in split.model.modules():

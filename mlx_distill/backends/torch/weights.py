@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mlx_distill.backends import export
+from mlx_distill.backends.torch import nf4
 from mlx_distill.backends.torch.affine import cast_packed
 from mlx_distill.models.weights import read_weights
 
@@ -14,8 +15,10 @@ from mlx_distill.models.weights import read_weights
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """The frozen arrays as `dtype`, the adapters as float32."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+        if not nf4.is_packed(parameter):
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
     cast_packed(model, dtype)
+    nf4.compute_in(model, dtype)
 
 
 def stored_weights(folder: Path, name: str = "") -> dict[str, Tensor]:
