@@ -1,12 +1,16 @@
 """What takes work in the number of runs takes no more than that, counted in calls of functions: the
-page of a sweep, its charts, and the pages that are written while it runs.
+page of a sweep, its charts, and the pages that are written while it runs. And the bench that
+measures growth still runs (benchmarks/bench_growth.py).
 """
 
 import cProfile
+import gc
 import math
 import pstats
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -137,3 +141,62 @@ learning_rate = 1e-3
 [eval]
 task = "embedded:dial"
 """
+
+
+# the bench
+
+
+@pytest.fixture
+def bench(monkeypatch) -> Iterator:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    if sys.platform == "linux":
+        from benchmarks import bench_growth
+
+        yield bench_growth
+        gc.unfreeze()
+    else:
+        pytest.skip("reads /proc")
+
+
+def test_the_bench_of_growth_runs_with_tiny_sizes(bench, tmp_path, monkeypatch):
+    """Every part, and a line of the table for each thing that it measures."""
+    monkeypatch.setattr(bench.machines, "blas_name", lambda: "some BLAS")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    rows = []
+    for name, part in bench.PARTS.items():
+        scratch = tmp_path / name
+        scratch.mkdir()
+        gc.freeze()  # it collects garbage before each measurement: not that of other tests
+        rows += bench.measure_here(name, part.backends[-1], scratch)
+    table = bench.rendered([{key: str(value) for key, value in row.items()} for row in rows])
+    lines = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| ")]
+    assert lines[1:] == [
+        "| KD loss, torch",
+        "| KD loss, torch",
+        "| trunk, torch",
+        "| trunk, checkpointing, torch",
+        *(f"| rows: {thing}" for thing in ("first start", "second start", "an epoch's steps")),
+        *(f"| teacher cache: {thing}, hidden" for thing in ("write", "read")),
+        *(f"| checkpoint: {thing}, torch" for thing in ("write", "read")),
+        "| sweep: page",
+    ]
+    said = [line for line in table.splitlines() if line.startswith("- ")]
+    assert len(said) == 2 and "at 64 tokens" in said[0]
+    by_size = {(row["part"], row["thing"], row["size"]) for row in rows}
+    assert len(by_size) == len(rows) == 2 * (len(lines) - 1)
+    assert all(row["cpu_seconds"] > 0 for row in rows)
+
+
+def test_exponents_are_those_of_the_numbers(bench):
+    sizes = np.array([250, 500, 1000, 2000, 4000])
+    exact = bench.fitted(sizes, 3e-6 * sizes**1.5)
+    assert exact.exponent == pytest.approx(1.5) == pytest.approx(exact.last)
+    assert exact.half == pytest.approx(0, abs=1e-6)
+    seconds = 2e-4 * sizes ** np.array([1.0, 1.02, 0.99, 1.01, 1.04])
+    found = bench.fitted(sizes, seconds)
+    slope, covariance = np.polyfit(np.log(sizes), np.log(seconds), 1, cov=True)
+    assert found.exponent == pytest.approx(slope[0])
+    assert found.half == pytest.approx(3.1824 * math.sqrt(covariance[0, 0]), rel=1e-4)
+    assert math.isnan(bench.fitted([1, 2], [0.0, 1.0]).exponent)
+    assert bench.square_share(sizes, 1e-3 * sizes + 1e-6 * sizes**2) == pytest.approx(0.8)
+    assert bench.square_share(sizes, 5 + 1e-3 * sizes) == pytest.approx(0, abs=1e-9)
