@@ -183,6 +183,29 @@ def test_offline_fails_at_once_with_the_real_client(
     one_line(error, "hub is not reachable (or HF_HUB_OFFLINE is set)")
 
 
+@pytest.mark.parametrize("proxies", [{}, {"https": "http://proxy.invalid"}])
+def test_where_the_hubs_name_is_unknown_its_client_is_offline_unless_a_proxy_knows_it(
+    proxies: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    def unknown(*_: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("mlx_distill.models.reach.socket.getaddrinfo", unknown)
+    monkeypatch.setattr("mlx_distill.models.reach.getproxies", lambda: proxies)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    seen = []
+
+    def download(*_: object, **__: object) -> str:
+        seen.append(constants.is_offline_mode())
+        return str(write_model(tmp_path / "snapshot"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.model_folder("org/name") == tmp_path / "snapshot"
+    assert seen == [not proxies] and not constants.is_offline_mode()
+
+
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     file = tmp_path / "model.bin"
     file.write_bytes(b"x")

@@ -266,8 +266,19 @@ def test_what_a_run_needs_is_planned_and_told_before_anything_runs(write, sweep_
         in result.out
     )
     assert "kept" in result.out and "none" in result.out and not (tmp_path / "mine").exists()
-    (broken,) = load_sweep(write("[axes]\ndata.source = ['nowhere.jsonl']\n")).points
-    assert planned(broken, "mlx") is None
+
+
+def test_what_cannot_be_planned_is_told_and_not_summed_as_nothing(write, sweep_line):
+    broken_arm = '[[arms]]\nname = "a"\ndata.source = "nowhere.jsonl"\n'
+    path = write(broken_arm + '[[arms]]\nname = "b"\nobjective.kd_weight = 0.0\n')
+    broken, whole = load_sweep(path).points
+    assert planned(broken, "mlx") is None and planned(whole, "mlx")
+    result = sweep_line(path, "--dry-run")
+    assert "1 of 2 runs cannot be planned; the first: " in result.out
+    assert "nowhere.jsonl" in result.out.split("the first: ")[1]
+    assert "left to do in the others" in result.out
+    result = sweep_line(write("[axes]\ndata.source = ['nowhere.jsonl']\n"), "--dry-run")
+    assert "1 of 1 runs cannot be planned" in result.out and "left to do" not in result.out
 
 
 def test_nothing_run_yet_is_an_empty_result(write):

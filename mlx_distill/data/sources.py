@@ -18,6 +18,7 @@ from typing import Any
 from mlx_distill.data.examples import MOST_HELD_OUT, Example, make_example
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import all_lines, of_people, one_line
+from mlx_distill.models.reach import hub_at_hand
 from mlx_distill.readers import path_of, read_json, read_json_lines, read_lines, read_text
 from mlx_distill.recipe.tables import DataTable
 
@@ -203,7 +204,8 @@ def _hub_rows(data: DataTable, seed: int) -> Iterator[tuple[str, Row]]:
         ) from None
     asked = data.source + (f" ({data.config})" if data.config else "")
     try:
-        dataset = _opened(datasets, data, seed)
+        with hub_at_hand():
+            dataset = _opened(datasets, data, seed)
     except (
         Exception
     ) as error:  # datasets, huggingface_hub, fsspec and requests each bring their own kinds

@@ -16,6 +16,7 @@ import mlx_distill
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.files import of_people, sha256_of
 from mlx_distill.models.folder import read_config
+from mlx_distill.models.reach import hub_at_hand
 from mlx_distill.models.shards import WEIGHT_FILES
 from mlx_distill.models.tokenizer import TOKENIZER_FILES, load_tokenizer
 from mlx_distill.models.weight_files import weight_files
@@ -193,11 +194,11 @@ def _downloaded(name: str, revision: str, weights: bool) -> Path:
 
     patterns = [*TOKENIZER_FILES, "README.md", *([WEIGHT_FILES] if weights else [])]
     try:
-        return Path(
-            snapshot_download(
+        with hub_at_hand():
+            kept = snapshot_download(
                 name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
             )
-        )
+        return Path(kept)
     except (HTTPError, OSError, ValueError) as error:
         raise _explained(error, name, revision) from error
 

@@ -20,9 +20,13 @@ def planned(point: Point, backend: str) -> Plan | None:
     will refuse.
     """
     try:
-        return plan_of(point.recipe, this_machine(backend), advised=False)[1]
+        return _plan(point, backend)
     except DistillError:
         return None
+
+
+def _plan(point: Point, backend: str) -> Plan:
+    return plan_of(point.recipe, this_machine(backend), advised=False)[1]
 
 
 def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") -> None:
@@ -31,17 +35,31 @@ def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") ->
     for column in ("run", "teacher's answers", "FLOPs", "peak memory", ""):
         number = column in ("FLOPs", "peak memory")
         table.add_column(column, justify="right" if number else "left", overflow="fold")
-    left_flops = 0.0
+    left_flops, reasons = 0.0, []
     for point in distinct(sweeps).values():
-        plan = planned(point, backend)
-        cost = (amount(plan.total_flops), amount(plan.peak_bytes, "B")) if plan else (DASH, DASH)
+        try:
+            plan = _plan(point, backend)
+        except DistillError as error:
+            plan, cost = None, (DASH, DASH)
+            reasons.append(f"{point.name}: {error}")
+        else:
+            cost = amount(plan.total_flops), amount(plan.peak_bytes, "B")
         if plan and not point.done:
             left_flops += plan.total_flops
         done = "done" if point.done else ""
         table.add_row(point.name, _teacher_answers(point.recipe), *cost, done)
     console.print(table)
+    for line in _said(left_flops, reasons, table.row_count):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _said(left_flops: float, reasons: list[str], runs: int) -> list[str]:
+    """What is left to do, and what is not in that sum."""
     left = f"{amount(left_flops, 'FLOP')} of training are left to do"
-    console.print(left, markup=False, highlight=False)
+    if not reasons:
+        return [left]
+    without = f"{len(reasons)} of {runs} runs cannot be planned; the first: {reasons[0]}"
+    return [without] if len(reasons) == runs else [f"{left} in the others", without]
 
 
 def _teacher_answers(recipe: Recipe) -> str:
