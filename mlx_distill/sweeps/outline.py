@@ -37,15 +37,13 @@ def outline(sweeps: Sequence[Sweep], console: Console, backend: str = "auto") ->
         table.add_column(column, justify="right" if number else "left", overflow="fold")
     left_flops, reasons = 0.0, []
     for point in distinct(sweeps).values():
+        cost = DASH, DASH
         try:
             plan = _plan(point, backend)
-        except DistillError as error:
-            plan, cost = None, (DASH, DASH)
-            reasons.append(f"{point.name}: {error}")
-        else:
             cost = amount(plan.total_flops), amount(plan.peak_bytes, "B")
-        if plan and not point.done:
-            left_flops += plan.total_flops
+            left_flops += 0.0 if point.done else plan.total_flops
+        except DistillError as error:
+            reasons.append(f"{point.name}: {error}")
         done = "done" if point.done else ""
         table.add_row(point.name, _teacher_answers(point.recipe), *cost, done)
     console.print(table)
