@@ -38,8 +38,11 @@ def test_a_real_out_of_memory_is_told_as_one(bytes_tokenizer, tmp_path: Path):
 
 @pytest.mark.cuda
 @no_gpu
-def test_a_run_on_the_gpu_ends_in_a_student(tiny_recipe: Path, tmp_path: Path):
-    settings = (f"run.folder={tmp_path}", "eval.task=", "optim.steps=2")
+@pytest.mark.parametrize(
+    "asked", [(), ("student.tuning=lora", "student.quantize_bits=nf4", "teacher.quantize_bits=nf4")]
+)
+def test_a_run_on_the_gpu_ends_in_a_student(tiny_recipe: Path, tmp_path: Path, asked):
+    settings = (f"run.folder={tmp_path}", "eval.task=", "optim.steps=2", *asked)
     words = [word for one in settings for word in ("--set", one)]
     command = [sys.executable, "-m", "mlx_distill", "run", str(tiny_recipe), "--backend", "torch"]
     found = subprocess.run([*command, *words], capture_output=True, text=True)
