@@ -13,6 +13,7 @@ from frameworks import FRAMEWORKS, Framework
 from tiny import recipe_of
 
 from mlx_distill.backends.mlx import optimizer as mlx_optimizer
+from mlx_distill.backends.mlx import student as mlx_student
 from mlx_distill.backends.torch import optimizer as torch_optimizer
 from mlx_distill.errors import ModelError
 from mlx_distill.recipe.recipe import Recipe
@@ -270,3 +271,22 @@ def test_adamw_is_mlxs_own_to_the_last_bit_and_writes_over_what_it_reads():
         assert all(model[name] is found[name] for name in shapes)
         for name in shapes:
             assert np.array_equal(np.array(found[name]), np.array(expected[name])), name
+
+
+@pytest.mark.parametrize("optimizer", ["lion", "adafactor"])
+def test_an_update_on_mlx_frees_the_gradients_that_it_has_clipped(optimizer: str):
+    """Beside what was held there is never a second whole set of them."""
+    student = object.__new__(mlx_student.MlxStudent)
+    student.optimizer, student.max_grad_norm = (
+        mlx_optimizer.make_optimizer(recipe(optimizer=optimizer)),
+        1e-3,
+    )
+    student._settle = lambda weights: None
+    student.weights = {f"{number}": mx.ones((256, 256)) for number in range(40)}
+    student.optimizer.init(student.weights)
+    student.gradients = {name: mx.ones((256, 256)) for name in student.weights}
+    mx.eval(student.weights, student.optimizer.state, student.gradients)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    student.apply(1e-3)
+    assert mx.get_peak_memory() - before < 1.9 * 40 * 4 * 256 * 256

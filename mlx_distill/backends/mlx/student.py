@@ -288,10 +288,11 @@ class MlxStudent(MlxModel):
         """
         assert self.gradients is not None, "a step without a batch"
         with explained("an optimizer step"):
-            gradients, self.gradients = together.sum_gradients(self.gradients), None
-            return self._applied(gradients, learning_rate)
+            return self._applied(learning_rate)
 
-    def _applied(self, gradients: Weights, learning_rate: float) -> float:
+    def _applied(self, learning_rate: float) -> float:
+        # no other name may hold them: the update frees them as it goes
+        gradients, self.gradients = together.sum_gradients(self.gradients), None
         norm = mx.sqrt(
             tree_reduce(
                 lambda total, g: total + mx.sum(mx.sum(mx.square(g.reshape(g.shape[0], -1)), -1)),
