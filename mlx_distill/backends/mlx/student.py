@@ -286,11 +286,11 @@ class MlxStudent(MlxModel):
         """One optimizer step, clipped to `max_grad_norm`; the norm before clipping. If it is not
         finite nothing changes.
         """
-        assert self.gradients is not None, "a step without a batch"
         with explained("an optimizer step"):
             return self._applied(learning_rate)
 
     def _applied(self, learning_rate: float) -> float:
+        assert self.gradients is not None, "a step without a batch"
         # no other name may hold them: the update frees them as it goes
         gradients, self.gradients = together.sum_gradients(self.gradients), None
         norm = mx.sqrt(
