@@ -192,7 +192,7 @@ class Pipeline:
     def prune(self) -> Path:
         """Cut the student's base as the recipe says; the folder, which the student begins as."""
         if self.recipe.prune.cuts:
-            texts = self.prepare().train_whole if self.recipe.prune.before.measures else ()
+            texts = self.prepare().measured if self.recipe.prune.before.measures else ()
             base = PrunedBase(self.pair, texts)
             self.pair = replace(
                 self.pair, student=base.made(self._load_base, self.backend, self.view)
@@ -240,12 +240,13 @@ class Pipeline:
         kept_answers = cached.cache.fields.name if cached else ""
         device, say = self.backend.device(), self.view.say
         inputs = begin(folder, self.pair, prepared, len(source), device, kept_answers, say)
-        folder.write(make_sample(prepared, recipe, self.pair.tokenizer))
+        if not recipe.rollouts.refresh_every:  # else the student has yet to write it
+            folder.write(make_sample(prepared, recipe, self.pair.tokenizer))
         kept = kept_in_memory(self.pair, prepared, self.backend)
         student, teacher = self._load_models(cached, kept)
         refuse_full_disk(folder, recipe.run, student, len(source))
         if recipe.prune.thins:
-            self.thinning = Thinning(self.pair, prepared.train_whole, len(source), self.backend)
+            self.thinning = Thinning(self.pair, prepared.measured, len(source), self.backend)
             say(self.thinning.words)
         with asked_to_stop() as asked, self.backend.training_limits():
             training = Training(
@@ -380,7 +381,7 @@ class Pipeline:
             **for_mlx_lm,
         )
         if self.rollouts:
-            folder.update(Manifest, written=self.rollouts.account(folder.path, self.view.say))
+            self.rollouts.leave_account(folder, self.view.say)
         forget_score(folder, "student")
         if self.thinning:
             folder.write_student(partial(self.thinning.export, student, self.stop_ids))

@@ -44,7 +44,9 @@ class Prepared:
     what used and skipped rows carry besides, by kind and name ("column source"), with how often.
     `day` is what prompts say, "" where their template reads no clock. `stay_whole` counts the
     training examples that `whole_share` leaves uncut. `to_write` has the lengths of the prompts
-    that a model has still to answer, once for each text.
+    that a model has still to answer, once for each text. `own` has what the data says of the
+    training examples, where `train` and `train_whole` are stand-ins for what a student writes as it
+    learns.
     """
 
     train: tuple[TokenSequence, ...]
@@ -57,6 +59,12 @@ class Prepared:
     notes: tuple[str, ...] = ()
     stay_whole: int = 0
     to_write: tuple[int, ...] = ()
+    own: tuple[TokenSequence, ...] = ()
+
+    @property
+    def measured(self) -> tuple[TokenSequence, ...]:
+        """The texts on which activations are measured: real ones, whole."""
+        return self.own or self.train_whole
 
     def about_endings(self) -> list[str]:
         """For a person: how many examples are not cut, and how many end in an answer after it."""

@@ -64,7 +64,7 @@ def plan_of(
     prepared = known_sequences(pair, day)
     student = pair.student
     if recipe.prune.cuts and weights:
-        student = PrunedBase(pair, prepared.train_whole).existing()
+        student = PrunedBase(pair, prepared.measured).existing()
     return prepared, *_planned(recipe, prepared, student, pair.teacher, machine, advised)
 
 

@@ -26,8 +26,10 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError, ModelError, RunError
 from mlx_distill.models.folder import read_config
 from mlx_distill.recipe.recipe import Recipe
-from mlx_distill.runs.manifest import Written
-from mlx_distill.runs.provenance import identity
+from mlx_distill.runs.manifest import Manifest, Written
+from mlx_distill.runs.provenance import data_account, identity
+from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.runs.sample import make_sample
 from mlx_distill.view import View
 from mlx_distill.words import amount, counted
 from mlx_distill.writing.folder import TEXTS, held_texts, text_folder
@@ -80,6 +82,7 @@ class Rollouts:
         return replace(
             learnable(self.chosen, self.recipe, longest),
             to_write=tuple(map(self._prompt, self.writing.asked())),
+            own=self._own,
         )
 
     def known(self) -> Prepared:
@@ -139,7 +142,31 @@ class Rollouts:
             learned |= self.writing.sequences(train)
             self._refuse_nothing(learned, train)
         found = learnable(self.chosen, self.recipe, learned)
-        return replace(found, to_write=tuple(to_write))
+        return replace(found, to_write=tuple(to_write), own=self._own)
+
+    @property
+    def _own(self) -> tuple[TokenSequence, ...]:
+        """What the data says, which is all that can be read before the student writes."""
+        return tuple(said for _, said in self.chosen.train) if self.table.refresh_every else ()
+
+    def rewritten(self, folder: Path, say: Say) -> Prepared:
+        """What the run in `folder` has learned so far, of texts that the student wrote as it learned."""
+        learned: Sequences = {name: [] for name in self._train}
+        for text in TextFile(folder / FILE, say).everything():
+            learned[text.example].append(self.writing.sequence(text))
+        held_out = [text for text in self._once if text.example in self._held_out]
+        learned |= {text.example: [self.writing.sequence(text)] for text in held_out}
+        return learnable(self.chosen, self.recipe, learned)
+
+    def leave_account(self, folder: RunFolder, say: Say) -> None:
+        """Leave in a trained run what was written for it and, where it began with stand-ins, what it
+        learned.
+        """
+        folder.update(Manifest, written=self.account(folder.path, say))
+        if self.table.refresh_every:
+            learned = self.rewritten(folder.path, say)
+            folder.update(Manifest, data=data_account(learned, self.recipe))
+            folder.write(make_sample(learned, self.recipe, self.pair.tokenizer))
 
     def account(self, folder: Path, say: Say) -> Written:
         """What was written for the run in `folder`, so far."""

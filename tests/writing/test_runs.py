@@ -18,6 +18,7 @@ from mlx_distill.data.sequences import generation_prompt
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
+from mlx_distill.runs.sample import Sample
 from mlx_distill.view import silent
 from mlx_distill.writing.of_recipe import Rollouts, known_sequences
 
@@ -175,6 +176,26 @@ def test_the_student_writes_again_what_the_next_steps_take(whole_run):
     for row in rows:
         again.setdefault((row["example"], row["sample"]), set()).add(tuple(row["tokens"]))
     assert any(len(texts) > 1 for texts in again.values())  # it has learned in between
+    run = RunFolder(folder)
+    thought = run.read(Manifest).data.segments["cot"]
+    assert 0 < thought.before <= sum(len(row["tokens"]) for row in rows)  # none of a stand-in
+    shown = run.read(Sample).tokens
+    assert len({token.text for token in shown if token.segment == "cot"}) > 1
+
+
+def test_activations_are_measured_on_real_texts_where_the_student_has_yet_to_write(
+    tiny_recipe, tmp_path
+):
+    rollouts, backend = made(
+        tiny_recipe, tmp_path, "rollouts.by=student", "rollouts.refresh_every=2"
+    )
+    said = tuple(sequence for _, sequence in rollouts.chosen.train)
+    for prepared in (rollouts.planned(), rollouts.written(no_writer, backend, silent())):
+        assert prepared.train_whole != said == prepared.measured
+
+
+def no_writer():
+    raise AssertionError("there is nothing to write before the first step")
 
 
 def test_two_processes_write_each_text_once(tiny_recipe, tmp_path):
