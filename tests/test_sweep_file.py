@@ -188,7 +188,18 @@ def test_teacher_and_base_are_scored_where_all_runs_share_them(write):
         "base",
         "teacher",
     }
-    assert load(write('[axes]\nstudent.model = ["a/b", "c/d"]\n')).shared == {"teacher"}
+    for other in (
+        'student.model = ["a/b", "c/d"]',
+        "prune.layers = [1, 2]",
+        'student.compute_dtype = ["float32", "bfloat16"]',
+    ):
+        assert load(write(f"[axes]\n{other}\n")).shared == {"teacher"}, other
+    # which channels stay is measured on other texts under another seed; rounds begin with all
+    measured = "[set]\nprune.channels = 64\n[axes]\nprune.rounds = "
+    assert load(write(f"{measured}[0]\n")).shared == {"base", "teacher"}
+    assert load(write(f"seeds = [1, 2]\n{measured}[0]\n")).shared == {"teacher"}
+    assert load(write(f"{measured}[0, 2]\n")).shared == {"teacher"}
+    assert load(write(f"seeds = [1, 2]\n{measured}[2, 4]\n")).shared == {"base", "teacher"}
     assert (
         load(
             write("[set]\neval.score_base = false\n[axes]\nteacher.quantize_bits = [0, 4]\n")

@@ -14,6 +14,7 @@ from mlx_distill.recipe.complaints import found_as, short
 from mlx_distill.recipe.load import apply_override, build_recipe, read_toml, refuse_sweep
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.shipped import named
+from mlx_distill.recipe.tables import StudentTable, TeacherTable
 from mlx_distill.sweeps.file import (
     Settings,
     SweepFile,
@@ -118,15 +119,33 @@ def _shared(points: Sequence[Point], base: Recipe) -> frozenset[str]:
     """Which of "base" and "teacher" are one model in all runs, scored in one way, and asked for."""
     bases, teachers = set(), set()
     for recipe in (point.recipe for point in points):
-        student, teacher, scored = recipe.student, recipe.teacher, recipe.eval.model_dump_json()
-        bases.add((student.model, student.revision, student.quantize_bits, scored))
-        teachers.add((teacher.model, teacher.revision, teacher.quantize_bits, scored))
+        scored = recipe.eval.model_dump_json()
+        bases.add((*_loaded(recipe.student), *_cut(recipe), scored))
+        teachers.add((*_loaded(recipe.teacher), scored))
     shared = set()
     if base.eval.score_base and len(bases) == 1:
         shared.add("base")
     if base.eval.score_teacher and len(teachers) == 1 and base.teacher.model:
         shared.add("teacher")
     return frozenset(shared)
+
+
+def _loaded(table: StudentTable | TeacherTable) -> tuple[str | int, ...]:
+    """What decides the numbers of a model before training."""
+    return table.model, table.revision, table.quantize_bits, table.compute_dtype
+
+
+def _cut(recipe: Recipe) -> tuple[str | int, ...]:
+    """What decides which parts a student begins without; where activations do, the texts that they
+    are measured on.
+    """
+    if not recipe.prune.cuts:
+        return ()
+    before = recipe.prune.before
+    parts = before.model_dump_json(exclude={"folder", "until"})
+    if not before.measures:
+        return (parts,)
+    return parts, recipe.run.seed, recipe.data.model_dump_json(), recipe.rollouts.model_dump_json()
 
 
 def distinct(sweeps: Sequence[Sweep]) -> dict[Path, Point]:
