@@ -706,6 +706,10 @@ def test_the_gradient_of_hidden_states_is_the_slope_of_the_loss(
         again = matched(backend, root, teacher, tuning, **fields)
         again.restore_state(Path(folder))
         assert_same(weights(again), moved)
+    for one in (student, again):
+        accumulate(one, teacher, [batch()], objective)
+        one.apply(step * SGD["eps"])
+    assert_same(weights(again), weights(student))
 
 
 def test_both_backends_move_hidden_states_alike(root: Path, wide: Path):

@@ -32,9 +32,11 @@ def test_gradients_are_summed_in_messages_that_are_large_and_computed(monkeypatc
     made = {
         "layers": [{"a": mx.array(random.normal(size=(3, 4)).astype(np.float32))} for _ in range(7)]
         + [{"a": mx.ones((30, 2))}, {"a": mx.ones(5).astype(mx.bfloat16)}],
-        "norm": mx.ones(3),
+        "projection": {"1": mx.ones(3)},  # of the layer with that number, no place in a list
     }
-    found = dict(tree_flatten(subject.sum_gradients(made)))
+    tree = subject.sum_gradients(made)
+    assert tree["projection"].keys() == {"1"}
+    found = dict(tree_flatten(tree))
     assert sizes == [144, 144, 288, 10, 12]  # three of 48; three; one and the large one
     for key, array in tree_flatten(made):
         assert found[key].shape == array.shape and found[key].dtype == array.dtype

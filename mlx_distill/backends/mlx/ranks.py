@@ -13,8 +13,9 @@ from itertools import accumulate
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
+from mlx_distill.backends.mlx.weights import in_the_place_of
 from mlx_distill.backends.protocol import Ranks
 
 MESSAGE_BYTES = 32 * 2**20  # as mlx.nn.average_gradients has it
@@ -58,7 +59,7 @@ def sum_gradients(gradients: dict) -> dict:
         parts = mx.split(message, edges[:-1])
         for (key, array), part in zip(group, parts, strict=True):
             summed[key] = part.reshape(array.shape)
-    return tree_unflatten([(key, summed[key]) for key, _ in tree_flatten(gradients)])
+    return in_the_place_of(gradients, summed)
 
 
 def _messages(arrays: list[tuple[str, mx.array]]) -> Iterator[list[tuple[str, mx.array]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_reduce, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_reduce
 
 from mlx_distill.backends import matching, refusals
 from mlx_distill.backends.adapters import write_adapters
@@ -30,7 +30,7 @@ from mlx_distill.backends.mlx.optimizer import AdamW, ScheduleFreeAdamW, make_op
 from mlx_distill.backends.mlx.rounding import rounded
 from mlx_distill.backends.mlx.teacher import LiveTargets, MlxTeacher
 from mlx_distill.backends.mlx.thinning import thinned
-from mlx_distill.backends.mlx.weights import cast, cast_frozen, save_folder
+from mlx_distill.backends.mlx.weights import cast, cast_frozen, in_the_place_of, save_folder
 from mlx_distill.backends.protocol import Sampling, SparseTargets, Targets, check_indices
 from mlx_distill.data.batches import Batch
 from mlx_distill.models.prune import Kept, Sizes
@@ -340,16 +340,15 @@ class MlxStudent(MlxModel):
             shapes = {key: array.shape for key, array in tree_flatten(self.weights)}
             if {key: array.shape for key, array in weights.items()} != shapes:
                 raise refusals.other_state(folder)
-            # in the model's order, in which norms are summed
-            self.weights = tree_unflatten([(key, weights[key]) for key in shapes])
+            self.weights = in_the_place_of(self.weights, weights)
             self.gradients = self._mean = None
             if optimizer:
                 state = mx.load(str(folder / "optimizer.safetensors"))
                 if isinstance(self.optimizer, ScheduleFreeAdamW):
                     self._mean = self.weights
-                    trained = [(key, state.pop(f"{key}.y")) for key in shapes]
-                    self.weights = tree_unflatten(trained)
-                self.optimizer.state = tree_unflatten(list(state.items()))
+                    trained = {key: state.pop(f"{key}.y") for key in shapes}
+                    self.weights = in_the_place_of(self.weights, trained)
+                self.optimizer.state = in_the_place_of(self.optimizer.state, state)
             elif isinstance(self.optimizer, ScheduleFreeAdamW):
                 self.optimizer.restart(self.weights)
             self._settle(self.weights)

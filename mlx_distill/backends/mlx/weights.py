@@ -24,6 +24,13 @@ def cast_frozen(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(cast(tree_unflatten(frozen), dtype), strict=False)
 
 
+def in_the_place_of(tree: dict, arrays: dict[str, mx.array]) -> dict:
+    """A tree like this one, in its order, of the arrays by their paths. (`tree_unflatten` takes a key
+    that is a number, as of a layer whose states are compared, for a place in a list.)
+    """
+    return tree_map_with_path(lambda path, _: arrays[path], tree)
+
+
 def cast(parameters: dict, dtype: mx.Dtype, but: str = "") -> dict:
     """The tree with its floating-point arrays as `dtype`, the one at the path `but` left alone."""
 
