@@ -11,7 +11,10 @@ from mlx_distill.errors import RunError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.reporting.compared import compared, scored_by
 from mlx_distill.reporting.runs_page import report
+from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.also import further_scores
+from mlx_distill.scoring.task_scores import TaskScores
+from mlx_distill.verify.tasks import task_of
 from mlx_distill.view import View
 
 
@@ -92,6 +95,23 @@ def test_scores_of_other_settings_or_in_broken_files_are_not_shown(two_tasks):
     assert further_scores(folder, settings) == []
     report([folder], folder)
     assert "Scores on" not in (folder / "report.md").read_text()
+
+
+def test_problems_that_changed_are_asked_and_others_are_not(two_tasks, tmp_path):
+    first, other = tmp_path / "first.jsonl", tmp_path / "other.jsonl"
+    first.write_text(other.read_text())
+    task = f"eval.task=jsonl:{first}"
+    folder, _ = two_tasks("one", task)
+    _, said = two_tasks("one", task)
+    assert "other problems" not in said and "goes on" not in said
+    for file in (first, other):
+        file.write_text(file.read_text().replace('{"prompt": "', '{"prompt": "Again: '))
+    _, said = two_tasks("one", task)
+    assert said.count("has other problems now than when it was scored") == 4  # the task, three also
+    asked = {one.id for one in task_of(load_recipe(folder / "recipe.toml").eval).problems}
+    further = further_scores(folder, load_recipe(folder / "recipe.toml").eval)[0].scores
+    for score in (*RunFolder(folder).read(TaskScores).whole.values(), *further.values()):
+        assert score.correct.keys() == asked
 
 
 def test_compare_says_a_line_for_each_task(two_tasks, tmp_path):

@@ -149,6 +149,18 @@ def test_loss_terms_are_sums_over_the_step_divided_by_its_loss_tokens(training):
     assert (row["loss_tokens"], row["tokens"]) == (step.loss_tokens, step.tokens)
 
 
+def test_tokens_that_carry_loss_are_counted_whatever_they_weigh(training):
+    """As with `data.compat = "paper"`, or weights of problems by their pass rate."""
+    made = training(objective={"segments": ["cot"]}, optim={"steps": 2})
+    light = [dataclasses.replace(one, weight=1 / len(one)) for one in sequences(10)]
+    made.source = Steps(light, ("cot",), made.recipe.batch, made.recipe.run.seed, steps=2)
+    state = made.train()
+    counts = [np.count_nonzero([*b.weight]) for i in (0, 1) for b in made.source.step(i).batches]
+    assert state.loss_tokens_seen == sum(counts) > 2 * made.source.step(0).loss_tokens
+    rows = logged(made.run.path, "metrics.jsonl")
+    assert sum(row["loss_tokens"] for row in rows) == sum(counts)
+
+
 @pytest.mark.parametrize("by", ["student_entropy", "teacher_entropy", "divergence", "random"])
 @pytest.mark.parametrize("position_weight", ["flat", "rising"])
 def test_a_step_learns_the_tokens_that_a_rule_chooses(training, by, position_weight):

@@ -17,7 +17,7 @@ from mlx_distill.readers import read_json
 from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.generations import Evaluation
-from mlx_distill.scoring.of_run import generations_of, score_part, scored_models
+from mlx_distill.scoring.of_run import CHANGED, generations_of, score_part, scored_models
 from mlx_distill.scoring.score import Score, describe
 from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View
@@ -70,7 +70,7 @@ def score_also(
     for model in scored_models(folder, pair):
         made_by, name = model.made_by(pair, backend), f"{folder.path.name}-{model.part}"
         with Evaluation.opened(folder.path / FOLDER, name, task, settings, made_by) as kept:
-            score = _kept(kept)
+            score = _kept(kept, task, view)
             if score is None:
                 model.refuse_changed(folder, pair)
                 path = kept.generations
@@ -83,9 +83,13 @@ def score_also(
     return found
 
 
-def _kept(kept: Evaluation) -> Score | None:
-    """The score in a result file; None where there is none that can be read."""
-    return _score(_content(kept.result))
+def _kept(kept: Evaluation, task: Task, view: View) -> Score | None:
+    """The score in a result file; None where there is none that can be read, or of other problems."""
+    content = _content(kept.result)
+    if content.get("problems", task.digest) != task.digest:
+        view.say(f"note: {CHANGED.format(task.name)}")
+        return None
+    return _score(content)
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -199,6 +199,7 @@ class Evaluation:
                     "compared": task.compared(),
                     "prompt": task.prompt,
                     "answer": task.answer,
+                    "problems": task.digest,
                 }
                 yield cls(folder / f"{name}.jsonl", folder / f"{name}.json", told)
 

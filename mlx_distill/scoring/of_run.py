@@ -25,6 +25,8 @@ from mlx_distill.scoring.task_scores import GenerationsFile, TaskScores
 from mlx_distill.verify.tasks import Task
 from mlx_distill.view import View
 
+CHANGED = "{} has other problems now than when it was scored: it is scored again"
+
 
 @dataclass(frozen=True)
 class ScoredModel:
@@ -74,7 +76,7 @@ def score_run(
     """Score what is not scored yet and say all scores; one that is kept is not made again, nor is a
     kept generation. Raises `RunError` for a model that changed.
     """
-    scores = _kept_scores(folder, view)
+    scores = _kept_scores(folder, task, view)
     for part, score in scores.items():
         view.say(f"{part}: {describe(score)}")
     missing = [one for one in scored_models(folder, pair) if one.part not in scores]
@@ -94,6 +96,7 @@ def score_run(
                 compared=task.compared(),
                 prompt=task.prompt,
                 answer=task.answer,
+                problems=task.digest,
                 generations=GenerationsFile(**generations.reference()),
                 scores={**scores},
             )
@@ -164,9 +167,14 @@ def scored_models(folder: RunFolder, pair: Pair) -> Iterator[ScoredModel]:
     yield ScoredModel("student", folder.student)
 
 
-def _kept_scores(folder: RunFolder, view: View) -> dict[str, Score]:
-    """Those of eval.json that can be read; of the others it is said that they are made again."""
+def _kept_scores(folder: RunFolder, task: Task, view: View) -> dict[str, Score]:
+    """Those of eval.json that can be read and are of these problems; of the others it is said that
+    they are made again.
+    """
     kept = folder.readable(TaskScores, view.say, "what it held is scored again")
+    if kept.scores and kept.problems not in ("", task.digest):
+        view.say(f"note: {CHANGED.format(task.name)}")
+        return {}
     for part in kept.broken:
         view.say(
             f"note: {folder.path / kept.FILE}: the score of the {part} is incomplete "

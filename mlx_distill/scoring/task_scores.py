@@ -22,7 +22,8 @@ class GenerationsFile(Record):
 
 class TaskScores(Record):
     """compared: how many problems were compared as mathematics, and how many as text. prompt: how a
-    problem was put. answer: where the answer was looked for. scores: by
+    problem was put. answer: where the answer was looked for. problems: their
+    digest, "" of an older version. scores: by
     model ("teacher", "base", "student"); None where what is kept of one is no whole score.
     """
 
@@ -33,6 +34,7 @@ class TaskScores(Record):
     compared: dict[str, Count] = Field(default_factory=dict)
     prompt: str = ""
     answer: str = ""
+    problems: str = ""
     generations: GenerationsFile | None = None
     scores: dict[str, Score | None] = Field(default_factory=dict)
 

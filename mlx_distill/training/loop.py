@@ -169,7 +169,7 @@ class Training:
             self.state,
             step=self.state.step + 1,
             tokens_seen=self.state.tokens_seen + step.tokens,
-            loss_tokens_seen=self.state.loss_tokens_seen + int(step.loss_tokens),
+            loss_tokens_seen=self.state.loss_tokens_seen + step.positions,
             elapsed_seconds=self.state.elapsed_seconds + source_seconds + seconds,
             flops=_added(self.state.flops, flops := self.flops(step)),
         )
@@ -253,7 +253,7 @@ class Training:
             learning_rate=rate,
             tokens=step.tokens,
             tokens_seen=self.state.tokens_seen,
-            loss_tokens=int(step.loss_tokens),
+            loss_tokens=step.positions,
             seconds=seconds,
             source_seconds=source_seconds,
             tokens_per_second=None if self.first_step else step.tokens / seconds,

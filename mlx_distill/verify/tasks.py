@@ -11,6 +11,7 @@ says.
 
 import difflib
 import hashlib
+import json
 import random
 import re
 from collections import Counter
@@ -67,6 +68,12 @@ class Task:
     def compared(self) -> dict[str, int]:
         """How many problems are compared in which way."""
         return dict(Counter(problem.compared for problem in self.problems))
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over the problems, as they are put, and their answers: what a score is of."""
+        asked = [[one.id, one.prompt, one.expected] for one in self.problems]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 
     def describe(self) -> str:
         """One line: how many problems there are and how they are compared."""
