@@ -208,6 +208,21 @@ def test_a_quantised_export_says_what_it_lost(to: str, wide: Path, tmp_path: Pat
     assert "KL to the unquantised student" in card and "accuracy" in card
 
 
+def test_what_a_student_lost_that_learned_rounded_is_said_of_it_as_it_lies_there(
+    wide: Path, tmp_path: Path
+) -> None:
+    """Rounded once more it is the export itself, at no distance."""
+    run = RunFolder(Path(shutil.copytree(wide, tmp_path / "tiny")))
+    run.write_text("recipe.toml", with_values(run.recipe(), eval={"task": ""}).toml())
+    lost = []
+    for bits in (0, 4):
+        recipe = with_values(run.recipe(), student={"quantize_aware_bits": bits})
+        run.write_text("recipe.toml", recipe.toml())
+        folder, _ = exported(run.path, "mlx-4bit", tmp_path / str(bits))
+        lost.append(json.loads((folder / "export.json").read_text())["fidelity"])
+    assert lost[0] == lost[1] and lost[0]["kl"] > 1e-4
+
+
 def test_what_groups_do_not_divide_is_said(run: Path, tmp_path: Path, bytes_tokenizer) -> None:
     _, said = exported(run, "mlx-4bit", tmp_path / "out", measure=False)
     assert "13 matrices stay unquantised, for a group of 64 does not divide their rows" in said

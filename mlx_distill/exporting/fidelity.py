@@ -28,7 +28,8 @@ from mlx_distill.models.gguf.tensors import tensor_names
 from mlx_distill.models.shards import INDEX, WEIGHT_FILES
 from mlx_distill.models.tokenizer import load_tokenizer
 from mlx_distill.objective import Objective
-from mlx_distill.recipe.recipe import Recipe, with_values
+from mlx_distill.recipe.recipe import Recipe
+from mlx_distill.recipe.tables import StudentTable
 from mlx_distill.runs.digests import all_files
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring import score as scoring
@@ -134,8 +135,10 @@ def _divergence(
 ) -> tuple[LossSums | None, str]:
     try:
         batches = validation_batches(_held_out(run, recipe), recipe.batch)
-        whole = with_values(recipe, student={"tuning": "full", "quantize_bits": 0})
-        student = backend.load_student(run.student, "the student", whole)
+        # as it lies there, whatever it learned with: rounded weights, a base of few bits
+        as_stored = StudentTable(compute_dtype=recipe.student.compute_dtype)
+        recipe = recipe.model_copy(update={"student": as_stored})
+        student = backend.load_student(run.student, "the student", recipe)
     except DistillError as error:
         return None, f"KL was not measured: {error}"
     total = None
