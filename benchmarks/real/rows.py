@@ -1,7 +1,7 @@
 """The sweeps of this folder: from run folders to kept rows to the tables of benchmarks/README.md.
 
     python benchmarks/real/rows.py keep      copy each sweep's results.csv here, with the costs below
-    python benchmarks/real/rows.py write     the tables, README's line and the figure of arms.toml
+    python benchmarks/real/rows.py write     the tables, README's too, and the figure of arms.toml
 
 A sweep's `flops` are of the student's steps. `costs.csv` has what else a run cost: `teacher_flops`,
 the teacher's pass over the tokens of these steps, which a cache spares all but the first arm, and
@@ -169,16 +169,21 @@ def write() -> None:
 
 
 def lead(arms: list[Condition]) -> str:
-    """README's line below the figure: what each arm solves and finishes, and for what."""
+    """README's table below the figure: what each arm solves and finishes, and for what."""
     full = arms[0]
-    said = [
-        f"{arm.name}: {percent(arm.accuracy.mean)} right, {percent(1 - arm.cost('unfinished'))} "
-        f"finished, {arm.cost('flops') / full.cost('flops'):.2f} of the FLOPs"
-        for arm in arms
-    ]
     seeds = max(len(arm.rows) for arm in arms)
     count = "one training seed" if seeds == 1 else f"up to {seeds} training seeds"
-    return f"{'; '.join(said)} ({count}).".replace("\u00a0", " ")
+    head = [f"learned from ({count})", "right", "finished", "of the FLOPs"]
+    rows = [
+        [
+            arm.name,
+            percent(arm.accuracy.mean),
+            percent(1 - arm.cost("unfinished")),
+            f"{arm.cost('flops') / full.cost('flops'):.2f}",
+        ]
+        for arm in arms
+    ]
+    return table(head, rows, "lrrr").replace("\u00a0", " ")
 
 
 def all_in(name: str) -> list[Row]:
