@@ -60,7 +60,7 @@ PARTS = {
     "loss-vocabulary": Part(
         growth_models.loss_over_vocabulary, "", "ids V", VOCABULARIES, (64, 128), BOTH
     ),
-    "trunk": Part(growth_models.trunk, "", "tokens T", TOKENS, (32, 64), BOTH),
+    "trunk": Part(growth_models.trunk, "", "tokens T", TOKENS, (32, 64), BOTH, 2),
     "rows": Part(growth_rows.rows, "rows", "rows", ROWS, (20, 40), rounds=2),
     "cache": Part(growth_rows.cache, "teacher cache", "rows", ROWS, (20, 40), KINDS, 2),
     "checkpoint": Part(growth_models.checkpoint, "checkpoint", "weights", WIDTHS, (32, 64), BOTH),
