@@ -5,6 +5,7 @@ measures growth still runs (benchmarks/bench_growth.py).
 
 import cProfile
 import gc
+import json
 import math
 import pstats
 import sys
@@ -15,6 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_distill.data.prepare import choose, learnable
+from mlx_distill.embedded.tokenizer import build_tokenizer
+from mlx_distill.errors import DataError
+from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.recipe import with_values
 from mlx_distill.reporting.drawing import drawn
 from mlx_distill.reporting.study import Row
 from mlx_distill.reporting.sweep_charts import pareto_chart
@@ -141,6 +147,39 @@ learning_rate = 1e-3
 [eval]
 task = "embedded:dial"
 """
+
+
+def test_rows_are_not_looked_through_again_and_again_for_garbage(tmp_path):
+    """Neither where all goes well, nor after an error, does the collector stay off."""
+    path = tmp_path / "rows.jsonl"
+    lines = [
+        json.dumps(
+            {"prompt": f"{i}?", "reasoning": "<think>" if i % 9 == 0 else "r", "answer": "a"}
+        )
+        for i in range(600)
+    ]
+    path.write_text("\n".join(lines))
+    (tmp_path / "base.toml").write_text(BASE)
+    settings = (f"data.source={path}", "data.train_examples=0")
+    recipe, tokenizer = load_recipe(tmp_path / "base.toml", settings), build_tokenizer()
+    collections: list[int] = []
+
+    def count(phase: str, info: dict) -> None:
+        if phase == "start":
+            collections.append(info["generation"])
+
+    gc.callbacks.append(count)
+    try:
+        chosen = choose(recipe, tokenizer)
+        prepared = learnable(chosen, recipe)
+    finally:
+        gc.callbacks.remove(count)
+    assert len(collections) <= 2 and gc.isenabled()  # one after each of both
+    assert len(prepared.train_whole) + len(prepared.validation) == 533
+    assert prepared.skipped == {"literal <think> in its reasoning": 67}
+    with pytest.raises(DataError):
+        choose(with_values(recipe, data={"validation_examples": 600}), tokenizer)
+    assert gc.isenabled()
 
 
 # the bench

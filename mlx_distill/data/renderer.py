@@ -51,7 +51,8 @@ def _made(
         try:
             texts.append(assemble(one, tokenizer, day, unused))
         except Skip as skip:
-            made[one.id] = Rendered(skip, unused)
+            # without the frames that it came through, which hold the texts beside it
+            made[one.id] = Rendered(skip.with_traceback(None), unused)
         unread[one.id] = unused
     for sequence in tokenised(texts, tokenizer) if texts else ():
         made[sequence.id] = Rendered(sequence, unread[sequence.id])
