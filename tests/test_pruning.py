@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mlx_distill import pipeline, stages
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.activations import Activations, Sums, averaged
 from mlx_distill.errors import DistillError, RecipeError
+from mlx_distill.models.hub import model_folder as model_folder_of
 from mlx_distill.models.prune import Sizes
 from mlx_distill.pruning.choice import chosen, refuse_larger
 from mlx_distill.recipe.load import load_recipe
@@ -175,6 +177,21 @@ def test_a_student_begins_as_its_teacher_cut(tiny_recipe: Path, tmp_path: Path):
     # other texts choose anew; the choice of a position does not read them
     other = stages.prune([of_teacher(tiny_recipe, tmp_path, "prune.examples=1")], quiet()[0])
     assert other != [folder]
+
+
+def test_a_base_whose_documents_changed_is_pruned_anew(tiny_recipe: Path, tmp_path: Path):
+    """Its chat template is the student's; it is no part of a model's fingerprint."""
+    recipe = load_recipe(tiny_recipe)
+    base = Path(shutil.copytree(model_folder_of(recipe.student.model), tmp_path / "base"))
+    sets = (f"student.model={base}", f"prune.folder={tmp_path}/pruned", "prune.layers=1")
+    made = []
+    for template in ("{{ messages }}", "{{ messages }} "):
+        (base / "additional_chat_templates").mkdir(exist_ok=True)
+        (base / "additional_chat_templates" / "rag.jinja").write_text(template)
+        made += stages.prune([load_recipe(tiny_recipe, sets)], quiet()[0])
+        kept = made[-1] / "additional_chat_templates" / "rag.jinja"
+        assert kept.read_text() == template
+    assert made[0] != made[1]
 
 
 def test_a_recipe_that_cuts_nothing_has_nothing_to_prune(tiny_recipe: Path):

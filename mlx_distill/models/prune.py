@@ -23,7 +23,7 @@ from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_config
 from mlx_distill.models.keys import QUANTISATION
 from mlx_distill.models.shards import INDEX, write_shards
-from mlx_distill.models.tokenizer import TOKENIZER_FILES, copy_named_templates
+from mlx_distill.models.tokenizer import OTHER_TEMPLATES, TOKENIZER_FILES
 from mlx_distill.models.weights import PLAIN, StoredTensor, read_weights
 
 ACCOUNT = "pruned.json"  # what a folder was cut from, and what stayed
@@ -202,13 +202,21 @@ def _widths(sizes: Sizes, channels: int, kv_heads: int) -> dict[str, int]:
     return changed
 
 
+def documents(folder: Path) -> list[Path]:
+    """The tokenizer's files and generation_config.json, which stay as they are, and config.json."""
+    found = [file for pattern in TOKENIZER_FILES for file in of_people(folder, pattern)]
+    return [
+        file
+        for file in (*found, *of_people(folder / OTHER_TEMPLATES, "*.jinja"))
+        if not file.name.startswith(".") and file.name not in (INDEX, ACCOUNT)
+    ]
+
+
 def _copy_documents(folder: Path, target: Path) -> None:
-    """The tokenizer's files and generation_config.json, which stay as they are."""
-    for pattern in TOKENIZER_FILES:
-        for file in of_people(folder, pattern):
-            if not file.name.startswith(".") and file.name not in (INDEX, ACCOUNT):
-                shutil.copyfile(file, target / file.name)
-    copy_named_templates(folder, target)
+    for file in documents(folder):
+        there = target / file.relative_to(folder)
+        there.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, there)
 
 
 # weights

@@ -3,8 +3,9 @@
     FOLDER/NAME-KEY/   config.json   model.safetensors   …   pruned.json
 
 In: a pair, the recipe's sequences, a way to load the base. Out: the folder, made where it is not
-there. Decided here: KEY digests what the choice depends on: the base's numbers, `[prune]` and, where
-activations decide, the texts. `pruned.json` says which parts stayed.
+there. Decided here: KEY digests all that the folder depends on: the base's numbers and documents
+(its tokenizer's among them), `[prune]` and, where activations decide, the texts. `pruned.json` says
+which parts stayed.
 """
 
 import hashlib
@@ -18,9 +19,9 @@ from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend, LiveTeacher
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import RunError
-from mlx_distill.files import locked, told_as
+from mlx_distill.files import locked, sha256_of, told_as
 from mlx_distill.models.config import Meaning
-from mlx_distill.models.prune import ACCOUNT, Kept, Sizes, prune
+from mlx_distill.models.prune import ACCOUNT, Kept, Sizes, documents, prune
 from mlx_distill.pruning.choice import chosen, refuse_larger
 from mlx_distill.runs.provenance import identity
 from mlx_distill.view import View
@@ -56,12 +57,15 @@ class PrunedBase:
 
     @cached_property
     def _fields(self) -> dict[str, Any]:
-        """What the choice depends on; the base's files are read through for it, so once."""
+        """What the folder depends on; the base's files are read through for it, so once."""
         fields = self.table.model_dump(
             exclude={"folder", "examples", "layers_by", "rounds", "until"}
         )
         by = self.table.layers_by if self.table.layers else "position"
         fields |= {"layers_by": by, "base": identity(self.base), "format_version": FORMAT}
+        fields["documents"] = hashlib.sha256(
+            "".join(f"{file.name} {sha256_of(file)}\n" for file in documents(self.base)).encode()
+        ).hexdigest()
         if self.texts:
             texts = json.dumps([text.tolist() for text in self.texts])
             fields["texts"] = hashlib.sha256(texts.encode()).hexdigest()
@@ -87,7 +91,7 @@ class PrunedBase:
             root.mkdir(parents=True, exist_ok=True)
             lock = root / f".{self.folder.name}.lock"
             with locked(lock, lambda: view.say(f"waiting for another process: {self.folder}")):
-                if not self.folder.exists():
+                if not (self.folder / ACCOUNT).is_file():
                     self._make(load, view)
         return self.folder
 
