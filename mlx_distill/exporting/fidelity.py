@@ -38,7 +38,7 @@ from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.verify.tasks import task_of
 from mlx_distill.view import View
 from mlx_distill.words import number, percent, points
-from mlx_distill.writing.of_recipe import known_sequences
+from mlx_distill.writing.of_recipe import held_out_texts
 
 FROM_THE_STUDENT = Objective(divergence="reverse_kl", kd_weight=1.0)  # KL(student ‖ export)
 
@@ -158,7 +158,7 @@ def _held_out(run: RunFolder, recipe: Recipe) -> tuple[TokenSequence, ...]:
         pair = Pair(recipe, run.student, None, load_tokenizer(run.student), None)
     else:
         pair = Pair.of(recipe, weights=False)
-    return known_sequences(pair, run.kept_day()).validation
+    return held_out_texts(pair, run.kept_day())
 
 
 @contextmanager

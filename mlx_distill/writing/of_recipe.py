@@ -102,6 +102,21 @@ class Rollouts:
         planned = self.planned()
         return replace(planned, notes=(*planned.notes, *notes))
 
+    def held_out(self) -> tuple[TokenSequence, ...]:
+        """The texts that runs of the recipe are validated on. Raises `DataError` where a model wrote
+        some of them and they do not lie there.
+        """
+        texts = {one.example: text for one, text in self._lying_there().items() if one.sample == 0}
+        if missing := len(self._held_out - texts.keys()):
+            raise DataError(
+                f"{counted(missing, 'text')} that the {self.table.by} wrote for held-out prompts "
+                f"cannot be found in {self._root.absolute()}"
+            )
+        return tuple(
+            self.writing.sequence(texts[one.id]) if one.id in self._held_out else said
+            for one, said in self.chosen.validation
+        )
+
     def _lying_there(self) -> dict[Asked, Text]:
         """What was written once, as it lies there; nothing where the writer's weights do not."""
         try:
@@ -283,6 +298,14 @@ def known_sequences(pair: Pair, day: str) -> Prepared:
     if pair.recipe.rollouts.by == "data":
         return learnable(chosen, pair.recipe)
     return Rollouts(pair, chosen, day).known()
+
+
+def held_out_texts(pair: Pair, day: str) -> tuple[TokenSequence, ...]:
+    """What a run of the recipe was validated on; raises as `Rollouts.held_out` does."""
+    chosen = choose(pair.recipe, pair.tokenizer, day)
+    if pair.recipe.rollouts.by == "data":
+        return learnable(chosen, pair.recipe).validation
+    return Rollouts(pair, chosen, day).held_out()
 
 
 def refuse_ranks(recipe: Recipe, ranks: int) -> None:

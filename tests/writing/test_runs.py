@@ -15,12 +15,13 @@ from mlx_distill.cost.flops import Shape
 from mlx_distill.cost.writing import writing_cost
 from mlx_distill.data.prepare import choose
 from mlx_distill.data.sequences import generation_prompt
+from mlx_distill.errors import DataError
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.runs.sample import Sample
 from mlx_distill.view import silent
-from mlx_distill.writing.of_recipe import Rollouts, known_sequences
+from mlx_distill.writing.of_recipe import Rollouts, held_out_texts, known_sequences
 
 ADD = "mlx_distill.writing.texts:TextFile.add"
 
@@ -230,3 +231,10 @@ def test_prompts_alone_are_answered_and_learned(tiny_recipe, tmp_path, command_l
     assert result.code == 0, result.err
     written = RunFolder(tmp_path / "tiny").read(Manifest).written
     assert written.judged == 0 and written.texts
+    # what an export is measured on: these texts, and no others where they are gone
+    recipe = RunFolder(tmp_path / "tiny").recipe()
+    texts = [one.tokens for one in held_out_texts(Pair.of(recipe), "")]
+    assert texts and all(len(set(one.tolist())) > 5 for one in texts)
+    (tmp_path / "rollouts").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"that the teacher wrote for held-out prompts cannot be"):
+        held_out_texts(Pair.of(recipe), "")
