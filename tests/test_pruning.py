@@ -17,12 +17,14 @@ from mlx_distill import pipeline, stages
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.activations import Activations, Sums, averaged
 from mlx_distill.errors import DistillError, RecipeError
+from mlx_distill.machine import this_machine
 from mlx_distill.models.hub import model_folder as model_folder_of
 from mlx_distill.models.prune import Sizes
 from mlx_distill.pruning.choice import chosen, refuse_larger
 from mlx_distill.recipe.load import load_recipe
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.recipe.tables import PruneTable
+from mlx_distill.terminal.plan import plan_of
 from mlx_distill.view import View
 
 SIZES = Sizes(layers=4, channels=5, kv_heads=2, queries_a_head=2, head_dim=8)
@@ -207,3 +209,9 @@ def test_a_teacher_without_a_cut_is_no_student(tiny_recipe: Path, tmp_path: Path
 def test_another_model_beside_from_teacher_is_refused(tiny_recipe: Path, tmp_path: Path):
     with pytest.raises(DistillError, match="remove one of the two"):
         of_teacher(tiny_recipe, tmp_path, "student.model=other")
+
+
+@pytest.mark.parametrize("asked", [("prune.layers=9",), ("prune.channels=9999", "prune.rounds=2")])
+def test_a_plan_has_no_more_than_there_is(tiny_recipe: Path, asked: tuple[str, ...]):
+    with pytest.raises(RecipeError, match=r"is more than .* has, which is"):
+        plan_of(load_recipe(tiny_recipe, asked), this_machine("mlx"))

@@ -275,6 +275,13 @@ def embedded_examples(data: DataTable, seed: int) -> Iterator[Example]:
         raise DataError(
             f"{data.source}: no split {data.split!r}; there are: {', '.join(PARTITIONS)}"
         )
+    columns = [field for field in type(data).model_fields if field.endswith("_column")]
+    for field in ("config", "where", "stream_rows", *columns):
+        if value := getattr(data, field):
+            raise DataError(
+                f"{data.source}: data.{field} = {value!r} is about rows, and an embedded task has "
+                "none: leave it out"
+            )
     if not data.train_examples:
         raise DataError(
             f"{data.source}: an embedded task has no end; set data.train_examples to a number "

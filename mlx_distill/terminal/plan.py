@@ -25,8 +25,10 @@ from mlx_distill.data.day import choose_day
 from mlx_distill.data.prepare import Prepared
 from mlx_distill.errors import ModelError, OutOfMemory
 from mlx_distill.machine import Machine, this_machine
+from mlx_distill.models.config import Meaning
 from mlx_distill.models.folder import read_config
-from mlx_distill.models.prune import pruned_config
+from mlx_distill.models.prune import Sizes, pruned_config
+from mlx_distill.pruning.choice import refuse_larger
 from mlx_distill.pruning.of_recipe import PrunedBase
 from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.runs.run_folder import RunFolder
@@ -70,10 +72,12 @@ def plan_of(
 
 def student_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """The config.json of the student, or of the base in `folder` with the sizes that it will have."""
-    config, cut = read_config(folder), recipe.prune.before
+    config, cut, name = read_config(folder), recipe.prune.before, recipe.student.model
+    if cut.cuts or recipe.prune.thins:
+        refuse_larger(recipe.prune, Sizes.of_meaning(Meaning(folder, name)), name)
     if not cut.cuts:
         return config
-    return pruned_config(config, recipe.student.model, cut.layers, cut.channels, cut.kv_heads)
+    return pruned_config(config, name, cut.layers, cut.channels, cut.kv_heads)
 
 
 def _planned(

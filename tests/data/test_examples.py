@@ -580,6 +580,9 @@ def test_embedded_source(monkeypatch):
         list(read_examples(DataTable(source="embedded:sums")))
     with pytest.raises(DataError, match="no split 'tran'; there are: train"):
         list(read_examples(DataTable(source="embedded:sums", split="tran", train_examples=5)))
+    for field, value in (("where", {"a": "b"}), ("stream_rows", 9), ("cot_column", "c")):
+        with pytest.raises(DataError, match=rf"data\.{field} = .* is about rows, and an embedded"):
+            list(read_examples(data.model_copy(update={field: value})))
 
 
 # --- the split ---
