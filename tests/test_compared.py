@@ -44,6 +44,17 @@ def test_what_was_asked_otherwise_is_not_compared(tmp_path):
         scored_by(str(tmp_path / "nothing"))
 
 
+def test_settings_that_differ_are_said(tmp_path):
+    settings = {"max_new_tokens": 256, "temperature": 0.0, "examples": 500}
+    a, _ = kept(tmp_path, "a", "10", settings=settings)
+    b, _ = kept(tmp_path, "b", "10", settings=settings | {"max_new_tokens": 8, "examples": 2})
+    (_, note), page = compared(scored_by(a), scored_by(b), tmp_path / "out")
+    said = f"they were not asked alike, {a} and {b}: max_new_tokens = 256 and 8"
+    assert note == f"note: {said}"
+    assert "not asked alike" in page.markdown.read_text(encoding="utf-8")
+    assert len(compared(scored_by(a), scored_by(a), tmp_path / "out")[0]) == 1
+
+
 def test_the_command_says_a_line_and_where_the_page_lies(tmp_path):
     a, _ = kept(tmp_path, "a", "1100")
     out = tmp_path / "page"

@@ -9,10 +9,12 @@ import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from mlx_distill.errors import DataError, DistillError, NotFound
 from mlx_distill.readers import read_json
-from mlx_distill.recipe.load import load_recipe
+from mlx_distill.recipe.load import load_kept_recipe
+from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.reporting.page import Note, Page, Report, Section, write
 from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.runs.named import run_at
@@ -28,17 +30,20 @@ NOTES = (
     "of answers, not another training seed.",
     "An interval that contains zero leaves open which one is better.",
 )
+# settings that decide what is right, and in which two scores may differ all the same
+TOLD = ("max_new_tokens", "temperature", "top_p", "samples")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A score under its name, and how it was asked: task, prompt, where the answer stood. also: the
-    same of further tasks, by task.
+    """A score under its name, and how it was asked: task, prompt, where the answer stood. settings:
+    of `[eval]`, as far as they are known. also: the same of further tasks, by task.
     """
 
     name: str
     score: Score
     asked: tuple[str, str, str]
+    settings: dict[str, Any] = field(default_factory=dict)
     also: dict[str, "Scored"] = field(default_factory=dict)
 
 
@@ -52,7 +57,14 @@ def scored_by(name: str) -> Scored:
         if "student" not in kept.whole:
             raise NotFound(f"{name}: this run has no score; `mlx-distill eval {name}` makes one")
         asked = kept.task, kept.prompt, kept.answer
-        return Scored(name, kept.whole["student"], asked, _further(name, run))
+        settings = _settings(run)
+        return Scored(
+            name,
+            kept.whole["student"],
+            asked,
+            settings.model_dump() if settings else {},
+            _further(name, run, settings) if settings else {},
+        )
     path = Path(name).expanduser()
     if path.suffix != ".json" or not path.is_file():
         raise NotFound(
@@ -62,19 +74,29 @@ def scored_by(name: str) -> Scored:
     content = read_json(path, name)
     try:
         asked = content["task"], content.get("prompt", ""), content.get("answer", "")
-        return Scored(name, Score.model_validate_json(json.dumps(content["score"])), asked)
+        score = Score.model_validate_json(json.dumps(content["score"]))
+        return Scored(name, score, asked, dict(content.get("settings", {})))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError(f"{name} holds no score of `mlx-distill eval`; name another file") from None
 
 
-def _further(name: str, run: RunFolder) -> dict[str, Scored]:
-    """A run's student on its further tasks; nothing where its recipe cannot be read."""
+def _settings(run: RunFolder) -> EvalTable | None:
+    """How a run was scored; None where its recipe cannot be read."""
     try:
-        settings = load_recipe(run.path / "recipe.toml").eval
+        return load_kept_recipe(run.path / "recipe.toml").eval
     except DistillError:
-        return {}
+        return None
+
+
+def _further(name: str, run: RunFolder, settings: EvalTable) -> dict[str, Scored]:
+    """A run's student on its further tasks."""
     return {
-        one.task: Scored(name, one.scores["student"], (one.task, one.prompt, one.answer))
+        one.task: Scored(
+            name,
+            one.scores["student"],
+            (one.task, one.prompt, one.answer),
+            settings.model_dump(),
+        )
         for one in further_scores(run.path, settings)
         if "student" in one.scores
     }
@@ -90,7 +112,21 @@ def compared(a: Scored, b: Scored, out: Path) -> tuple[list[str], Report]:
         _refuse_asked_otherwise(ours, theirs)
         on = f" on {ours.asked[0]}" if len(pairs) > 1 else ""
         lines.append(verdict(ours, theirs, compare(ours.score, theirs.score), on))
-    return lines, write(_page(pairs, lines), out)
+    page = _page(pairs, lines)
+    if told := _asked_otherwise(a, b):
+        lines = [*lines, f"note: {told}"]
+        page = replace(page, leads=[*page.leads, f"{told}."])
+    return lines, write(page, out)
+
+
+def _asked_otherwise(a: Scored, b: Scored) -> str:
+    """In which settings that decide what is right the two differ, as a sentence; "" if in none."""
+    parts = [
+        f"{name} = {a.settings[name]} and {b.settings[name]}"
+        for name in TOLD
+        if name in a.settings.keys() & b.settings.keys() and a.settings[name] != b.settings[name]
+    ]
+    return f"they were not asked alike, {a.name} and {b.name}: {', '.join(parts)}" if parts else ""
 
 
 def _refuse_asked_otherwise(a: Scored, b: Scored) -> None:
