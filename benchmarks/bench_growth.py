@@ -35,6 +35,10 @@ BOTH, KINDS = ("mlx", "torch"), ("top_k", "sampled", "hidden")
 app = typer.Typer(add_completion=False)
 
 
+# (part, thing, backend) → the newest row of each size
+Groups = dict[tuple[str, str, str], dict[int, dict[str, str]]]
+
+
 class Part(NamedTuple):
     """What is measured over which sizes, on which backends (of a cache: its kinds)."""
 
@@ -188,16 +192,18 @@ def table() -> None:
 
 
 def rendered(rows: list[dict[str, str]]) -> str:
-    groups: dict[tuple[str, str, str], dict[int, dict[str, str]]] = {}
+    groups: Groups = {}
     for row in rows:
         key = row["part"], row["thing"], row["backend"]
         groups.setdefault(key, {})[int(row["size"])] = row
     last = rows[-1]
     blas = next((row["blas"] for row in reversed(rows) if row["blas"]), "")
+    loads = [float(row["load"]) for one in groups.values() for row in one.values()]
     commits = ", ".join(sorted({row["commit"] for one in groups.values() for row in one.values()}))
     lines = [
-        f"Medians of two or three repetitions, one thread. {last['cpu']}, {last['cores']} cores, "
-        f"MLX {last['mlx']} with {blas}, torch {last['torch']}, Python {last['python']}, "
+        f"Medians of two or three repetitions, one thread. {last['cpu']}, {last['cores']} cores "
+        f"shared with other work (load {min(loads):g} to {max(loads):g}), "
+        f"MLX {last['mlx']} (BLAS: {blas}), torch {last['torch']}, Python {last['python']}, "
         f"{last['date'][:10]}, commit {commits}.",
         "",
         "| what | over | processor seconds | exponent | at the top | peak | exponent |",
@@ -209,7 +215,7 @@ def rendered(rows: list[dict[str, str]]) -> str:
             for found, thing, backend in groups
             if found == part
         ]
-    return "\n".join([*lines, "", *attention(groups)])
+    return "\n".join([*lines, "", *summary(groups)])
 
 
 def table_row(part: Part, thing: str, backend: str, by_size: dict[int, dict[str, str]]) -> str:
@@ -240,23 +246,31 @@ def said(fit: Fit) -> str:
     return f"{fit.exponent:.2f} ± {fit.half:.2f}"
 
 
-def attention(groups: dict[tuple[str, str, str], dict[int, dict[str, str]]]) -> list[str]:
-    """Of the trunk's time, what grows with the square of the tokens, beside its arithmetic."""
-    lines = []
+def summary(groups: Groups) -> list[str]:
+    """The largest exponents, and of the trunk what grows with the square of its tokens."""
+    found: dict[str, list[Fit]] = {}
+    squares = []
     for (part, thing, backend), by_size in groups.items():
-        if part != "trunk":
-            continue
         sizes = sorted(by_size)
         seconds = [float(by_size[size]["cpu_seconds"]) for size in sizes]
-        plain, squared = np.array([trunk_operations(size) for size in sizes]).T
-        counted = fitted(sizes, plain + squared)
-        lines.append(
-            f"- {thing}, {backend}: at {sizes[-1]:,} tokens {square_share(sizes, seconds):.0%} of "
-            f"the time grows with their square; of the operations that cost/flops.py counts "
-            f"{squared[-1] / (plain + squared)[-1]:.0%}, whose own exponent is "
-            f"{counted.exponent:.2f} ({counted.last:.2f} at the top)."
-        )
-    return lines
+        found.setdefault(part.partition("-")[0], []).append(fitted(sizes, seconds))
+        if part == "trunk":
+            squares.append(f"{thing}, {backend} {square_share(sizes, seconds):.0%}")
+            tokens = sizes
+    loss = found.pop("loss")
+    found.pop("trunk")
+    others = [fit for fits in found.values() for fit in fits]
+    plain, squared = np.array([trunk_operations(size) for size in tokens]).T
+    counted = fitted(tokens, plain + squared)
+    return [
+        f"- The loss: exponents of time of at most {max(fit.exponent for fit in loss):.2f} (asked: "
+        f"1.05). All that should grow with its size but the trunk: at most "
+        f"{max(fit.exponent for fit in others):.2f}, at the top {max(fit.last for fit in others):.2f}.",
+        f"- The trunk's operations as cost/flops.py counts them grow with {counted.exponent:.2f} "
+        f"({counted.last:.2f} at the top); at {tokens[-1]:,} tokens "
+        f"{squared[-1] / (plain + squared)[-1]:.0%} of them are attention's, which grow with the "
+        f"square. The square's part of the time there: {', '.join(squares)}.",
+    ]
 
 
 def worker(name: str, backend: str, size: str, scratch: str) -> None:
