@@ -1,6 +1,7 @@
 """The further tasks of a run's `[eval]`."""
 
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,18 @@ def test_scores_of_other_settings_or_in_broken_files_are_not_shown(two_tasks):
     assert further_scores(folder, settings) == []
     report([folder], folder)
     assert "Scores on" not in (folder / "report.md").read_text()
+
+
+def test_what_an_earlier_run_in_the_folder_left_is_not_shown(two_tasks):
+    """`--fresh` leaves evals/, which serve teacher and base again."""
+    folder, _ = two_tasks("one")
+    settings = load_recipe(folder / "recipe.toml").eval
+    weights = folder / "student" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert further_scores(folder, settings)[0].scores.keys() == {"base", "teacher"}
+    shutil.rmtree(folder / "student")
+    assert further_scores(folder, settings)[0].scores.keys() == {"base", "teacher"}
 
 
 def test_problems_that_changed_are_asked_and_others_are_not(two_tasks, tmp_path):

@@ -6,6 +6,7 @@ and settings is not made again, and that those of other settings are not the run
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 from mlx_distill.backends.pair import Pair
 from mlx_distill.backends.protocol import Backend
 from mlx_distill.errors import DistillError
+from mlx_distill.models.hub import model_fingerprint
 from mlx_distill.readers import read_json
 from mlx_distill.recipe.training_tables import EvalTable
+from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.generations import Evaluation
 from mlx_distill.scoring.of_run import CHANGED, generations_of, score_part, scored_models
@@ -40,16 +43,19 @@ class Further:
 
 
 def further_scores(folder: Path, settings: EvalTable) -> list[Further]:
-    """By task, in the recipe's order, what was made with these settings; what cannot be read is left
-    out.
+    """By task, in the recipe's order, what the run's models scored with these settings; what cannot
+    be read is left out, and what an earlier run in this folder left behind.
     """
     found: dict[str, Further] = {}
     wanted = json.loads(settings.model_dump_json())
+    models = _fingerprints(RunFolder(folder)) if settings.also else {}
     for file in sorted(folder.glob(f"{FOLDER}/*.json"), key=lambda path: path.stat().st_mtime):
         content = _content(file)
         part = str(content.get("model", "")).rpartition("-")[2]
         score = _score(content)
         if part not in PARTS or score is None or content.get("settings") != wanted:
+            continue
+        if _fingerprint(content) != models.get(part):
             continue
         told = {key: content.get(key, "") for key in ("task", "prompt", "answer")}
         task = found.setdefault(told["task"], Further(**told, ways=content.get("compared", {})))
@@ -57,6 +63,24 @@ def further_scores(folder: Path, settings: EvalTable) -> list[Further]:
     named = [name.partition(":")[0] for name in settings.also]
     order = {name: place for place, name in enumerate((*settings.also, *named))}
     return sorted(found.values(), key=lambda one: order.get(one.task, len(order)))
+
+
+def _fingerprints(run: RunFolder) -> dict[str, str]:
+    """By part, those of the models that the run began with, and of its student where it is there."""
+    began = run.readable(Manifest).models
+    found = {
+        part: began[role].fingerprint
+        for part, role in (("teacher", "teacher"), ("base", "student"))
+        if role in began
+    }
+    with suppress(DistillError, OSError):
+        found["student"] = model_fingerprint(run.student)
+    return found
+
+
+def _fingerprint(content: dict[str, Any]) -> Any:
+    made_by = content.get("made_by")
+    return made_by.get("fingerprint") if isinstance(made_by, dict) else None
 
 
 def score_also(
