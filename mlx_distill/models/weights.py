@@ -37,6 +37,7 @@ NOT_A_NUMBER = {
     "F8_E4M3": (np.int8, 0x7F),
 }
 PARTS = ("text_config", "language_config")  # of a config, where a model of language has its own
+QUANT_STATE = ".quant_state."  # after a packed tensor's name, in that of what bitsandbytes adds
 PACKED = 64  # numbers of a quantised tensor in one that is stored, at most
 
 
@@ -92,8 +93,9 @@ class Weights:
 
     def _refuse_unusable_numbers(self, parts: list[dict[str, Any]], name: str) -> None:
         """A tensor with an infinity or a NaN, or one of integers that nothing explains: one pass
-        over the files.
+        over the files. What bitsandbytes packed may lie there as if it were bfloat16.
         """
+        packed = {key.partition(QUANT_STATE)[0] for key in self.tensors if QUANT_STATE in key}
         quantised = (self.folder / "hf_quant_config.json").is_file()
         quantised = quantised or any(key.startswith("quant") for part in parts for key in part)
         for key, tensor in self.tensors.items():
@@ -102,7 +104,7 @@ class Weights:
                     f"{name}: tensor {key} in {tensor.file} is stored as {tensor.dtype}, but "
                     "config.json tells of no quantisation; fetch both again from one place"
                 )
-            if not is_finite(tensor):
+            if key not in packed and not is_finite(tensor):
                 raise ModelError(
                     f"{name}: tensor {key} in {tensor.file} holds values that are not finite (NaN "
                     "or infinity), so the file is damaged or its training diverged; fetch it "

@@ -71,10 +71,15 @@ def folders(place: Path, base: str) -> tuple[Path, Path]:
     return folder, written_out(folder, place / "written")
 
 
-def stored(folder: Path, place: Path) -> Path:
-    """As transformers stores what bitsandbytes packed, the scales packed in turn."""
+def stored(folder: Path, place: Path, kept_as: torch.dtype) -> Path:
+    """As transformers stores what bitsandbytes packed, the scales packed in turn, and the integers
+    kept as numbers of some format, as FSDP wants them.
+    """
     chosen = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=kept_as,
     )
     opened = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=chosen)
     opened.save_pretrained(place)
@@ -151,10 +156,10 @@ def test_the_adapters_are_the_students_in_peft(tuning, tmp_path):
     np.testing.assert_allclose(found, TORCH.logits(one.split, TOKENS[None]), atol=1e-4, rtol=0)
 
 
-@TUNING
-def test_a_folder_that_bitsandbytes_packed_is_a_base_as_it_is(tuning, tmp_path):
+@pytest.mark.parametrize("tuning, kept_as", [("lora", torch.uint8), ("dora", torch.bfloat16)])
+def test_a_folder_that_bitsandbytes_packed_is_a_base_as_it_is(tuning, kept_as, tmp_path):
     folder, written = folders(tmp_path, "bfloat16, biases")
-    packed = stored(folder, tmp_path / "packed")
+    packed = stored(folder, tmp_path / "packed", kept_as)
     one, other = student(TORCH, packed, tuning), student(TORCH, written, tuning)
     assert one.parameters == other.parameters
     losses = trained(one)

@@ -175,7 +175,8 @@ def _refuse_rewritten(
     for key in sorted(stored.keys() ^ loaded.keys()):
         raise refusals.rewritten(name, key, "renamed" if key in stored else "made", "transformers")
     for key, value in stored.items():
-        if value.shape != loaded[key].shape or not torch.equal(
-            value, loaded[key].detach().to(value.dtype)
-        ):
+        found = loaded[key].detach()
+        if nf4.is_packed(loaded[key]):  # bytes, whatever they lie there as
+            value, found = value.view(torch.uint8), found.view(torch.uint8)
+        if value.shape != found.shape or not torch.equal(value, found.to(value.dtype)):
             raise refusals.rewritten(name, key, "changed", "transformers")
