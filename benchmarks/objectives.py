@@ -31,6 +31,7 @@ from mlx_distill.reporting.study import (  # noqa: E402
 from mlx_distill.words import DASH, amount, percent  # noqa: E402
 
 KEPT = HERE / "results" / "objectives.csv"
+WRITERS = HERE / "results" / "writers.csv"  # of writers.toml, whose first arm is cot50 too
 TITLE = HERE.parent / "README.md"
 BASE = "forward_kl, as cot50"
 BOTH, ALL = "both", "all"
@@ -118,7 +119,21 @@ OTHERS = [
     Option(
         "`whole_share`, `ending`", "whole texts, or an answer after a cut", BOTH, ALL, "", FINISH
     ),
-    Option("`rollouts.by`", "text of the teacher or the student", BOTH, "all, unless refreshed"),
+    Option('`rollouts.by = "teacher"`', "text of the teacher", BOTH, ALL, "the teacher's text"),
+    Option(
+        '`rollouts.by = "student"`',
+        "text of the student, as it is before training",
+        BOTH,
+        ALL,
+        "the student's text, written once",
+    ),
+    Option(
+        "`rollouts.refresh_every`",
+        "text of the student as it learns",
+        BOTH,
+        "none",
+        "the student's text, written again every 50 steps",
+    ),
     Option(
         '`cache = "top_k"`, `"sampled"`, `"hidden"`',
         "the teacher's answers on disk",
@@ -129,7 +144,13 @@ OTHERS = [
     ),
     Option('`tuning = "lora"`, `"dora"`', "adapters on a frozen student", BOTH, ALL, "", FINISH),
     Option("`[prune]`", "a student cut from its base or teacher", BOTH, ALL, "", PRUNED),
-    Option("`teacher.quantize_bits`", "a teacher in few bits", "both; NF4: torch", ALL),
+    Option(
+        "`teacher.quantize_bits`",
+        "a teacher in few bits (measured: MLX's four)",
+        "both; NF4: torch",
+        ALL,
+        "a teacher in four bits",
+    ),
     Option(
         "`student.quantize_bits`",
         "adapters on a base of few bits",
@@ -185,16 +206,16 @@ def page(arms: dict[str, Condition]) -> str:
 
 def options(arms: dict[str, Condition]) -> str:
     """The README's table."""
-    reference = arms[BASE]
+    reference, (cot50, *others) = arms[BASE], conditions(read_rows(WRITERS))
+    beside = {arm.label: (arm, reference) for arm in arms.values()}
+    beside |= {arm.label: (arm, cot50) for arm in others}
     head = ["in a recipe", "what it is", "on MLX, torch", "teacher caches", "measured"]
     lines = []
     for option in (*divergences(), *OTHERS):
-        arm = arms.get(option.arm)
         found = option.elsewhere
-        if arm is reference:
-            found = f"{share(arm.accuracy)} right"
-        elif arm is not None:
-            found = against(arm, reference)
+        if option.arm in beside:
+            arm, base = beside[option.arm]
+            found = f"{share(arm.accuracy)} right" if arm is base else against(arm, base)
         lines.append([option.says, option.definition, option.backends, option.caches, found])
     return pipe_table(head, lines, "lllll").replace("\u00a0", " ")
 
