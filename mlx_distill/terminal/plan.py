@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_distill.backends import choose_backend
+from mlx_distill.backends.matching import chosen_layers
 from mlx_distill.backends.pair import Pair
 from mlx_distill.cost.known_machines import KnownMachine, known_machine
 from mlx_distill.cost.memory import PARTS
@@ -90,6 +91,8 @@ def _planned(
 ) -> tuple[Plan, Question]:
     """With the peak that an earlier probe measured, if one did."""
     configs = read_config(teacher) if teacher else None, student_config(recipe, student)
+    if recipe.objective.hidden_weight and (depth := configs[1].get("num_hidden_layers")):
+        chosen_layers(recipe, depth, recipe.student.model)
     made = make_plan(recipe, prepared, *configs, machine, advised)
     question = Question(recipe, student, teacher, made.costliest, machine)
     return made.with_measured(kept_answer(question)), question
