@@ -270,15 +270,19 @@ class Rollouts:
         return units
 
     def _longest(self, names: set[str]) -> Sequences:
-        """Stand-ins for what is not written yet."""
+        """Stand-ins for what is not written yet, all of which may be learned: reasoning, or the answer
+        where that alone is.
+        """
+        thinks = "cot" in self.recipe.objective.segments
         found: Sequences = {}
         (unknown, *_) = self.pair.tokenizer(".", add_special_tokens=False)["input_ids"]
         for name in names:
             prompt = self.writing.prompts[name]
             tokens = np.array([*prompt.tokens, *[unknown] * self.table.max_new_tokens], np.int32)
             allowed = np.ones(len(tokens), bool)
+            ends = prompt.end, len(tokens) if thinks else prompt.end
             found[name] = [
-                TokenSequence(f"{name}-{sample}", tokens, prompt.end, len(tokens), allowed)
+                TokenSequence(f"{name}-{sample}", tokens, *ends, allowed)
                 for sample in range(self.table.samples)
             ]
         return found

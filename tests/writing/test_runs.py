@@ -195,6 +195,14 @@ def test_activations_are_measured_on_real_texts_where_the_student_has_yet_to_wri
         assert prepared.train_whole != said == prepared.measured
 
 
+def test_answers_alone_may_be_learned_of_what_is_not_written_yet(tiny_recipe, tmp_path):
+    asked = ("rollouts.by=student", "rollouts.refresh_every=2", 'objective.segments=["answer"]')
+    rollouts, backend = made(tiny_recipe, tmp_path, *asked, "truncation.fraction=1.0")
+    for prepared in (rollouts.planned(), rollouts.written(no_writer, backend, silent())):
+        learned = [one.supervised(("answer",)).sum() for one in prepared.train]
+        assert learned and set(learned) == {rollouts.table.max_new_tokens}
+
+
 def no_writer():
     raise AssertionError("there is nothing to write before the first step")
 
