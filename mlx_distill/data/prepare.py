@@ -144,7 +144,7 @@ def learnable(
     """What a run learns from: the chosen examples' sequences, cut and thinned.
 
     `written` has texts by example id that stand in for the data's, none where it lists none. Raises
-    `DataError` where nothing supervised is left after the cut.
+    `DataError` where nothing supervised is left after the cut, or nothing of it is held out.
     """
     texts = written or {}
     whole = tuple(text for one, said in chosen.train for text in texts.get(one.id, [said]))
@@ -163,6 +163,7 @@ def learnable(
     if recipe.data.compat == "paper":
         learning = tuple(mean_of_means(one, recipe.objective.segments) for one in learning)
         validation = tuple(validated(one, recipe) for one in validation)
+    _refuse_unmeasured(validation, recipe)
     return Prepared(
         train=learning,
         train_whole=whole,
@@ -173,6 +174,21 @@ def learnable(
         day=chosen.day,
         notes=chosen.notes,
         stay_whole=sum(_stays_whole(sequence, recipe) for sequence in whole),
+    )
+
+
+def _refuse_unmeasured(validation: Sequence[TokenSequence], recipe: Recipe) -> None:
+    """Raise `DataError` where held-out texts have nothing of what is learned: there is no loss of no
+    tokens.
+    """
+    segments = recipe.objective.segments
+    if not validation or any(one.supervised(segments).any() for one in validation):
+        return
+    longer = "" if recipe.rollouts.by == "data" else "rollouts.max_new_tokens or "
+    raise DataError(
+        f"{recipe.data.source}: none of {len(validation)} held-out texts has a token of "
+        f"{' + '.join(segments)}, by which the best student is chosen: raise {longer}"
+        "data.validation_examples, or supervise other segments"
     )
 
 

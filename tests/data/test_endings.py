@@ -17,6 +17,7 @@ from mlx_distill.data.examples import make_example
 from mlx_distill.data.prepare import cut_sequence, learnable
 from mlx_distill.data.sequences import Segment, TokenSequence, render
 from mlx_distill.data.truncate import stays_whole, truncate
+from mlx_distill.errors import DataError
 from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.recipe.tables import TruncationTable
 from mlx_distill.recipe.training_tables import BatchTable
@@ -262,3 +263,19 @@ def test_an_example_whose_prompt_outlasts_the_cut_gets_no_ending():
     found = learnable(chosen, recipe(ending="answer"))
     assert [one.id for one in found.train] == ["short"]
     assert found.skipped == {PROMPT_OUTLASTS: 1}
+
+
+def test_held_out_texts_without_a_token_of_what_is_learned_are_refused():
+    """As where a model did not finish the only one; the loss of no tokens was said to be nan."""
+    from mlx_distill.data.prepare import Chosen
+
+    whole, thought = places(name="whole"), places(name="thought")
+    end = thought.cot_end
+    thought = dataclasses.replace(
+        thought, tokens=thought.tokens[:end], allowed=thought.allowed[:end]
+    )
+    pairs = [(make_example(one.id, "c", "a"), one) for one in (whole, thought)]
+    asked = recipe_of(objective={"segments": ["answer"]})
+    learnable(Chosen((pairs[0],), tuple(pairs), {}, {}, ""), asked)
+    with pytest.raises(DataError, match="none of 1 held-out texts has a token of answer, by which"):
+        learnable(Chosen((pairs[0],), (pairs[1],), {}, {}, ""), asked)
