@@ -1,0 +1,172 @@
+"""Smaller and rounded students of a real language model: a minute's training each, three seeds.
+
+    python benchmarks/methods.py run      every arm and seed that has no row yet (real/methods.toml)
+    python benchmarks/methods.py write    the table from the kept rows
+
+In: the fine-tuned SmolLM2 and the worked problems of "Students that finish". Out: a row a run as it
+ends in results/methods.csv: how far the student is from its teacher on held-out texts, once as it
+trained and, where an arm asks, once more after rounding to four bits.
+"""
+
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from scipy.stats import ttest_1samp
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from benchmarks import machines  # noqa: E402
+from benchmarks.tables import RESULTS, append_rows, read_rows, rewrite_section  # noqa: E402
+from mlx_distill.reporting.markdown import table  # noqa: E402
+from mlx_distill.words import DASH  # noqa: E402
+
+NAME, TO = "methods", "mlx-4bit"
+SEEDS = (1, 2, 3)
+FULL = ("student.tuning=full", "optim.learning_rate=1e-4")
+CHANNELS = ("prune.channels=1024",)  # of 1,536
+ARMS: dict[str, tuple[str, ...]] = {  # the first of a group is what its others are set beside
+    "LoRA": (),
+    "LoRA on four bits": ("student.quantize_bits=4",),
+    "LoRA on NF4": ('student.quantize_bits="nf4"',),
+    "all weights": FULL,
+    "all weights, learned with four bits": (*FULL, "student.quantize_aware_bits=4"),
+    "all weights, two thirds of the channels, before": (*FULL, *CHANNELS),
+    "all weights, two thirds of the channels, in six rounds": (*FULL, *CHANNELS, "prune.rounds=6"),
+    "all weights, 24 of 30 layers": (*FULL, "prune.layers=24", 'prune.layers_by="change"'),
+}
+ROUNDED = ("all weights", "all weights, learned with four bits")
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def run(
+    runs: Annotated[Path, typer.Option(help="where the runs are made, and removed again")] = Path(
+        "runs/methods"
+    ),
+    backend: str = "torch",
+) -> None:
+    """Train what has no row yet, seed by seed."""
+    done = {(row["arm"], row["seed"]) for row in read_rows(NAME)} if kept().exists() else set()
+    for seed in SEEDS:
+        for arm, settings in ARMS.items():
+            if (arm, str(seed)) not in done:
+                append_rows(NAME, [measure(arm, settings, seed, runs, backend)])
+
+
+def measure(
+    arm: str, settings: tuple[str, ...], seed: int, runs: Path, backend: str
+) -> dict[str, object]:
+    folder = runs / f"{list(ARMS).index(arm)}-{seed}"
+    asked = [*settings, f"run.seed={seed}", f'run.name="{folder.name}"', f'run.folder="{runs}"']
+    sets = [word for setting in asked for word in ("--set", setting)]
+    command("run", str(HERE / "real" / "methods.toml"), "--backend", backend, *sets)
+    first, last = (json.loads(line) for line in lines_of(folder / "validation.jsonl"))
+    rounded = {"kl": "", "agreement": ""}
+    if arm in ROUNDED:
+        command("export", str(folder), "--to", TO)
+        told = (folder / "exports" / TO / "export.json").read_text()
+        rounded = json.loads(told)["fidelity"]
+    row = {
+        **machines.facts(),
+        "backend": backend,
+        "arm": arm,
+        "seed": seed,
+        "settings": " ".join(settings),
+        "kl_before": first["kl_cot"],
+        "kl": last["kl_cot"],
+        "ce": last["ce_cot"],
+        "agree": last["agree_cot"],
+        "rounded_kl": rounded["kl"],
+        "rounded_agreement": rounded["agreement"],
+    }
+    shutil.rmtree(folder)
+    return row
+
+
+@app.command()
+def write() -> None:
+    """The table: a row an arm, means over its seeds; intervals are t's, paired by seed."""
+    rows = read_rows(NAME)
+    head = [
+        "arm",
+        "seeds",
+        "KL to the teacher",
+        "of the first",
+        "first choice",
+        "after rounding: KL",
+    ]
+    body = []
+    for first, arms in groups(rows).items():
+        for arm, mine in arms.items():
+            ratio = DASH if arm == first else between(arms[first], mine)
+            body.append(
+                [arm, str(len(mine)), mean(mine, "kl"), ratio, mean(mine, "agree"), told(mine)]
+            )
+    one = rows[0]
+    said = (
+        f"{len(rows)} runs; before training the student's KL is {float(one['kl_before']):.3f} "
+        f"(of a cut one {spread(rows)}). {one['backend']} on {one['cpu']}; commits "
+        f"{', '.join(sorted({row['commit'] for row in rows}))}."
+    )
+    rewrite_section(NAME, f"{said}\n\n" + table(head, body, "lrrrrr").replace("\u00a0", " "))
+
+
+def groups(rows: list[dict[str, str]]) -> dict[str, dict[str, list[dict[str, str]]]]:
+    """Rows by the arm that a group begins with, and by arm."""
+    found: dict[str, dict[str, list[dict[str, str]]]] = {}
+    for arm in ARMS:
+        first = next(name for name in ("all weights", "LoRA") if arm.startswith(name))
+        mine = [row for row in rows if row["arm"] == arm]
+        if mine:
+            found.setdefault(first, {})[arm] = sorted(mine, key=lambda row: row["seed"])
+    return found
+
+
+def mean(rows: list[dict[str, str]], field: str) -> str:
+    return f"{statistics.fmean(float(row[field]) for row in rows):.3f}"
+
+
+def between(first: list[dict[str, str]], rows: list[dict[str, str]]) -> str:
+    """How many times the first arm's KL, with the 95 % interval over shared seeds."""
+    base = {row["seed"]: float(row["kl"]) for row in first}
+    logs = [math.log(float(row["kl"]) / base[row["seed"]]) for row in rows if row["seed"] in base]
+    ratio = f"{math.exp(statistics.fmean(logs)):.2f} ×"
+    if len(logs) < 2:
+        return ratio
+    low, high = (math.exp(end) for end in ttest_1samp(logs, 0).confidence_interval(0.95))
+    return f"{ratio} ({low:.2f} to {high:.2f})"
+
+
+def told(rows: list[dict[str, str]]) -> str:
+    return mean(rows, "rounded_kl") if rows[0]["rounded_kl"] else DASH
+
+
+def spread(rows: list[dict[str, str]]) -> str:
+    cut = [float(row["kl_before"]) for row in rows if "prune" in row["settings"]]
+    return f"{min(cut):.2f} to {max(cut):.2f}" if cut else "not measured"
+
+
+def lines_of(file: Path) -> tuple[str, str]:
+    """The first and the last."""
+    lines = file.read_text().splitlines()
+    return lines[0], lines[-1]
+
+
+def command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "mlx_distill", *arguments], check=True)
+
+
+def kept() -> Path:
+    return RESULTS / f"{NAME}.csv"
+
+
+if __name__ == "__main__":
+    app()
