@@ -5,7 +5,7 @@
 
 In: the fine-tuned SmolLM2 and the worked problems of "Students that finish". Out: a row a run as it
 ends in results/methods.csv: how far the student is from its teacher on held-out texts, once as it
-trained and, where an arm asks, once more after rounding to four bits.
+trained and, for two arms, once more after rounding to MLX's four bits.
 """
 
 import json
@@ -28,7 +28,7 @@ from benchmarks.tables import RESULTS, append_rows, read_rows, rewrite_section  
 from mlx_distill.reporting.markdown import table  # noqa: E402
 from mlx_distill.words import DASH  # noqa: E402
 
-NAME, TO = "methods", "mlx-4bit"
+NAME = "methods"
 SEEDS = (1, 2, 3)
 FULL = ("student.tuning=full", "optim.learning_rate=1e-4")
 CHANNELS = ("prune.channels=1024",)  # of 1,536
@@ -65,16 +65,17 @@ def measure(
     arm: str, settings: tuple[str, ...], seed: int, runs: Path, backend: str
 ) -> dict[str, object]:
     folder = runs / f"{list(ARMS).index(arm)}-{seed}"
-    asked = [*settings, f"run.seed={seed}", f'run.name="{folder.name}"', f'run.folder="{runs}"']
-    sets = [word for setting in asked for word in ("--set", setting)]
-    command("run", str(HERE / "real" / "methods.toml"), "--backend", backend, *sets)
-    first, last = (json.loads(line) for line in lines_of(folder / "validation.jsonl"))
-    rounded = {"kl": "", "agreement": ""}
-    if arm in ROUNDED:
-        command("export", str(folder), "--to", TO)
-        told = (folder / "exports" / TO / "export.json").read_text()
-        rounded = json.loads(told)["fidelity"]
-    row = {
+    distil(folder, backend, *settings, f"run.seed={seed}")
+    first, *_, last = validations(folder)
+    rounded = ""
+    if arm in ROUNDED:  # before it learns: adapters on the student's four bits change nothing yet
+        again = folder.with_name(f"{folder.name}-rounded")
+        of = (f'student.model="{folder}/student"', "student.quantize_bits=4", "optim.steps=1")
+        distil(again, backend, *of, f"run.seed={seed}")
+        rounded = validations(again)[0]["kl_cot"]
+        shutil.rmtree(again)
+    shutil.rmtree(folder)
+    return {
         **machines.facts(),
         "backend": backend,
         "arm": arm,
@@ -84,11 +85,19 @@ def measure(
         "kl": last["kl_cot"],
         "ce": last["ce_cot"],
         "agree": last["agree_cot"],
-        "rounded_kl": rounded["kl"],
-        "rounded_agreement": rounded["agreement"],
+        "rounded_kl": rounded,
     }
-    shutil.rmtree(folder)
-    return row
+
+
+def distil(folder: Path, backend: str, *settings: str) -> None:
+    asked = (*settings, f'run.name="{folder.name}"', f'run.folder="{folder.parent}"')
+    sets = [word for setting in asked for word in ("--set", setting)]
+    command = [sys.executable, "-m", "mlx_distill", "run", str(HERE / "real" / "methods.toml")]
+    subprocess.run([*command, "--backend", backend, *sets], check=True)
+
+
+def validations(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
 
 
 @app.command()
@@ -152,16 +161,6 @@ def told(rows: list[dict[str, str]]) -> str:
 def spread(rows: list[dict[str, str]]) -> str:
     cut = [float(row["kl_before"]) for row in rows if "prune" in row["settings"]]
     return f"{min(cut):.2f} to {max(cut):.2f}" if cut else "not measured"
-
-
-def lines_of(file: Path) -> tuple[str, str]:
-    """The first and the last."""
-    lines = file.read_text().splitlines()
-    return lines[0], lines[-1]
-
-
-def command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "mlx_distill", *arguments], check=True)
 
 
 def kept() -> Path:
