@@ -76,7 +76,7 @@ def measure(
         shutil.rmtree(again)
     shutil.rmtree(folder)
     return {
-        **machines.facts(),
+        **machines.facts("mlx_distill"),
         "backend": backend,
         "arm": arm,
         "seed": seed,
@@ -104,14 +104,7 @@ def validations(folder: Path) -> list[dict[str, float]]:
 def write() -> None:
     """The table: a row an arm, means over its seeds; intervals are t's, paired by seed."""
     rows = read_rows(NAME)
-    head = [
-        "arm",
-        "seeds",
-        "KL to the teacher",
-        "of the first",
-        "first choice",
-        "after rounding: KL",
-    ]
+    head = ["arm", "seeds", "KL", "× the first of its kind", "same first choice", "KL in four bits"]
     body = []
     for first, arms in groups(rows).items():
         for arm, mine in arms.items():
