@@ -42,6 +42,8 @@ ARMS: dict[str, tuple[str, ...]] = {  # the first of a group is what its others 
     "all weights, two thirds of the channels, in six rounds": (*FULL, *CHANNELS, "prune.rounds=6"),
     "all weights, 24 of 30 layers": (*FULL, "prune.layers=24", 'prune.layers_by="change"'),
 }
+CUT = "all weights, two thirds of the channels, before"
+SHALLOW = "all weights, 24 of 30 layers"
 ROUNDED = ("all weights", "all weights, learned with four bits")
 app = typer.Typer(add_completion=False)
 
@@ -112,11 +114,17 @@ def write() -> None:
             body.append(
                 [arm, str(len(mine)), mean(mine, "kl"), ratio, mean(mine, "agree"), told(mine)]
             )
-    one = rows[0]
+    one, by_arm = (
+        rows[0],
+        {arm: mine for found in groups(rows).values() for arm, mine in found.items()},
+    )
     said = (
-        f"{len(rows)} runs; before training the student's KL is {float(one['kl_before']):.3f} "
-        f"(of a cut one {spread(rows)}). {one['backend']} on {one['cpu']}; commits "
-        f"{', '.join(sorted({row['commit'] for row in rows}))}."
+        f"{len(rows)} runs, {one['backend']} on {one['cpu']}; commits "
+        f"{', '.join(sorted({row['commit'] for row in rows}))}. Before training the KL is "
+        f"{mean(by_arm['all weights'], 'kl_before')}, without a third of the channels "
+        f"{mean(by_arm[CUT], 'kl_before')}, without six layers "
+        f"{mean(by_arm[SHALLOW], 'kl_before')}. In four bits, learned with them against rounded "
+        f"afterwards: {between(*(by_arm[arm] for arm in ROUNDED), 'rounded_kl')} the KL."
     )
     rewrite_section(NAME, f"{said}\n\n" + table(head, body, "lrrrrr").replace("\u00a0", " "))
 
@@ -136,10 +144,10 @@ def mean(rows: list[dict[str, str]], field: str) -> str:
     return f"{statistics.fmean(float(row[field]) for row in rows):.3f}"
 
 
-def between(first: list[dict[str, str]], rows: list[dict[str, str]]) -> str:
+def between(first: list[dict[str, str]], rows: list[dict[str, str]], field: str = "kl") -> str:
     """How many times the first arm's KL, with the 95 % interval over shared seeds."""
-    base = {row["seed"]: float(row["kl"]) for row in first}
-    logs = [math.log(float(row["kl"]) / base[row["seed"]]) for row in rows if row["seed"] in base]
+    base = {row["seed"]: float(row[field]) for row in first}
+    logs = [math.log(float(row[field]) / base[row["seed"]]) for row in rows if row["seed"] in base]
     ratio = f"{math.exp(statistics.fmean(logs)):.2f} ×"
     if len(logs) < 2:
         return ratio
@@ -149,11 +157,6 @@ def between(first: list[dict[str, str]], rows: list[dict[str, str]]) -> str:
 
 def told(rows: list[dict[str, str]]) -> str:
     return mean(rows, "rounded_kl") if rows[0]["rounded_kl"] else DASH
-
-
-def spread(rows: list[dict[str, str]]) -> str:
-    cut = [float(row["kl_before"]) for row in rows if "prune" in row["settings"]]
-    return f"{min(cut):.2f} to {max(cut):.2f}" if cut else "not measured"
 
 
 def kept() -> Path:
