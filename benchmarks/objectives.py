@@ -83,7 +83,7 @@ ABOVE = "[above](#what-the-paper-says-and-what-we-measured)"
 CACHED = "[teacher cache](docs/teacher-cache.md)"
 ROUNDED = measured("A quantised student")
 PACKED = measured("Adapters on four bits")
-PRUNED = "[methods](docs/methods.md#a-student-cut-from-its-teacher)"
+PRUNED = "[a pruned student](benchmarks/README.md#a-pruned-student)"
 OTHERS = [
     *(
         Option(f'`selection.by = "{rule}"`', what, BOTH, ALL, f"half of the tokens, {rule}")
