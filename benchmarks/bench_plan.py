@@ -74,6 +74,12 @@ RECIPES: dict[str, tuple[dict, dict | None, int, tuple[str, ...]]] = {
             "student.alpha=16.0",
         ),
     ),
+    "DoRA": (
+        {"width": 512, "heads": 8, "kv_heads": 4, "ffn": 1536},
+        {},
+        512,
+        ("student.tuning=dora", "student.rank=8", "student.alpha=16.0"),
+    ),
     "LoRA on 4 blocks, long": (
         {"layers": 12},
         {},

@@ -2,7 +2,6 @@
 them, and fused into their matrices again.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +75,7 @@ def _numbers(linear: nn.Module) -> Tensor:
 
 
 def _peft() -> Any:
-    """peft, imported only where adapters are added: it takes longer than a small run's first step,
-    and imports bitsandbytes, which warns on every CPU of a kernel that nothing here uses.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """peft, imported only where adapters are added: it takes longer than a small run's first step."""
     import peft
 
     return peft

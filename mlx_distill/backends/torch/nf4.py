@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from mlx_distill.backends import refusals
 
+# It warns on CPUs of a kernel that nothing here uses, whichever library imports it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 def library(name: str, field: str = "") -> Any:
     """bitsandbytes, which `field` asks for, or else the folder; `ModelError` where it is missing."""
-    # it warns on CPUs of a kernel that nothing here uses
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError:
