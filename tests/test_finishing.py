@@ -28,10 +28,10 @@ BOTH = ("cot", "answer")
 @pytest.mark.parametrize(
     ("truncation", "segments", "remedy"),
     [
-        (HALF, ("cot",), '"answer", or truncation.whole_share = 0.25 with "answer" in'),
-        (HALF, BOTH, '"answer", or truncation.whole_share = 0.25$'),
-        ({"max_tokens": 9}, BOTH, "set truncation.ending"),
-        ({"keep": "cot"}, BOTH, "set truncation.ending"),
+        (HALF, ("cot",), 'set truncation.whole_share = 0.25 with "answer" in'),
+        (HALF, BOTH, "set truncation.whole_share = 0.25$"),
+        ({"max_tokens": 9}, BOTH, "set truncation.whole_share"),
+        ({"keep": "cot"}, BOTH, "set truncation.whole_share"),
         ({}, ("cot",), 'add "answer" to objective.segments'),
         (SHARED, ("cot",), 'add "answer" to objective.segments'),
         (ENDED, ("cot",), "train longer, or raise eval.max_new_tokens"),

@@ -3,6 +3,8 @@
 In: a recipe and the scores of its models. Out: a sentence, "" where all is well. Decided here: from
 which share on it is said (`WORTH_SAYING`), and which remedy belongs to which cause: a student ends
 its answers if its training showed it `</think>`, an answer and an end of turn that carry loss.
+Whole examples are the remedy for a cut: a student with `ending = "answer"` finishes too, but early
+and mostly wrong (benchmarks/README.md, "Students that finish").
 """
 
 from collections.abc import Mapping
@@ -33,8 +35,8 @@ def _remedy(recipe: Recipe) -> str:
     if cuts and cut.ending == "none" and not cut.whole_share:
         shown = "" if "answer" in segments else ' with "answer" in objective.segments'
         return (
-            "its training ended in the cut and never showed it an end; set truncation.ending = "
-            f'"answer", or truncation.whole_share = 0.25{shown}'
+            "its training ended in the cut and never showed it an end; set "
+            f"truncation.whole_share = 0.25{shown}"
         )
     if "answer" not in segments and cut.ending == "none":
         return 'the answer and the end of turn carried no loss; add "answer" to objective.segments'
