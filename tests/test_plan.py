@@ -95,6 +95,12 @@ def plan_of(lengths: list[int], machine: Machine = CPU, config: dict = CONFIG, *
 # sizes
 
 
+def test_a_format_that_nobody_knows_is_counted_as_stored():
+    """It is for the loader to refuse; a plan is not to end in a traceback."""
+    odd = CONFIG | {"quantization_config": "gptq"}
+    assert Dense.of(odd, "it") == Dense.of(CONFIG, "it")
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_those_of_a_real_model(family, tied):

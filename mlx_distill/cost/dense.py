@@ -6,6 +6,7 @@ has. Decided here: which configs can be planned from.
 
 from dataclasses import dataclass
 
+from mlx_distill.backends.packed import packed_by_bitsandbytes
 from mlx_distill.cost.flops import Shape
 from mlx_distill.errors import ModelError
 
@@ -41,16 +42,16 @@ class Dense:
         family = config.get("model_type", "")
         stored = config.get("dtype") or config.get("torch_dtype") or "float32"
         packed = config.get("quantization") or {}
-        theirs = config.get("quantization_config") or {}
+        four = packed_by_bitsandbytes(config)
         return cls(
             shape,
             config.get("tie_word_embeddings", True),
             family.startswith("qwen3"),
             _biases(config, shape),
             stored,
-            "nf4" if theirs.get("load_in_4bit") else packed.get("bits", 0),
+            "nf4" if four else packed.get("bits", 0),
             packed.get("group_size", 64),
-            theirs.get("bnb_4bit_use_double_quant", False),
+            four and config["quantization_config"].get("bnb_4bit_use_double_quant", False),
         )
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlx_distill.backends.packed import stored_bits
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.files import one_line
 from mlx_distill.models.config import Meaning
@@ -95,8 +96,7 @@ def probe(folder: Path, name: str) -> np.ndarray:
 
 
 def _quantised(folder: Path, name: str) -> bool:
-    config = Meaning(folder, name).whole
-    return bool(config.get("quantization") or config.get("quantization_config"))
+    return bool(stored_bits(Meaning(folder, name).whole))
 
 
 def _mlx_logits(folder: Path, name: str, tokens: np.ndarray) -> np.ndarray:

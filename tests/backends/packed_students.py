@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
-from frameworks import Framework, state_of
+from frameworks import Framework, relative_error, state_of
 from safetensors.numpy import load_file
 from tiny import recipe_of
 
@@ -41,6 +42,23 @@ def kept(one) -> dict[str, np.ndarray]:
         return load_file(folder / "weights.safetensors") | load_file(
             folder / "optimizer.safetensors"
         )
+
+
+def assert_equal_students(packed, plain) -> None:
+    """The one on a packed base learns as the one on its numbers written out: counts, the means of
+    the first gradients, and the losses of some steps.
+    """
+    assert packed.parameters == plain.parameters and packed.trainable == plain.trainable
+    for one in (packed, plain):
+        one.accumulate(BATCH, None, ALONE, 20.0)
+        one.apply(0.0)  # the means of the gradients alone
+    one, other = kept(packed), kept(plain)
+    assert one.keys() == other.keys()
+    moments = [key for key in one if key.endswith((".lora_b.m", ".m.m"))]
+    assert len(moments) >= 14
+    for key in moments:
+        assert relative_error(one[key], other[key]) < 1e-4
+    assert trained(packed) == pytest.approx(trained(plain), rel=1e-4)
 
 
 def logits_of(folder: Path) -> np.ndarray:
