@@ -166,13 +166,15 @@ def render(rows: list[dict[str, str]]) -> str:
     keys = ("divergence", "framework", "temperature", "head")
     newest = {tuple(row[key] for key in keys): row for row in rows}
     last = rows[-1]
+    shown = sorted(newest.values(), key=lambda row: row["date"])
+    seen = {key: ", ".join(dict.fromkeys(row[key] for row in shown)) for key in ("cpu", "commit")}
     cases = [(f, t, h) for f in Framework for t in ("1.0", "2.0") for h in ("frozen", "trained")]
     titles = [f"{f}, T {float(t):g}, {h}" for f, t, h in cases]
     lines = [
         f"Processor time × and peak memory × of forward KL: {int(last['vocab']):,} ids, "
         f"{last['positions']} positions, widths {WIDTHS[0]} and {WIDTHS[1]}, one BLAS thread. "
-        f"{last['cpu']}, {last['cores']} cores shared with other work, {last['date'][:10]}, commit "
-        f"{last['commit']}.",
+        f"{seen['cpu']}, {last['cores']} cores shared with other work, {shown[0]['date'][:10]} to "
+        f"{shown[-1]['date'][:10]}, commits {seen['commit']}.",
         "",
         f"| divergence | {' | '.join(titles)} |",
         f"|---|{'---:|' * len(titles)}",
