@@ -85,7 +85,8 @@ def test_every_option_of_the_method_is_in_the_readmes_table():
     """Whoever adds a divergence, a rule or an optimizer adds its row (benchmarks/objectives.py)."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     table = readme.partition("<!-- options -->")[2].partition("<!-- /options -->")[0]
-    words = [*get_args(Divergence), "hidden_weight", "hidden_distance", "whole_share", "ending"]
+    words = [*get_args(Divergence), "hidden_weight", "hidden_distance"]
+    words += ["spread", "whole_share", "ending"]
     selection = TABLES["selection"].model_fields
     words += [word for word in get_args(selection["by"].annotation) if word != "position"]
     words += [word for word in get_args(selection["position_weight"].annotation) if word != "flat"]

@@ -760,7 +760,7 @@ def test_the_digest_is_of_everything_but_where_a_run_lies_and_what_it_is_beside(
     newer["rollouts"] = set(TABLES["rollouts"].model_fields) - {"folder"}
     newer["prune"] = set(TABLES["prune"].model_fields) - {"folder"}
     newer["student"] = {"from_teacher", "quantize_aware_bits", "quantize_bits"}
-    newer["truncation"] = {"whole_share", "ending"}
+    newer["truncation"] = {"whole_share", "ending", "spread"}
     newer["teacher"] = {"compute_dtype", "keep_answers"}
     newer["eval"] = {"prompt", "answer"}
     assert {(table, field) for table, fields in newer.items() for field in fields} == set(

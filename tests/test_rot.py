@@ -143,6 +143,7 @@ CASES = {
     "truncation.keep": ("suffix", ()),
     "truncation.span": ("cot", ()),
     "truncation.fraction": ("0.9", ()),
+    "truncation.spread": ("0.5", ("truncation.fraction=0.5",)),
     "truncation.max_tokens": ("88", ()),
     "truncation.context": ("keep", ("truncation.keep=suffix",)),
     "truncation.token_share": ("0.5", ()),

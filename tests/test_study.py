@@ -243,6 +243,7 @@ FRACTION = "truncation.fraction"
         ({"data.train_examples": 4000, "optim.steps": 1}, "4,000 examples, 1 step"),
         ({"data.seed": 1, "eval.seed": 2, "run.fast": True}, "data.seed 1, eval.seed 2, fast on"),
         ({"truncation.whole_share": "x", "a.b_c": [1, 2]}, "x of the examples whole, b c 1 + 2"),
+        ({"truncation.spread": 0.5}, "each cut at its own fraction, ± 50\u00a0%"),
         ({}, "as in the recipe"),
     ],
 )
@@ -260,6 +261,7 @@ def test_conditions_that_differ_read_differently():
         "optim.learning_rate": [1e-5, 2e-5, 1.1e-5],
         "data.train_examples": [0, 1, 10, 11],
         "truncation.whole_share": [0.0, 0.1, 0.25],
+        "truncation.spread": [0.0, 0.1, 0.25],
         "truncation.token_share": [1.0, 0.5],
         "objective.divergence": ["forward_kl", "reverse_kl", "new"],
     }

@@ -24,7 +24,7 @@ from mlx_distill.data.reading import read_examples
 from mlx_distill.data.renderer import rendered_all
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.data.template import refuse_unusable
-from mlx_distill.data.truncate import stays_whole, thin, truncate
+from mlx_distill.data.truncate import drawn, stays_whole, thin, truncate
 from mlx_distill.errors import DataError
 from mlx_distill.recipe.recipe import Recipe, with_values
 from mlx_distill.recipe.tables import DataTable, TruncationTable
@@ -324,7 +324,8 @@ def cut_sequence(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:
     whole, then thinned to its share of supervised tokens.
     """
     whole = _stays_whole(sequence, recipe)
-    cut = sequence if whole else truncate(sequence, recipe.truncation)
+    table = drawn(recipe.truncation, sequence.id, recipe.run.seed)
+    cut = sequence if whole else truncate(sequence, table)
     return thin(cut, recipe.truncation.token_share, recipe.objective.segments, recipe.run.seed)
 
 

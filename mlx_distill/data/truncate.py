@@ -2,7 +2,8 @@
 carry loss.
 
 In: whole sequences and the `[truncation]` table. Out: sequences whose segment ends are clamped to
-what is left. Decided here: which examples stay whole, where the kept window lies (`WINDOWS`, one
+what is left. Decided here: which examples stay whole, at which
+fraction each is cut, where the kept window lies (`WINDOWS`, one
 function per `keep`), what happens to the tokens around it, what of the sequence's end follows a
 cut, and which random share of the supervised tokens carries loss. Ids are cut, never text.
 """
@@ -17,7 +18,7 @@ from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.recipe.tables import TruncationTable
 
 Window = tuple[int, int]  # half-open, in tokens of the whole sequence
-WHOLE = 1  # random numbers for which examples stay whole
+WHOLE, FRACTION = 1, 2  # random numbers for which examples stay whole, and where others are cut
 
 
 def truncate(sequence: TokenSequence, truncation: TruncationTable) -> TokenSequence:
@@ -60,6 +61,16 @@ def stays_whole(sequence: TokenSequence, share: float, seed: int) -> bool:
     the seed and its id. Those of a smaller share are among those of a larger one.
     """
     return random_of(seed, sequence.id, WHOLE).random() < share
+
+
+def drawn(truncation: TruncationTable, example: str, seed: int) -> TruncationTable:
+    """The cut of one example, whose fraction is drawn evenly from fraction × (1 ± spread): a pure
+    function of the seed and its id. Every place of a text is then learned from in some of them.
+    """
+    if not truncation.spread:
+        return truncation
+    off = random_of(seed, example, FRACTION).uniform(-truncation.spread, truncation.spread)
+    return truncation.model_copy(update={"fraction": truncation.fraction * (1 + off)})
 
 
 def thin(

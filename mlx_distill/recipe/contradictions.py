@@ -71,6 +71,12 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
             '[truncation] keep = "cot" cuts after </think> and takes no fraction, found '
             f"{truncation.fraction}: set fraction = 1.0"
         )
+    if truncation.fraction * (1 + truncation.spread) > 1:
+        yield (
+            f"[truncation] fraction = {truncation.fraction:g} and spread = {truncation.spread:g} draw "
+            f"fractions up to {truncation.fraction * (1 + truncation.spread):g}, more than all: "
+            "lower one of them"
+        )
     if batch.micro_batch_size > batch.global_batch_size:
         yield (
             f"[batch] micro_batch_size {batch.micro_batch_size} exceeds global_batch_size "

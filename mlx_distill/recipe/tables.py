@@ -277,6 +277,9 @@ class TruncationTable(Table):
     fraction: Fraction = 1.0
     """Share of the span's tokens that is kept: the paper's Lead-Span Proportion."""
 
+    spread: Annotated[Weight, CameLater(0.0)] = 0.0
+    """Each training example's own fraction is drawn, seeded, from fraction × (1 ± spread)."""
+
     max_tokens: Annotated[int, within(0, 2**24)] = 0
     """Cap on the window; prompt or context that is only read comes on top; 0 = none."""
 

@@ -77,7 +77,11 @@ def _share(value: Any) -> str:
     """0.25 → "a quarter", 0.37 → "37 %"."""
     if not is_number(value):
         return _value(value)
-    return SHARES.get(value) or f"{100 * value:.12g}\u00a0%"
+    return SHARES.get(value) or _percentage(value)
+
+
+def _percentage(value: Any) -> str:
+    return f"{100 * value:.12g}\u00a0%" if is_number(value) else _value(value)
 
 
 def _with_teacher(weight: Any) -> str:
@@ -115,6 +119,9 @@ FIELDS: dict[str, Callable[[Any], str]] = {
     "truncation.ending": _named(ENDINGS),
     "truncation.whole_share": lambda value: (
         f"{_share(value) if value else 'none'} of the examples whole"
+    ),
+    "truncation.spread": lambda value: (
+        f"each cut at its own fraction, ± {_percentage(value)}" if value else "one fraction for all"
     ),
     "truncation.token_share": lambda value: (
         f"{_share(value) if value != 1 else 'all'} of the supervised tokens"

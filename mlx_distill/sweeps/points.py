@@ -143,7 +143,7 @@ class Builder:
         if cut != TruncationTable(fraction=cut.fraction, token_share=cut.token_share):
             raise RecipeError(
                 f"{self.path}: token_matched needs a cut whose tokens grow with its fraction: "
-                'keep = "prefix", span = "sequence", context = "drop", max_tokens = 0, '
+                'keep = "prefix", span = "sequence", context = "drop", max_tokens = 0, spread = 0.0, '
                 'whole_share = 0.0 and ending = "none" in the base'
             )
         if 1 in self.file.token_matched:

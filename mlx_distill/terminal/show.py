@@ -134,6 +134,8 @@ def account(prepared: Prepared, recipe: Recipe) -> Text:
 def _title(recipe: Recipe) -> str:
     cut, segments = recipe.truncation, " + ".join(recipe.objective.segments)
     parts = [f"learns {segments}", f"keeps {cut.keep} {cut.fraction:g} of the {cut.span}"]
+    if cut.spread:
+        parts[-1] += f", {cut.fraction * (1 - cut.spread):g} to {cut.fraction * (1 + cut.spread):g}"
     if cut.max_tokens:
         parts.append(f"at most {cut.max_tokens:,} tokens")
     if cut.context == "keep":
