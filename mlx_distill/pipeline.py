@@ -51,7 +51,7 @@ from mlx_distill.teaching.folder import TeacherCache
 from mlx_distill.teaching.kept_answers import KeptAnswers
 from mlx_distill.teaching.of_recipe import asked_of_teacher, days_of, filled, kept_in_memory
 from mlx_distill.terminal.last_words import last_words
-from mlx_distill.terminal.plan import announce, shortage
+from mlx_distill.terminal.plan import announce, shortage, student_config
 from mlx_distill.training.loop import Source, Training, restore
 from mlx_distill.verify.tasks import Task, tasks_of
 from mlx_distill.view import View, silent
@@ -126,6 +126,7 @@ class Pipeline:
         self.choose_day(folder.kept_day())
         self.announce()
         tasks = self._tasks()
+        student_config(self.recipe, self.pair.student)  # refuses before anything is written
         self.prune()
         if folder.has_student():
             self._say_damage(folder)

@@ -16,7 +16,7 @@ from tiny import model_folder
 from mlx_distill import pipeline, stages
 from mlx_distill.backends import choose_backend
 from mlx_distill.backends.activations import Activations, Sums, averaged
-from mlx_distill.errors import DistillError, ModelError, RecipeError
+from mlx_distill.errors import DistillError, RecipeError
 from mlx_distill.machine import this_machine
 from mlx_distill.models.hub import model_folder as model_folder_of
 from mlx_distill.models.prune import Sizes
@@ -211,10 +211,22 @@ def test_another_model_beside_from_teacher_is_refused(tiny_recipe: Path, tmp_pat
         of_teacher(tiny_recipe, tmp_path, "student.model=other")
 
 
-@pytest.mark.parametrize("asked", [("prune.layers=9",), ("prune.channels=9999", "prune.rounds=2")])
-def test_a_plan_has_no_more_than_there_is(tiny_recipe: Path, asked: tuple[str, ...]):
-    with pytest.raises(RecipeError, match=r"is more than .* has, which is"):
-        plan_of(load_recipe(tiny_recipe, asked), this_machine("mlx"))
-    compared = ("objective.hidden_weight=1.0", "objective.hidden_layers=[9]")
-    with pytest.raises(ModelError, match=r"asks for layer 9, but it has"):
-        plan_of(load_recipe(tiny_recipe, compared), this_machine("mlx"))
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        (("prune.layers=9",), r"is more than .* has, which is"),
+        (("prune.channels=9999", "prune.rounds=2"), r"is more than .* has, which is"),
+        (("objective.hidden_weight=1.0", "objective.hidden_layers=[9]"), "asks for layer 9, but"),
+    ],
+)
+def test_more_than_there_is_is_refused_before_anything_is_written(
+    tiny_recipe: Path, tmp_path: Path, asked: tuple[str, ...], message: str
+):
+    texts = tmp_path / "texts"
+    writes = "rollouts.by=teacher", "rollouts.max_new_tokens=5", f"rollouts.folder={texts}"
+    recipe = load_recipe(tiny_recipe, ("truncation.span=cot", *writes, *asked))
+    with pytest.raises(DistillError, match=message):
+        plan_of(recipe, this_machine("mlx"))
+    with pytest.raises(DistillError, match=message):
+        pipeline.run(recipe, quiet()[0], "mlx")
+    assert not texts.exists()

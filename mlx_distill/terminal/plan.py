@@ -72,13 +72,17 @@ def plan_of(
 
 
 def student_config(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The config.json of the student, or of the base in `folder` with the sizes that it will have."""
+    """The config.json of the student, or of the base in `folder` with the sizes that it will have.
+    Raises `ModelError` where the recipe asks for more of it than there is.
+    """
     config, cut, name = read_config(folder), recipe.prune.before, recipe.student.model
     if cut.cuts or recipe.prune.thins:
         refuse_larger(recipe.prune, Sizes.of_meaning(Meaning(folder, name)), name)
-    if not cut.cuts:
-        return config
-    return pruned_config(config, name, cut.layers, cut.channels, cut.kv_heads)
+    if cut.cuts:
+        config = pruned_config(config, name, cut.layers, cut.channels, cut.kv_heads)
+    if recipe.objective.hidden_weight and (depth := config.get("num_hidden_layers")):
+        chosen_layers(recipe, depth, name)
+    return config
 
 
 def _planned(
@@ -91,8 +95,6 @@ def _planned(
 ) -> tuple[Plan, Question]:
     """With the peak that an earlier probe measured, if one did."""
     configs = read_config(teacher) if teacher else None, student_config(recipe, student)
-    if recipe.objective.hidden_weight and (depth := configs[1].get("num_hidden_layers")):
-        chosen_layers(recipe, depth, recipe.student.model)
     made = make_plan(recipe, prepared, *configs, machine, advised)
     question = Question(recipe, student, teacher, made.costliest, machine)
     return made.with_measured(kept_answer(question)), question
