@@ -116,16 +116,16 @@ def kept_kinds() -> dict[tuple[str, str, str, str], tuple[int, int]]:
 
 
 def joined(path: Path, rows: list[Row]) -> list[Row]:
-    """Rows, after those that are kept of other runs, which another machine made; base and teacher
-    as they were scored first.
+    """Rows, after those that are kept of other runs, which another machine made, with a teacher of
+    its own by the same recipe; the base, which is one for all, as it was scored first.
     """
-    again = {(row.label, row.run) for row in rows}
+    again = {(row.role, row.label, row.run) for row in rows}
     kept = [row for row in (read_rows(path) if path.exists() else []) if row.status == DONE]
-    shared = {row.role for row in kept if row.role != "student"}
-    return [
-        *(row for row in kept if row.role in shared or (row.label, row.run) not in again),
-        *(row for row in rows if row.role not in shared),
+    kept = [
+        row for row in kept if row.role == "base" or (row.role, row.label, row.run) not in again
     ]
+    scored = any(row.role == "base" for row in kept)
+    return [*kept, *(row for row in rows if row.role != "base" or not scored)]
 
 
 def kept_costs() -> dict[tuple[str, str, str], tuple[float, float]]:
