@@ -117,6 +117,9 @@ OTHERS = [
         "`fraction`, `keep`, `span`", "how much of a text, and which part", BOTH, ALL, "", ABOVE
     ),
     Option(
+        "`spread`", "a cut of its own for each text, drawn around `fraction`", BOTH, ALL, "", FINISH
+    ),
+    Option(
         "`whole_share`, `ending`", "whole texts, or an answer after a cut", BOTH, ALL, "", FINISH
     ),
     Option('`rollouts.by = "teacher"`', "text of the teacher", BOTH, ALL, "the teacher's text"),
