@@ -276,12 +276,6 @@ def _lock_of(path: Path) -> str:
 # digests
 
 
-def kept_for_later(name: str) -> Path:
-    """A folder of this program's in the user's cache, which may go at any time."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "mlx-distill" / name
-
-
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:

@@ -29,6 +29,7 @@ for _library in ("OMP", "OPENBLAS", "MKL"):  # before any of them is loaded: wor
 ON_A_CPU = {"MLX_DISTILL_DEVICE": "cpu", "MLX_ENABLE_TF32": "0"}
 os.environ |= ON_A_CPU
 os.environ["MLX_DISTILL_SCORES"] = "off"  # no test finds another one's answers
+os.environ.pop("MLX_DISTILL_CACHE", None)  # tests name caches of their own
 
 import pytest
 from hypothesis import settings

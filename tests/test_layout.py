@@ -17,6 +17,7 @@ ORDER = [
     "words",
     "readers",
     "files",
+    "caches",
     "signals",
     "processes",
     "awake",

@@ -1,6 +1,7 @@
 """Teacher and base are asked once for all runs that ask them the same, and never for another question."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,11 @@ def kept_files(folder: Path) -> list[Path]:
 def test_a_second_run_asks_neither_teacher_nor_base(score, tmp_path):
     first, one = score("first")
     assert "of an earlier run" not in first and len(kept_files(tmp_path)) == 2
+    for file in kept_files(tmp_path):
+        os.utime(file, (0, 0))
     second, other = score("second", "optim.learning_rate=0.5")
     assert second.count("answers of an earlier run") == 2
+    assert all(file.stat().st_mtime > 0 for file in kept_files(tmp_path))  # used, hence kept on
     scores = [folder.read(TaskScores).scores for folder in (one, other)]
     for part in ("teacher", "base"):
         assert scores[0][part] == scores[1][part]

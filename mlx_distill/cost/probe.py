@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill import backends
+from mlx_distill.caches import forget_unused, kept_for_later, mark_used
 from mlx_distill.cost.plan import Costliest, Measured
 from mlx_distill.errors import DistillError, OutOfMemory, says_out_of_memory
-from mlx_distill.files import kept_for_later, write_json
+from mlx_distill.files import write_json
 from mlx_distill.machine import Machine, processor_name, versions
 from mlx_distill.models.folder import read_config
 from mlx_distill.processes import program
@@ -77,6 +78,7 @@ def kept_answer(question: Question) -> Measured | None:
     """What an earlier probe of the same question measured, if one did."""
     with suppress(DistillError, KeyError, TypeError, ValueError):
         kept = read_json(_kept_file(question))
+        mark_used(_kept_file(question))
         return Measured(float(kept["training_bytes"]), float(kept["validation_bytes"]))
     return None
 
@@ -96,6 +98,7 @@ def probe(question: Question) -> Measured:
         file = _kept_file(question)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(measured))
+        forget_unused(file.parent)
     return measured
 
 

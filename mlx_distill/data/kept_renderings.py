@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mlx_distill.caches import forget_unused, kept_for_later, mark_used
 from mlx_distill.data.examples import Skip
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DistillError
-from mlx_distill.files import kept_for_later, made_whole, sha256_of, write_json
+from mlx_distill.files import made_whole, sha256_of, write_json
 from mlx_distill.machine import versions
 from mlx_distill.readers import read_json
 
@@ -64,6 +65,7 @@ class KeptRenderings:
         self._places: dict[str, _Place] = {}
         self._skipped: dict[str, tuple[str, dict[str, int]]] = {}
         self._new: dict[str, Rendered] = {}
+        mark_used(self.folder)
         self._broken = [part for part in sorted(self.folder.glob("part-*")) if not self._read(part)]
 
     def find(self, name: str) -> Rendered | None:
@@ -114,6 +116,7 @@ class KeptRenderings:
                 }
                 write_json(part / ROWS, {"sha256": _digest(said), **said})
         self._new = {}
+        forget_unused(self.folder.parent)
 
     def _read(self, part: Path) -> bool:
         """A part that is whole; nothing of another, which is False."""

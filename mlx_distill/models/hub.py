@@ -8,11 +8,11 @@ model's folder is ever run.
 """
 
 import hashlib
-import os
 import re
 from pathlib import Path
 
 import mlx_distill
+from mlx_distill.caches import kept_for_later
 from mlx_distill.errors import ModelError, NotFound
 from mlx_distill.files import of_people, sha256_of
 from mlx_distill.models.folder import read_config
@@ -23,7 +23,7 @@ from mlx_distill.models.weight_files import weight_files
 from mlx_distill.models.weights import read_weights
 from mlx_distill.readers import path_of
 
-__all__ = ["cache_folder", "load_tokenizer", "model_fingerprint", "model_folder"]
+__all__ = ["load_tokenizer", "model_fingerprint", "model_folder"]
 
 EMBEDDED_WEIGHTS = Path(mlx_distill.__file__).parent / "embedded" / "weights"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -74,15 +74,6 @@ def model_fingerprint(folder: Path) -> str:
         content = sha256_of(file) if whole else _hash_sampled(file)
         digest.update(f"{file.name} {file.stat().st_size} {content}\n".encode())
     return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `$MLX_DISTILL_CACHE`, else `mlx-distill` in the user's cache
-    folder.
-    """
-    if asked := os.environ.get("MLX_DISTILL_CACHE"):
-        return Path(asked).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlx-distill"
 
 
 def _embedded(name: str) -> Path:
@@ -173,7 +164,7 @@ def _converted(path: Path) -> Path:
         )
     from mlx_distill.models.gguf.convert import convert
 
-    folder = cache_folder() / "gguf" / f"{path.stem}-{_gguf_key(path)}"
+    folder = kept_for_later("gguf") / f"{path.stem}-{_gguf_key(path)}"
     if not folder.is_dir():
         convert(path, folder)
     return folder

@@ -17,8 +17,9 @@ from typing import Any
 
 import mlx_distill
 from mlx_distill.backends.protocol import Backend
+from mlx_distill.caches import forget_unused, kept_for_later, mark_used
 from mlx_distill.errors import DistillError
-from mlx_distill.files import kept_for_later, write_json
+from mlx_distill.files import write_json
 from mlx_distill.machine import processor_name, versions
 from mlx_distill.readers import read_json
 from mlx_distill.scoring.generations import Generation, Generations
@@ -71,6 +72,7 @@ class SharedGenerations(Generations):
         with suppress(OSError, DistillError):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._file, {"sha256": _digest(rows), "generations": rows})
+        forget_unused(self._file.parent)
 
     def _missing(self) -> bool:
         return any(one not in self.kept for one in self._asked)
@@ -87,6 +89,7 @@ class SharedGenerations(Generations):
             rows, whole = [], False
         by_place = {(row.problem, row.sample): row for row in rows if row}
         if whole and by_place.keys() == set(self._asked):
+            mark_used(self._file)
             return [by_place[one] for one in self._asked]
         self.say(f"note: {self._file} is not as it was written and is made again")
         with suppress(OSError):

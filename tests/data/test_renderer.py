@@ -1,5 +1,6 @@
 """Many examples rendered at once, and read again from disk, are what one by one they are."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,7 +74,10 @@ def test_together_and_from_disk_they_are_what_they_are_alone(tokenizer, monkeypa
     assert told(rendered_all(EXAMPLES, tokenizer, "")) == wanted
     assert len(list(home.glob("*/part-*"))) == 1
     no_rendering(monkeypatch)
+    for kept in home.glob("*"):
+        os.utime(kept, (0, 0))
     assert told(rendered_all(EXAMPLES, tokenizer, "")) == wanted
+    assert all(kept.stat().st_mtime > 0 for kept in home.glob("*"))  # used, hence kept on
     assert told(rendered_all(EXAMPLES[::-1], tokenizer, "")) == wanted[::-1]
 
 
