@@ -439,3 +439,17 @@ def test_a_push_puts_the_whole_export_there(run: Path, tmp_path: Path, monkeypat
     with pytest.raises(DistillError, match="try again when the hub can be reached") as error:
         exported(run, "hf", tmp_path / "out", push="me/a-student")
     assert "\n" not in str(error.value)
+
+
+def test_without_a_network_a_push_does_not_wait_for_the_hubs_client(run, tmp_path, monkeypatch):
+    def unknown(*asked):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("mlx_distill.models.reach.socket.getaddrinfo", unknown)
+    monkeypatch.setattr("mlx_distill.models.reach.getproxies", dict)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_exists", lambda *asked: pytest.fail("asked"))
+    with pytest.raises(
+        DistillError, match=r"its host is not known here\); .*out is whole: try again"
+    ):
+        exported(run, "hf", tmp_path / "out", push="me/a-student")
+    assert (tmp_path / "out" / "config.json").exists()

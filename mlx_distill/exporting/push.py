@@ -9,7 +9,9 @@ from pathlib import Path
 
 from mlx_distill.errors import DistillError, RecipeError
 from mlx_distill.files import one_line
+from mlx_distill.models.reach import hub_resolves
 
+LATER = "try again when the hub can be reached"
 ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -27,6 +29,8 @@ class Hub:
         """
         from huggingface_hub import HfApi
 
+        if not hub_resolves():
+            raise DistillError(self._said("its host is not known here", folder, LATER))
         api = HfApi(library_name="mlx-distill")
         try:
             made = not api.repo_exists(self.repository)
@@ -48,8 +52,7 @@ class Hub:
             401: "log in with `hf auth login`",
             403: "your token may not write there: make one that may, then `hf auth login`",
         }
-        remedy = remedies.get(status or 0, "try again when the hub can be reached")
-        return (
-            f"--push {self.repository}: the hub did not take it ({one_line(cause)}); {folder} is "
-            f"whole: {remedy}"
-        )
+        return self._said(one_line(cause), folder, remedies.get(status or 0, LATER))
+
+    def _said(self, why: str, folder: Path, remedy: str) -> str:
+        return f"--push {self.repository}: the hub did not take it ({why}); {folder} is whole: {remedy}"

@@ -17,19 +17,21 @@ def hub_at_hand() -> Iterator[None]:
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _resolves(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = before or not hub_resolves()
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
 
-def _resolves(address: str) -> bool:
-    """Whether somebody knows the host of this address; a proxy may, whom we do not ask."""
+def hub_resolves() -> bool:
+    """Whether somebody knows the hub's host; a proxy may, whom we do not ask."""
+    from huggingface_hub import constants
+
     if getproxies():
         return True
     try:
-        socket.getaddrinfo(urlsplit(address).hostname, None)
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
     except OSError:
         return False
     return True
