@@ -8,7 +8,8 @@ makes them. Decided here, each with the correct form that the other settings hav
 - `said`: white space around reasoning and answer stays as the row has it, as far as the template
   leaves it. (Correct: it is trimmed.)
 - `end_of_cot`: the line break after `</think>` belongs to the chain of thought where that is
-  learned, and to the answer where it is not. (Correct: to the chain of thought.)
+  learned, and to the answer where it is not, or where `keep = "cot"` cuts the answer off. (Correct:
+  to the chain of thought.)
 - `validated`: validation sequences are cut as training ones are. (Correct: they are whole.)
 - `mean_of_means`: the loss, of training and validation, is the mean over sequences of each one's
   mean. (Correct: one sum over all tokens, divided once.)
@@ -44,7 +45,10 @@ MARKS = (
 
 
 def whole_conversation(
-    example: Example, tokenizer: "PreTrainedTokenizerFast", segments: tuple[str, ...]
+    example: Example,
+    tokenizer: "PreTrainedTokenizerFast",
+    segments: tuple[str, ...],
+    keep: str = "prefix",
 ) -> TokenSequence:
     """The example through the chat template, all of it. Raises `Skip` where the template refuses it,
     and where `<think>` or `</think>` cannot be found in its tokens.
@@ -67,7 +71,7 @@ def whole_conversation(
         id=example.id,
         tokens=np.asarray(tokens, np.int32),
         prompt_end=begin,
-        cot_end=end_of_cot(closed, segments),
+        cot_end=end_of_cot(closed, segments, keep),
         allowed=np.ones(len(tokens), bool),
         closing=closing,
     )
@@ -100,9 +104,9 @@ def _found(tag: str, tokens: list[int], tokenizer: "PreTrainedTokenizerFast") ->
     raise Skip(f"no {tag} in its tokens")
 
 
-def end_of_cot(closed: int, segments: tuple[str, ...]) -> int:
+def end_of_cot(closed: int, segments: tuple[str, ...], keep: str) -> int:
     """Where the answer begins, after a `</think>` that ends at `closed`."""
-    return closed + 1 if "cot" in segments else closed
+    return closed + 1 if "cot" in segments and keep != "cot" else closed
 
 
 def validated(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:

@@ -203,10 +203,10 @@ def _rendered(
     """Each example that can be rendered in at most `longest_tokens`, with its sequence; others are
     counted by their reason.
     """
-    longest, segments = recipe.data.longest_tokens, recipe.objective.segments
+    longest = recipe.data.longest_tokens
     found: Iterator[tuple[Example, Rendered]]
     if recipe.data.compat == "paper":
-        found = ((one, _as_the_paper(one, tokenizer, segments)) for one in examples)
+        found = ((one, _as_the_paper(one, tokenizer, recipe)) for one in examples)
     else:
         found = rendered_all(examples, tokenizer, day)
     for example, (sequence, unread) in found:
@@ -220,10 +220,11 @@ def _rendered(
 
 
 def _as_the_paper(
-    example: Example, tokenizer: "PreTrainedTokenizerFast", segments: tuple[str, ...]
+    example: Example, tokenizer: "PreTrainedTokenizerFast", recipe: Recipe
 ) -> Rendered:
+    segments, keep = recipe.objective.segments, recipe.truncation.keep
     try:
-        return Rendered(whole_conversation(example, tokenizer, segments), dropped(example))
+        return Rendered(whole_conversation(example, tokenizer, segments, keep), dropped(example))
     except Skip as skip:
         return Rendered(skip, Counter())
 

@@ -144,6 +144,23 @@ def test_a_part_is_the_public_codes(cut, left_out, pairs, qwen3_tokenizer):
         assert truncate(ours, cut).tokens.tolist() == ids[start : start + length]
 
 
+@pytest.mark.network
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("name", ROWS)
+def test_what_ends_with_the_reasoning_is_the_public_codes(name, section, pairs, qwen3_tokenizer):
+    """`truncate_after_think_end_token`, which leaves no line break after `</think>`."""
+    cut, segments = TruncationTable(keep="cot"), SECTIONS[section]
+    for row, example in pairs[name]:
+        ours = truncate(whole_conversation(example, qwen3_tokenizer, segments, cut.keep), cut)
+        ids = their_ids(row, qwen3_tokenizer)
+        ids = ids[: ids.index(qwen3_tokenizer.convert_tokens_to_ids("</think>")) + 1]
+        assert ours.tokens.tolist() == ids
+        labels = their_labels(ids, section, qwen3_tokenizer)
+        labels[0] = IGNORED
+        said = np.where(ours.supervised(segments), ours.tokens, IGNORED)
+        assert said.tolist() == labels.tolist()
+
+
 def test_what_a_model_writes_is_not_rendered_as_the_paper_does():
     recipe = Path(__file__).parents[2] / "recipes" / "cot50.toml"
     with pytest.raises(RecipeError, match='compat = "paper" renders what the data says'):
@@ -159,12 +176,12 @@ ALTERNATE = (
 )
 
 
-def prepared(folder, rows, tokenizer):
+def prepared(folder, rows, tokenizer, *settings):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     counts = ("data.train_examples=2", "data.validation_examples=1")
     recipe = Path(__file__).parents[2] / "recipes" / "paper" / "sky-t1-compat.toml"
-    return prepare(load_recipe(recipe, (f"data.source={path}", *counts)), tokenizer)
+    return prepare(load_recipe(recipe, (f"data.source={path}", *counts, *settings)), tokenizer)
 
 
 def asked(many, **more):
@@ -181,6 +198,14 @@ def test_what_the_public_code_does_not_read_is_counted(bytes_tokenizer, tmp_path
         'system text (data.compat = "paper")': 3,
         'tools (data.compat = "paper")': 3,
     }
+
+
+def test_a_run_that_keeps_the_reasoning_ends_with_its_tag(bytes_tokenizer, tmp_path):
+    tokenizer = bytes_tokenizer("qwen2_5")
+    keep = "truncation.keep=cot", "truncation.fraction=1.0"
+    found = prepared(tmp_path, map(asked, range(3)), tokenizer, *keep)
+    for one in (*found.train, *found.validation):
+        assert tokenizer.decode(one.tokens).endswith("\n</think>")
 
 
 def test_a_template_that_takes_reasoning_out_is_named_as_the_cause(bytes_tokenizer, tmp_path):
