@@ -276,6 +276,15 @@ def test_one_cache_serves_every_cut_with_an_ending(backend, root, teacher, cache
     np.testing.assert_allclose(sampled.terms["ending"], live[0].terms["ending"], rtol=1e-5)
 
 
+def test_what_follows_a_cut_is_no_target_that_a_cache_must_hold(caches):
+    """It learns from the text alone; the row before it is the start of a kept one."""
+    whole = [dataclasses.replace(one, closing=one.cot_end - 1) for one in SEQUENCES]
+    table = TruncationTable(fraction=0.5, ending="answer")
+    cut = [truncate(one, table) for one in whole]
+    assert any(one.ending for one in cut)
+    caches["top_k"].refuse_unknown_targets(cut, ("cot",))
+
+
 def test_a_cut_that_drops_context_is_refused_by_id(caches):
     sequences = [
         truncate(one, TruncationTable(keep="suffix", fraction=0.5)) for one in SEQUENCES[:2]

@@ -276,6 +276,19 @@ def test_a_named_task_reads_a_file_of_its_rows(name, tmp_path):
     assert problem.prompt.startswith("When?\n\nPlease")
 
 
+def test_a_named_task_that_is_not_there_is_called_by_its_name(tmp_path, monkeypatch):
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach it on the Hub")
+
+    fake = SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(NotFound, match=r"^task aime25: .* a copy on disk is aime25:FILE$"):
+        load_task("aime25", 5, 1)
+    missing = tmp_path / "no.jsonl"
+    with pytest.raises(NotFound, match=rf"^task aime25:{missing}: {missing} is not there"):
+        load_task(f"aime25:{missing}", 5, 1)
+
+
 def test_a_prompt_may_be_put_otherwise_and_the_problem_keeps_its_id(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"problem": "a {b}?", "answer": "1"}])
     bare, put = (

@@ -179,7 +179,12 @@ def _load_named(name: str, kind: str, file: str, examples: int, seed: int) -> Ta
     named = NAMED_TASKS[kind]
     if file:
         path_of(file, f"task {name}", NotFound)
-    rows = list(named.rows(file))
+    try:
+        rows = list(named.rows(file))
+    except (NotFound, DataError) as error:  # which speak of a recipe's rows
+        said = str(error).replace("data.source: ", f"task {name}: ", 1)
+        copy = "" if file else f"; a copy on disk is {kind}:FILE"
+        raise type(error)(f"{said}{copy}") from None
     if not rows:
         raise DataError(f"task {name}: it has no rows, so there is nothing to score")
     found = [_row(*rows[i], named.columns) for i in _sample(len(rows), examples, seed)]

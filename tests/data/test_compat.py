@@ -190,6 +190,16 @@ def asked(many, **more):
     return {"messages": turns} | more
 
 
+def test_what_is_held_out_is_cut_without_an_ending(bytes_tokenizer, tmp_path):
+    """A teacher is not asked about one, and the public code has none."""
+    tokenizer, rows = bytes_tokenizer("qwen2_5"), [asked(many) for many in range(3)]
+    ended = prepared(tmp_path, rows, tokenizer, "truncation.ending=answer")
+    assert all(one.ending for one in ended.train)
+    (held_out,), (cut,) = ended.validation, prepared(tmp_path, rows, tokenizer).validation
+    assert held_out.tokens.tolist() == cut.tokens.tolist() and not held_out.ending
+    assert held_out.weight == cut.weight
+
+
 def test_what_the_public_code_does_not_read_is_counted(bytes_tokenizer, tmp_path):
     tools = [{"type": "function", "function": {"name": "add"}}]
     rows = [asked(many, system="Be brief.", tools=tools) for many in range(3)]
