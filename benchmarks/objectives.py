@@ -89,6 +89,8 @@ OTHERS = [
         Option(f'`selection.by = "{rule}"`', what, BOTH, ALL, f"half of the tokens, {rule}")
         for rule, what in SELECTED.items()
     ),
+    Option('`selection.by = "position"`', "those that `position_weight` favours", BOTH, ALL),
+    Option("`selection.redraw`", "a random choice again each epoch, or once", BOTH, ALL),
     *(
         Option(
             f'`position_weight = "{word}"`', f"{when} weigh more", BOTH, ALL, f"{when} weigh more"
@@ -112,6 +114,10 @@ OTHERS = [
         ALL,
         "schedule_free_adamw",
     ),
+    Option(
+        "`kd_weight`", "the teacher's part of the loss; the rest is the text", BOTH, ALL, "", ABOVE
+    ),
+    Option("`temperature`", "of both distributions in the divergence", BOTH, ALL),
     Option("`segments`", "which of prompt, reasoning and answer are learned", BOTH, ALL, "", ABOVE),
     Option(
         "`fraction`, `keep`, `span`", "how much of a text, and which part", BOTH, ALL, "", ABOVE
@@ -119,6 +125,7 @@ OTHERS = [
     Option(
         "`spread`", "a cut of its own for each text, drawn around `fraction`", BOTH, ALL, "", FINISH
     ),
+    Option("`token_share`", "a random share of the tokens, drawn once", BOTH, ALL),
     Option(
         "`whole_share`, `ending`", "whole texts, or an answer after a cut", BOTH, ALL, "", FINISH
     ),
@@ -136,6 +143,12 @@ OTHERS = [
         BOTH,
         "none",
         "the student's text, written again every 50 steps",
+    ),
+    Option(
+        '`rollouts.keep = "right"`, `weigh`',
+        "right texts alone; problems by the share that is right",
+        BOTH,
+        ALL,
     ),
     Option(
         '`cache = "top_k"`, `"sampled"`, `"hidden"`',

@@ -88,9 +88,18 @@ def test_every_option_of_the_method_is_in_the_readmes_table():
     words = [*get_args(Divergence), "hidden_weight", "hidden_distance"]
     words += ["spread", "whole_share", "ending"]
     selection = TABLES["selection"].model_fields
-    words += [word for word in get_args(selection["by"].annotation) if word != "position"]
+    words += [f'selection.by = "{word}"' for word in get_args(selection["by"].annotation)]
+    words += ["selection.redraw", "kd_weight", "temperature", "token_share"]
     words += [word for word in get_args(selection["position_weight"].annotation) if word != "flat"]
-    words += ["schedule_free_adamw", "rollouts", "[prune]", "quantize_aware_bits"]
+    words += [
+        "schedule_free_adamw",
+        "rollouts.by",
+        "rollouts.keep",
+        "weigh",
+        "refresh_every",
+        "[prune]",
+        "quantize_aware_bits",
+    ]
     words += ["teacher.quantize_bits", "student.quantize_bits"]
     words += ["lora", "dora", "top_k", "sampled", "hidden"]
     missing = [word for word in words if word not in table]

@@ -206,9 +206,10 @@ def test_a_teacher_without_a_cut_is_no_student(tiny_recipe: Path, tmp_path: Path
         of_teacher(tiny_recipe, tmp_path, "prune.channels=0")
 
 
-def test_another_model_beside_from_teacher_is_refused(tiny_recipe: Path, tmp_path: Path):
-    with pytest.raises(DistillError, match="remove one of the two"):
-        of_teacher(tiny_recipe, tmp_path, "student.model=other")
+@pytest.mark.parametrize("model", ["other", ""])
+def test_another_model_beside_from_teacher_is_refused(tiny_recipe, tmp_path: Path, model: str):
+    with pytest.raises(DistillError, match=f'model = "{model}": remove one of the two'):
+        of_teacher(tiny_recipe, tmp_path, f"student.model={model}")
 
 
 @pytest.mark.parametrize(

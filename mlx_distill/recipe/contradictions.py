@@ -23,8 +23,7 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
     batch, run, scoring = recipe.batch, recipe.run, recipe.eval
     student = recipe.student
     yield from _prune_contradictions(recipe)
-    given = not recipe.student.from_teacher or "model" in recipe.student.model_fields_set
-    if given and not recipe.student.model:
+    if not student.from_teacher and not student.model:
         yield (
             f"[student] model is empty: {_lines('student', 'model')}, a hub id, a folder, a "
             ".gguf, or recipes/cot50.toml's toy embedded:student"
@@ -113,7 +112,8 @@ def _lines(table: str, field: str) -> str:
 def _prune_contradictions(recipe: "Recipe") -> Iterator[str]:
     """What cannot be cut, or would cut nothing."""
     student, teacher, cut = recipe.student, recipe.teacher, recipe.prune
-    if student.from_teacher and student.model and student.model != teacher.model:
+    named = "model" in student.model_fields_set
+    if student.from_teacher and named and student.model != teacher.model:
         yield (
             f'[student] from_teacher = true begins as the teacher, but model = "{student.model}": '
             "remove one of the two"
