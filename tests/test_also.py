@@ -75,6 +75,9 @@ def test_a_runs_page_and_its_last_lines_show_every_task(two_tasks):
     section = page[page.index("Scores on jsonl:") :].split("\n## ")[0]
     for label in ("student before", "trained student", "teacher"):
         assert label in section
+    unfinished = "of the student's answers did not finish in 3 tokens"
+    assert before.count(unfinished) == 0 and " ".join(after.split()).count(unfinished) == 2
+    assert page.count(unfinished) == 2 and unfinished in section
     kept = further_scores(folder, load_recipe(folder / "recipe.toml").eval)
     assert [sorted(one.scores) for one in kept] == [["base", "student", "teacher"]]
     assert f"{kept[0].scores['student'].problems}" in section

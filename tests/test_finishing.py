@@ -3,7 +3,7 @@
 import pytest
 from tiny import recipe_of
 
-from mlx_distill.scoring.finishing import unfinished_note
+from mlx_distill.scoring.finishing import unfinished_note, unseen_note
 from mlx_distill.scoring.score import Score
 from mlx_distill.scoring.unrounded import unrounded_note
 
@@ -34,6 +34,8 @@ BOTH = ("cot", "answer")
         ({"keep": "cot"}, BOTH, "set truncation.whole_share"),
         ({}, ("cot",), 'add "answer" to objective.segments'),
         (SHARED, ("cot",), 'add "answer" to objective.segments'),
+        (HALF | {"keep": "suffix"}, ("cot",), 'add "answer" to objective.segments'),
+        (HALF | {"keep": "suffix"}, BOTH, "train longer, or raise eval.max_new_tokens"),
         (ENDED, ("cot",), "train longer, or raise eval.max_new_tokens"),
         (SHARED, BOTH, "train longer, or raise eval.max_new_tokens"),
     ],
@@ -50,6 +52,21 @@ def test_a_teacher_that_does_not_finish_either_needs_more_room():
     said = note(0.5, 0.25, truncation=HALF)
     assert said.endswith("nor did 25.0\u00a0% of its teacher's: raise eval.max_new_tokens")
     assert "truncation" in note(0.5, 0.0, truncation=HALF)
+
+
+def test_a_teacher_that_mostly_finishes_is_not_the_cause():
+    """A few of its answers did not hide that its student never saw an end."""
+    assert "set truncation.whole_share" in note(1.0, 0.02, truncation=HALF)
+    assert note(0.04, 0.02, truncation=HALF).endswith("raise eval.max_new_tokens")
+
+
+def test_a_student_that_is_not_scored_is_judged_by_what_it_saw():
+    said = unseen_note(recipe_of(truncation=HALF), {})
+    assert said.startswith("the student was not scored, and may not finish what it says: its ")
+    assert "set truncation.whole_share = 0.25" in said
+    assert unseen_note(recipe_of(truncation=HALF), {"student": score(0.0)}) == ""
+    for shown in (ENDED, SHARED, HALF | {"keep": "suffix"}, {}):
+        assert unseen_note(recipe_of(truncation=shown), {}) == ""
 
 
 def test_nothing_is_said_where_all_is_well():

@@ -4,10 +4,11 @@ In: a `Run`, as `kept_run.py` reads it. Out: a `Page`. Decided here: what a read
 which order. A part that is missing is named in a line and leaves no number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from mlx_distill.data.account import unused_lines
+from mlx_distill.recipe.recipe import Recipe
 from mlx_distill.reporting.commands import score_command
 from mlx_distill.reporting.kept_run import SEGMENTS, Run
 from mlx_distill.reporting.page import (
@@ -40,7 +41,7 @@ from mlx_distill.reporting.table import Cell, Table
 from mlx_distill.reporting.written import MODELS, differing, try_it, written_blocks
 from mlx_distill.runs.manifest import DataAccount
 from mlx_distill.scoring.also import Further
-from mlx_distill.scoring.finishing import unfinished_note
+from mlx_distill.scoring.finishing import unfinished_note, unseen_note
 from mlx_distill.scoring.score import Difference, Score, compare
 from mlx_distill.scoring.unrounded import unrounded_note
 from mlx_distill.words import DASH, duration, number, percent, points
@@ -129,13 +130,10 @@ def _scores(run: Run) -> list[Block]:
     missing = _missing(run, "eval.json", "generations.jsonl", *broken)
     scored = _scored(run)
     if "student" not in run.scores:
-        missing += not_scored(run)
+        missing += [*_noted(run, unseen_note), *not_scored(run)]
     if not scored:
         return missing
-    told = _ways(run)
-    if run.recipe:
-        notes = (note(run.recipe, run.scores) for note in (unfinished_note, unrounded_note))
-        told = [*(Note(f"{said}.", strong=True) for said in notes if said), *told]
+    told = [*_noted(run, unfinished_note, unrounded_note), *_ways(run)]
     bars = [score_bar(label, remark, role, score) for label, remark, role, score in scored]
     return [*missing, *told, Bars(bars), *_against(run), _score_table(run, scored)]
 
@@ -145,7 +143,14 @@ def _further(run: Run, one: Further) -> list[Block]:
     other = replace(run, scores=one.scores, ways=one.ways, compared=[])
     scored = _scored(other)
     bars = Bars([score_bar(label, remark, role, score) for label, remark, role, score in scored])
-    return [*_ways(other), bars, *_against(other), _score_table(other, scored)]
+    told = [*_noted(other, unfinished_note), *_ways(other)]
+    return [*told, bars, *_against(other), _score_table(other, scored)]
+
+
+def _noted(run: Run, *notes: Callable[[Recipe, Mapping[str, Score]], str]) -> list[Note]:
+    """What is to be said of the run's scores, as far as it is."""
+    said = (note(run.recipe, run.scores) for note in notes) if run.recipe else ()
+    return [Note(f"{one}.", strong=True) for one in said if one]
 
 
 def _ways(run: Run) -> list[Note]:

@@ -2,7 +2,8 @@
 
 In: a recipe and the scores of its models. Out: a sentence, "" where all is well. Decided here: from
 which share on it is said (`WORTH_SAYING`), and which remedy belongs to which cause: a student ends
-its answers if its training showed it `</think>`, an answer and an end of turn that carry loss.
+its answers if its training showed it `</think>`, an answer and an end of turn that carry loss. A
+teacher is the cause where it leaves at least half as many unfinished as the student does.
 Whole examples are the remedy for a cut: a student with `ending = "answer"` finishes too, but early
 and mostly wrong (benchmarks/README.md, "Students that finish").
 """
@@ -23,16 +24,29 @@ def unfinished_note(recipe: Recipe, scores: Mapping[str, Score]) -> str:
         return ""
     limit = f"{recipe.eval.max_new_tokens:,} tokens"
     said = f"{percent(student.unfinished)} of the student's answers did not finish in {limit}"
-    if teacher and teacher.unfinished >= WORTH_SAYING:
+    if teacher and teacher.unfinished >= max(WORTH_SAYING, student.unfinished / 2):
         also = f"nor did {percent(teacher.unfinished)} of its teacher's"
         return f"{said}, {also}: raise eval.max_new_tokens"
     return f"{said}: {_remedy(recipe)}"
 
 
+def unseen_note(recipe: Recipe, scores: Mapping[str, Score]) -> str:
+    """For a student that is not scored: that no text showed it an end, and the remedy."""
+    if "student" in scores or not _ends_in_the_cut(recipe):
+        return ""
+    return f"the student was not scored, and may not finish what it says: {_remedy(recipe)}"
+
+
+def _ends_in_the_cut(recipe: Recipe) -> bool:
+    """Whether every text ends where it was cut; a suffix ends as the text does."""
+    cut = recipe.truncation
+    cuts = cut.keep == "cot" or cut.fraction < 1 or cut.max_tokens > 0
+    return cuts and cut.keep != "suffix" and cut.ending == "none" and not cut.whole_share
+
+
 def _remedy(recipe: Recipe) -> str:
     cut, segments = recipe.truncation, recipe.objective.segments
-    cuts = cut.keep == "cot" or cut.fraction < 1 or cut.max_tokens > 0
-    if cuts and cut.ending == "none" and not cut.whole_share:
+    if _ends_in_the_cut(recipe):
         shown = "" if "answer" in segments else ' with "answer" in objective.segments'
         return (
             "its training ended in the cut and never showed it an end; set "

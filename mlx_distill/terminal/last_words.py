@@ -10,12 +10,14 @@ from mlx_distill.reporting.commands import ask_command, score_command
 from mlx_distill.reporting.written import MODELS
 from mlx_distill.runs.run_folder import RunFolder
 from mlx_distill.scoring.also import further_scores
-from mlx_distill.scoring.finishing import unfinished_note
+from mlx_distill.scoring.finishing import unfinished_note, unseen_note
 from mlx_distill.scoring.score import Score
 from mlx_distill.scoring.task_scores import TaskScores
 from mlx_distill.scoring.unrounded import unrounded_note
 from mlx_distill.view import View
 from mlx_distill.words import number, percent
+
+NOTES = (unfinished_note, unseen_note, unrounded_note)
 
 
 def last_words(folder: RunFolder, recipe: Recipe, view: View) -> None:
@@ -26,12 +28,17 @@ def last_words(folder: RunFolder, recipe: Recipe, view: View) -> None:
     for one in further_scores(folder.path, recipe.eval):
         view.say(f"on {one.task}:")
         view.console.print(score_table(one.scores))
-    for note in filter(None, (unfinished_note(recipe, scores), unrounded_note(recipe, scores))):
-        view.say(f"note: {note}")
+        _say_notes([unfinished_note(recipe, one.scores)], view)
+    _say_notes([note(recipe, scores) for note in NOTES], view)
     view.say(f"report: {folder.path / 'report.html'}")
     if "student" not in scores:
         view.say(f"score it: {score_command(folder.path, recipe)}")
     view.say(f"try it: {ask_command(folder.path)}")
+
+
+def _say_notes(notes: list[str], view: View) -> None:
+    for note in filter(None, notes):
+        view.say(f"note: {note}")
 
 
 def score_table(scores: dict[str, Score]) -> Table:
