@@ -7,7 +7,7 @@ validated on one text, written once.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from mlx_distill.backends.stops import stops_of
 from mlx_distill.cost.flops import Shape
 from mlx_distill.cost.writing import WritingCost, writing_cost, writing_flops
 from mlx_distill.data.batches import Order
+from mlx_distill.data.examples import Example
 from mlx_distill.data.prepare import Chosen, Prepared, choose, cut_sequence, learnable
 from mlx_distill.data.sequences import TokenSequence
 from mlx_distill.errors import DataError, ModelError, RunError
@@ -49,6 +50,7 @@ class Rollouts:
         self.table, seed = self.recipe.rollouts, self.recipe.run.seed
         examples = [example for example, _ in chosen.train]
         train = chosen_examples(examples, self.table.share, seed)
+        self._refuse_unjudged(train)
         held_out = [example for example, _ in chosen.validation if not example.solved]
         self._train, self._held_out = {one.id for one in train}, {one.id for one in held_out}
         folder, tokenizers = pair.student, [pair.tokenizer]
@@ -192,6 +194,20 @@ class Rollouts:
         prompts = [self._prompt(text.asked) for text in texts]
         flops = writing_flops(prompts, [len(text.tokens) for text in texts], shape)
         return found.model_copy(update={"flops": flops})
+
+    def _refuse_unjudged(self, train: Sequence[Example]) -> None:
+        """Raise `DataError`, before anything is written, where texts are to be judged by answers that
+        no row has.
+        """
+        table = self.table
+        judges = table.keep == "right" or table.weigh == "pass_rate"
+        if judges and train and not any(example.answer for example in train):
+            field = 'keep = "right"' if table.keep == "right" else 'weigh = "pass_rate"'
+            raise DataError(
+                f"{self.recipe.data.source}: [rollouts] {field} judges texts by the rows' answers, "
+                f"and none of {counted(len(train), 'example')} has one: name the column of answers, "
+                'or set keep = "all" and weigh = "none"'
+            )
 
     def _refuse_nothing(self, learned: Sequences, texts: list[Text]) -> None:
         if self.table.share == 1 and not any(learned.get(text.example) for text in texts):

@@ -176,13 +176,13 @@ def pass_rate_weights(texts: Iterable[Text]) -> dict[str, float]:
     """p(1 − p) for each example, p its share of right texts, scaled to a mean of 1 over the texts.
 
     A problem that is always or never right has nothing to teach about itself (arXiv 2603.11178).
-    Where that holds for all of them, each weighs 1.
+    Where that holds for all of them, each weighs 1. A problem without an answer has no rate.
     """
     right = defaultdict(list)
     for text in texts:
-        right[text.example].append(bool(text.right))
+        if text.right is not None:
+            right[text.example].append(text.right)
     raw = {name: fmean(said) * (1 - fmean(said)) for name, said in right.items()}
-    mean = sum(raw[name] * len(said) for name, said in right.items()) / sum(
-        map(len, right.values())
-    )
+    judged = sum(map(len, right.values()))
+    mean = judged and sum(raw[name] * len(said) for name, said in right.items()) / judged
     return {name: weight / mean if mean else 1.0 for name, weight in raw.items()}

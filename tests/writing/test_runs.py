@@ -246,3 +246,14 @@ def test_prompts_alone_are_answered_and_learned(tiny_recipe, tmp_path, command_l
     (tmp_path / "rollouts").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match=r"that the teacher wrote for held-out prompts cannot be"):
         held_out_texts(Pair.of(recipe), "")
+
+
+@pytest.mark.parametrize("asked", ['rollouts.keep="right"', "rollouts.weigh=pass_rate"])
+def test_texts_that_no_row_can_judge_are_refused_before_they_are_written(
+    tiny_recipe, tmp_path, asked
+):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(f'{{"prompt": "say {n}"}}\n' for n in range(30)))
+    settings = (f"data.source={rows}", "data.format=prompts", "rollouts.samples=2", asked)
+    with pytest.raises(DataError, match=r"none of 26 examples has one: name the column of answers"):
+        made(tiny_recipe, tmp_path, "rollouts.by=teacher", *settings)

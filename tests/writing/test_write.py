@@ -12,7 +12,7 @@ from mlx_distill.data.sequences import stop_ids
 from mlx_distill.errors import RunError
 from mlx_distill.recipe.tables import RolloutsTable
 from mlx_distill.writing.folder import held_texts, text_folder
-from mlx_distill.writing.texts import Asked, TextFile, account
+from mlx_distill.writing.texts import Asked, Text, TextFile, account
 from mlx_distill.writing.write import Writing, chosen_examples, pass_rate_weights
 
 EXAMPLES = [
@@ -154,6 +154,25 @@ def test_weights_are_p_times_one_minus_p(writing, tmp_path):
     mean = sum(weights[text.example] for text in texts) / len(texts)
     assert mean == pytest.approx(1.0)
     assert set(pass_rate_weights([t for t in texts if t.example == EXAMPLES[3].id]).values()) == {1}
+
+
+def test_a_problem_without_an_answer_weighs_as_one_of_the_mean():
+    def text(example, sample, right):
+        return Text(
+            example=example.id,
+            sample=sample,
+            step=0,
+            tokens=[5],
+            finished=True,
+            right=right,
+            seconds=0.0,
+        )
+
+    judged = [text(EXAMPLES[0], n, n == 0) for n in range(2)]
+    unjudged = text(EXAMPLES[1], 0, None)
+    weights = pass_rate_weights([*judged, unjudged])
+    assert weights == {EXAMPLES[0].id: pytest.approx(1.0)}
+    assert pass_rate_weights([unjudged]) == {}
 
 
 def test_the_share_is_a_function_of_seed_and_id():
