@@ -110,8 +110,11 @@ def end_of_cot(closed: int, segments: tuple[str, ...], keep: str) -> int:
 
 
 def validated(sequence: TokenSequence, recipe: Recipe) -> TokenSequence:
-    """A validation sequence, cut, that counts as one in the loss of the segments that are learned."""
-    return mean_of_means(truncate(sequence, recipe.truncation), recipe.objective.segments)
+    """A validation sequence, cut, that counts as one in the loss of the segments that are learned;
+    without an ending, which the public code does not have and no teacher is asked about.
+    """
+    table = recipe.truncation.model_copy(update={"ending": "none"})
+    return mean_of_means(truncate(sequence, table), recipe.objective.segments)
 
 
 def mean_of_means(sequence: TokenSequence, segments: tuple[str, ...]) -> TokenSequence:

@@ -62,7 +62,7 @@ class CachedTeacher:
         that are kept: before training, for `dkd` asks about it.
         """
         for sequence in sequences:
-            batch = make_batch([sequence], segments)
+            batch = make_batch([sequence], segments, endings=True)
             targets = self.targets(batch)
             if isinstance(targets, SparseTargets):
                 targets.refuse_unknown_targets(batch)

@@ -193,9 +193,11 @@ def asked(many, **more):
 def test_what_is_held_out_is_cut_without_an_ending(bytes_tokenizer, tmp_path):
     """A teacher is not asked about one, and the public code has none."""
     tokenizer, rows = bytes_tokenizer("qwen2_5"), [asked(many) for many in range(3)]
-    ended = prepared(tmp_path, rows, tokenizer, "truncation.ending=answer")
+    cut_in_cot = "truncation.span=cot", "truncation.fraction=0.5"
+    ended = prepared(tmp_path, rows, tokenizer, *cut_in_cot, "truncation.ending=answer")
     assert all(one.ending for one in ended.train)
-    (held_out,), (cut,) = ended.validation, prepared(tmp_path, rows, tokenizer).validation
+    (cut,) = prepared(tmp_path, rows, tokenizer, *cut_in_cot).validation
+    (held_out,) = ended.validation
     assert held_out.tokens.tolist() == cut.tokens.tolist() and not held_out.ending
     assert held_out.weight == cut.weight
 
