@@ -2,6 +2,9 @@
 told.
 """
 
+import csv
+import gzip
+import importlib
 import json
 import sys
 from types import SimpleNamespace
@@ -59,6 +62,26 @@ def test_math_reads_problems_as_math500_and_aime_have_them(tmp_path):
     assert not task.verify(place.expected, r"</think>So $\boxed{(3, \pi/3)}$.")
     assert task.verify(day.expected, "</think>The answer is 25.")
     assert task.compared() == {"mathematics": 2}
+
+
+@pytest.mark.parametrize("ending", ["parquet", "json", "csv", "jsonl.gz"])
+def test_a_copy_of_the_hubs_own_file_is_read(gsm8k, tmp_path, ending):
+    """GSM8K lies there as Parquet."""
+    rows = [json.loads(line) for line in gsm8k.read_text().splitlines()]
+    copy = tmp_path / f"copy.{ending}"
+    if ending == "parquet":
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(importlib.import_module("pyarrow").Table.from_pylist(rows), copy)
+    elif ending == "csv":
+        with copy.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]))
+            table.writeheader()
+            table.writerows(rows)
+    else:
+        text = gsm8k.read_text() if "gz" in ending else json.dumps(rows)
+        copy.write_bytes(gzip.compress(text.encode()) if "gz" in ending else text.encode())
+    ours, theirs = (load_task(f"gsm8k:{path}", 5, seed=1) for path in (copy, gsm8k))
+    assert ours.problems == theirs.problems
 
 
 def test_a_repeated_row_is_one_problem(tmp_path):

@@ -20,15 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.data.sources import rows_of
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import of_people
 from mlx_distill.readers import is_text, path_of, read_json_lines
+from mlx_distill.recipe.tables import DataTable
 from mlx_distill.recipe.training_tables import EvalTable
 from mlx_distill.verify import TEXT, compared_as, states
 from mlx_distill.verify.named import BOXED, NAMED_TASKS, PROBLEM
 
 AFTER_THINK, ANYWHERE = "after_think", "anywhere"
 THINK_END = "</think>"
+TABLES = (".parquet", ".json", ".csv", ".tsv", ".gz")  # what the hub has, and its copies
 GSM8K_ANSWER = re.compile(r"####[ \t]*(\S[^\n]*)$")
 GSM8K_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")  # not 1.234,5
 
@@ -241,8 +244,8 @@ def _problems(rows: Iterable[tuple[str, str, str]]) -> list[Problem]:
 def _drawn(
     path: Path, columns: tuple[str, str], examples: int, seed: int
 ) -> list[tuple[str, str, str]]:
-    """(where, first column, second column) of `examples` rows of a JSON-lines file, in file order;
-    all if it has fewer.
+    """(where, first column, second column) of `examples` rows of a file, in file order; all if it
+    has fewer.
     """
     if not path.is_file():
         near = difflib.get_close_matches(
@@ -252,11 +255,18 @@ def _drawn(
             f"no task file at {path}"
             + (f"; did you mean {path.parent / near[0]}?" if near else "; check the path")
         )
-    rows = list(read_json_lines(path))
+    rows = list(_places_and_rows(path))
     if not rows:
         raise DataError(f"{path}: it has no rows, so there is nothing to score; name another file")
     kept = _sample(len(rows), examples, seed)
-    return [_row(f"{path}, line {rows[i][0]}", rows[i][1], columns) for i in kept]
+    return [_row(f"{path}, {rows[i][0]}", rows[i][1], columns) for i in kept]
+
+
+def _places_and_rows(path: Path) -> Iterable[tuple[str, Any]]:
+    """A table's rows as `[data]` reads them; any other file is JSON lines."""
+    if path.name.lower().endswith(TABLES):
+        return rows_of(DataTable(source=str(path)))
+    return ((f"line {number}", row) for number, row in read_json_lines(path))
 
 
 def _sample(rows: int, examples: int, seed: int) -> list[int]:
