@@ -1,6 +1,7 @@
 """`mlx-distill compare`: the verdict, the page, and what cannot be compared."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from test_evaluate import scored
@@ -8,8 +9,10 @@ from typer.testing import CliRunner
 
 from mlx_distill.cli import app
 from mlx_distill.errors import DataError, NotFound
-from mlx_distill.reporting.compared import compared, scored_by
+from mlx_distill.reporting.compared import Scored, compared, scored_by
 from mlx_distill.scoring.score import compare
+
+TASKS = (("aime", 1), ("gsm", 2), ("aime", 3))
 
 
 def kept(folder, name, marks, **told):
@@ -30,6 +33,22 @@ def test_the_verdict_is_the_paired_difference(tmp_path):
     assert "75" in text and "more often right | 20 |" in text and "equally often | 20 |" in text
     assert "is worse than" in compared(scored_by(b), scored_by(a), tmp_path / "out")[0][0]
     assert "no clear difference" in compared(scored_by(a), scored_by(a), tmp_path / "out")[0][0]
+
+
+def test_a_first_task_meets_the_same_one_among_the_others_further_ones(tmp_path):
+    marks = [{f"{task}{i}": [float(i < right)] for i in range(4)} for task, right in TASKS]
+    aime, gsm, better = (
+        Scored(name, scored(mark), (task, "", ""))
+        for name, mark, task in zip(("a", "b", "b"), marks, ("aime", "gsm", "aime"), strict=True)
+    )
+    several = replace(gsm, also={"aime": better})
+    for one, other, said in ((aime, several, "a is"), (several, aime, "b is")):
+        (line,), page = compared(one, other, tmp_path / "out")
+        assert said in line or "no clear difference" in line
+        assert "4 shared problems" in line
+        assert "Task: aime." in page.markdown.read_text(encoding="utf-8")
+    with pytest.raises(DataError, match="share no problem"):
+        compared(aime, gsm, tmp_path / "out")
 
 
 def test_what_was_asked_otherwise_is_not_compared(tmp_path):

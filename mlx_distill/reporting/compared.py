@@ -106,17 +106,28 @@ def compared(a: Scored, b: Scored, out: Path) -> tuple[list[str], Report]:
     """The verdict in a line for each task that both were given, and the page. Raises `DataError`
     where the two were asked otherwise or share no problem, `RunError` where nothing can be written.
     """
-    pairs = [(a, b), *((a.also[task], b.also[task]) for task in a.also if task in b.also)]
-    lines = []
+    pairs, lines = _pairs(a, b), []
     for ours, theirs in pairs:
         _refuse_asked_otherwise(ours, theirs)
-        on = f" on {ours.asked[0]}" if len(pairs) > 1 else ""
+        on = f" on {ours.asked[0]}" if len(pairs) > 1 or ours is not a else ""
         lines.append(verdict(ours, theirs, compare(ours.score, theirs.score), on))
     page = _page(pairs, lines)
     if told := _asked_otherwise(a, b):
         lines = [*lines, f"note: {told}"]
         page = replace(page, leads=[*page.leads, f"{told}."])
     return lines, write(page, out)
+
+
+def _pairs(a: Scored, b: Scored) -> list[tuple[Scored, Scored]]:
+    """What is compared: the scores of each task that both were given, the first one of one run
+    perhaps a further one of the other; and the first ones where their problems alone are the same.
+    """
+    ours, theirs = ({one.asked[0]: one, **one.also} for one in (a, b))
+    found = [(ours[task], theirs[task]) for task in ours if task in theirs]
+    firsts = any(one is a and other is b for one, other in found)
+    if firsts or (found and not a.score.correct.keys() & b.score.correct.keys()):
+        return found
+    return [(a, b), *found]
 
 
 def _asked_otherwise(a: Scored, b: Scored) -> str:
