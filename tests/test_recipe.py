@@ -164,6 +164,10 @@ def test_a_whole_number_is_a_number(write):
             '[rollouts]\nby = "teacher"\nsamples = 2\ntemperature = 0.0\n',
             "would repeat one greedy text",
         ),
+        (
+            '[eval]\ntask = "aime24"\nalso = ["aime25", "aime24"]\n',
+            "task and also name 'aime24' twice, which would be scored twice: drop one",
+        ),
         ('[rollouts]\nby = "teacher"\nweigh = "pass_rate"\n', "compares several texts a prompt"),
         (
             '[rollouts]\nby = "teacher"\nsamples = 2\nweigh = "pass_rate"\nshare = 0.5\n',
