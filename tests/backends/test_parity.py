@@ -363,11 +363,22 @@ def flipped(monkeypatch):
     monkeypatch.setitem(divergences.PAIRS, "forward_kl", divergences.reverse_kl)
 
 
-def skewed_the_other_way(monkeypatch):
-    """The teacher lends all but a share α."""
-    right = divergences.skew_kl
-    monkeypatch.setitem(
-        divergences.PAIRS, "skew_kl", lambda u, v, s, alpha: right(u, v, s, 1 - alpha)
+def turned(name: str):
+    """One model takes the share, or the weight, that is the other's."""
+
+    def mutant(monkeypatch):
+        right = divergences.PAIRS[name]
+        monkeypatch.setitem(
+            divergences.PAIRS, name, lambda u, v, s, share: right(u, v, s, 1 - share)
+        )
+
+    return mutant
+
+
+def taken_for(name: str, other: str):
+    """One divergence for another."""
+    return lambda monkeypatch: monkeypatch.setitem(
+        divergences.PAIRS, name, divergences.PAIRS[other]
     )
 
 
@@ -428,7 +439,12 @@ def unscaled(monkeypatch):
         (shifted, Objective()),
         (half_scaled, Objective()),
         (unscaled, Objective(temperature=2.0)),
-        (skewed_the_other_way, Objective("skew_kl")),
+        (taken_for("reverse_kl", "forward_kl"), Objective("reverse_kl")),
+        (taken_for("tvd", "jsd"), Objective("tvd")),
+        (turned("jsd"), Objective("jsd", jsd_beta=0.3)),
+        (turned("skew_kl"), Objective("skew_kl")),
+        (turned("skew_reverse_kl"), Objective("skew_reverse_kl")),
+        (turned("mixed_kl"), Objective("mixed_kl", mixed_weight=0.3)),
         (without_a_teacher_that_is_sure, Objective("entropy_kl", entropy_half=0.5)),
         (with_the_target_among_the_others, Objective("dkd")),
         (with_the_sign_of_the_other, Objective("log_tvd")),
