@@ -307,6 +307,42 @@ def test_the_card_says_what_the_run_did(run: Path, tiny_recipe: Path) -> None:
     assert str(tiny_recipe.parent) not in card.content
 
 
+@pytest.mark.parametrize(
+    ("truncation", "said"),
+    [
+        (
+            {},
+            "(the first half of the whole sequence); what comes after the cut it knows from its base",
+        ),
+        (
+            {"spread": 0.6, "whole_share": 0.25},
+            "(the first half of the whole sequence, each cut at its own fraction, ± 60\u00a0%, a "
+            "quarter of the examples whole); what comes after the cut it learned from the whole "
+            "texts alone",
+        ),
+        ({"ending": "answer"}, "the cut it learned from the answers that follow it alone"),
+        (
+            {"ending": "answer", "whole_share": 0.5},
+            "the cut it learned from the whole texts and the answers that follow it alone",
+        ),
+        ({"whole_share": 1.0}, ""),
+    ],
+)
+def test_the_card_says_what_a_student_saw_after_the_cut(run: Path, monkeypatch, truncation, said):
+    read = exporting_card.read_run
+
+    def changed(folder: Path):
+        found = read(folder)
+        return replace(found, recipe=with_values(found.recipe, truncation=truncation))
+
+    monkeypatch.setattr(exporting_card, "read_run", changed)
+    card = model_card(run)
+    assert said in card and ("It learned from cut texts" in card) == bool(said)
+    assert ("each cut at its own fraction" in card.partition("## Scores")[0]) == (
+        "spread" in truncation
+    )
+
+
 def test_the_card_shows_no_folder_of_this_machine(
     run: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

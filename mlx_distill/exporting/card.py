@@ -5,6 +5,7 @@ here: what a stranger should know before using the model, all of it computed fro
 and that no path of this machine is shown but its last part.
 """
 
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,23 @@ from mlx_distill.words import DASH, counted, in_bits, number, percent
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-METHOD = (
+CUT = (
     "truncation.fraction",
     "truncation.keep",
     "truncation.span",
+    "truncation.spread",
+    "truncation.whole_share",
+    "truncation.ending",
+)
+METHOD = (
+    *CUT,
     "objective.segments",
     "objective.divergence",
     "objective.kd_weight",
     "rollouts.by",
 )
+# said only where they are not as by default
+WHERE_SET = ("truncation.spread", "truncation.whole_share", "truncation.ending", "rollouts.by")
 FORMATS = {
     "hf": "Hugging Face layout, for transformers and mlx-lm",
     "mlx": "mlx-lm's layout",
@@ -145,10 +154,7 @@ def _made_of(run: Run, recipe: Recipe) -> str:
         data += f", {counted(account.train, 'example')} to learn from"
         data += f" and {account.validation:,} held out, of {account.read:,} read"
     lines.append(data)
-    fields = recipe.model_dump(mode="json")
-    settings = {name: fields[name.split(".")[0]][name.split(".")[1]] for name in METHOD}
-    if settings["rollouts.by"] == "data":
-        del settings["rollouts.by"]
+    settings = _settings(recipe, METHOD)
     if not teacher:
         settings["objective.kd_weight"] = 0
         del settings["objective.divergence"]
@@ -196,10 +202,12 @@ def _cost(run: Run) -> str:
 
 def _limits(run: Run, recipe: Recipe) -> str:
     cut, lines = recipe.truncation, []
-    if cut.fraction < 1 or cut.keep == "cot" or cut.max_tokens:
+    if cut.whole_share < 1 and (cut.fraction < 1 or cut.keep == "cot" or cut.max_tokens):
+        shown = " and ".join(_shown_after_the_cut(recipe))
+        known = f"learned from {shown}" if shown else "knows from its base model"
         lines.append(
-            f"It learned from cut texts ({in_words(_cut(recipe))}); what comes after the cut it "
-            "knows from its base model."
+            f"It learned from cut texts ({in_words(_settings(recipe, CUT))}); what comes after the "
+            f"cut it {known} alone."
         )
     if student := run.scores.get("student"):
         lines.append(f"{percent(student.unfinished)} of its answers on the task did not finish.")
@@ -212,9 +220,25 @@ def _limits(run: Run, recipe: Recipe) -> str:
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _cut(recipe: Recipe) -> dict[str, Any]:
-    fields = recipe.truncation.model_dump(mode="json")
-    return {f"truncation.{name}": fields[name] for name in ("fraction", "keep", "span")}
+def _shown_after_the_cut(recipe: Recipe) -> Iterator[str]:
+    """Which texts showed it what comes there."""
+    if recipe.truncation.whole_share:
+        yield "the whole texts"
+    if recipe.truncation.ending == "answer":
+        yield "the answers that follow it"
+
+
+def _settings(recipe: Recipe, names: Sequence[str]) -> dict[str, Any]:
+    """Fields by name, for `in_words`."""
+    fields, found = recipe.model_dump(mode="json"), {}
+    for name in names:
+        table, field = name.split(".")
+        if (
+            name not in WHERE_SET
+            or fields[table][field] != TABLES[table].model_fields[field].default
+        ):
+            found[name] = fields[table][field]
+    return found
 
 
 def _licences(recipe: Recipe) -> str:
