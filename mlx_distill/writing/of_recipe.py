@@ -287,7 +287,7 @@ class Rollouts:
 
     def _longest(self, names: set[str]) -> Sequences:
         """Stand-ins for what is not written yet, all of which may be learned: reasoning, or the answer
-        where that alone is.
+        where that alone is. They are cut as the texts that are written once will be.
         """
         thinks = "cot" in self.recipe.objective.segments
         found: Sequences = {}
@@ -298,10 +298,14 @@ class Rollouts:
             allowed = np.ones(len(tokens), bool)
             ends = prompt.end, len(tokens) if thinks else prompt.end
             found[name] = [
-                TokenSequence(f"{name}-{sample}", tokens, *ends, allowed)
+                TokenSequence(self._stand_in(Asked(name, sample)), tokens, *ends, allowed)
                 for sample in range(self.table.samples)
             ]
         return found
+
+    def _stand_in(self, asked: Asked) -> str:
+        """The id of a text that is not written yet; of one that is written again, no step's."""
+        return "-".join(map(str, asked)) if self.table.refresh_every else self.writing.name(asked)
 
 
 def describe_cost(cost: WritingCost) -> str:

@@ -128,5 +128,7 @@ def describe(found: Written) -> str:
     if found.texts:
         parts.append(f"{percent(found.finished / found.texts)} finished")
     if found.judged:
-        parts.append(f"{percent(found.right / found.judged)} right")
+        of = f" of {found.judged:,} to prompts whose answer is known"
+        said = "" if found.judged == found.texts else of
+        parts.append(f"{percent(found.right / found.judged)} right{said}")
     return ", ".join([*parts, duration(found.seconds)])

@@ -109,9 +109,12 @@ class Writing:
 
     def sequence(self, text: Text) -> TokenSequence:
         """One text after its prompt."""
-        prompt = self.prompts[text.example]
-        name = "-".join((text.example, self.table.by, str(text.step), str(text.sample)))
+        prompt, name = self.prompts[text.example], self.name(text.asked, text.step)
         return written_sequence(name, prompt.tokens, prompt.end, text.tokens, self.tokenizer)
+
+    def name(self, asked: Asked, step: int = 0) -> str:
+        """The id of a text's sequence, by which its cut is drawn."""
+        return "-".join((asked.example, self.table.by, str(step), str(asked.sample)))
 
     def _batches(self, asked: Sequence[Asked]) -> list[list[Asked]]:
         """The longest prompts first: they need the most memory."""

@@ -105,6 +105,19 @@ def test_a_plan_counts_texts_as_long_as_they_can_be(tiny_recipe, tmp_path):
         assert len(longest) >= len(found) and longest.prompt_end == found.prompt_end
 
 
+def test_a_plan_cuts_what_will_be_written_as_a_run_does(tiny_recipe, tmp_path):
+    """Which texts stay whole, and where each other one is cut, is drawn by their ids."""
+    asked = ("rollouts.by=teacher", "rollouts.samples=2", "rollouts.max_new_tokens=5")
+    cut = ("truncation.span=cot", "truncation.spread=0.9", "truncation.whole_share=0.3")
+    rollouts, backend = made(tiny_recipe, tmp_path, *asked, *cut)
+    planned = rollouts.planned()
+    load = lambda: backend.load_teacher(rollouts.pair.teacher, "t")  # noqa: E731
+    written = rollouts.written(load, backend, silent())
+    assert planned.stay_whole == written.stay_whole > 0
+    names = [[text.id for text in one.train_whole] for one in (planned, written)]
+    assert names[0] == names[1]
+
+
 def test_what_is_shown_and_planned_is_what_lies_there(tiny_recipe, tmp_path):
     rollouts, backend = made(
         tiny_recipe,

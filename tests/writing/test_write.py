@@ -11,8 +11,10 @@ from mlx_distill.data.examples import make_example
 from mlx_distill.data.sequences import stop_ids
 from mlx_distill.errors import RunError
 from mlx_distill.recipe.tables import RolloutsTable
+from mlx_distill.runs.manifest import Written
+from mlx_distill.words import percent
 from mlx_distill.writing.folder import held_texts, text_folder
-from mlx_distill.writing.texts import Asked, Text, TextFile, account
+from mlx_distill.writing.texts import Asked, Text, TextFile, account, describe
 from mlx_distill.writing.write import Writing, chosen_examples, pass_rate_weights
 
 EXAMPLES = [
@@ -140,6 +142,15 @@ def test_an_example_without_an_answer_is_not_judged(bytes_tokenizer, tmp_path):
     (text,) = all_texts(one, tmp_path / "t", Writer(tokenizer))
     assert text.right is None and text.finished
     assert account([text], "student").judged == 0
+
+
+def test_the_share_of_right_texts_says_of_how_many():
+    said = [
+        describe(Written(by="teacher", texts=8, finished=8, judged=judged, right=2))
+        for judged in (8, 4, 0)
+    ]
+    assert f"{percent(0.25)} right," in said[0] and "right" not in said[2]
+    assert f"{percent(0.5)} right of 4 to prompts whose answer is known" in said[1]
 
 
 def test_weights_are_p_times_one_minus_p(writing, tmp_path):
