@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.data.sources import rows_of
+from mlx_distill.data.sources import SOURCES, rows_of
 from mlx_distill.errors import DataError, NotFound
 from mlx_distill.files import of_people
 from mlx_distill.readers import is_text, path_of, read_json_lines
@@ -31,7 +31,8 @@ from mlx_distill.verify.named import BOXED, NAMED_TASKS, PROBLEM
 
 AFTER_THINK, ANYWHERE = "after_think", "anywhere"
 THINK_END = "</think>"
-TABLES = (".parquet", ".json", ".csv", ".tsv", ".gz")  # what the hub has, and its copies
+# what `[data]` reads and plain JSON lines are not: what the hub has, and its copies
+TABLES = (*(SOURCES.keys() - {".jsonl", ".ndjson"}), ".gz")
 GSM8K_ANSWER = re.compile(r"####[ \t]*(\S[^\n]*)$")
 GSM8K_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d+)?")  # not 1.234,5
 
