@@ -202,7 +202,7 @@ def _cost(run: Run) -> str:
 
 def _limits(run: Run, recipe: Recipe) -> str:
     cut, lines = recipe.truncation, []
-    if cut.whole_share < 1 and (cut.fraction < 1 or cut.keep == "cot" or cut.max_tokens):
+    if cut.cuts and cut.whole_share < 1:
         shown = " and ".join(_shown_after_the_cut(recipe))
         known = f"learned from {shown}" if shown else "knows from its base model"
         lines.append(

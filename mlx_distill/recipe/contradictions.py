@@ -244,8 +244,7 @@ def cache_contradictions(recipe: "Recipe", kind: str) -> Iterator[str]:
             f"{asked} keeps a teacher's answers, but [objective] kd_weight = 0 uses none: set "
             'cache = "off"'
         )
-    cuts = truncation.fraction < 1 or truncation.max_tokens > 0
-    if cuts and truncation.keep in ("suffix", "middle") and truncation.context == "drop":
+    if truncation.cuts and truncation.keep in ("suffix", "middle") and truncation.context == "drop":
         yield (
             f"{asked} holds answers to whole sequences, but [truncation] keep = "
             f'"{truncation.keep}" drops the context and asks others: '

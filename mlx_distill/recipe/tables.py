@@ -294,3 +294,8 @@ class TruncationTable(Table):
 
     ending: Annotated[Literal["none", "answer"], CameLater("none")] = "none"
     """After a cut: nothing, or </think>, answer and end of turn, learned from the text alone."""
+
+    @property
+    def cuts(self) -> bool:
+        """Whether any text may lose tokens."""
+        return self.keep == "cot" or self.fraction < 1 or self.max_tokens > 0

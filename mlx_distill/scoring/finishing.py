@@ -40,8 +40,7 @@ def unseen_note(recipe: Recipe, scores: Mapping[str, Score]) -> str:
 def _ends_in_the_cut(recipe: Recipe) -> bool:
     """Whether every text ends where it was cut; a suffix ends as the text does."""
     cut = recipe.truncation
-    cuts = cut.keep == "cot" or cut.fraction < 1 or cut.max_tokens > 0
-    return cuts and cut.keep != "suffix" and cut.ending == "none" and not cut.whole_share
+    return cut.cuts and cut.keep != "suffix" and cut.ending == "none" and not cut.whole_share
 
 
 def _remedy(recipe: Recipe) -> str:
