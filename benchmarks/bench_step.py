@@ -203,10 +203,13 @@ def run(
         if "step" in part:
             whole = with_folders(whole, Path(scratch or temporary))
         for p in part:
-            rows = measure(replace(whole, part=p), contenders, rounds, repetitions, threads)
+            case = replace(whole, part=p)
+            rows, stopped = measure(case, contenders, rounds, repetitions, threads)
             if keep:
                 append_rows(FILE, rows)
                 table()
+            if stopped:
+                raise SystemExit(130)
 
 
 @app.command()
@@ -358,17 +361,21 @@ def with_folders(case: Case, scratch: Path) -> Case:
 
 def measure(
     case: Case, contenders: list[str], rounds: int, repetitions: int, threads: int
-) -> list[dict[str, object]]:
+) -> tuple[list[dict[str, object]], bool]:
     """One row a contender, medians over all rounds; one that fails (memory) gets a row that says
-    so.
+    so. And whether it was stopped by Ctrl-C: then those have rows that were measured before.
     """
     names = [*contenders, *(["matmuls"] if case.part == "head" else [])]
     found: dict[str, list[workers.Numbers]] = {name: [] for name in names}
     failed: set[str] = set()
-    for _ in range(rounds):
-        for name in names:
+    stopped = False
+    try:
+        for name in names * rounds:
             if name not in failed and not attempt(case, name, repetitions, threads, found[name]):
                 failed.add(name)
+    except KeyboardInterrupt:
+        stopped = True
+        names = [name for name in names if found[name] or name in failed]
     facts = facts_of()
     place = place_of(found.values(), threads)
     rows = [
@@ -389,7 +396,7 @@ def measure(
     for row in rows:
         print({key: row[key] for key in shown}, flush=True)
     report_differences(rows, TOLERANCE[case.dtype])
-    return rows
+    return rows, stopped
 
 
 def attempt(

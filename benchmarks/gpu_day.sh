@@ -24,19 +24,20 @@ part() { # part NAME SECONDS COMMAND…
 }
 
 if [ "$device" = cuda ]; then
-    pair=(--shape qwen3-0.6b --teacher-shape qwen3-8b) large=(--shape qwen3-4b --teacher-shape qwen3-8b)
+    pair=(--shape qwen3-0.6b --teacher-shape qwen3-8b) small=(--shape qwen3-0.6b --teacher-shape qwen3-1.7b) large=(--shape qwen3-4b --teacher-shape qwen3-8b)
     size=(--device cuda --dtype bfloat16 --batch 1 --tokens 4096 --rounds 1 --repetitions 5)
-    fractions=() chunks=(512 1024 2048)
+    fractions=() chunks=(512 1024 2048) contenders=()
+    for one in ours liger trl paper liger-triton; do contenders+=(--contender "$one"); done # of a part that is cut off the first are kept
 else
-    pair=(--shape tiny --teacher-shape tiny) large=("${pair[@]}")
-    size=(--device cpu --batch 1 --tokens 64 --rounds 1 --repetitions 1 --threads 1 --contender ours --no-keep)
-    fractions=(--fraction 0.5) chunks=()
+    pair=(--shape tiny --teacher-shape tiny) small=("${pair[@]}") large=("${pair[@]}")
+    size=(--device cpu --batch 1 --tokens 64 --rounds 1 --repetitions 1 --threads 1 --no-keep)
+    fractions=(--fraction 0.5) chunks=() contenders=(--contender ours)
 fi
 
 part doctor 60 "$python" -m mlx_distill doctor --backend torch
-[ "$device" = cpu ] || part tests 120 "$python" -m pytest -m cuda -n 0
-part loss 120 "$python" benchmarks/bench_step.py run "${pair[@]}" "${size[@]}" --part head
-part step 120 "$python" benchmarks/bench_step.py run "${pair[@]}" "${size[@]}" --part step
+[ "$device" = cpu ] || part tests 120 "$python" -m pytest -m cuda -n 0 tests/test_cuda.py
+part loss 120 "$python" benchmarks/bench_step.py run "${pair[@]}" "${size[@]}" "${contenders[@]}" --part head
+part step 180 "$python" benchmarks/bench_step.py run "${small[@]}" "${size[@]}" "${contenders[@]}" --part step
 for chunk in "${chunks[@]}"; do
     part "chunk-$chunk" 40 "$python" benchmarks/bench_step.py run "${pair[@]}" "${size[@]}" --part head --contender ours --chunk-tokens "$chunk"
 done
