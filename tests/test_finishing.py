@@ -48,6 +48,11 @@ def test_the_remedy_belongs_to_the_cause(truncation, segments, remedy):
     assert re.search(remedy, said)
 
 
+def test_texts_that_a_model_wrote_may_have_been_too_short():
+    said = note(0.5, rollouts={"by": "teacher"}, objective={"segments": BOTH})
+    assert "or rollouts.max_new_tokens of what it learned from" in said
+
+
 def test_a_teacher_that_does_not_finish_either_needs_more_room():
     said = note(0.5, 0.25, truncation=HALF)
     assert said.endswith("nor did 25.0\u00a0% of its teacher's: raise eval.max_new_tokens")

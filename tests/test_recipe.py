@@ -97,6 +97,18 @@ def test_a_field_outside_of_its_table_is_refused(write, tmp_path):
         ('[objective]\nsegments = "cot"\n', "[objective] segments", "a list", "'cot'"),
         ("[objective]\nsegments = []\n", "[objective] segments", "a list of at least 1", "[]"),
         (
+            '[objective]\nsegments = ["cot", "cot"]\n',
+            "[objective] segments",
+            "a list that names nothing twice",
+            "['cot', 'cot']",
+        ),
+        (
+            "[objective]\nhidden_layers = [1, 1]\n",
+            "[objective] hidden_layers",
+            "a list that names nothing twice",
+            "[1, 1]",
+        ),
+        (
             "[student]\ntuning='lora'\nlora_targets = [1]\n",
             "[student] lora_targets[0]",
             "a valid string",

@@ -5,8 +5,6 @@ As in `tables`, where the models and the data stand: a field is added here and n
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from mlx_distill.recipe.tables import Table
 from mlx_distill.recipe.values import (
     Cadence,
@@ -20,8 +18,9 @@ from mlx_distill.recipe.values import (
     OutsideDigest,
     Rows,
     Seed,
-    Segment,
+    Segments,
     Tokens,
+    Trackers,
     Weight,
     within,
 )
@@ -45,7 +44,7 @@ class SelectionTable(Table):
 
 
 class ObjectiveTable(Table):
-    segments: Annotated[tuple[Segment, ...], Field(min_length=1, strict=False)] = ("cot",)
+    segments: Segments = ("cot",)
     """Which segments are learned."""
 
     divergence: Divergence = "forward_kl"
@@ -230,9 +229,5 @@ class RunTable(Table):
     export: Literal["best", "last"] = "best"
     """Which checkpoint becomes the student; best = lowest validation loss."""
 
-    track: Annotated[
-        tuple[Literal["trackio", "tensorboard", "wandb"], ...],
-        Field(strict=False),
-        OutsideDigest(),
-    ] = ()
+    track: Annotated[Trackers, OutsideDigest()] = ()
     """Trackers that follow the run's logs; each is an extra of the package."""

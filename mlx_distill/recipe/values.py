@@ -60,6 +60,12 @@ def _condition(value: Any) -> Any:
     return value
 
 
+def _distinct(values: tuple) -> tuple:
+    if len(set(values)) < len(values):
+        raise PydanticCustomError("distinct", "a list that names nothing twice")
+    return values
+
+
 @dataclass(frozen=True)
 class OutsideDigest:
     """A field that says where things are kept, or what a run is shown beside."""
@@ -98,8 +104,12 @@ Divergence = Literal[
     "dkd",
 ]
 Condition = Annotated[Any, AfterValidator(_condition)]
-Names = Annotated[tuple[str, ...], Field(strict=False)]  # TOML has lists, no tuples
-Layers = Annotated[tuple[Annotated[int, within(1, 1000)], ...], Field(strict=False)]
+AS_LIST = Field(strict=False)  # TOML has lists, no tuples
+DISTINCT = AfterValidator(_distinct)
+Names = Annotated[tuple[str, ...], AS_LIST, DISTINCT]
+Segments = Annotated[tuple[Segment, ...], Field(min_length=1, strict=False), DISTINCT]
+Layers = Annotated[tuple[Annotated[int, within(1, 1000)], ...], AS_LIST, DISTINCT]
+Trackers = Annotated[tuple[Literal["trackio", "tensorboard", "wandb"], ...], AS_LIST, DISTINCT]
 Fraction = Annotated[float, within(1e-6, 1.0)]
 Weight = Annotated[float, within(1e-6, 1.0, or_zero=True)]
 # float32 knows no number nearer to 1 that a sum of 1 - beta survives

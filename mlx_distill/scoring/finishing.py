@@ -53,4 +53,7 @@ def _remedy(recipe: Recipe) -> str:
         )
     if "answer" not in segments and cut.ending == "none":
         return 'the answer and the end of turn carried no loss; add "answer" to objective.segments'
-    return "train longer, or raise eval.max_new_tokens if its texts are still under way"
+    limits = "eval.max_new_tokens"
+    if recipe.rollouts.by != "data":
+        limits += ", or rollouts.max_new_tokens of what it learned from,"
+    return f"train longer, or raise {limits} if texts are still under way"

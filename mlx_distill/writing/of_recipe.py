@@ -157,7 +157,7 @@ class Rollouts:
             to_write = [self._prompt(unit) for unit in self._units() if isinstance(unit, Asked)]
         elif train:
             learned |= self.writing.sequences(train)
-            self._refuse_nothing(learned, train)
+            self._refuse_too_few(learned, train)
         found = learnable(self.chosen, self.recipe, learned)
         return replace(found, to_write=tuple(to_write), own=self._own)
 
@@ -209,11 +209,17 @@ class Rollouts:
                 'or set keep = "all" and weigh = "none"'
             )
 
-    def _refuse_nothing(self, learned: Sequences, texts: list[Text]) -> None:
-        if self.table.share == 1 and not any(learned.get(text.example) for text in texts):
+    def _refuse_too_few(self, learned: Sequences, texts: list[Text]) -> None:
+        """Raise `DataError` where so many texts were left out that they do not fill one step."""
+        size = self.recipe.batch.global_batch_size
+        left = sum(len(learned.get(one.id, [said])) for one, said in self.chosen.train)
+        dropped = len(texts) - sum(len(learned.get(name, [])) for name in self._train)
+        if dropped and left < size:
             raise DataError(
-                f"{self.folder}: none of {len(texts):,} texts is learned, {describe(account(texts, self.table.by))}: "
-                'raise rollouts.max_new_tokens or rollouts.samples, or set rollouts.keep = "all"'
+                f"{self.folder}: {left:,} of {left + dropped:,} texts are learned, "
+                f"{describe(account(texts, self.table.by))}, and a step takes {size:,}: raise "
+                'rollouts.max_new_tokens or rollouts.samples, set rollouts.keep = "all", or lower '
+                "batch.global_batch_size"
             )
 
     def cost(self) -> WritingCost | None:

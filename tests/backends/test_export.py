@@ -339,6 +339,12 @@ def test_a_student_that_mlx_lm_cannot_open_is_torchs_alone(base: Path):
     assert "self_attn.q_proj.more" in reason and "\n" not in reason
 
 
+def test_a_machine_without_mlx_lm_says_nothing_of_it(base: Path, monkeypatch):
+    """A run that a GPU's machine began is exported for mlx-lm on a Mac."""
+    monkeypatch.setitem(sys.modules, "mlx_lm.utils", None)
+    assert export.not_for_mlx_lm(base) == ""
+
+
 @pytest.mark.parametrize(
     "base_dtype, save_dtype, expected",
     [

@@ -1,6 +1,7 @@
 """Runs that learn what a model writes: the ids as written, and endings to the bit after any kill."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -259,6 +260,17 @@ def test_prompts_alone_are_answered_and_learned(tiny_recipe, tmp_path, command_l
     (tmp_path / "rollouts").rename(tmp_path / "elsewhere")
     with pytest.raises(DataError, match=r"that the teacher wrote for held-out prompts cannot be"):
         held_out_texts(Pair.of(recipe), "")
+
+
+def test_too_few_right_texts_for_a_step_are_not_blamed_on_the_batch(
+    tiny_recipe, tmp_path, command_line
+):
+    words = arguments(tiny_recipe, tmp_path, "teacher writes")
+    result = command_line(*words, "--set", "rollouts.share=1.0", "--set", "rollouts.keep=right")
+    assert result.code == 2
+    assert re.search(
+        r": 0 of \d+ texts are learned, .*0\.0.% right.*, and a step takes \d+: raise", result.err
+    )
 
 
 @pytest.mark.parametrize("asked", ['rollouts.keep="right"', "rollouts.weigh=pass_rate"])
