@@ -366,6 +366,19 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path):
     assert (result.returncode, result.stderr) == (130, "stopped\n")
 
 
+def test_ctrl_c_while_the_interpreter_is_taken_down_leaves_no_traceback():
+    """A library that cleans up after itself takes long enough for a second Ctrl-C."""
+    program = (
+        "import atexit, os, signal\n"
+        "from mlx_distill.terminal.ending import run_to_its_end\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "run_to_its_end(lambda: 130)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_an_output_that_is_full_is_one_line(unbuffered):

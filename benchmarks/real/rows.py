@@ -13,8 +13,10 @@ import csv
 import dataclasses
 import json
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import typer
@@ -187,13 +189,18 @@ def lead(arms: list[Condition]) -> str:
 
 
 def all_in(name: str) -> list[Row]:
-    """A sweep's rows, whose FLOPs are those of the teacher's pass and of writing, too."""
+    """A sweep's rows in the order of its arms, whose FLOPs are those of the teacher's pass and of
+    writing, too.
+    """
     known = kept_costs()
+    named = [arm["name"] for arm in tomllib.loads((HERE / f"{name}.toml").read_text())["arms"]]
+    place = {arm: number for number, arm in enumerate(named)}
+    kept = sorted(read_rows(HERE / f"{name}.csv"), key=lambda row: place.get(row.label, -1))
     return [
         dataclasses.replace(row, flops=row.flops + sum(known[SWEEPS[name], row.run, row.commit]))
         if row.role == "student" and row.status == DONE
         else row
-        for row in read_rows(HERE / f"{name}.csv")
+        for row in kept
     ]
 
 
@@ -205,7 +212,7 @@ def page(rows: list[Row], base: Condition | None) -> str:
     commits = ", ".join(sorted({row.commit[:7] for arm in arms for row in arm.rows}))
     said = [
         f"{sum(len(arm.rows) for arm in arms)} runs, seeds {', '.join(map(str, seeds))}, "
-        f"{len(one.right)} held-out problems, greedy; torch on {one.device}; commit {commits}."
+        f"{len(one.right)} held-out problems, greedy; torch on {devices(arms)}; commit {commits}."
     ]
     models = [("before training", base)]
     models += [("teacher", found) for found in conditions(rows, "teacher")]
@@ -216,6 +223,20 @@ def page(rows: list[Row], base: Condition | None) -> str:
         if model
     ]
     return " ".join(said) + "\n\n" + arms_table(arms, full, base)
+
+
+def devices(arms: list[Condition]) -> str:
+    """What the runs were made on, with their number where it is not one for all."""
+    counted = Counter(row.device for arm in arms for row in arm.rows)
+    if len(counted) == 1:
+        return next(iter(counted))
+    return " and ".join(f"{device} ({count} runs)" for device, count in counted.items())
+
+
+def training(arm: Condition, full: Condition) -> str:
+    """How long it took on the device of the whole arm's first run: times elsewhere compare nothing."""
+    seconds = [row.train_seconds for row in arm.rows if row.device == full.rows[0].device]
+    return duration(fmean(seconds)) if seconds else DASH
 
 
 def arms_table(arms: list[Condition], full: Condition, base: Condition | None) -> str:
@@ -246,7 +267,7 @@ def arms_table(arms: list[Condition], full: Condition, base: Condition | None) -
             f"{arm.cost('kl'):.3f}",
             amount(arm.cost("flops"), "FLOP"),
             f"{arm.cost('flops') / full.cost('flops'):.2f}",
-            duration(arm.cost("train_seconds")),
+            training(arm, full),
         ]
         for arm in arms
     ]
@@ -255,7 +276,7 @@ def arms_table(arms: list[Condition], full: Condition, base: Condition | None) -
 
 def kinds_table(name: str) -> str:
     """Right answers to each kind of problem, over all seeds of an arm; "" where they are not kept."""
-    kinds, arms = kept_kinds(), conditions(read_rows(HERE / f"{name}.csv"))
+    kinds, arms = kept_kinds(), conditions(all_in(name))
     known = sorted({key[3] for key in kinds if key[0] == SWEEPS[name]})
     rows = []
     for arm in arms:

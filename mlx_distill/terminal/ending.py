@@ -7,6 +7,7 @@ keeps its traceback.
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -128,6 +129,10 @@ def _end(code: int | str | None) -> NoReturn:
         except (OSError, ValueError):  # told already, or nowhere to tell it
             _drop_output()
             code = code or 2
+    number = code if isinstance(code, int) else int(code is not None)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        os._exit(code if isinstance(code, int) else int(code is not None))
+        os._exit(number)
+    # all is done: a Ctrl-C while the interpreter is taken down would only leave a traceback
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, lambda *_: os._exit(number))
     sys.exit(code)
