@@ -46,6 +46,11 @@ class LossRows(NamedTuple):
     ce: mx.array
     agree: mx.array
 
+    @property
+    def terms(self) -> dict[str, mx.array]:
+        """The rows by name."""
+        return {"kd": self.kd, "ce": self.ce, "agree": self.agree}
+
 
 def kd_loss(
     student_hidden: mx.array,

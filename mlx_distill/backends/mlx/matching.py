@@ -12,7 +12,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_distill.backends.matching import PROJECTION
 from mlx_distill.backends.mlx.model import SplitModel, call_through
+
+
+def of_student(weights: dict[str, Any]) -> dict[str, Any]:
+    """What trains, without the matrices that are no part of the student."""
+    return {name: part for name, part in weights.items() if name != PROJECTION}
 
 
 class Watched:

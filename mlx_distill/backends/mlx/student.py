@@ -23,8 +23,8 @@ from mlx_distill.backends.mlx.adapters import fused_weights
 from mlx_distill.backends.mlx.entropy import entropy_rows
 from mlx_distill.backends.mlx.generate import MlxModel
 from mlx_distill.backends.mlx.heads import Head, MatrixHead, SparseHead
-from mlx_distill.backends.mlx.loss import LossRows, kd_loss, score_rows
-from mlx_distill.backends.mlx.matching import Watched, distance_rows
+from mlx_distill.backends.mlx.loss import kd_loss, score_rows
+from mlx_distill.backends.mlx.matching import Watched, distance_rows, of_student
 from mlx_distill.backends.mlx.model import RoundedEmbedding, SplitModel, checkpoint_layers
 from mlx_distill.backends.mlx.optimizer import AdamW, ScheduleFreeAdamW, make_optimizer
 from mlx_distill.backends.mlx.rounding import rounded
@@ -153,11 +153,11 @@ class MlxStudent(MlxModel):
             batch.taught,
         )
         if not objective.matches_hidden:
-            return rows.loss, _terms(rows)
+            return rows.loss, rows.terms
         hidden = self._distances(weights, batch, targets, objective.hidden_distance)
         distance = mx.sum(mx.array(batch.weight) * hidden) / (loss_tokens or 1.0)
         loss = rows.loss + objective.hidden_weight * distance
-        return loss, _terms(rows) | {"hidden": hidden}
+        return loss, rows.terms | {"hidden": hidden}
 
     def _distances(self, weights: Weights, batch: Batch, targets: Any, kind: str) -> mx.array:
         """How far the layers' hidden states of the pass under way are from the teacher's,
@@ -186,15 +186,15 @@ class MlxStudent(MlxModel):
             arguments = self._arguments(weights, batch, targets, objective)
             rows = score_rows(*arguments, self.chunk_tokens, self.compared_ids, batch.taught)
             if not objective.matches_hidden:
-                return _terms(rows)
+                return rows.terms
             hidden = self._distances(weights, batch, targets, objective.hidden_distance)
-            return _terms(rows) | {"hidden": hidden}
+            return rows.terms | {"hidden": hidden}
         finally:
             self._settle(self.weights)
 
     def _settle(self, weights: Weights) -> None:
         """Have the model compute with these weights, and hold nothing of the last pass."""
-        self.split.model.update(_of_model(weights))
+        self.split.model.update(of_student(weights))
         if self._watched:
             self._watched.forget()
 
@@ -243,7 +243,7 @@ class MlxStudent(MlxModel):
 
     def _hidden(self, weights: Weights, batch: Batch) -> mx.array:
         """The hidden states [N, D], computed with these weights in the format that is asked for."""
-        of_model = rounded(_of_model(weights), self.table.quantize_aware_bits)
+        of_model = rounded(of_student(weights), self.table.quantize_aware_bits)
         if not self.full:
             self.split.model.update(of_model)
             return self.gather(batch.tokens, batch.positions)
@@ -375,7 +375,7 @@ class MlxStudent(MlxModel):
             save_folder(fused, self.base, folder, self._save_dtype, stop_ids)
         if not self.full:
             adapters = {
-                key: np.array(array) for key, array in tree_flatten(_of_model(self.evaluated))
+                key: np.array(array) for key, array in tree_flatten(of_student(self.evaluated))
             }
             write_adapters(folder, adapters, self.table, len(self.split.layers), self.split.name)
         self._settle(self.weights)
@@ -391,16 +391,6 @@ class MlxStudent(MlxModel):
     def _save_dtype(self) -> mx.Dtype:
         asked = self.table.save_dtype
         return self.split.stored_dtype if asked == "base" else getattr(mx, asked)
-
-
-def _of_model(weights: Weights) -> Weights:
-    """Those that are the student's own."""
-    return {name: part for name, part in weights.items() if name != matching.PROJECTION}
-
-
-def _terms(rows: LossRows) -> dict[str, mx.array]:
-    """All rows but the loss itself, by name."""
-    return dict(zip(rows._fields[1:], rows[1:], strict=True))
 
 
 def _sums(batch: Batch, terms: dict[str, mx.array]) -> LossSums:

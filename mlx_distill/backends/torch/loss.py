@@ -59,6 +59,11 @@ class LossRows(NamedTuple):
     ce: Tensor
     agree: Tensor
 
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The rows by name."""
+        return {"kd": self.kd, "ce": self.ce, "agree": self.agree}
+
 
 def kd_loss(
     student_hidden: Tensor,

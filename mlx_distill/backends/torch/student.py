@@ -28,7 +28,7 @@ from mlx_distill.backends.torch.entropy import entropy_rows
 from mlx_distill.backends.torch.failures import explained
 from mlx_distill.backends.torch.generate import TorchModel
 from mlx_distill.backends.torch.heads import Head, MatrixHead, SparseHead
-from mlx_distill.backends.torch.loss import LossRows, kd_loss, score_rows
+from mlx_distill.backends.torch.loss import kd_loss, score_rows
 from mlx_distill.backends.torch.matching import Watched, distance_rows, of_student
 from mlx_distill.backends.torch.model import SplitModel, checkpoint_layers
 from mlx_distill.backends.torch.optimizer import (
@@ -141,7 +141,7 @@ class TorchStudent(TorchModel):
                 self.dtype,
                 batch.taught,
             )
-            loss, terms = rows.loss, _terms(rows)
+            loss, terms = rows.loss, rows.terms
             if objective.matches_hidden:
                 terms["hidden"] = self._distances(batch, targets, objective.hidden_distance)
                 distance = (self.tensor(batch.weight) * terms["hidden"]).sum() / (
@@ -180,10 +180,10 @@ class TorchStudent(TorchModel):
         )
         if objective.matches_hidden:
             hidden = self._distances(batch, targets, objective.hidden_distance)
-            return _terms(rows) | {"hidden": hidden}
+            return rows.terms | {"hidden": hidden}
         if self._watched:
             self._watched.forget()
-        return _terms(rows)
+        return rows.terms
 
     # which positions are chosen
 
@@ -391,11 +391,6 @@ class TorchStudent(TorchModel):
     def _save_dtype(self) -> torch.dtype:
         asked = self.table.save_dtype
         return self.split.stored_dtype if asked == "base" else getattr(torch, asked)
-
-
-def _terms(rows: LossRows) -> dict[str, Tensor]:
-    """All rows but the loss itself, by name."""
-    return dict(zip(rows._fields[1:], rows[1:], strict=True))
 
 
 def _sums(batch: Batch, terms: dict[str, Tensor]) -> LossSums:
