@@ -87,7 +87,7 @@ def _bars(axes: "Axes", values: list[float], colour: str, title: str) -> None:
     axes.barh(range(len(values)), values, color=colour, alpha=0.8, height=0.55)
     for place, value in enumerate(values):
         axes.annotate(
-            f"{value:.0%}",
+            f"{value:.1%}",  # 99.8 % is not all of them
             (value, place),
             xytext=(4, 0),
             textcoords="offset points",
