@@ -84,7 +84,7 @@ def run(
             "raise --supervised-share"
         )
     with tempfile.TemporaryDirectory() as temporary:
-        rows = measure(
+        rows, stopped = measure(
             bench_step.with_folders(whole, Path(scratch or temporary)),
             contender,
             fraction,
@@ -92,9 +92,11 @@ def run(
             repetitions,
             threads,
         )
-    if keep:
+    if keep and rows:
         append_rows(FILE, rows)
         table()
+    if stopped:
+        raise SystemExit(130)
 
 
 @app.command()
@@ -108,21 +110,18 @@ def table() -> None:
 
 def measure(
     case: Case, contender: str, fractions: list[float], rounds: int, repetitions: int, threads: int
-) -> list[dict[str, object]]:
-    """One row a fraction."""
+) -> tuple[list[dict[str, object]], bool]:
+    """One row a fraction, and whether it was stopped by Ctrl-C, as `bench_step.measure` has it."""
     cases = {f: replace(case, tokens=round(f * case.tokens)) for f in fractions}
-    found: dict[float, list[workers.Numbers]] = {f: [] for f in fractions}
-    failed: set[float] = set()
-    for _ in range(rounds):
-        for f, part in cases.items():
-            if f not in failed and not bench_step.attempt(
-                part, contender, repetitions, threads, found[f]
-            ):
-                failed.add(f)
+    found, stopped = workers.in_rounds(
+        cases,
+        rounds,
+        lambda f, into: bench_step.attempt(cases[f], contender, repetitions, threads, into),
+    )
     facts = {**bench_step.facts_of(), **bench_step.place_of(found.values(), threads)}
     rows = []
-    for f, part in cases.items():
-        row = bench_step.row_of(part, contender, [] if f in failed else found[f])
+    for f, numbers in found.items():
+        row = bench_step.row_of(cases[f], contender, numbers)
         rows.append(
             {
                 **facts,
@@ -134,7 +133,7 @@ def measure(
         )
         shown = ("fraction", "tokens", "seconds_median", "cpu_seconds_min", "peak_bytes", "flops")
         print({key: rows[-1][key] for key in shown}, flush=True)
-    return rows
+    return rows, stopped
 
 
 def pair_flops(teacher: str, student: str, fraction: float, prompt_share: float) -> float:

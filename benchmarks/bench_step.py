@@ -205,7 +205,7 @@ def run(
         for p in part:
             case = replace(whole, part=p)
             rows, stopped = measure(case, contenders, rounds, repetitions, threads)
-            if keep:
+            if keep and rows:
                 append_rows(FILE, rows)
                 table()
             if stopped:
@@ -366,22 +366,11 @@ def measure(
     so. And whether it was stopped by Ctrl-C: then those have rows that were measured before.
     """
     names = [*contenders, *(["matmuls"] if case.part == "head" else [])]
-    found: dict[str, list[workers.Numbers]] = {name: [] for name in names}
-    failed: set[str] = set()
-    stopped = False
-    try:
-        for name in names * rounds:
-            if name not in failed and not attempt(case, name, repetitions, threads, found[name]):
-                failed.add(name)
-    except KeyboardInterrupt:
-        stopped = True
-        names = [name for name in names if found[name] or name in failed]
-    facts = facts_of()
-    place = place_of(found.values(), threads)
-    rows = [
-        {**facts, **place, **row_of(case, name, [] if name in failed else found[name])}
-        for name in names
-    ]
+    found, stopped = workers.in_rounds(
+        names, rounds, lambda name, into: attempt(case, name, repetitions, threads, into)
+    )
+    facts = {**facts_of(), **place_of(found.values(), threads)}
+    rows = [{**facts, **row_of(case, name, numbers)} for name, numbers in found.items()]
     shown = (
         "part",
         "contender",

@@ -9,11 +9,13 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from mlx_distill.machine import THREADS
 
 Numbers = dict[str, float]
+Key = TypeVar("Key")
 
 
 def start(
@@ -44,6 +46,26 @@ def ask(worker: subprocess.Popen) -> Numbers:
     if not line:
         raise RuntimeError(f"{' '.join(worker.args[2:])} ended with code {worker.wait()}")
     return json.loads(line)
+
+
+def in_rounds(
+    keys: Iterable[Key], rounds: int, attempt: Callable[[Key, list[Numbers]], bool]
+) -> tuple[dict[Key, list[Numbers]], bool]:
+    """What each key's attempts added to its list in all rounds, [] for one that failed (it returned
+    False, and is not tried again); and whether Ctrl-C ended it: then of what was measured before.
+    """
+    found: dict[Key, list[Numbers]] = {key: [] for key in keys}
+    failed: set[Key] = set()
+    stopped = False
+    try:
+        for _ in range(rounds):
+            for key, numbers in found.items():
+                if key not in failed and not attempt(key, numbers):
+                    failed.add(key)
+    except KeyboardInterrupt:
+        stopped = True
+        found = {key: numbers for key, numbers in found.items() if numbers or key in failed}
+    return {key: [] if key in failed else numbers for key, numbers in found.items()}, stopped
 
 
 def stop(worker: subprocess.Popen) -> None:

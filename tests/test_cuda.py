@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import model_folder
 
+from benchmarks import workers
 from mlx_distill.backends import choose_backend
 from mlx_distill.errors import OutOfMemory
 
@@ -62,3 +63,19 @@ def test_the_script_of_a_gpu_day_runs_here_with_tiny_shapes(tmp_path: Path):
     assert found.returncode == 0, (found.stdout, found.stderr, logs)
     parts = [line.split("\t")[0] for line in found.stdout.splitlines()]
     assert parts == ["doctor", "loss", "step", "fractions"]
+
+
+def test_a_part_that_is_cut_off_keeps_what_it_measured():
+    """What failed before is known too; the one that Ctrl-C met in the middle has its repetitions."""
+
+    def attempt(name: str, into: list) -> bool:
+        into.append({"seconds": 1.0})
+        if name == "cut":
+            raise KeyboardInterrupt
+        return name != "fails"
+
+    found, stopped = workers.in_rounds(["whole", "fails", "cut", "never"], 2, attempt)
+    once = [{"seconds": 1.0}]
+    assert (found, stopped) == ({"whole": once, "fails": [], "cut": once}, True)
+    found, stopped = workers.in_rounds(["whole", "fails"], 2, attempt)
+    assert (found, stopped) == ({"whole": once * 2, "fails": []}, False)
