@@ -98,9 +98,10 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         )
     if scoring.also and not scoring.task:
         yield "[eval] also names more tasks, but task is empty: name the first one there"
-    tasks = (scoring.task, *scoring.also)
-    if twice := [name for place, name in enumerate(tasks) if name in tasks[:place]]:
-        yield f"[eval] task and also name {twice[0]!r} twice, which would be scored twice: drop one"
+    if scoring.task in scoring.also:
+        yield (
+            f"[eval] task and also name {scoring.task!r} twice, which would be scored twice: drop one"
+        )
     if scoring.samples > 1 and scoring.temperature == 0:
         yield (
             f"[eval] samples = {scoring.samples} at temperature 0 would repeat one greedy answer: "
