@@ -6,7 +6,8 @@
 A sweep's `flops` are of the student's steps. `costs.csv` has what else a run cost: `teacher_flops`,
 the teacher's pass over the tokens of these steps, which a cache spares all but the first arm, and
 `writing_flops`, a model's writing of the texts. A table's FLOPs are the sum of all three.
-`kinds.csv` has the right answers to each kind of problem. No number is typed in.
+`kinds.csv` has the right answers to each kind of problem, `written.csv` what the models wrote that
+students learned from. No number is typed in.
 """
 
 import csv
@@ -52,14 +53,18 @@ SWEEPS = {  # → where its runs lie
     "rest": "students",
     "on-policy": "on-policy/runs",
     "other-students": "other-students/runs",
+    "rest-before": "students",
+    "on-policy-before": "on-policy/runs",
 }
+BEFORE = "-before"  # rows of a sweep from another day, whose teacher was another: not mixed with it
+WRITTEN = ("by", "texts", "finished", "judged", "right", "tokens", "seconds")
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
 def keep(source: Annotated[Path, typer.Argument(help="folder of the sweeps")] = Path("runs/real")):
     """Copy the rows of the sweeps that have begun; costs that are known are not computed again."""
-    known, kinds = kept_costs(), kept_kinds()
+    known, kinds, written = kept_costs(), kept_kinds(), kept_writing()
     for name, runs in SWEEPS.items():
         found = source / name / "results.csv"
         if not found.exists() or not conditions(read_rows(found)):
@@ -72,15 +77,43 @@ def keep(source: Annotated[Path, typer.Argument(help="folder of the sweeps")] = 
             if key not in known:
                 known[key] = costs(source / runs / row.run)
             kinds |= {(*key, *one): count for one, count in by_kind(source / runs / row.run)}
+            if told := writing(source / runs / row.run):
+                written[key] = told
         typer.echo(f"{HERE / name}.csv: {len(done)} runs")
-    with (HERE / "costs.csv").open("w", newline="") as file:
+    save("costs", "teacher_flops,writing_flops", known)
+    save("kinds", "kind,right,asked", kinds)
+    save("written", ",".join(WRITTEN), written)
+
+
+def save(name: str, columns: str, rows: dict) -> None:
+    """`{name}.csv`: keys, which begin with where runs lie, run and commit, and values."""
+    with (HERE / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["runs", "run", "commit", "teacher_flops", "writing_flops"])
-        writer.writerows([*key, *values] for key, values in sorted(known.items()))
-    with (HERE / "kinds.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["runs", "run", "commit", "kind", "right", "asked"])
-        writer.writerows([*key, *values] for key, values in sorted(kinds.items()))
+        writer.writerow(["runs", "run", "commit", *columns.split(",")])
+        writer.writerows([*key, *values] for key, values in sorted(rows.items()))
+
+
+def saved(name: str) -> list[dict[str, str]]:
+    path = HERE / f"{name}.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def writing(folder: Path) -> tuple[str, ...]:
+    """What a model wrote for a run: `WRITTEN`; () where none did, or the run is gone."""
+    manifest = folder / "manifest.json"
+    told = json.loads(manifest.read_text()).get("written") if manifest.exists() else None
+    return tuple(str(told[name]) for name in WRITTEN) if told else ()
+
+
+def kept_writing() -> dict[tuple[str, str, str], tuple[str, ...]]:
+    """(where runs lie, run, commit) → `WRITTEN`."""
+    return {
+        (row["runs"], row["run"], row["commit"]): tuple(row[name] for name in WRITTEN)
+        for row in saved("written")
+    }
 
 
 def by_kind(folder: Path) -> list[tuple[tuple[str], tuple[int, int]]]:
@@ -104,17 +137,13 @@ def lines(path: Path) -> list[dict]:
 
 def kept_kinds() -> dict[tuple[str, str, str, str], tuple[int, int]]:
     """(where runs lie, run, commit, kind) → right answers, and problems asked."""
-    path = HERE / "kinds.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {
-            (row["runs"], row["run"], row["commit"], row["kind"]): (
-                int(row["right"]),
-                int(row["asked"]),
-            )
-            for row in csv.DictReader(file)
-        }
+    return {
+        (row["runs"], row["run"], row["commit"], row["kind"]): (
+            int(row["right"]),
+            int(row["asked"]),
+        )
+        for row in saved("kinds")
+    }
 
 
 def joined(path: Path, rows: list[Row]) -> list[Row]:
@@ -132,26 +161,32 @@ def joined(path: Path, rows: list[Row]) -> list[Row]:
 
 def kept_costs() -> dict[tuple[str, str, str], tuple[float, float]]:
     """(where runs lie, run, commit) → FLOPs of the teacher's pass, and of writing."""
-    path = HERE / "costs.csv"
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {
-            (row["runs"], row["run"], row["commit"]): (
-                float(row["teacher_flops"]),
-                float(row["writing_flops"]),
-            )
-            for row in csv.DictReader(file)
-        }
+    return {
+        (row["runs"], row["run"], row["commit"]): (
+            float(row["teacher_flops"]),
+            float(row["writing_flops"]),
+        )
+        for row in saved("costs")
+    }
 
 
 def costs(folder: Path) -> tuple[float, float]:
-    """What a run cost beside its student's steps."""
+    """What a run cost beside its student's steps: the teacher's trunk over the tokens that were
+    read and its head over those that carry loss, as a plan of the data's texts counts them; and
+    writing. A live teacher's passes are among the steps' FLOPs.
+    """
     run = read_run(folder)
-    live = with_values(run.recipe, teacher={"cache": "off"})
-    plan = plan_of(live, this_machine("torch"), advised=False)[1]
-    written = run.manifest.written
-    return plan.flops.get("teacher", 0.0), written.flops if written else 0.0
+    done, writing = run.manifest, run.manifest.written
+    if run.recipe.objective.kd_weight == 0 or "teacher" in done.flops:
+        return 0.0, writing.flops if writing else 0.0
+    live = with_values(run.recipe, teacher={"cache": "off"}, rollouts={"by": "data"})
+    alone = with_values(live, objective={"kd_weight": 0.0})
+    both, student = (
+        plan_of(recipe, this_machine("torch"), advised=False)[1] for recipe in (live, alone)
+    )
+    trunk = both.flops["teacher"] * done.tokens_read / both.work.tokens_read
+    head = (both.flops["head"] - student.flops["head"]) * done.loss_tokens / both.work.loss_tokens
+    return trunk + head, writing.flops if writing else 0.0
 
 
 @app.command()
@@ -166,16 +201,16 @@ def write() -> None:
         rows = all_in("arms")
         teacher = conditions(rows, "teacher")
         above, before = (models[0] if models else None for models in (teacher, base))
-        draw(conditions(rows), above, before, HERE / "arms.svg")
-        rewrite_section("real", lead(conditions(rows)), HERE.parents[1] / "README.md")
+        arms = [arm for arm in conditions(rows) if len(arm.rows) > 1]
+        draw(arms, above, before, HERE / "arms.svg")
+        rewrite_section("real", lead(arms), HERE.parents[1] / "README.md")
 
 
 def lead(arms: list[Condition]) -> str:
     """README's table below the figure: what each arm solves and finishes, and for what."""
     full = arms[0]
-    seeds = max(len(arm.rows) for arm in arms)
-    count = "one training seed" if seeds == 1 else f"up to {seeds} training seeds"
-    head = [f"learned from ({count})", "right", "finished", "of the FLOPs"]
+    head = [f"learned from (up to {len(full.rows)} training seeds)", "right", "finished"]
+    head += ["of the FLOPs"]
     rows = [
         [
             arm.name,
@@ -192,8 +227,8 @@ def all_in(name: str) -> list[Row]:
     """A sweep's rows in the order of its arms, whose FLOPs are those of the teacher's pass and of
     writing, too.
     """
-    known = kept_costs()
-    named = [arm["name"] for arm in tomllib.loads((HERE / f"{name}.toml").read_text())["arms"]]
+    known, sweep = kept_costs(), HERE / f"{name.removesuffix(BEFORE)}.toml"
+    named = [arm["name"] for arm in tomllib.loads(sweep.read_text())["arms"]]
     place = {arm: number for number, arm in enumerate(named)}
     kept = sorted(read_rows(HERE / f"{name}.csv"), key=lambda row: place.get(row.label, -1))
     return [
