@@ -210,29 +210,24 @@ class Pipeline:
         device = self.backend.device()
         planned = self.recipe, prepared, self.pair.student, self.pair.teacher, Machine.of(device)
         announce(*planned, self.view.say, force, self.backend.ranks.size)
-        for_mlx_lm = self._why_not_for_mlx_lm()
+        self._say_mlx_lm()
         try:
             with explained("training"):
                 student, state = self._train(folder, prepared)
-                self._export(folder, student, state, for_mlx_lm)
+                self._export(folder, student, state)
         except OutOfMemory as error:
             raise OutOfMemory(f"{error}; {folder.what_is_saved()}; {shortage(*planned)}") from None
         except DeviceStopped as error:
             raise DeviceStopped(f"{error}; {folder.what_is_saved()}") from None
 
-    def _why_not_for_mlx_lm(self) -> dict[str, str]:
-        """Say why mlx-lm will not open a student that torch trains, for the manifest too; MLX
-        itself refuses those.
-        """
+    def _say_mlx_lm(self) -> None:
+        """Why mlx-lm will not open a student that torch trains; MLX itself refuses those."""
         on_torch = self.backend.device().backend == "torch"
-        reason = not_for_mlx_lm(self.pair.student) if on_torch else ""
-        if not reason:
-            return {}
-        self.view.say(
-            "note: the student will open in transformers alone, mlx-lm cannot load its base: "
-            f"{reason}"
-        )
-        return {"not_for_mlx_lm": reason}
+        if reason := not_for_mlx_lm(self.pair.student) if on_torch else "":
+            self.view.say(
+                "note: the student will open in transformers alone, mlx-lm cannot load its base: "
+                f"{reason}"
+            )
 
     def _train(self, folder: RunFolder, prepared: Prepared) -> tuple[Student, TrainState]:
         recipe = self.recipe
@@ -362,9 +357,7 @@ class Pipeline:
 
     # what comes of it
 
-    def _export(
-        self, folder: RunFolder, student: Student, state: TrainState, for_mlx_lm: dict[str, str]
-    ) -> None:
+    def _export(self, folder: RunFolder, student: Student, state: TrainState) -> None:
         """Write the student; where it lies, training is complete, so it comes last."""
         exported = state.best_step if self.recipe.run.export == "best" else state.step
         if exported != state.step:
@@ -379,7 +372,6 @@ class Pipeline:
             loss_tokens=state.loss_tokens_seen,
             flops=total_flops(counted),
             logs=logs.kept_digests(folder.path),
-            **for_mlx_lm,
         )
         if self.rollouts:
             self.rollouts.leave_account(folder, self.view.say)

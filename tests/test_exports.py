@@ -96,6 +96,18 @@ def test_whole_students_open_in_both(to: str, run: Path, tmp_path: Path) -> None
     assert f"{to} written to {folder}" in said
 
 
+def test_the_mlx_lm_at_hand_is_asked_whether_it_opens_a_student(run: Path, tmp_path: Path) -> None:
+    """Not the manifest, which another machine may have written."""
+    folder, about = RunFolder(run), run / "student" / "config.json"
+    folder.update(Manifest, not_for_mlx_lm="not tried")  # as older versions kept it
+    exported(run, "mlx", tmp_path / "out")
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"model_type": "xglm"}))
+    folder.update(Manifest, student_files=digests(folder.student, all_files(folder.student)))
+    with pytest.raises(DistillError, match=r"mlx-lm cannot open this student: .*xglm"):
+        exported(run, "mlx", tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def in_four_bits(base: Path, place: Path) -> tuple[Path, Path]:
     """A folder as `mlx_lm.convert -q` writes it, and its numbers written out by the same."""
     packed, written = place / "packed", place / "written"

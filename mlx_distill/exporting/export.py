@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.backends import choose_backend
+from mlx_distill.backends.export import not_for_mlx_lm
 from mlx_distill.errors import DistillError, RecipeError
 from mlx_distill.exporting.card import model_card
 from mlx_distill.exporting.fidelity import measured
@@ -18,7 +19,6 @@ from mlx_distill.exporting.layouts import ADAPTERS, LAYOUTS, QUANTISED
 from mlx_distill.exporting.push import Hub
 from mlx_distill.files import first_line, remedy
 from mlx_distill.runs.checkpoints import UNWRITTEN
-from mlx_distill.runs.manifest import Manifest
 from mlx_distill.runs.named import run_at, weights_of
 from mlx_distill.runs.own_files import CARD
 from mlx_distill.runs.run_folder import RunFolder
@@ -83,7 +83,7 @@ def _fill(
     backend_name: str,
 ) -> None:
     """The files of the format, what they lost, and the card."""
-    if to.startswith("mlx") and (reason := run.read(Manifest).not_for_mlx_lm):
+    if to.startswith("mlx") and (reason := not_for_mlx_lm(run.student)):
         raise DistillError(f"{run.path}: mlx-lm cannot open this student: {reason}")
     notes = LAYOUTS[to](run.student, half, run.path.name)
     if to in ADAPTERS and (bits := run.recipe().student.quantize_bits):

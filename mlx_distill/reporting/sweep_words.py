@@ -186,7 +186,7 @@ def notes(found: Findings) -> list[str]:
     if found.students:
         lines.append(
             "Costs are means over seeds and count the training steps alone, "
-            "without the teacher's shared pass, validation and scoring; "
+            "without the teacher's shared pass, writing, validation and scoring; "
             "time is clock time of the training steps."
         )
         lines.append(

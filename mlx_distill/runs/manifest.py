@@ -111,7 +111,6 @@ class Manifest(Record):
     tokens_read: Count | None = None
     loss_tokens: Count | None = None
     flops: dict[str, Number] = Field(default_factory=dict)
-    not_for_mlx_lm: str = ""
     logs: dict[str, str] = Field(default_factory=dict)
     student_files: dict[str, str] | None = None
     card: str = ""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WRITTEN_FOR = 0x3217  # the purpose of the random numbers that choose examples
+SEEDS = 2**64  # how many there are: no two share the numbers that a step of theirs draws with
 Progress = Callable[[str, int], Callable[[int], None]]
 
 
@@ -129,7 +130,7 @@ class Writing:
             max_new_tokens=self.table.max_new_tokens,
             temperature=self.table.temperature,
             top_p=self.table.top_p,
-            seed=self.seed + step,
+            seed=self.seed + step * SEEDS,
             batch_size=len(batch),
             stop_ids=self.stop_ids,
             samples=tuple(asked.sample for asked in batch),

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mlx_distill.backends.draws import draws_of
 from mlx_distill.data.examples import make_example
 from mlx_distill.data.sequences import stop_ids
 from mlx_distill.errors import RunError
@@ -91,6 +92,21 @@ def test_a_writing_that_was_killed_goes_on_and_ends_alike(writing, tmp_path):
         assert writer.asked == len(whole) - 4 * batches
         assert any(f"{4 * batches} of 14 texts are kept" in line for line in said) == (batches > 0)
         (tmp_path / "cut").unlink()
+
+
+def test_each_step_of_each_seed_draws_numbers_of_its_own(writing, tmp_path):
+    class Drawing(Writer):
+        def generate(self, prompts, sampling):
+            drawn.add(tuple(next(row) for row in draws_of(sampling, prompts)))
+            yield from super().generate(prompts, sampling)
+
+    drawn, one = set(), writing(samples=1, batch_size=len(EXAMPLES))
+    for seed in range(4):
+        one.seed = seed
+        for step in range(4):
+            file = TextFile(tmp_path / f"{seed}-{step}", print)
+            one.texts(file, one.asked(), lambda: Drawing(one.tokenizer), no_progress, step)
+    assert len(drawn) == 16
 
 
 def test_torn_and_changed_lines_are_written_again(writing, tmp_path):
