@@ -1,10 +1,10 @@
 """SmolLM2-135M on GSM8K: from the run folders of the three recipes to kept files to a table.
 
-    python benchmarks/gsm8k.py keep     copy the runs' small files to smollm2-gsm8k/shipped/
-    python benchmarks/gsm8k.py write    the table of benchmarks/README.md
+    python benchmarks/gsm8k.py keep [RUNS] [SET]   copy the runs' small files to smollm2-gsm8k/SET/
+    python benchmarks/gsm8k.py write               the table of benchmarks/README.md
 
-`smollm2-gsm8k/half/` has the same runs by the recipes as they were first: the first half of the
-chain of thought alone, of every example. No number is typed in.
+`shipped` are the recipes as they are; `half` as they were first: the first half of the chain of
+thought alone, of every example; `whole` what did best in real/. No number is typed in.
 """
 
 import json
@@ -19,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.tables import rewrite_section  # noqa: E402
-from mlx_distill.reporting.kept_run import read_run  # noqa: E402
+from mlx_distill.reporting.kept_run import Run, read_run  # noqa: E402
 from mlx_distill.reporting.markdown import table  # noqa: E402
 from mlx_distill.words import DASH, percent  # noqa: E402
 
@@ -33,16 +33,20 @@ RUNS = {  # kept folder → the recipe's run
 SETS = {
     "half": "the first half of the chain of thought alone",
     "shipped": "the same, a quarter of the examples whole, answers learned too",
+    "whole": "whole sequences without the teacher, 0.8 of the steps",
 }
 HEAD = ["model", "NLL cot", "KL cot", "NLL answer", "KL answer", "finished", "tokens", "right"]
 app = typer.Typer(add_completion=False)
 
 
 @app.command()
-def keep(source: Annotated[Path, typer.Argument(help="folder of the runs")] = Path("runs")) -> None:
+def keep(
+    source: Annotated[Path, typer.Argument(help="folder of the runs")] = Path("runs"),
+    kept: Annotated[str, typer.Argument(help=", ".join(SETS))] = "shipped",
+) -> None:
     """Copy what the table reads of each run."""
     for name, run in RUNS.items():
-        folder = KEPT / "shipped" / name
+        folder = KEPT / kept / name
         folder.mkdir(parents=True, exist_ok=True)
         for file in FILES:
             shutil.copy(source / run / file, folder / file)
@@ -71,13 +75,18 @@ def part(name: str) -> str:
             "SmolLM2-135M-Instruct", folder / "lora", "base", first=True, scores=folder / "teacher"
         ),
         row(f"fine-tuned for {steps['teacher']}: the teacher", folder / "teacher"),
-        row(f"LoRA from that teacher, {steps['lora']}", folder / "lora"),
+        row(f"{taught('LoRA', runs['lora'])}, {steps['lora']}", folder / "lora"),
         row("the 15-layer prune, before", folder / "15l", "base", first=True),
-        row(f"the prune distilled, {steps['15l']}", folder / "15l"),
+        row(f"{taught('the prune', runs['15l'])}, {steps['15l']}", folder / "15l"),
     ]
     cut = SETS[name][0].upper() + SETS[name][1:]
     said = f"**{cut}** ({runs['lora'].manifest.device}, {formats}, commit {commits})"
     return f"{said}\n\n{table(HEAD, rows, 'lrrrrrrr')}".replace("\u00a0", " ")
+
+
+def taught(student: str, run: Run) -> str:
+    """A student by what it learned from."""
+    return f"{student} from {'that teacher' if run.recipe.objective.kd_weight else 'the texts'}"
 
 
 def row(
