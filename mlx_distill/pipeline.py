@@ -171,8 +171,10 @@ class Pipeline:
         """The owner of a file that was changed may have meant it; such a student is not scored as
         this run's.
         """
-        manifest = folder.read(Manifest)
-        wrong = [folder.exported.damage(), *logs.changes(folder.path, manifest.logs).values()]
+        manifest, student = folder.read(Manifest), folder.exported
+        wrong = [*logs.changes(folder.path, manifest.logs).values()]
+        if damage := student.damage():
+            wrong.insert(0, f"{damage}; {student.remedy}")
         if manifest.finished:
             wrong.append(changed_generations(folder.path, folder.readable(TaskScores)))
         for sentence in filter(None, wrong):

@@ -29,6 +29,13 @@ def world(tiny_recipe, bytes_tokenizer, tmp_path_factory) -> Path:
     (root / "plain.jsonl").write_text(
         "".join(json.dumps(json.loads(line) | {"cot": ""}) + "\n" for line in lines)
     )
+    (root / "some-lack.jsonl").write_text(
+        "".join(
+            json.dumps({k: v for k, v in json.loads(line).items() if n % 3 != 1 or k != "cot"})
+            + "\n"
+            for n, line in enumerate(lines)
+        )
+    )
     (root / "empty").mkdir()
     model_folder(root / "foreign", bytes_tokenizer("qwen2_5", merges=(("a", "b"),)), layers=1)
     (root / "typo.toml").write_text(
@@ -68,6 +75,20 @@ ERRORS = {
     "missing recipe": (
         ("run", "{tiny}/tinny.toml"),
         ("no recipe at {tiny}/tinny.toml", "did you mean {tiny}/tiny.toml?"),
+    ),
+    "a sweep's name": (("run", "fraction"), ("fraction is a sweep: `mlx-distill sweep fraction`",)),
+    "a recipe's name": (("sweep", "cot50"), ("cot50 is a recipe: `mlx-distill run cot50`",)),
+    "nothing to ask": (
+        ("chat", "{tiny}/teacher", "--prompt", ""),
+        ("--prompt is empty: say what to ask",),
+    ),
+    "an option's number": (
+        ("chat", "{tiny}/teacher", "--prompt", "x", "--max-new-tokens", "0"),
+        ("--max-new-tokens should be from 1 to 1,048,576, found 0",),
+    ),
+    "a row without a column": (
+        ("show", "RECIPE", "--set", "data.source={wrong}/some-lack.jsonl"),
+        ("line 2: no column 'cot', found prompt, answer; add it, or delete the row",),
     ),
     "recipe typo": (
         ("run", "{wrong}/typo.toml"),
@@ -248,6 +269,31 @@ def test_an_unfinished_run_has_no_student_to_score(error_of, tiny_recipe, comman
     assert command_line(*words, at=f"{STUDENT}.accumulate").code == -9
     message = error_of("eval", "{out}/tiny", "--task", "jsonl:{tiny}/rows.jsonl")
     assert f"{tmp_path}/tiny holds a run without a finished student" in message
+
+
+def test_a_damaged_student_is_not_asked(error_of, whole_run, tmp_path):
+    run = shutil.copytree(whole_run("full"), tmp_path / "run")
+    weights = run / "student" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-100] ^= 64
+    weights.write_bytes(content)
+    task = ("--task", "jsonl:{tiny}/rows.jsonl", "--set", "examples=2")
+    for words in (
+        ("eval", "{out}/run", *task),
+        ("eval", "{out}/run", "--set", "seed=7"),
+        ("compare", "{out}/run", "{tiny}/teacher", *task, "--out", "{out}/compared"),
+        ("chat", "{out}/run", "--prompt", "x"),
+        ("export", "{out}/run", "--to", "hf"),
+    ):
+        message = error_of(*words)
+        assert f"{weights} is damaged" in message and "`mlx-distill run` its recipe" in message
+    assert not (run / "evals").exists() and not (run / "exports").exists()
+
+
+def test_a_plan_needs_no_folder_for_runs(tiny_recipe, command_line, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = command_line("plan", tiny_recipe, "--set", f"run.folder={tmp_path}/file")
+    assert result.code == 0, result.err
 
 
 def test_a_mistake_in_a_second_run_leaves_the_finished_one(

@@ -206,7 +206,12 @@ def test_a_missing_part_is_one_line(tmp_path, part, line, write_run):
     run = write_run(tmp_path / "run", steps=50)
     (run / part).unlink()
     assert line in page_of(run, out=tmp_path)[1]
-    assert line in (tmp_path / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    assert line in text
+    # which segments are supervised the recipe says
+    assert ("of the supervised segments:" in text) == (
+        part not in ("recipe.toml", "validation.jsonl")
+    )
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -50,6 +50,7 @@ SWEEPS = {  # → where its runs lie
     "first": "runs",
     "second": "second/runs",
     "arms": "students",
+    "shares": "students",
     "rest": "students",
     "on-policy": "on-policy/runs",
     "other-students": "other-students/runs",

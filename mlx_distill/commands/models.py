@@ -101,8 +101,8 @@ def compare(
 def chat(
     model: ModelOrRunArgument,
     prompt: Annotated[
-        str, typer.Option("--prompt", help="Ask this alone; without it, a conversation.")
-    ] = "",
+        str | None, typer.Option("--prompt", help="Ask this alone; without it, a conversation.")
+    ] = None,
     max_new_tokens: Annotated[
         int,
         typer.Option(
@@ -123,8 +123,10 @@ def chat(
 
     if not 0 <= temperature <= 100:
         raise DistillError(f"--temperature should be from 0 to 100, found {temperature}")
+    if prompt is not None and not prompt.strip():
+        raise DistillError("--prompt is empty: say what to ask, or leave it out to talk")
     with View(console) as view:
-        talk(model, Sampling(max_new_tokens, temperature, seed=seed), prompt, view, backend)
+        talk(model, Sampling(max_new_tokens, temperature, seed=seed), prompt or "", view, backend)
 
 
 @app.command()

@@ -89,7 +89,9 @@ class Place:
         free = row.keys() - others - {*OPTIONAL[self.data.format]}
         if near := difflib.get_close_matches(column, sorted(free), 1, 0.5):
             return f"did you mean {near[0]!r}? Set {setting}"
-        return f"set {setting}" if row else "is the row empty? Delete it"
+        if not row:
+            return "is the row empty? Delete it"
+        return f"set {setting}" if free else "add it, or delete the row"
 
     def text(self, row: Row, role: str) -> str:
         """A column's value as text: numbers are written out, null is empty."""

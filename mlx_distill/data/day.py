@@ -73,6 +73,8 @@ def share_day(runs: Path, day: str = "") -> None:
 def shared_day(runs: Path) -> str:
     """The day that all runs in this folder say, "" where none was chosen."""
     path = runs / SHARED
+    if not runs.is_dir():  # what begins a run there says so
+        return ""
     try:
         text = read_text(path, error=RunError).strip()
     except NotFound:

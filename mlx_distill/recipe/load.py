@@ -89,7 +89,7 @@ def read_toml(path: Path, what: str = "recipe") -> dict[str, Any]:
     except NotFound:
         there = [file.name for file in of_people(path.parent, "*.toml")]
         nearest = difflib.get_close_matches(path.name, there, 1)
-    advice = where_recipes_are(what == "sweep")
+    advice = where_recipes_are(path, what == "sweep")
     hint = f"; did you mean {path.parent / nearest[0]}?" if nearest else f"; {advice}"
     raise NotFound(f"no {what} at {path}{', which is a folder' if path.is_dir() else ''}{hint}")
 

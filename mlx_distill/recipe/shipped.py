@@ -29,8 +29,11 @@ def named(path: Path, sweeps: bool = False) -> Path:
     return papers if str(path.parent) == PAPER and papers.is_file() else path
 
 
-def where_recipes_are(sweeps: bool = False) -> str:
-    """The remedy where a file is not there."""
+def where_recipes_are(path: Path, sweeps: bool = False) -> str:
+    """The remedy where the file `path` is not there."""
+    if str(path) in shipped_names(not sweeps):
+        kind, command = ("recipe", "run") if sweeps else ("sweep", "sweep")
+        return f"{path} is a {kind}: `mlx-distill {command} {path}` runs it"
     command = "sweep" if sweeps else "run"
     names = ", ".join(shipped_names(sweeps))
     names += f", and in {PAPER}/ those of the paper"

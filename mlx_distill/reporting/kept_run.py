@@ -227,9 +227,10 @@ def method_of(recipe: Recipe | None, reference: Recipe | None) -> str:
 
 def kl_before_after(run: Run) -> tuple[float | None, float | None]:
     """KL to the teacher on held-out tokens of the supervised segments: before training (step 0) and
-    at the step whose weights became the student (else the last); None where it was not measured.
+    at the step whose weights became the student (else the last); None where it was not measured, or
+    which segments are supervised is not known.
     """
-    names = run.recipe.objective.segments if run.recipe else SEGMENTS
+    names = run.recipe.objective.segments if run.recipe else ()
     return before_after(run, lambda row: _supervised_kl(row.numbers, names))
 
 

@@ -47,7 +47,9 @@ def run_at(name: str) -> RunFolder | None:
 
 
 def weights_of(name: str) -> Path:
-    """The student of a run, or the folder of a model. Raises `NotFound`, or `ModelError`."""
+    """The student of a run, as the run wrote it, or the folder of a model. Raises `NotFound`,
+    `ModelError`, or `RunError`.
+    """
     run = run_at(name)
     if run is None:
         return model_folder(name)
@@ -55,4 +57,5 @@ def weights_of(name: str) -> Path:
         raise NotFound(
             f"{run.path} holds a run without a finished student: run its recipe to the end first"
         )
+    run.exported.refuse_changed()
     return run.student

@@ -72,10 +72,15 @@ class ExportedStudent:
     def refuse_changed(self) -> None:
         """Raises `RunError` if a file is not as this run wrote it."""
         if wrong := self.damage():
-            raise RunError(
-                f"{wrong}; put a copy in its place, or delete {self.path} and run the same command "
-                "again: the newest checkpoint writes it"
-            )
+            raise RunError(f"{wrong}; {self.remedy}")
+
+    @property
+    def remedy(self) -> str:
+        """What brings back a student that is not as this run wrote it."""
+        return (
+            f"put a copy in its place, or delete {self.path} and `mlx-distill run` its recipe "
+            "again: the newest checkpoint writes it"
+        )
 
     def own(self) -> own_files.Own:
         """Which files in it are the run's own."""

@@ -20,7 +20,7 @@ def in_range(low: int, high: int) -> Callable:
 
     def checked(option: typer.CallbackParam, value: int) -> int:
         if not low <= value <= high:
-            raise DistillError(f"--{option.name} should be {allowed}, found {value}")
+            raise DistillError(f"{option.opts[0]} should be {allowed}, found {value}")
         return value
 
     return checked
