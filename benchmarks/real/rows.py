@@ -44,7 +44,7 @@ from mlx_distill.reporting.study import (  # noqa: E402
     rows_text,
 )
 from mlx_distill.terminal.plan import plan_of  # noqa: E402
-from mlx_distill.words import DASH, amount, duration, percent  # noqa: E402
+from mlx_distill.words import DASH, amount, counted, duration, percent  # noqa: E402
 
 SWEEPS = {  # → where its runs lie
     "first": "runs",
@@ -247,7 +247,8 @@ def page(rows: list[Row], base: Condition | None) -> str:
     seeds = sorted({row.seed for arm in arms for row in arm.rows})
     commits = ", ".join(sorted({row.commit[:7] for arm in arms for row in arm.rows}))
     said = [
-        f"{sum(len(arm.rows) for arm in arms)} runs, seeds {', '.join(map(str, seeds))}, "
+        f"{sum(len(arm.rows) for arm in arms)} runs, {'seeds' if seeds[1:] else 'seed'} "
+        f"{', '.join(map(str, seeds))}, "
         f"{len(one.right)} held-out problems, greedy; torch on {devices(arms)}; commit {commits}."
     ]
     models = [("before training", base)]
@@ -266,7 +267,7 @@ def devices(arms: list[Condition]) -> str:
     counted = Counter(row.device for arm in arms for row in arm.rows)
     if len(counted) == 1:
         return next(iter(counted))
-    return " and ".join(f"{device} ({count} runs)" for device, count in counted.items())
+    return " and ".join(f"{device} ({counted(count, 'run')})" for device, count in counted.items())
 
 
 def training(arm: Condition, full: Condition) -> str:
