@@ -264,10 +264,10 @@ def page(rows: list[Row], base: Condition | None) -> str:
 
 def devices(arms: list[Condition]) -> str:
     """What the runs were made on, with their number where it is not one for all."""
-    counted = Counter(row.device for arm in arms for row in arm.rows)
-    if len(counted) == 1:
-        return next(iter(counted))
-    return " and ".join(f"{device} ({counted(count, 'run')})" for device, count in counted.items())
+    made = Counter(row.device for arm in arms for row in arm.rows)
+    if len(made) == 1:
+        return next(iter(made))
+    return " and ".join(f"{device} ({counted(count, 'run')})" for device, count in made.items())
 
 
 def training(arm: Condition, full: Condition) -> str:
