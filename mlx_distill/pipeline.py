@@ -172,9 +172,9 @@ class Pipeline:
         this run's.
         """
         manifest, student = folder.read(Manifest), folder.exported
-        wrong = [*logs.changes(folder.path, manifest.logs).values()]
-        if damage := student.damage():
-            wrong.insert(0, f"{damage}; {student.remedy}")
+        damage = student.damage()
+        wrong = [damage and f"{damage}; {student.remedy}"]
+        wrong += logs.changes(folder.path, manifest.logs).values()
         if manifest.finished:
             wrong.append(changed_generations(folder.path, folder.readable(TaskScores)))
         for sentence in filter(None, wrong):
@@ -224,8 +224,9 @@ class Pipeline:
 
     def _say_mlx_lm(self) -> None:
         """Why mlx-lm will not open a student that torch trains; MLX itself refuses those."""
-        on_torch = self.backend.device().backend == "torch"
-        if reason := not_for_mlx_lm(self.pair.student) if on_torch else "":
+        if self.backend.device().backend != "torch":
+            return
+        if reason := not_for_mlx_lm(self.pair.student):
             self.view.say(
                 "note: the student will open in transformers alone, mlx-lm cannot load its base: "
                 f"{reason}"

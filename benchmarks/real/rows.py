@@ -7,7 +7,9 @@ A sweep's `flops` are of the student's steps. `costs.csv` has what else a run co
 the teacher's pass over the tokens of these steps, which a cache spares all but the first arm, and
 `writing_flops`, a model's writing of the texts. A table's FLOPs are the sum of all three.
 `kinds.csv` has the right answers to each kind of problem, `written.csv` what the models wrote that
-students learned from. No number is typed in.
+students learned from. `fresh.csv` has students of `arms.csv` on the 201 problems that no arm is
+asked, scored once with `mlx-distill eval RUN --set task=…`; no command here makes it. No number is
+typed in.
 """
 
 import csv
@@ -57,7 +59,9 @@ SWEEPS = {  # → where its runs lie
     "rest-before": "students",
     "on-policy-before": "on-policy/runs",
 }
-BEFORE = "-before"  # rows of a sweep from another day, whose teacher was another: not mixed with it
+BEFORE = (
+    "-before"  # rows of an earlier sitting, whose teacher was another: not mixed with a sweep's
+)
 WRITTEN = ("by", "texts", "finished", "judged", "right", "tokens", "seconds")
 app = typer.Typer(add_completion=False)
 
@@ -81,16 +85,16 @@ def keep(source: Annotated[Path, typer.Argument(help="folder of the sweeps")] = 
             if told := writing(source / runs / row.run):
                 written[key] = told
         typer.echo(f"{HERE / name}.csv: {len(done)} runs")
-    save("costs", "teacher_flops,writing_flops", known)
-    save("kinds", "kind,right,asked", kinds)
-    save("written", ",".join(WRITTEN), written)
+    save("costs", ("teacher_flops", "writing_flops"), known)
+    save("kinds", ("kind", "right", "asked"), kinds)
+    save("written", WRITTEN, written)
 
 
-def save(name: str, columns: str, rows: dict) -> None:
+def save(name: str, columns: tuple[str, ...], rows: dict) -> None:
     """`{name}.csv`: keys, which begin with where runs lie, run and commit, and values."""
     with (HERE / f"{name}.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["runs", "run", "commit", *columns.split(",")])
+        writer.writerow(["runs", "run", "commit", *columns])
         writer.writerows([*key, *values] for key, values in sorted(rows.items()))
 
 
@@ -104,9 +108,10 @@ def saved(name: str) -> list[dict[str, str]]:
 
 def writing(folder: Path) -> tuple[str, ...]:
     """What a model wrote for a run: `WRITTEN`; () where none did, or the run is gone."""
-    manifest = folder / "manifest.json"
-    told = json.loads(manifest.read_text()).get("written") if manifest.exists() else None
-    return tuple(str(told[name]) for name in WRITTEN) if told else ()
+    if not (folder / "manifest.json").exists():
+        return ()
+    told = read_run(folder).manifest.written
+    return tuple(str(getattr(told, name)) for name in WRITTEN) if told else ()
 
 
 def kept_writing() -> dict[tuple[str, str, str], tuple[str, ...]]:
@@ -210,8 +215,8 @@ def write() -> None:
 def lead(arms: list[Condition]) -> str:
     """README's table below the figure: what each arm solves and finishes, and for what."""
     full = arms[0]
-    head = [f"learned from (up to {len(full.rows)} training seeds)", "right", "finished"]
-    head += ["of the FLOPs"]
+    learned = f"learned from (up to {len(full.rows)} training seeds)"
+    head = [learned, "right", "finished", "of the FLOPs"]
     rows = [
         [
             arm.name,

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 WRITTEN_FOR = 0x3217  # the purpose of the random numbers that choose examples
-SEEDS = 2**64  # how many there are: no two share the numbers that a step of theirs draws with
+SEEDS = (
+    2**63
+)  # how many a recipe may have: no two share the numbers that a step of theirs draws with
 Progress = Callable[[str, int], Callable[[int], None]]
 
 
